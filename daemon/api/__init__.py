@@ -1,0 +1,1 @@
+"""The frontend: OpenAI routes, SSE, admission, request tracking, metrics."""

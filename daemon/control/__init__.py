@@ -1,0 +1,1 @@
+"""What the processes share (the fabric), and what decides (the policies)."""

@@ -1,0 +1,1 @@
+"""One device's worker: scheduler, model, sampler and the step loop."""
