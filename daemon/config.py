@@ -60,21 +60,35 @@ class Config:
     # -- model
     model: str = _opt("demo", "model", "what to serve: `demo`, a Hugging Face directory or a .gguf file")
     served_name: str = _opt("", "model", "model name clients use; default: the model's own")
-    load_format: str = _opt("auto", "model", "`dummy` makes seeded random weights from config.json alone",
-                            choices=("auto", "dummy"))
+    load_format: str = _opt(
+        "auto", "model", "`dummy` makes seeded random weights from config.json alone", choices=("auto", "dummy")
+    )
     max_model_len: int = _opt(0, "model", "longest prompt plus output; 0: what the model allows", "tokens")
     # -- engines
-    engine: str = _opt("model", "engine", "`stub` emits at a set rate, `hash` hashes what it read: "
-                       "both without a model, for benchmarks and fault tests",
-                       choices=("model", "stub", "hash"))
-    devices: list[str] = _opt([], "engine", "one engine each; a device may be named twice; "
-                              "default: every CUDA device, else `cpu,cpu`")
+    engine: str = _opt(
+        "model",
+        "engine",
+        "`stub` emits at a set rate, `hash` hashes what it read: "
+        "both without a model, for benchmarks and fault tests",
+        choices=("model", "stub", "hash"),
+    )
+    devices: list[str] = _opt(
+        [], "engine", "one engine each; a device may be named twice; default: every CUDA device, else `cpu,cpu`"
+    )
     threads: int = _opt(0, "engine", "compute threads of one CPU engine; 0: cores shared out evenly")
-    dtype: str = _opt("auto", "engine", "arithmetic of the linear layers; auto: whichever a self-test finds faster",
-                      choices=("auto", "bf16", "fp32"))
+    dtype: str = _opt(
+        "auto",
+        "engine",
+        "arithmetic of the linear layers; auto: whichever a self-test finds faster",
+        choices=("auto", "bf16", "fp32"),
+    )
     deterministic: bool = _opt(False, "engine", "same bits whatever else is in the batch (fp32, slower)")
-    kv_memory: int = _opt(0, "engine", "KV pool of one engine; 0: a quarter of the free memory, "
-                          "shared out, at most 4 GiB each (CPU)", "bytes")
+    kv_memory: int = _opt(
+        0,
+        "engine",
+        "KV pool of one engine; 0: a quarter of the free memory, shared out, at most 4 GiB each (CPU)",
+        "bytes",
+    )
     block_size: int = _opt(16, "engine", "tokens in a KV block", "tokens")
     max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests")
     max_batch_tokens: int = _opt(512, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
@@ -132,9 +146,12 @@ class Config:
         for d in self.devices:
             _require(bool(re.fullmatch(r"cpu|cuda:\d+", d)), "devices", f"{d!r} is neither `cpu` nor `cuda:N`")
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key_file:
-            _require(self.allow_unauthenticated, "host",
-                     f"{self.host} is reachable from other machines: set api_key_file, "
-                     "or allow_unauthenticated if anyone who can connect may use the model")
+            _require(
+                self.allow_unauthenticated,
+                "host",
+                f"{self.host} is reachable from other machines: set api_key_file, "
+                "or allow_unauthenticated if anyone who can connect may use the model",
+            )
 
 
 def options() -> list[dataclasses.Field[Any]]:
@@ -185,7 +202,7 @@ def load(flags: Mapping[str, Any], file: Path | None, environ: Mapping[str, str]
     config = Config()
     if file is not None:
         config = config.replace(_read_toml(file), str(file))
-    env = {k[len(ENV_PREFIX):].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
+    env = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
     names = {f.name for f in options()}
     for name, value in env.items():
         if name in names:

@@ -1,0 +1,115 @@
+"""The frontend process: one event loop with the HTTP server, the doorbell and the tracker on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from pathlib import Path
+
+import uvloop
+from aiohttp import web
+
+from daemon import child
+from daemon.api.app import build_app
+from daemon.api.tracker import Tracker
+from daemon.child import Birth
+from daemon.control import doorbell
+from daemon.control.fabric import Fabric
+from daemon.control.messages import EngineState
+from daemon.control.processes import Progress
+
+log = logging.getLogger(__name__)
+
+_BEAT = 1.0  # seconds between signs of life
+_BEAT_DEADLINE = 30.0
+
+
+def main(birth: Birth) -> None:
+    """Entry point of the frontend process."""
+    fabric = child.begin(birth)
+    fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _BEAT_DEADLINE)
+    uvloop.run(_serve(birth, fabric))
+
+
+async def _serve(birth: Birth, fabric: Fabric) -> None:
+    loop = asyncio.get_running_loop()
+    tracker = Tracker(fabric, birth.config)
+    app = build_app(birth.config, tracker, Path(birth.model_dir), fabric)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    assert runner.server is not None
+
+    def rung() -> None:
+        doorbell.answer(fabric.bell)
+        tracker.on_doorbell()
+
+    loop.add_reader(fabric.bell, rung)
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    listener = socket.socket(fileno=birth.listener)
+    listener.setblocking(False)
+    acceptor = Acceptor(listener, runner.server)
+    acceptor.start()
+    progress = fabric.progress(fabric.process)
+    progress.enter(EngineState.SERVING, fabric.incarnation, _BEAT_DEADLINE)
+    beating = asyncio.create_task(_beat(progress))
+    await stop.wait()
+    tracker.draining = True
+    progress.enter(EngineState.DRAINING, fabric.incarnation, _BEAT_DEADLINE)
+    acceptor.stop()
+    await _drained(tracker, birth.config.drain_timeout)
+    beating.cancel()
+    await runner.cleanup()
+
+
+async def _beat(progress: Progress) -> None:
+    while True:
+        progress.beat(_BEAT_DEADLINE)
+        await asyncio.sleep(_BEAT)
+
+
+async def _drained(tracker: Tracker, timeout: float) -> None:
+    """Wait for running requests; what is left after `timeout` seconds is cut off."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+    while tracker.active and loop.time() < end:
+        await asyncio.sleep(0.02)
+    if tracker.active:
+        log.warning("%d requests were still running after %.0f s and are cut off", tracker.active, timeout)
+
+
+class Acceptor:
+    """Takes one connection for each turn of the event loop.
+
+    asyncio's own server empties the whole backlog in one turn, so the first frontend awake would get
+    every connection of a burst. One at a time, a busy frontend accepts slowly and its siblings take the rest.
+    """
+
+    def __init__(self, listener: socket.socket, server: web.Server) -> None:
+        self._listener = listener
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def start(self) -> None:
+        self._loop.add_reader(self._listener, self._accept)
+
+    def stop(self) -> None:
+        self._loop.remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return  # a sibling was faster, or the client has gone
+        except OSError as e:  # out of descriptors: let some close before trying again
+            log.error("cannot accept a connection: %s", e)
+            self.stop()
+            self._loop.call_later(1.0, self.start)
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._loop.connect_accepted_socket(self._server, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,415 @@
+"""The frontend's side of the fabric: journals a request, picks its engine, accepts its tokens.
+
+The frontend is the only judge of its requests. Every row of output names (request, epoch, position); what
+is stale, repeated or of a former owner is dropped by rule, and accepted tokens are journaled before anyone
+sees them. Rings are acknowledged after the journal holds what they carried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from daemon.api.generation import Lost, NoEngine, Overloaded, Piece, TooLong
+from daemon.config import Config
+from daemon.control.dispatch import choose, in_flight
+from daemon.control.fabric import COORDINATOR, Fabric
+from daemon.control.journal import Journal, JournalFull, JournalTooSmall
+from daemon.control.load import InFlight
+from daemon.control.messages import (
+    Cancel,
+    CancelRequest,
+    Demand,
+    EngineFacts,
+    EngineState,
+    Finish,
+    FrontendFacts,
+    Refused,
+    RequestParams,
+    SamplingParams,
+    Start,
+    Statement,
+    StepOutput,
+    ToEngine,
+    TokenLogprobs,
+    decode_engine_facts,
+    decode_from_coordinator,
+    decode_frontend_facts,
+    decode_to_frontend,
+    encode,
+)
+from daemon.control.processes import Life
+from daemon.control.stats import FRONTEND, StatsPage
+
+log = logging.getLogger(__name__)
+
+_FULL_RETRY = 0.05  # seconds until a command that found its ring full is tried again
+
+
+class Flight:
+    """One request in flight: what arrived and was not taken by its reader yet. Implements `Stream`."""
+
+    __slots__ = (
+        "_arrived", "_cached", "_failure", "_finish", "_logprobs", "_tracker", "_waiter",
+        "accepted", "engine", "epoch", "incarnation", "rid", "slot",
+    )  # fmt: skip
+
+    def __init__(self, tracker: Tracker, rid: int, slot: int, engine: int, incarnation: int) -> None:
+        self._tracker = tracker
+        self.rid = rid
+        self.slot = slot
+        self.epoch = 1
+        self.engine = engine
+        self.incarnation = incarnation
+        self.accepted = 0  # output tokens journaled
+        self._arrived: list[int] = []
+        self._logprobs: list[TokenLogprobs | None] | None = None
+        self._finish = Finish.NONE
+        self._cached = 0
+        self._failure: str | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._finish is not Finish.NONE or self._failure is not None
+
+    async def next(self) -> Piece:
+        while not self._arrived and not self.done:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._failure is not None and not self._arrived:
+            raise Lost(self._failure)
+        finish = Finish.NONE if self._failure is not None else self._finish
+        piece = Piece(self._arrived, self._logprobs, finish, self._cached)
+        self._arrived, self._logprobs = [], None
+        return piece
+
+    def cancel(self) -> None:
+        if not self.done:
+            self._tracker.cancel(self, Finish.CANCELLED)
+
+    def deliver(
+        self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None, finish: Finish, cached: int
+    ) -> None:
+        """Hand accepted tokens to the reader."""
+        if self._arrived:
+            self._arrived += tokens
+        else:
+            self._arrived = tokens
+        if logprobs is not None:
+            self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
+        self._finish = finish
+        self._cached = cached
+        self._wake()
+
+    def end(self, finish: Finish) -> None:
+        self._finish = finish
+        self._wake()
+
+    def fail(self, reason: str) -> None:
+        self._failure = reason
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Link:
+    """This frontend's ends towards one engine."""
+
+    def __init__(self, fabric: Fabric, index: int) -> None:
+        self.process = fabric.topology.engine(index)
+        self.commands = fabric.writer(self.process)
+        self.outputs = fabric.reader(self.process)
+        self.board = fabric.board_of(self.process)
+        self.incarnation = 0  # of the engine now alive; 0: none
+        self.facts: EngineFacts | None = None  # of that incarnation
+        self.backlog: deque[bytes] = deque()  # commands that found the ring full
+        self.requests = 0  # submitted since that incarnation was met
+        self.tokens = 0
+        self._version = 0
+
+    def meet(self, incarnation: int) -> None:
+        """The engine was replaced (or, 0, died)."""
+        self.incarnation = incarnation
+        self.facts = None
+        self.backlog.clear()
+        self.requests = self.tokens = 0
+
+    def refresh(self) -> EngineFacts | None:
+        """Facts as last published by the present incarnation."""
+        version = self.board.version
+        if version != self._version or (self.facts is None and self.incarnation):
+            found = self.board.read()
+            if found is not None:
+                self._version = found[0]
+                facts = decode_engine_facts(found[1])
+                self.facts = facts if facts.incarnation == self.incarnation else None
+        return self.facts
+
+
+class _Peer:
+    """Another frontend's board, for the demand it has submitted."""
+
+    def __init__(self, fabric: Fabric, index: int) -> None:
+        self._board = fabric.board_of(fabric.topology.frontend(index))
+        self._version = 0
+        self._facts: FrontendFacts | None = None
+
+    def refresh(self) -> FrontendFacts | None:
+        if self._board.version != self._version and (found := self._board.read()) is not None:
+            self._version = found[0]
+            self._facts = decode_frontend_facts(found[1])
+        return self._facts
+
+
+class Tracker:
+    """All requests of one frontend. Implements `Generator`. Lives on the event loop's thread."""
+
+    def __init__(self, fabric: Fabric, config: Config) -> None:
+        topology = fabric.topology
+        _, self._index = topology.role(fabric.process)
+        self._fabric = fabric
+        self._config = config
+        self._journal = Journal(fabric.journal(self._index, writable=True))
+        self._links = [_Link(fabric, i) for i in range(topology.engines)]
+        self._peers = [_Peer(fabric, k) if k != self._index else None for k in range(topology.frontends)]
+        self._advice = fabric.reader(COORDINATOR)
+        self._table = fabric.table()
+        self._board = fabric.board()
+        self.stats = StatsPage(fabric.stats(fabric.process), FRONTEND)
+        self._flights: dict[int, Flight] = {}
+        self._reserved = 0  # admitted and not submitted yet
+        self._next_rid = self._index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
+        self._turn = self._index
+        self.draining = False
+        self.on_doorbell()
+
+    # -- Generator --------------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        return min((f.max_model_len for f in self._serving()), default=0)
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and bool(self._serving())
+
+    @property
+    def active(self) -> int:
+        """Unfinished requests."""
+        return len(self._flights)
+
+    def admit(self, count: int) -> _Places:
+        """Raises Overloaded or NoEngine."""
+        if not self.ready:
+            raise NoEngine("shutting down" if self.draining else "no engine is ready")
+        if len(self._flights) + self._reserved + count > self._config.max_queued:
+            raise Overloaded(f"{len(self._flights)} requests are queued or running; try again shortly")
+        return _Places(self, count)
+
+    def reserve(self, count: int) -> None:
+        """Take (or, negative, give back) places in the queue limit."""
+        self._reserved += count
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        label: str,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+    ) -> Flight:
+        """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
+        engine = self._choose()
+        link = self._links[engine]
+        self._refuse_oversized(link, len(prompt))
+        rid = self._next_rid
+        record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
+        slot = self._open(rid, record, prompt)
+        self._next_rid += 1
+        flight = Flight(self, rid, slot, engine, link.incarnation)
+        self._journal.assign(slot, flight.epoch, engine, link.incarnation)
+        self._flights[rid] = flight
+        link.requests += 1
+        link.tokens += len(prompt)
+        self._send(link, Start(rid, flight.epoch, slot))
+        self._publish()
+        return flight
+
+    # -- what arrives -----------------------------------------------------------------------------
+
+    def on_doorbell(self) -> None:
+        """Take everything that peers have written. The table is read first, deaths are handled last:
+        what a dead engine had put on its ring before is accepted before its death counts."""
+        changed = self._table.refresh()
+        for link in self._links:
+            self._drain(link)
+            if link.backlog:
+                self._flush(link)
+        while (record := self._advice.read()) is not None:
+            if record.receiver == self._fabric.incarnation:
+                self._obey(decode_from_coordinator(record.payload))
+        self._advice.ack()
+        if changed:
+            self._handle_changes()
+
+    def cancel(self, flight: Flight, finish: Finish) -> None:
+        """End a request from this side and free its blocks."""
+        link = self._links[flight.engine]
+        if link.incarnation == flight.incarnation:
+            self._send(link, Cancel(flight.rid, flight.epoch))
+        self._close(flight)
+        flight.end(finish)
+
+    def _drain(self, link: _Link) -> None:
+        read = link.outputs.read
+        while (record := read()) is not None:
+            if record.receiver != self._fabric.incarnation:
+                continue
+            message = decode_to_frontend(record.payload)
+            if type(message) is StepOutput:
+                self._accept(message)
+            elif type(message) is Refused:
+                self._refused(message)
+        link.outputs.ack()
+
+    def _accept(self, out: StepOutput) -> None:
+        """Fold one step's rows: epoch and position decide what counts."""
+        end = 0
+        for rid, epoch, start, count, finish, cached in zip(
+            out.rids, out.epochs, out.starts, out.counts, out.finishes, out.cached, strict=True
+        ):
+            begin, end = end, end + count
+            flight = self._flights.get(rid)
+            if flight is None or flight.epoch != epoch:
+                self.stats.inc("stale_tokens", count)
+                continue
+            known = flight.accepted - start
+            if known < 0:
+                self._lose(flight, "output was lost between engine and frontend")
+                continue
+            if known:
+                self.stats.inc("stale_tokens", min(known, count))
+                begin = min(begin + known, end)
+            tokens = out.tokens[begin:end]
+            logprobs = out.logprobs[begin:end] if out.logprobs is not None else None
+            if tokens:
+                self._journal.append(flight.slot, tokens, logprobs)
+                flight.accepted += len(tokens)
+            if finish:
+                self._close(flight)
+            flight.deliver(tokens, logprobs, Finish(finish), cached)
+
+    def _refused(self, refusal: Refused) -> None:
+        flight = self._flights.get(refusal.rid)
+        if flight is not None and flight.epoch == refusal.epoch:
+            self._lose(flight, refusal.reason)
+
+    def _obey(self, advice: CancelRequest) -> None:
+        flight = self._flights.get(advice.rid)
+        if flight is not None:
+            self.cancel(flight, Finish.CANCELLED)
+
+    # -- engines come and go ------------------------------------------------------------------------
+
+    def _handle_changes(self) -> None:
+        for index, link in enumerate(self._links):
+            row = self._table.rows[link.process]
+            alive = row.incarnation if row.life == Life.UP else 0
+            if alive == link.incarnation:
+                continue
+            link.meet(alive)
+            self._lose_all(index, alive)
+            if alive:
+                self._send(link, Statement([], []))
+        self._publish()
+
+    def _lose_all(self, engine: int, alive: int) -> None:
+        lost = [f for f in self._flights.values() if f.engine == engine and f.incarnation != alive]
+        if lost:
+            log.warning("engine %d died: %d unfinished requests end with an error", engine, len(lost))
+        for flight in lost:
+            self._lose(flight, "the engine that ran this request died; please send it again")
+
+    def _lose(self, flight: Flight, reason: str) -> None:
+        self._close(flight)
+        flight.fail(reason)
+
+    def _close(self, flight: Flight) -> None:
+        del self._flights[flight.rid]
+        self._journal.close(flight.slot)
+
+    # -- dispatch -----------------------------------------------------------------------------------
+
+    def _serving(self) -> list[EngineFacts]:
+        found = (link.refresh() for link in self._links)
+        return [f for f in found if f is not None and f.state == EngineState.SERVING]
+
+    def _choose(self) -> int:
+        facts = [link.refresh() for link in self._links]
+        frontends = [self._facts() if peer is None else peer.refresh() for peer in self._peers]
+        flying = [in_flight(i, f, frontends) if f is not None else InFlight() for i, f in enumerate(facts)]
+        self._turn += 1
+        engine = choose(facts, flying, self._turn)
+        if engine is None or self.draining:
+            raise NoEngine("no engine is ready")
+        return engine
+
+    def _refuse_oversized(self, link: _Link, prompt_len: int) -> None:
+        assert link.facts is not None
+        room = min(link.facts.max_model_len, link.facts.total_blocks * link.facts.block_size)
+        if prompt_len >= room:
+            raise TooLong(f"the prompt has {prompt_len} tokens; an engine holds at most {room} with the answer")
+
+    def _open(self, rid: int, record: RequestParams, prompt: Sequence[int]) -> int:
+        try:
+            return self._journal.open(rid, record, prompt)
+        except JournalFull as e:
+            raise Overloaded(str(e)) from None
+        except JournalTooSmall as e:
+            raise TooLong(str(e)) from None
+
+    def _facts(self) -> FrontendFacts:
+        submitted = [Demand(link.incarnation, link.requests, link.tokens) for link in self._links]
+        return FrontendFacts(self._fabric.incarnation, submitted, len(self._flights), not self.draining)
+
+    def _publish(self) -> None:
+        self._board.publish(encode(self._facts()))
+
+    def _send(self, link: _Link, message: ToEngine) -> None:
+        blob = encode(message)
+        if link.backlog or not link.commands.put(blob, link.incarnation):
+            link.backlog.append(blob)
+            asyncio.get_running_loop().call_later(_FULL_RETRY, self._flush, link)
+        self._fabric.ring_bell(link.process)
+
+    def _flush(self, link: _Link) -> None:
+        while link.backlog and link.commands.put(link.backlog[0], link.incarnation):
+            link.backlog.popleft()
+        self._fabric.ring_bell(link.process)
+        if link.backlog:
+            asyncio.get_running_loop().call_later(_FULL_RETRY, self._flush, link)
+
+
+class _Places:
+    """Places in the queue limit, held from before tokenising until the requests are submitted."""
+
+    def __init__(self, tracker: Tracker, count: int) -> None:
+        self._tracker = tracker
+        self._count = count
+
+    def __enter__(self) -> _Places:
+        self._tracker.reserve(self._count)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._tracker.reserve(-self._count)

@@ -1,0 +1,221 @@
+"""The `llumd` command: serve, check, options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from daemon import __version__
+from daemon import config as settings
+from daemon.child import EXIT_CONFIG, start_logging
+from daemon.config import Config, ConfigError
+from daemon.control.segment import SegmentError
+from daemon.models import store
+from daemon.models.card import ModelCard, ModelError, read_card
+from daemon.sizing import kv_pool_bytes
+
+_BACKLOG = 4096
+_EXAMPLE = """\
+llumd serves {name} at {url}
+  {engines} engine{s} ready; try
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+    "model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+  llumctl{ctl} top"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `llumd`."""
+    args = _parser().parse_args(argv)
+    sys.exit(args.run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("llumd", description="Serve one LLM from every GPU of this box.")
+    parser.add_argument("--version", action="version", version=f"llumd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model until SIGTERM")
+    _add_options(serve)
+    serve.set_defaults(run=_serve)
+    check = commands.add_parser("check", help="check settings and model, start nothing")
+    _add_options(check)
+    check.set_defaults(run=_check)
+    table = commands.add_parser("options", help="list every option as a Markdown table")
+    table.set_defaults(run=_options)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_", nargs="?", metavar="MODEL", help="demo, a Hugging Face directory or a .gguf file")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the options below")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in settings.options():
+        meta = option.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        flag = "--" + option.name.replace("_", "-")
+        text = meta["meaning"].replace("%", "%%") + (f" [{meta['unit']}]" if meta["unit"] else "")
+        if option.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            name = "|".join(meta["choices"]) or option.name.upper()
+            group.add_argument(flag, dest=option.name, default=None, metavar=name, help=text)
+
+
+def _load(args: argparse.Namespace) -> Config:
+    flags = {o.name: getattr(args, o.name) for o in settings.options() if getattr(args, o.name) is not None}
+    if args.model_ is not None:
+        flags["model"] = args.model_
+    file = args.config or (Path("/etc/llumd/config.toml") if Path("/etc/llumd/config.toml").exists() else None)
+    return settings.load(flags, file)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        config = _load(args)
+        start_logging(config.log_level, "supervisor")
+        config, card, model_dir, pool = _prepare(config)
+        return _run(config, card, model_dir, pool)
+    except (ConfigError, ModelError, SegmentError) as e:
+        print(f"llumd: {e}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def _check(args: argparse.Namespace) -> int:
+    try:
+        config, card, _, pool = _prepare(_load(args))
+    except (ConfigError, ModelError) as e:
+        print(f"llumd: {e}", file=sys.stderr)
+        return EXIT_CONFIG
+    print(f"{_name(config, card)}: {len(config.devices)} engines, {pool >> 20} MiB of KV each; settings are fine")
+    return 0
+
+
+def _options(_args: argparse.Namespace) -> int:
+    print("| option | default | unit | meaning |\n|---|---|---|---|")
+    defaults = Config()
+    for option in settings.options():
+        value = getattr(defaults, option.name)
+        shown = ",".join(value) if isinstance(value, list) else value
+        meaning = option.metadata["meaning"].replace("|", "\\|")
+        print(f"| `{option.name}` | {f'`{shown}`' if shown != '' else ''} | {option.metadata['unit']} | {meaning} |")
+    return 0
+
+
+def _prepare(config: Config) -> tuple[Config, ModelCard | None, Path, int]:
+    """Everything that can be refused is refused here, before a process or a segment exists."""
+    devices = config.devices or _find_devices()
+    config = dataclasses.replace(config, devices=devices)
+    config.check()
+    if config.engine != "model":
+        config = dataclasses.replace(config, served_name=config.served_name or config.engine)
+    model_dir = Path()
+    if config.engine == "model":
+        model_dir = store.resolve(
+            config.model, config.load_format, lambda text: print(text, file=sys.stderr, flush=True)
+        )
+    card = read_card(model_dir, config.served_name, config.load_format) if config.engine == "model" else None
+    if card is not None:
+        config = dataclasses.replace(config, served_name=card.name)
+    return config, card, model_dir, kv_pool_bytes(config, card, len(devices), _available_memory())
+
+
+def _find_devices() -> list[str]:
+    """Every CUDA device, else two engines on the CPU. Asks the driver's files, not torch."""
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc/driver/nvidia/gpus").is_dir() else []
+    return [f"cuda:{i}" for i in range(len(gpus))] or ["cpu", "cpu"]
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _run(config: Config, card: ModelCard | None, model_dir: Path, pool: int) -> int:
+    from daemon.supervisor import Supervisor
+
+    directory = settings.run_dir(config)
+    lock = _lock(directory)
+    try:
+        http = _listen(config)
+        config = dataclasses.replace(config, port=http.getsockname()[1])
+        admin = _listen_admin(directory / "admin.sock")
+        try:
+            supervisor = Supervisor(config, str(model_dir), pool, http, admin)
+            return supervisor.run(lambda: _announce(config, card, directory))
+        finally:
+            (directory / "admin.sock").unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _announce(config: Config, card: ModelCard | None, directory: Path) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    n = len(config.devices)
+    ctl = f" --run-dir {directory}" if config.run_dir else ""
+    url = f"http://{host}:{config.port}"
+    text = _EXAMPLE.format(name=_name(config, card), url=url, engines=n, s="s" if n > 1 else "", ctl=ctl)
+    print(text, flush=True)
+
+
+def _name(config: Config, card: ModelCard | None) -> str:
+    return card.name if card is not None else config.served_name
+
+
+def _lock(directory: Path) -> int:
+    """Hold the run directory; the kernel lets go of it however we die."""
+    try:
+        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise ConfigError(f"run_dir: cannot use {directory}: {e.strerror}; choose another with --run-dir") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise ConfigError(
+            f"run_dir: another llumd runs with {directory}; stop it, or choose another with --run-dir"
+        ) from None
+    return fd
+
+
+def _listen(config: Config) -> socket.socket:
+    """The one listening socket that all frontends share: a dying frontend loses no queued connection."""
+    try:
+        info = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(info[0], socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(info[4])
+        sock.listen(_BACKLOG)
+    except OSError as e:
+        if e.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port: {config.port} on {config.host} is taken; choose another with --port") from None
+        raise ConfigError(f"host: cannot listen on {config.host}:{config.port}: {e.strerror}") from None
+    return sock
+
+
+def _listen_admin(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)  # ours by the lock: a leftover of a daemon that was killed
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117)
+    try:
+        sock.bind(str(path))
+    except OSError as e:
+        raise ConfigError(f"run_dir: cannot create {path}: {e.strerror or e}") from None
+    finally:
+        os.umask(before)
+    sock.listen(64)
+    return sock
+
+
+if __name__ == "__main__":
+    main()

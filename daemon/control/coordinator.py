@@ -1,0 +1,48 @@
+"""The coordinator process: answers the admin socket from the boards. No request waits on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+
+from aiohttp import web
+
+from daemon import child
+from daemon.child import Birth
+from daemon.control import doorbell
+from daemon.control.admin import build_admin
+from daemon.control.fabric import Fabric
+from daemon.control.messages import EngineState
+from daemon.control.overview import Overview
+
+log = logging.getLogger(__name__)
+
+_BEAT = 1.0  # seconds between signs of life
+_BEAT_DEADLINE = 30.0
+
+
+def main(birth: Birth) -> None:
+    """Entry point of the coordinator process."""
+    fabric = child.begin(birth)
+    asyncio.run(_serve(birth, fabric))
+
+
+async def _serve(birth: Birth, fabric: Fabric) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_reader(fabric.bell, lambda: doorbell.answer(fabric.bell))
+    runner = web.AppRunner(build_admin(Overview(fabric, birth)), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.SockSite(runner, socket.socket(fileno=birth.listener)).start()
+    progress = fabric.progress(fabric.process)
+    progress.enter(EngineState.SERVING, fabric.incarnation, _BEAT_DEADLINE)
+    while not stop.is_set():
+        progress.beat(_BEAT_DEADLINE)
+        try:
+            await asyncio.wait_for(stop.wait(), _BEAT)
+        except TimeoutError:
+            continue
+    await runner.cleanup()

@@ -1,0 +1,166 @@
+"""What an operator sees of the daemon, gathered from table, boards and journals: plain dicts, ready for JSON."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from daemon import __version__
+from daemon.child import Birth
+from daemon.config import options
+from daemon.control import stats
+from daemon.control.dispatch import in_flight
+from daemon.control.fabric import Fabric
+from daemon.control.journal import JournalView, SlotState
+from daemon.control.load import freeness
+from daemon.control.messages import (
+    CancelRequest,
+    EngineFacts,
+    EngineState,
+    FrontendFacts,
+    decode_engine_facts,
+    decode_frontend_facts,
+    encode,
+)
+from daemon.control.processes import Life, ProcessFacts
+
+
+class Overview:
+    """A reader of everything shared; its one deed is to pass on a cancellation."""
+
+    def __init__(self, fabric: Fabric, birth: Birth) -> None:
+        topology = fabric.topology
+        self._fabric = fabric
+        self._birth = birth
+        self._topology = topology
+        self._table = fabric.table()
+        self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
+        self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
+        self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
+        self._advice = [fabric.writer(topology.frontend(k)) for k in range(topology.frontends)]
+
+    def status(self) -> dict[str, Any]:
+        """The daemon, its engines and its frontends, as of now."""
+        self._table.refresh()
+        facts = [self._engine_facts(i) for i in range(self._topology.engines)]
+        frontends = [self._frontend_facts(k) for k in range(self._topology.frontends)]
+        config = self._birth.config
+        return {
+            "version": __version__,
+            "model": config.served_name or config.model,
+            "address": f"http://{config.host}:{config.port}",
+            "supervisor_pid": self._birth.parent,
+            "engines": [self._engine(i, f, frontends) for i, f in enumerate(facts)],
+            "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
+            "coordinator": self._process(0),
+        }
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Every unfinished request, oldest first."""
+        found = []
+        for k, journal in enumerate(self._journals):
+            for slot in journal.live_slots():
+                row = self._request(k, journal, slot)
+                if row is not None:
+                    found.append(row)
+        return sorted(found, key=lambda row: -row["age_seconds"])
+
+    def cancel(self, name: str) -> list[str]:
+        """Ask the owners to cancel the request called `name` (all its choices). Returns what was asked for."""
+        asked = []
+        for row in self.requests():
+            if name in (row["id"], row["id"].rsplit("-", 1)[0], f"{row['rid']:x}"):
+                k = row["frontend"]
+                process = self._topology.frontend(k)
+                self._table.refresh()
+                receiver = self._table.rows[process].incarnation
+                if self._advice[k].put(encode(CancelRequest(row["rid"])), receiver):
+                    self._fabric.ring_bell(process)
+                    asked.append(row["id"])
+        return asked
+
+    def config(self) -> list[dict[str, Any]]:
+        """Every option with its value and where that came from."""
+        config = self._birth.config
+        return [
+            {
+                "name": option.name,
+                "value": getattr(config, option.name),
+                "origin": config.origin.get(option.name, "default"),
+                "unit": option.metadata["unit"],
+                "meaning": option.metadata["meaning"],
+            }
+            for option in options()
+        ]
+
+    def _engine(self, i: int, facts: EngineFacts | None, frontends: list[FrontendFacts | None]) -> dict[str, Any]:
+        process = self._process(self._topology.engine(i))
+        row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
+        if facts is None:
+            return row
+        free = freeness(facts, in_flight(i, facts, frontends))
+        page = stats.snapshot(self._fabric.stats(self._topology.engine(i)), stats.ENGINE)
+        return row | {
+            "state": EngineState(facts.state).name.lower(),
+            "running": facts.running,
+            "waiting": facts.waiting,
+            "kv_used_blocks": facts.used_blocks,
+            "kv_total_blocks": facts.total_blocks,
+            "kv_usage": facts.used_blocks / max(1, facts.total_blocks),
+            "tokens_per_second": facts.tokens_per_second,
+            "step_ms": facts.step_seconds * 1e3,
+            "steps": facts.step,
+            "freeness": free if math.isfinite(free) else None,
+            "preemptions": int(page.counter("preemptions")),
+        }
+
+    def _frontend(self, k: int, facts: FrontendFacts | None) -> dict[str, Any]:
+        row = {"frontend": k, **self._process(self._topology.frontend(k))}
+        return row if facts is None else row | {"active": facts.active, "ready": facts.ready}
+
+    def _process(self, process: int) -> dict[str, Any]:
+        row: ProcessFacts = self._table.rows[process]
+        progress = self._fabric.progress(process)
+        state = progress.state.name.lower() if row.life == Life.UP else Life(row.life).name.lower()
+        return {
+            "state": state,
+            "pid": row.pid,
+            "incarnation": row.incarnation,
+            "uptime_seconds": time.monotonic() - row.born if row.life == Life.UP else 0.0,
+            "restarts": row.restarts,
+            "last_exit": row.last_exit,
+        }
+
+    def _request(self, k: int, journal: JournalView, slot: int) -> dict[str, Any] | None:
+        rid, output = journal.rid(slot), journal.num_output(slot)
+        engine, _ = journal.owner(slot)
+        params = journal.params(slot)
+        prompt_len = journal.prompt_len(slot)
+        if journal.rid(slot) != rid or journal.state(slot) is not SlotState.LIVE:
+            return None  # it ended while we were reading
+        return {
+            "id": params.label or f"{rid:x}",
+            "rid": rid,
+            "frontend": k,
+            "engine": engine,
+            "epoch": journal.epoch(slot),
+            "phase": "decode" if output else "queued or prefill",
+            "prompt_tokens": prompt_len,
+            "output_tokens": output,
+            "max_tokens": params.sampling.max_tokens,
+            "priority": params.priority,
+            "age_seconds": time.monotonic() - params.arrival,
+        }
+
+    def _engine_facts(self, i: int) -> EngineFacts | None:
+        found = self._engines[i].read()
+        row = self._table.rows[self._topology.engine(i)]
+        if found is None or row.life != Life.UP:
+            return None
+        facts = decode_engine_facts(found[1])
+        return facts if facts.incarnation == row.incarnation else None
+
+    def _frontend_facts(self, k: int) -> FrontendFacts | None:
+        found = self._frontends[k].read()
+        return decode_frontend_facts(found[1]) if found is not None else None

@@ -1,0 +1,47 @@
+"""Which runner an engine gets. Heavy imports happen here, inside the engine's process, and nowhere earlier."""
+
+from __future__ import annotations
+
+import os
+
+from daemon.config import Config
+from daemon.engine.runner import Runner
+from daemon.models.card import ModelCard, ModelError
+
+MODELLESS_VOCAB = 32000  # token ids of the stub and hash engines
+MODELLESS_LENGTH = 8192  # their context, unless max_model_len says otherwise
+
+
+def build_runner(config: Config, card: ModelCard | None, device: str) -> Runner:
+    """The runner that `config.engine` and the device ask for. ModelError if there is none."""
+    length = config.max_model_len or MODELLESS_LENGTH
+    if config.engine == "stub":
+        from daemon.engine.runner_stub import StubRunner
+
+        return StubRunner(step_seconds=config.stub_step, vocab_size=MODELLESS_VOCAB, max_model_len=length)
+    if config.engine == "hash":
+        from daemon.engine.runner_hash import HashRunner
+
+        return HashRunner(MODELLESS_VOCAB, length, config.block_size)
+    if card is None:
+        raise ModelError("engine = model needs a model")
+    if device != "cpu":
+        raise ModelError(f"{device}: this version serves models on the CPU only; set devices = cpu,cpu")
+    from daemon.engine.runner_cpu import CpuRunner
+
+    return CpuRunner(
+        card,
+        threads=config.threads or max(1, cores() // max(1, len(config.devices))),
+        dtype=config.dtype,
+        deterministic=config.deterministic,
+        load_format=config.load_format,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_model_len=config.max_model_len or card.max_position,
+    )
+
+
+def cores() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,390 @@
+"""Decides, step by step, which tokens of which requests are computed. Pure.
+
+`plan` settles who is in the batch, then cuts the step's token budget into rows:
+
+1. *grow*: each running request gets a block where its next token needs one; when none is left the least
+   urgent request is preempted: its blocks are freed, its tokens kept, and it is computed anew later;
+2. *admit*: from the head of the queue while batch slots, blocks and tokens last. A request of a more urgent
+   class may displace those of less urgent ones. Nobody overtakes the head, so a big request is not starved;
+3. *rows*: all decodes, then prefill chunks by urgency.
+
+A request gets the blocks of all its known tokens when it is admitted, so a prefill once begun never waits for
+memory. Urgency is ``(class, key(request, now), rid)``; the least goes first. `fold` takes in the step's result.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+from daemon.control.messages import Finish, TokenLogprobs
+from daemon.engine.request import Request
+from daemon.engine.runner import Row, StepPlan, StepResult
+from daemon.kvpool.blocks import BlockManager, PoolError, block_hashes
+
+Key = Callable[[Request, float], float]
+Urgency = tuple[int, float, int]
+
+
+def fcfs(request: Request, _now: float) -> float:
+    """First come, first served. A preempted request keeps its arrival, so it comes back first."""
+    return request.params.arrival
+
+
+class Emission(NamedTuple):
+    """What one step adds to one request; `start` is the output position of the first of `tokens`."""
+
+    request: Request
+    start: int
+    tokens: list[int]
+    finish: Finish
+    logprobs: list[TokenLogprobs | None] | None  # one a token
+
+
+class WaitingQueue:
+    """Requests by urgency; push and remove compare O(log n) times."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[Urgency, Request]] = []
+        self._entries: dict[int, tuple[Urgency, Request]] = {}
+        self.tokens = 0  # to compute, of all that wait
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for _, request in self._order)
+
+    @property
+    def head(self) -> Request | None:
+        return self._order[0][1] if self._order else None
+
+    def get(self, rid: int) -> Request | None:
+        entry = self._entries.get(rid)
+        return entry and entry[1]
+
+    def push(self, request: Request, urgency: Urgency) -> None:
+        entry = self._entries[request.rid] = (urgency, request)
+        insort(self._order, entry)
+        self.tokens += request.pending
+
+    def remove(self, request: Request) -> None:
+        entry = self._entries.pop(request.rid)
+        del self._order[bisect_left(self._order, entry)]
+        self.tokens -= request.pending
+
+    def reorder(self, urgency: Callable[[Request], Urgency]) -> None:
+        self._entries = {rid: (urgency(request), request) for rid, (_, request) in self._entries.items()}
+        self._order = sorted(self._entries.values())
+
+
+class Scheduler:
+    """The batch of one engine.
+
+    The key is taken when a request starts to wait; set `drifts` if it changes with time while a request waits,
+    and the queue is put in order anew at each plan.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        key: Key = fcfs,
+        drifts: bool = False,
+    ) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        self.max_num_seqs = min(max_num_seqs, max_batch_tokens)  # a step has a token for everyone in the batch
+        self.max_model_len = max_model_len
+        self.max_len = min(max_model_len, blocks.capacity * blocks.block_size)  # prompt and output, tokens
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.running: dict[int, Request] = {}  # by rid, in order of admission
+        self.waiting = WaitingQueue()
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0  # of all requests, at their first admission
+        self.prefix_hit_tokens = 0  # of those, found in the prefix cache
+        self._key = key
+        self._drifts = drifts
+
+    # -- facts for the board -------------------------------------------------------------------
+
+    @property
+    def head_demand_blocks(self) -> int:
+        """Blocks of the first waiting request; 0 if none waits."""
+        head = self.waiting.head
+        return self.blocks.blocks_for(len(head.tokens)) if head else 0
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens to compute, of waiting requests."""
+        return self.waiting.tokens
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Tokens to compute, of waiting and half-prefilled requests."""
+        _, prefilling = _split(self.running.values())
+        return self.waiting.tokens + sum(request.pending for request in prefilling)
+
+    # -- coming and going ----------------------------------------------------------------------
+
+    def get(self, rid: int) -> Request | None:
+        """The unfinished request of that id, running or waiting."""
+        return self.running.get(rid) or self.waiting.get(rid)
+
+    def refuse(self, request: Request) -> str | None:
+        """Why this request can never run here, for the client; None if it can."""
+        length = len(request.tokens)
+        if not length:
+            return "the prompt is empty"
+        if length >= self.max_model_len:
+            return f"{length} tokens leave no room for output: the model takes {self.max_model_len}"
+        if length >= self.max_len:
+            return f"{length} tokens leave no room for output: the KV memory holds {self.max_len}"
+        return None
+
+    def add(self, request: Request) -> bool:
+        """Queue a request. It may bring output (a resumed one): that is prefilled with the prompt.
+
+        False, and nothing changes, if the same request is here at this epoch or a newer one; an older one
+        makes way. Raises ValueError for what `refuse` refuses.
+        """
+        if reason := self.refuse(request):
+            raise ValueError(reason)
+        held = self.get(request.rid)
+        if held and not self.cancel(held.rid, request.epoch - 1):
+            return False
+        self.waiting.push(request, self._urgency(request, request.params.arrival))
+        return True
+
+    def cancel(self, rid: int, epoch: int) -> bool:
+        """Drop request `rid` if it is here at `epoch` or an older one, and free its blocks at once.
+
+        A step in flight may still write to them; `fold` ignores its row.
+        """
+        request = self.get(rid)
+        if request is None or request.epoch > epoch:
+            return False
+        self._end(request, Finish.CANCELLED)
+        return True
+
+    def drop_frontend(self, frontend: int, keep: Mapping[int, int]) -> list[Request]:
+        """Drop what is here of `frontend`, but for the requests of `keep` (rid: epoch); returns what went."""
+        mine = [r for r in (*self.running.values(), *self.waiting) if r.frontend == frontend]
+        dropped = [r for r in mine if r.rid not in keep or r.epoch < keep[r.rid]]
+        for request in dropped:
+            self._end(request, Finish.CANCELLED)
+        return dropped
+
+    def preempt(self, request: Request, now: float) -> None:
+        """Send a running request back to the queue. Its tokens stay, its KV is computed anew (or found cached)."""
+        self._leave(request)
+        request.preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push(request, self._urgency(request, now))
+
+    def _end(self, request: Request, finish: Finish) -> None:
+        request.finish = finish
+        if request.rid in self.running:
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
+
+    def _leave(self, request: Request) -> None:
+        del self.running[request.rid]
+        self.blocks.free(request.block_table)
+        request.block_table = []
+        request.num_computed = 0
+
+    # -- planning ------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute. `now`: seconds, for the ordering key."""
+        if self._drifts:
+            self.waiting.reorder(lambda request: self._urgency(request, now))
+        # Who was preempted for want of blocks would only be in the way again.
+        preempted = self._grow(now) or self._admit(now)
+        decoding, prefilling = _split(self.running.values())
+        rows = [Row(request, request.num_computed, 1, True) for request in decoding]
+        rows += self._chunks(prefilling, self.max_batch_tokens - len(decoding), now)
+        return StepPlan(rows, len(decoding), preempted) if rows else None
+
+    def _grow(self, now: float) -> list[Request]:
+        """Give every running request room for its known tokens; returns whom that cost its place."""
+        size = self.blocks.block_size
+        growing = [r for r in self.running.values() if len(r.tokens) > len(r.block_table) * size]
+        preempted = []
+        while not self.blocks.can_allocate(len(growing)):
+            victim = max(self.running.values(), key=lambda r: self._urgency(r, now))
+            self.preempt(victim, now)
+            preempted.append(victim)
+            growing = [r for r in growing if r is not victim]
+        for request, block in zip(growing, self.blocks.allocate(len(growing)), strict=True):
+            request.block_table.append(block)
+        return preempted
+
+    def _admit(self, now: float) -> list[Request]:
+        """Fill the batch from the queue; returns whom a more urgent class displaced."""
+        if not self.waiting:
+            return []
+        budget = self.max_batch_tokens
+        ahead = sorted(self.running.values(), key=lambda r: -r.params.priority)
+        preempted: list[Request] = []
+        while head := self.waiting.head:
+            while ahead and ahead[-1].params.priority <= head.params.priority:
+                budget -= ahead.pop().pending
+            if budget <= 0 or not (self._fits(head) or self._displace(head, preempted, now)):
+                break
+            self._enter(head, now)
+            budget -= head.pending
+        return preempted
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there is a slot, and the blocks, and one block more for each running request to grow into."""
+        if len(self.running) >= self.max_num_seqs:
+            return False
+        reserve = len(self.running)
+        # Whatever is cached, at least one block is new: spare a hopeless request the look-up.
+        can_allocate = self.blocks.can_allocate
+        return can_allocate(1 + reserve) and can_allocate(self._demand(request) + reserve)
+
+    def _demand(self, request: Request) -> int:
+        """Free blocks that admitting `request` would use up now."""
+        matched = self._match(request)
+        return self.blocks.blocks_for(len(request.tokens)) - len(matched) + self.blocks.num_idle(matched)
+
+    def _displace(self, head: Request, preempted: list[Request], now: float) -> bool:
+        """Preempt requests of less urgent classes, least urgent first, until `head` fits; none if it cannot."""
+        victims = [r for r in self.running.values() if r.params.priority > head.params.priority]
+        reclaimable = sum(len(r.block_table) for r in victims)
+        if not victims or self._demand(head) > self.blocks.num_free + reclaimable:
+            return False
+        victims.sort(key=lambda r: self._urgency(r, now))
+        while victims and not self._fits(head):
+            preempted.append(victims.pop())
+            self.preempt(preempted[-1], now)
+        return self._fits(head)
+
+    def _enter(self, request: Request, now: float) -> None:
+        self.waiting.remove(request)
+        matched = self._match(request)
+        self.blocks.acquire(matched)
+        fresh = self.blocks.blocks_for(len(request.tokens)) - len(matched)
+        request.block_table = matched + self.blocks.allocate(fresh)
+        request.num_computed = len(matched) * self.blocks.block_size
+        self.running[request.rid] = request
+        if request.admitted < 0:
+            request.admitted = now
+            request.num_cached = min(request.num_computed, request.prompt_len)
+            self.prefix_query_tokens += request.prompt_len
+            self.prefix_hit_tokens += request.num_cached
+
+    def _chunks(self, prefilling: list[Request], budget: int, now: float) -> list[Row]:
+        """Prefill rows of at most `budget` tokens together, the most urgent request's first."""
+        rows = []
+        for request in sorted(prefilling, key=lambda r: self._urgency(r, now)):
+            count = min(request.pending, budget)
+            if count:
+                rows.append(Row(request, request.num_computed, count, count == request.pending))
+            budget -= count
+        return rows
+
+    def _match(self, request: Request) -> list[int]:
+        """Cached blocks of the request's beginning. At least one token is left to compute: it gives the logits."""
+        if not self.blocks.prefix_caching:
+            return []
+        self._hash(request)
+        return self.blocks.match(request.hashes[: (len(request.tokens) - 1) // self.blocks.block_size])
+
+    def _hash(self, request: Request) -> None:
+        if len(request.hashes) < len(request.tokens) // self.blocks.block_size:
+            salt = request.params.cache_salt
+            request.hashes = block_hashes(request.tokens, self.blocks.block_size, salt, request.hashes)
+
+    def _urgency(self, request: Request, now: float) -> Urgency:
+        return request.params.priority, self._key(request, now), request.rid
+
+    # -- folding -------------------------------------------------------------------------------
+
+    def fold(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
+        """Take in what the step computed; returns what the frontends must hear, in the order of the rows.
+
+        A row whose request has been cancelled or preempted since the plan is ignored.
+        """
+        emissions = []
+        drawn = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905
+        for row in plan.rows:
+            request = row.request
+            token, logprobs = next(drawn) if row.sample else (-1, None)
+            if self.running.get(request.rid) is not request:
+                continue
+            self._advance(request, row.start + row.count)
+            if row.sample:
+                emissions.append(self._append(request, token, logprobs))
+        return emissions
+
+    def _advance(self, request: Request, computed: int) -> None:
+        """Note that the KV of the first `computed` tokens is there, and make the blocks it filled findable."""
+        first = request.num_computed // self.blocks.block_size
+        full = computed // self.blocks.block_size
+        request.num_computed = computed
+        if full > first and self.blocks.prefix_caching:
+            self._hash(request)
+            self.blocks.register(request.block_table[first:full], request.hashes[first:full])
+
+    def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Emission:
+        start = request.num_output
+        request.tokens.append(token)
+        finish = self._finish(request, token)
+        if finish:
+            self._end(request, finish)
+        return Emission(request, start, [token], finish, None if logprobs is None else [logprobs])
+
+    def _finish(self, request: Request, token: int) -> Finish:
+        """Whether `token`, just appended, ends the request."""
+        sampling = request.params.sampling
+        stop = token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos)
+        length = request.num_output
+        if stop and length >= sampling.min_tokens:
+            return Finish.STOP
+        if length >= sampling.max_tokens or len(request.tokens) >= self.max_len:
+            return Finish.LENGTH
+        return Finish.NONE
+
+    # -- invariants ----------------------------------------------------------------------------
+
+    def check(self, others: Iterable[Sequence[int]] = ()) -> None:
+        """Compare batch, queue and blocks; `others` are tables held outside the batch.
+
+        Raises PoolError at the first flaw.
+        """
+        for request in (*self.running.values(), *self.waiting):
+            if flaw := self._flaw(request):
+                raise PoolError(f"request {request.rid} {flaw}")
+        self.blocks.check([*(r.block_table for r in self.running.values()), *others])
+
+    def _flaw(self, request: Request) -> str | None:
+        waits = self.waiting.get(request.rid) is request
+        if waits == (request.rid in self.running):
+            return "both waits and runs"
+        if waits and (request.block_table or request.num_computed):
+            return "waits and holds blocks"
+        if request.num_computed > len(request.block_table) * self.blocks.block_size:
+            return "has computed more tokens than its blocks hold"
+        if not 0 < request.pending:
+            return "has nothing to compute"
+        return None
+
+
+def _split(requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
+    """Those that need one token computed, and those that need more: the decoding and the half-prefilled."""
+    decoding: list[Request] = []
+    prefilling: list[Request] = []
+    for request in requests:
+        (decoding if len(request.tokens) - request.num_computed == 1 else prefilling).append(request)
+    return decoding, prefilling

@@ -1,0 +1,196 @@
+"""The engine process: commands in, one step, tokens out, facts on the board; again."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from daemon import child
+from daemon.child import EXIT_CONFIG, Birth
+from daemon.config import Config
+from daemon.control import doorbell, segment, stats
+from daemon.control.fabric import Fabric
+from daemon.control.journal import JournalView
+from daemon.control.messages import EngineFacts, EngineState, encode
+from daemon.engine.build import build_runner
+from daemon.engine.inbox import Inbox
+from daemon.engine.outbox import Outbox
+from daemon.engine.pace import Pace
+from daemon.engine.runner import Runner, StepPlan
+from daemon.engine.scheduler import Emission, Scheduler
+from daemon.kvpool.blocks import BlockManager
+from daemon.models.card import ModelError, read_card
+
+log = logging.getLogger(__name__)
+
+IDLE_BEAT = 0.25  # seconds between signs of life without work
+IDLE_DEADLINE = 5.0
+
+
+def main(birth: Birth) -> None:
+    """Entry point of the engine process."""
+    fabric = child.begin(birth)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    progress = fabric.progress(fabric.process)
+    progress.enter(EngineState.LOADING, fabric.incarnation, birth.config.load_timeout)
+    try:
+        worker = _load(birth, fabric)
+    except ModelError as e:
+        _give_up(str(e))
+    progress.enter(EngineState.SERVING, fabric.incarnation, IDLE_DEADLINE)
+    worker.run()
+
+
+def _give_up(reason: str) -> NoReturn:
+    log.error("%s", reason)
+    sys.exit(EXIT_CONFIG)
+
+
+def _load(birth: Birth, fabric: Fabric) -> Worker:
+    config = birth.config
+    started = time.monotonic()
+    card = read_card(Path(birth.model_dir), config.served_name) if config.engine == "model" else None
+    runner = build_runner(config, card, _device(fabric, config))
+    pool = segment.attach(birth.pool)
+    num_blocks = len(pool) // runner.pool_spec(1).block_bytes
+    if num_blocks < 2:
+        raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
+    runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
+    blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_model_len=runner.max_model_len,
+        eos_token_ids=runner.eos_token_ids,
+    )
+    log.info(
+        "ready after %.1f s: %d KV blocks of %d tokens", time.monotonic() - started, num_blocks - 1, config.block_size
+    )
+    return Worker(fabric, runner, scheduler)
+
+
+def _device(fabric: Fabric, config: Config) -> str:
+    _, index = fabric.topology.role(fabric.process)
+    return config.devices[index]
+
+
+class Worker:
+    """The loop of one engine over its scheduler and runner."""
+
+    def __init__(self, fabric: Fabric, runner: Runner, scheduler: Scheduler) -> None:
+        topology = fabric.topology
+        self._fabric = fabric
+        self._runner = runner
+        self._scheduler = scheduler
+        self._progress = fabric.progress(fabric.process)
+        self._board = fabric.board()
+        self._stats = stats.StatsPage(fabric.stats(fabric.process), stats.ENGINE)
+        self._pace = Pace(time.monotonic())
+        self._steps = 0
+        self._prefix = (0, 0)  # prefix cache queries and hits already counted, tokens
+        self._outboxes = [Outbox(fabric.writer(topology.frontend(k))) for k in range(topology.frontends)]
+        self._inboxes = [
+            Inbox(
+                k,
+                fabric.incarnation,
+                fabric.reader(topology.frontend(k)),
+                JournalView(fabric.journal(k)),
+                scheduler,
+                self._outboxes[k],
+            )
+            for k in range(topology.frontends)
+        ]
+
+    def run(self) -> None:
+        """Serve until SIGTERM."""
+        while True:
+            for inbox in self._inboxes:
+                inbox.drain()
+            plan = self._scheduler.plan(time.monotonic())
+            if plan is not None:
+                self._step(plan)
+            self._deliver()
+            self._publish()
+            if plan is None:
+                self._rest()
+
+    def _step(self, plan: StepPlan) -> None:
+        started = time.monotonic()
+        self._progress.beat(self._pace.step_deadline)
+        result = self._runner.execute(plan)
+        now = time.monotonic()
+        emissions = self._scheduler.fold(plan, result, now)
+        for emission in emissions:
+            self._outboxes[emission.request.frontend].emit(emission)
+        self._account(plan, emissions, now - started, now)
+
+    def _deliver(self) -> None:
+        for k, outbox in enumerate(self._outboxes):
+            if outbox.flush():
+                self._fabric.ring_bell(self._fabric.topology.frontend(k))
+
+    def _rest(self) -> None:
+        """Nothing to compute: check the books, then sleep until somebody rings."""
+        self._pace.tick(time.monotonic())
+        self._scheduler.check()
+        while not doorbell.wait(self._fabric.bell, IDLE_BEAT):
+            self._progress.beat(IDLE_DEADLINE)
+            self._pace.tick(time.monotonic())
+            self._deliver()
+            self._publish()
+        self._progress.beat(IDLE_DEADLINE)
+
+    def _account(self, plan: StepPlan, emissions: list[Emission], seconds: float, now: float) -> None:
+        tokens = sum(len(e.tokens) for e in emissions)
+        self._steps += 1
+        self._pace.step(seconds, tokens, now)
+        self._stats.inc("steps")
+        self._stats.observe("step_seconds", seconds)
+        self._stats.observe("iteration_tokens", plan.num_tokens)
+        self._stats.inc("generation_tokens", tokens)
+        self._stats.inc("prompt_tokens", sum(row.count for row in plan.rows[plan.num_decodes :]))
+        self._stats.inc("preemptions", len(plan.preempted))
+        self._account_prefills(emissions, now)
+        self._account_prefix_cache()
+
+    def _account_prefills(self, emissions: list[Emission], now: float) -> None:
+        for emission in emissions:
+            if emission.start == 0:
+                request = emission.request
+                self._stats.observe("request_queue_time_seconds", request.admitted - request.params.arrival)
+                self._stats.observe("request_prefill_time_seconds", now - request.admitted)
+
+    def _account_prefix_cache(self) -> None:
+        queries, hits = self._scheduler.prefix_query_tokens, self._scheduler.prefix_hit_tokens
+        if queries != self._prefix[0]:
+            self._stats.inc("prefix_cache_queries", queries - self._prefix[0])
+            self._stats.inc("prefix_cache_hits", hits - self._prefix[1])
+            self._prefix = (queries, hits)
+
+    def _publish(self) -> None:
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        facts = EngineFacts(
+            incarnation=self._fabric.incarnation,
+            state=EngineState.SERVING,
+            step=self._steps,
+            time=time.monotonic(),
+            block_size=blocks.block_size,
+            total_blocks=blocks.capacity,
+            used_blocks=blocks.num_used,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            head_demand_blocks=scheduler.head_demand_blocks,
+            pending_prefill_tokens=scheduler.pending_prefill_tokens,
+            waiting_tokens=scheduler.waiting_tokens,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self._runner.max_model_len,
+            step_seconds=self._pace.step_seconds,
+            tokens_per_second=self._pace.tokens_per_second,
+            consumed=[inbox.consumed for inbox in self._inboxes],
+        )
+        self._board.publish(encode(facts))

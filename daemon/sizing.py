@@ -1,0 +1,40 @@
+"""How much memory an engine's KV pool gets, and whether the model fits at all. Pure."""
+
+from __future__ import annotations
+
+from daemon.config import Config, ConfigError
+from daemon.models.card import ModelCard
+
+MODELLESS_POOL = 16 << 20  # bytes, for engines without a model
+_LARGEST_DEFAULT = 2 << 30
+_LEAST_TOKENS = 256  # a pool below this serves nobody
+_KV_ITEM_BYTES = 4  # the CPU pool holds fp32
+_WEIGHT_BYTES = {"bf16": 2, "auto": 2, "fp32": 4}
+_ENGINE_OVERHEAD = 400 << 20  # interpreter, torch and activations of one engine
+
+
+def kv_pool_bytes(config: Config, card: ModelCard | None, engines: int, available: int) -> int:
+    """Bytes of one engine's pool. `available`: free memory of the machine in bytes.
+
+    Raises ConfigError, saying what to change, if weights and pools do not fit.
+    """
+    if card is None:
+        return config.kv_memory or MODELLESS_POOL
+    token_bytes = 2 * card.num_layers * card.num_kv_heads * card.head_dim * _KV_ITEM_BYTES
+    weights = card.num_params * _WEIGHT_BYTES[config.dtype] + _ENGINE_OVERHEAD
+    pool = config.kv_memory or min(_LARGEST_DEFAULT, available // 4 // engines)
+    if pool < token_bytes * _LEAST_TOKENS:
+        raise ConfigError(
+            f"kv_memory: {_mib(pool)} holds {pool // token_bytes} tokens of {card.name}; "
+            f"give it at least {_mib(token_bytes * _LEAST_TOKENS)}"
+        )
+    if engines * (weights + pool) > available:
+        raise ConfigError(
+            f"{card.name} does not fit: {engines} engines need {_mib(weights)} for weights and {_mib(pool)} "
+            f"for KV each, {_mib(available)} is free; lower kv_memory or name fewer devices"
+        )
+    return pool
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
