@@ -16,6 +16,7 @@ from daemon.control.fabric import Fabric, FabricHandles
 
 PR_SET_PDEATHSIG = 1
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again cannot help
+LEAVE = signal.SIGUSR1  # the supervisor's word to finish and exit
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ def begin(birth: Birth) -> Fabric:
     role, index = birth.handles.topology.role(birth.process)
     name = role if role == "coordinator" else f"{role} {index}"
     setproctitle.setproctitle(f"llumd: {name}")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they may reach the whole group; the supervisor decides
     start_logging(birth.config.log_level, name)
     return Fabric(birth.handles, birth.process, birth.incarnation)
 

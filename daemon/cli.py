@@ -94,7 +94,7 @@ def _check(args: argparse.Namespace) -> int:
     except (ConfigError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
-    print(f"{_name(config, card)}: {len(config.devices)} engines, {pool >> 20} MiB of KV each; settings are fine")
+    print(f"{card.name}: {len(config.devices)} engines, {pool >> 20} MiB of KV each; settings are fine")
     return 0
 
 
@@ -109,22 +109,21 @@ def _options(_args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(config: Config) -> tuple[Config, ModelCard | None, Path, int]:
+def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:
     """Everything that can be refused is refused here, before a process or a segment exists."""
     devices = config.devices or _find_devices()
     config = dataclasses.replace(config, devices=devices)
     config.check()
-    if config.engine != "model":
-        config = dataclasses.replace(config, served_name=config.served_name or config.engine)
-    model_dir = Path()
-    if config.engine == "model":
-        model_dir = store.resolve(
-            config.model, config.load_format, lambda text: print(text, file=sys.stderr, flush=True)
-        )
-    card = read_card(model_dir, config.served_name, config.load_format) if config.engine == "model" else None
-    if card is not None:
-        config = dataclasses.replace(config, served_name=card.name)
+    model_dir = store.resolve(config.model, config.load_format, _say)
+    # The stub and hash engines compute nothing of the model; its tokenizer serves the frontends all the same.
+    load_format = config.load_format if config.engine == "model" else "dummy"
+    card = read_card(model_dir, config.served_name, load_format)
+    config = dataclasses.replace(config, served_name=card.name)
     return config, card, model_dir, kv_pool_bytes(config, card, len(devices), _available_memory())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _find_devices() -> list[str]:
@@ -140,7 +139,7 @@ def _available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _run(config: Config, card: ModelCard | None, model_dir: Path, pool: int) -> int:
+def _run(config: Config, card: ModelCard, model_dir: Path, pool: int) -> int:
     from daemon.supervisor import Supervisor
 
     directory = settings.run_dir(config)
@@ -158,17 +157,13 @@ def _run(config: Config, card: ModelCard | None, model_dir: Path, pool: int) -> 
         os.close(lock)
 
 
-def _announce(config: Config, card: ModelCard | None, directory: Path) -> None:
+def _announce(config: Config, card: ModelCard, directory: Path) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     n = len(config.devices)
     ctl = f" --run-dir {directory}" if config.run_dir else ""
     url = f"http://{host}:{config.port}"
-    text = _EXAMPLE.format(name=_name(config, card), url=url, engines=n, s="s" if n > 1 else "", ctl=ctl)
+    text = _EXAMPLE.format(name=card.name, url=url, engines=n, s="s" if n > 1 else "", ctl=ctl)
     print(text, flush=True)
-
-
-def _name(config: Config, card: ModelCard | None) -> str:
-    return card.name if card is not None else config.served_name
 
 
 def _lock(directory: Path) -> int:

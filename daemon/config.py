@@ -93,7 +93,7 @@ class Config:
     max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests")
     max_batch_tokens: int = _opt(512, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
     prefix_caching: bool = _opt(True, "engine", "reuse the KV blocks of equal prompt beginnings")
-    stub_step: float = _opt(0.02, "engine", "step time of the stub engine", "seconds")
+    stub_step: float = _opt(0.02, "engine", "step time of the stub and hash engines", "seconds")
     # -- frontend
     host: str = _opt("127.0.0.1", "http", "address to listen on")
     port: int = _opt(8000, "http", "port to listen on; 0: any free one")

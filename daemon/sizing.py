@@ -5,7 +5,7 @@ from __future__ import annotations
 from daemon.config import Config, ConfigError
 from daemon.models.card import ModelCard
 
-MODELLESS_POOL = 16 << 20  # bytes, for engines without a model
+MODELLESS_POOL = 1 << 20  # bytes, for engines without a model
 _LARGEST_DEFAULT = 2 << 30
 _LEAST_TOKENS = 256  # a pool below this serves nobody
 _KV_ITEM_BYTES = 4  # the CPU pool holds fp32
@@ -13,12 +13,12 @@ _WEIGHT_BYTES = {"bf16": 2, "auto": 2, "fp32": 4}
 _ENGINE_OVERHEAD = 400 << 20  # interpreter, torch and activations of one engine
 
 
-def kv_pool_bytes(config: Config, card: ModelCard | None, engines: int, available: int) -> int:
+def kv_pool_bytes(config: Config, card: ModelCard, engines: int, available: int) -> int:
     """Bytes of one engine's pool. `available`: free memory of the machine in bytes.
 
     Raises ConfigError, saying what to change, if weights and pools do not fit.
     """
-    if card is None:
+    if config.engine != "model":
         return config.kv_memory or MODELLESS_POOL
     token_bytes = 2 * card.num_layers * card.num_kv_heads * card.head_dim * _KV_ITEM_BYTES
     weights = card.num_params * _WEIGHT_BYTES[config.dtype] + _ENGINE_OVERHEAD

@@ -21,7 +21,7 @@ from typing import Any
 import multiprocess
 
 from daemon import entry
-from daemon.child import EXIT_CONFIG, Birth
+from daemon.child import EXIT_CONFIG, LEAVE, Birth
 from daemon.config import Config
 from daemon.control import segment
 from daemon.control.fabric import COORDINATOR, Fabric, Topology
@@ -36,7 +36,7 @@ LATE_TICK = 2.0  # a tick later than this says more about us than about the chil
 FIRST_BACKOFF = 0.2
 MAX_BACKOFF = 30.0
 HEALTHY_AFTER = 60.0  # seconds of life that forget earlier deaths
-LAST_WORDS = 5.0  # seconds between SIGTERM and SIGKILL for engines and coordinator
+LAST_WORDS = 5.0  # seconds between LEAVE and SIGKILL for engines and coordinator
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Supervisor:
     def _end(self, children: list[Child], grace: float) -> None:
         for child in children:
             child.start_at = float("inf")
-            self._signal(child, signal.SIGTERM)
+            self._signal(child, LEAVE)
         end = time.monotonic() + grace
         while any(c.alive for c in children) and time.monotonic() < end and not self._signals:
             self._wait(TICK)

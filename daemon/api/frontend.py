@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 from pathlib import Path
 
@@ -13,12 +12,18 @@ from aiohttp import web
 
 from daemon import child
 from daemon.api.app import build_app
+from daemon.api.auth import KeyRing
+from daemon.api.exposition import Fleet, FrontendMetrics
 from daemon.api.tracker import Tracker
-from daemon.child import Birth
+from daemon.child import LEAVE, Birth
 from daemon.control import doorbell
 from daemon.control.fabric import Fabric
 from daemon.control.messages import EngineState
 from daemon.control.processes import Progress
+from daemon.control.stats import ENGINE, FRONTEND, snapshot
+from daemon.models.card import read_card
+from daemon.models.chat import ChatTemplate
+from daemon.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ def main(birth: Birth) -> None:
 async def _serve(birth: Birth, fabric: Fabric) -> None:
     loop = asyncio.get_running_loop()
     tracker = Tracker(fabric, birth.config)
-    app = build_app(birth.config, tracker, Path(birth.model_dir), fabric)
+    app = _application(birth, fabric, tracker)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     assert runner.server is not None
@@ -47,7 +52,7 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
 
     loop.add_reader(fabric.bell, rung)
     stop = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(LEAVE, stop.set)
     listener = socket.socket(fileno=birth.listener)
     listener.setblocking(False)
     acceptor = Acceptor(listener, runner.server)
@@ -62,6 +67,31 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
     await _drained(tracker, birth.config.drain_timeout)
     beating.cancel()
     await runner.cleanup()
+
+
+def _application(birth: Birth, fabric: Fabric, tracker: Tracker) -> web.Application:
+    config, model_dir = birth.config, Path(birth.model_dir)
+    return build_app(
+        config=config,
+        generator=tracker,
+        tokenizer=Tokenizer(model_dir),
+        chat_template=ChatTemplate(model_dir),
+        card=read_card(model_dir, config.served_name, "dummy"),
+        keys=KeyRing.load(Path(config.api_key_file)) if config.api_key_file else None,
+        metrics=FrontendMetrics(tracker.stats, lambda: _fleet(fabric, tracker)),
+    )
+
+
+def _fleet(fabric: Fabric, tracker: Tracker) -> Fleet:
+    """Everybody's counters: any frontend can answer for the whole daemon."""
+    topology = fabric.topology
+    frontends = [fabric.stats(topology.frontend(k)) for k in range(topology.frontends)]
+    engines = [fabric.stats(topology.engine(i)) for i in range(topology.engines)]
+    return Fleet(
+        [snapshot(page, FRONTEND) for page in frontends],
+        [snapshot(page, ENGINE) for page in engines],
+        tracker.engine_facts(),
+    )
 
 
 async def _beat(progress: Progress) -> None:

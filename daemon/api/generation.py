@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Stream(Protocol):
-    """One choice in flight. The journal is its buffer: a slow reader gets larger pieces, never a longer queue."""
+    """One choice in flight. A slow reader gets larger pieces, never a longer queue."""
 
     rid: int
 
@@ -60,7 +60,10 @@ class Admission(Protocol):
 class Generator(Protocol):
     """What the routes see of the control plane."""
 
-    max_model_len: int  # of the engines; 0 until one is ready
+    @property
+    def max_model_len(self) -> int:
+        """Of the engines, in tokens; 0 until one is ready."""
+        ...
 
     def admit(self, count: int) -> Admission:
         """Raises Overloaded or NoEngine."""

@@ -18,7 +18,6 @@ from daemon.config import Config
 from daemon.control.dispatch import choose, in_flight
 from daemon.control.fabric import COORDINATOR, Fabric
 from daemon.control.journal import Journal, JournalFull, JournalTooSmall
-from daemon.control.load import InFlight
 from daemon.control.messages import (
     Cancel,
     CancelRequest,
@@ -350,16 +349,18 @@ class Tracker:
 
     # -- dispatch -----------------------------------------------------------------------------------
 
+    def engine_facts(self) -> list[EngineFacts | None]:
+        """Facts of each engine as last published; None of one that is not there."""
+        return [link.refresh() for link in self._links]
+
     def _serving(self) -> list[EngineFacts]:
-        found = (link.refresh() for link in self._links)
-        return [f for f in found if f is not None and f.state == EngineState.SERVING]
+        return [f for f in self.engine_facts() if f is not None and f.state == EngineState.SERVING]
 
     def _choose(self) -> int:
-        facts = [link.refresh() for link in self._links]
+        facts = self.engine_facts()
         frontends = [self._facts() if peer is None else peer.refresh() for peer in self._peers]
-        flying = [in_flight(i, f, frontends) if f is not None else InFlight() for i, f in enumerate(facts)]
         self._turn += 1
-        engine = choose(facts, flying, self._turn)
+        engine = choose(facts, in_flight(facts, frontends), self._turn)
         if engine is None or self.draining:
             raise NoEngine("no engine is ready")
         return engine

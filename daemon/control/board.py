@@ -13,7 +13,6 @@ from zlib import crc32
 SLOT_BYTES = 4096
 _COPY_BYTES = (SLOT_BYTES - 64) // 2
 _HEADER = struct.Struct("<IIQ")  # length, crc, version
-_SEED = struct.Struct("<IQ")
 MAX_FACTS = _COPY_BYTES - _HEADER.size
 _READ_RETRIES = 1_000
 
@@ -54,7 +53,7 @@ class BoardReader:
         """Grows with each publication; 0 before the first. Equal versions mean equal facts."""
         return int(self._word[0])
 
-    def read(self) -> tuple[int, memoryview] | None:
+    def read(self) -> tuple[int, bytes] | None:
         """(version, facts) as last published, or None before the first publication."""
         for _ in range(_READ_RETRIES):
             version = self._word[0]
@@ -63,13 +62,12 @@ class BoardReader:
             base = 64 + (version & 1) * _COPY_BYTES
             length, crc, written = _HEADER.unpack_from(self._slot, base)
             if written == version and length <= MAX_FACTS:
-                facts = self._slot[base + _HEADER.size : base + _HEADER.size + length]
-                # A copy: the writer may reuse this one two publications later.
-                private = bytes(facts)
-                if _checksum(private, version) == crc:
-                    return version, memoryview(private)
+                start = base + _HEADER.size
+                facts = bytes(self._slot[start : start + length])  # two publications later it is overwritten
+                if _checksum(facts, version) == crc:
+                    return version, facts
         raise BoardFault("a board slot stayed inconsistent")
 
 
 def _checksum(facts: bytes, version: int) -> int:
-    return crc32(facts, crc32(_SEED.pack(len(facts), version)))
+    return crc32(facts, version & 0xFFFFFFFF)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 
 from aiohttp import web
 
 from daemon import child
-from daemon.child import Birth
+from daemon.child import LEAVE, Birth
 from daemon.control import doorbell
 from daemon.control.admin import build_admin
 from daemon.control.fabric import Fabric
@@ -32,7 +31,7 @@ def main(birth: Birth) -> None:
 async def _serve(birth: Birth, fabric: Fabric) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(LEAVE, stop.set)
     loop.add_reader(fabric.bell, lambda: doorbell.answer(fabric.bell))
     runner = web.AppRunner(build_admin(Overview(fabric, birth)), access_log=None, shutdown_timeout=1.0)
     await runner.setup()

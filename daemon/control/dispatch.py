@@ -25,26 +25,25 @@ def choose(engines: Sequence[EngineFacts | None], in_flight: Sequence[InFlight],
     return best
 
 
-def in_flight(
-    engine: int,
-    facts: EngineFacts,
-    frontends: Sequence[FrontendFacts | None],
-) -> InFlight:
-    """What all frontends have sent to `engine` and its facts do not count yet.
+def in_flight(engines: Sequence[EngineFacts | None], frontends: Sequence[FrontendFacts | None]) -> list[InFlight]:
+    """What all frontends have sent to each engine and its facts do not count yet.
 
-    Totals are comparable only between matching incarnations: the frontend counts since the engine was born,
-    the engine since the frontend was.
+    Totals are comparable only between matching incarnations: a frontend counts since the engine was born,
+    an engine since the frontend was.
     """
-    requests = tokens = 0
+    flying = [NOTHING] * len(engines)
     for k, frontend in enumerate(frontends):
-        if frontend is None or engine >= len(frontend.submitted):
+        if frontend is None:
             continue
-        sent = frontend.submitted[engine]
-        if sent.peer != facts.incarnation:
-            continue
-        taken = facts.consumed[k] if k < len(facts.consumed) else None
-        if taken is None or taken.peer != frontend.incarnation:
-            taken = _NO_DEMAND
-        requests += max(0, sent.requests - taken.requests)
-        tokens += max(0, sent.tokens - taken.tokens)
-    return InFlight(requests, tokens) if requests else NOTHING
+        for i, (facts, sent) in enumerate(zip(engines, frontend.submitted, strict=True)):
+            if facts is None or sent.peer != facts.incarnation:
+                continue
+            taken = facts.consumed[k]
+            if taken.peer != frontend.incarnation:
+                taken = _NO_DEMAND
+            if sent.requests > taken.requests:
+                before = flying[i]
+                flying[i] = InFlight(
+                    before.requests + sent.requests - taken.requests, before.tokens + sent.tokens - taken.tokens
+                )
+    return flying

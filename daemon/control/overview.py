@@ -13,7 +13,7 @@ from daemon.control import stats
 from daemon.control.dispatch import in_flight
 from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView, SlotState
-from daemon.control.load import freeness
+from daemon.control.load import InFlight, freeness
 from daemon.control.messages import (
     CancelRequest,
     EngineFacts,
@@ -45,13 +45,14 @@ class Overview:
         self._table.refresh()
         facts = [self._engine_facts(i) for i in range(self._topology.engines)]
         frontends = [self._frontend_facts(k) for k in range(self._topology.frontends)]
+        flying = in_flight(facts, frontends)
         config = self._birth.config
         return {
             "version": __version__,
             "model": config.served_name or config.model,
             "address": f"http://{config.host}:{config.port}",
             "supervisor_pid": self._birth.parent,
-            "engines": [self._engine(i, f, frontends) for i, f in enumerate(facts)],
+            "engines": [self._engine(i, f, flying[i]) for i, f in enumerate(facts)],
             "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
             "coordinator": self._process(0),
         }
@@ -94,12 +95,12 @@ class Overview:
             for option in options()
         ]
 
-    def _engine(self, i: int, facts: EngineFacts | None, frontends: list[FrontendFacts | None]) -> dict[str, Any]:
+    def _engine(self, i: int, facts: EngineFacts | None, flying: InFlight) -> dict[str, Any]:
         process = self._process(self._topology.engine(i))
         row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
         if facts is None:
             return row
-        free = freeness(facts, in_flight(i, facts, frontends))
+        free = freeness(facts, flying)
         page = stats.snapshot(self._fabric.stats(self._topology.engine(i)), stats.ENGINE)
         return row | {
             "state": EngineState(facts.state).name.lower(),

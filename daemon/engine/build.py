@@ -8,23 +8,23 @@ from daemon.config import Config
 from daemon.engine.runner import Runner
 from daemon.models.card import ModelCard, ModelError
 
-MODELLESS_VOCAB = 32000  # token ids of the stub and hash engines
-MODELLESS_LENGTH = 8192  # their context, unless max_model_len says otherwise
 
-
-def build_runner(config: Config, card: ModelCard | None, device: str) -> Runner:
+def build_runner(config: Config, card: ModelCard, device: str) -> Runner:
     """The runner that `config.engine` and the device ask for. ModelError if there is none."""
-    length = config.max_model_len or MODELLESS_LENGTH
+    length = min(config.max_model_len or card.max_position, card.max_position)
     if config.engine == "stub":
         from daemon.engine.runner_stub import StubRunner
 
-        return StubRunner(step_seconds=config.stub_step, vocab_size=MODELLESS_VOCAB, max_model_len=length)
+        return StubRunner(
+            step_seconds=config.stub_step,
+            vocab_size=card.vocab_size,
+            max_model_len=length,
+            block_size=config.block_size,
+        )
     if config.engine == "hash":
         from daemon.engine.runner_hash import HashRunner
 
-        return HashRunner(MODELLESS_VOCAB, length, config.block_size)
-    if card is None:
-        raise ModelError("engine = model needs a model")
+        return HashRunner(card.vocab_size, length, config.block_size, step_seconds=config.stub_step)
     if device != "cpu":
         raise ModelError(f"{device}: this version serves models on the CPU only; set devices = cpu,cpu")
     from daemon.engine.runner_cpu import CpuRunner
@@ -38,7 +38,7 @@ def build_runner(config: Config, card: ModelCard | None, device: str) -> Runner:
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
-        max_model_len=config.max_model_len or card.max_position,
+        max_model_len=length,
     )
 
 

@@ -18,7 +18,7 @@ class Row(NamedTuple):
 
     request: Request
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
     sample: bool
 
 

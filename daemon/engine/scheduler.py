@@ -14,18 +14,17 @@ memory. Urgency is ``(class, key(request, now), rid)``; the least goes first. `f
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
 from daemon.control.messages import Finish, TokenLogprobs
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan, StepResult
+from daemon.engine.waiting import Urgency, WaitingQueue
 from daemon.kvpool.blocks import BlockManager, PoolError, block_hashes
 
 Key = Callable[[Request, float], float]
-Urgency = tuple[int, float, int]
 
 
 def fcfs(request: Request, _now: float) -> float:
@@ -41,43 +40,6 @@ class Emission(NamedTuple):
     tokens: list[int]
     finish: Finish
     logprobs: list[TokenLogprobs | None] | None  # one a token
-
-
-class WaitingQueue:
-    """Requests by urgency; push and remove compare O(log n) times."""
-
-    def __init__(self) -> None:
-        self._order: list[tuple[Urgency, Request]] = []
-        self._entries: dict[int, tuple[Urgency, Request]] = {}
-        self.tokens = 0  # to compute, of all that wait
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[Request]:
-        return (request for _, request in self._order)
-
-    @property
-    def head(self) -> Request | None:
-        return self._order[0][1] if self._order else None
-
-    def get(self, rid: int) -> Request | None:
-        entry = self._entries.get(rid)
-        return entry and entry[1]
-
-    def push(self, request: Request, urgency: Urgency) -> None:
-        entry = self._entries[request.rid] = (urgency, request)
-        insort(self._order, entry)
-        self.tokens += request.pending
-
-    def remove(self, request: Request) -> None:
-        entry = self._entries.pop(request.rid)
-        del self._order[bisect_left(self._order, entry)]
-        self.tokens -= request.pending
-
-    def reorder(self, urgency: Callable[[Request], Urgency]) -> None:
-        self._entries = {rid: (urgency(request), request) for rid, (_, request) in self._entries.items()}
-        self._order = sorted(self._entries.values())
 
 
 class Scheduler:
@@ -376,7 +338,7 @@ class Scheduler:
             return "waits and holds blocks"
         if request.num_computed > len(request.block_table) * self.blocks.block_size:
             return "has computed more tokens than its blocks hold"
-        if not 0 < request.pending:
+        if request.pending < 1:
             return "has nothing to compute"
         return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from daemon import child
-from daemon.child import EXIT_CONFIG, Birth
+from daemon.child import EXIT_CONFIG, LEAVE, Birth
 from daemon.config import Config
 from daemon.control import doorbell, segment, stats
 from daemon.control.fabric import Fabric
@@ -34,7 +34,7 @@ IDLE_DEADLINE = 5.0
 def main(birth: Birth) -> None:
     """Entry point of the engine process."""
     fabric = child.begin(birth)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(LEAVE, lambda *_: sys.exit(0))
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.LOADING, fabric.incarnation, birth.config.load_timeout)
     try:
@@ -53,7 +53,8 @@ def _give_up(reason: str) -> NoReturn:
 def _load(birth: Birth, fabric: Fabric) -> Worker:
     config = birth.config
     started = time.monotonic()
-    card = read_card(Path(birth.model_dir), config.served_name) if config.engine == "model" else None
+    load_format = config.load_format if config.engine == "model" else "dummy"
+    card = read_card(Path(birth.model_dir), config.served_name, load_format)
     runner = build_runner(config, card, _device(fabric, config))
     pool = segment.attach(birth.pool)
     num_blocks = len(pool) // runner.pool_spec(1).block_bytes
@@ -92,7 +93,7 @@ class Worker:
         self._stats = stats.StatsPage(fabric.stats(fabric.process), stats.ENGINE)
         self._pace = Pace(time.monotonic())
         self._steps = 0
-        self._prefix = (0, 0)  # prefix cache queries and hits already counted, tokens
+        self._counted = dict.fromkeys(("preemptions", "prefix_cache_queries", "prefix_cache_hits"), 0)
         self._outboxes = [Outbox(fabric.writer(topology.frontend(k))) for k in range(topology.frontends)]
         self._inboxes = [
             Inbox(
@@ -135,10 +136,13 @@ class Worker:
                 self._fabric.ring_bell(self._fabric.topology.frontend(k))
 
     def _rest(self) -> None:
-        """Nothing to compute: check the books, then sleep until somebody rings."""
+        """Nothing to compute: sleep until somebody rings, and check the books meanwhile."""
         self._pace.tick(time.monotonic())
-        self._scheduler.check()
+        checked = False
         while not doorbell.wait(self._fabric.bell, IDLE_BEAT):
+            if not checked:  # only once it has been quiet: a large pool takes milliseconds to check
+                self._scheduler.check()
+                checked = True
             self._progress.beat(IDLE_DEADLINE)
             self._pace.tick(time.monotonic())
             self._deliver()
@@ -154,9 +158,8 @@ class Worker:
         self._stats.observe("iteration_tokens", plan.num_tokens)
         self._stats.inc("generation_tokens", tokens)
         self._stats.inc("prompt_tokens", sum(row.count for row in plan.rows[plan.num_decodes :]))
-        self._stats.inc("preemptions", len(plan.preempted))
         self._account_prefills(emissions, now)
-        self._account_prefix_cache()
+        self._account_scheduler()
 
     def _account_prefills(self, emissions: list[Emission], now: float) -> None:
         for emission in emissions:
@@ -165,12 +168,17 @@ class Worker:
                 self._stats.observe("request_queue_time_seconds", request.admitted - request.params.arrival)
                 self._stats.observe("request_prefill_time_seconds", now - request.admitted)
 
-    def _account_prefix_cache(self) -> None:
-        queries, hits = self._scheduler.prefix_query_tokens, self._scheduler.prefix_hit_tokens
-        if queries != self._prefix[0]:
-            self._stats.inc("prefix_cache_queries", queries - self._prefix[0])
-            self._stats.inc("prefix_cache_hits", hits - self._prefix[1])
-            self._prefix = (queries, hits)
+    def _account_scheduler(self) -> None:
+        """Carry the scheduler's own totals over to the statistics page."""
+        totals = {
+            "preemptions": self._scheduler.num_preemptions,
+            "prefix_cache_queries": self._scheduler.prefix_query_tokens,
+            "prefix_cache_hits": self._scheduler.prefix_hit_tokens,
+        }
+        for name, total in totals.items():
+            if total != self._counted[name]:
+                self._stats.inc(name, total - self._counted[name])
+                self._counted[name] = total
 
     def _publish(self) -> None:
         scheduler, blocks = self._scheduler, self._scheduler.blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,177 @@ class ModelCard:
         layer = qkv + out + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         head = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + head + self.hidden_size
+
+
+def read_card(path: Path, name: str = "", load_format: str = "auto") -> ModelCard:
+    """Read and check a Hugging Face directory; weights are checked by their headers alone.
+
+    `name` defaults to the directory's. With `load_format` "dummy" only config.json is needed.
+    Raises ModelError for whatever cannot be served exactly as Transformers would compute it.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a directory")
+    config = read_json(path / "config.json")
+    if config is None:
+        raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory")
+    try:
+        card = _card(path, name or path.absolute().name, config)
+    except ModelError as e:
+        raise ModelError(f"{path}/config.json: {e}") from None
+    if load_format != "dummy":
+        from daemon.models import checkpoint
+
+        checkpoint.check(card)
+        check_tokenizer(path)
+    return card
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in `file`, None if there is no such file. Raises ModelError if it is not a JSON object."""
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise ModelError(f"cannot read {file}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f"{file} is not valid JSON ({e}); was it copied whole?") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return value
+
+
+def eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Every id that config.json or generation_config.json calls an end of sequence, in that order."""
+    generation = read_json(path / "generation_config.json") or {}
+    ids: dict[int, None] = {}
+    for source in (config, generation):
+        value = source.get("eos_token_id")
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ModelError(f"eos_token_id {token!r} is not a token id")
+            ids[token] = None
+    return tuple(ids)
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raises ModelError unless `path` holds a tokenizer.json."""
+    if (path / "tokenizer.json").is_file():
+        return
+    if (path / "tokenizer.model").is_file():
+        raise ModelError(
+            f"{path} has tokenizer.model but no tokenizer.json; write it once with "
+            "transformers.AutoTokenizer.from_pretrained(path).save_pretrained(path)"
+        )
+    raise ModelError(f"{path} holds no tokenizer.json; copy it from the model's repository")
+
+
+def _card(path: Path, name: str, config: dict[str, Any]) -> ModelCard:
+    _check_architecture(config)
+    heads = _count(config, "num_attention_heads")
+    kv_heads = _count(config, "num_key_value_heads", heads)
+    hidden = _count(config, "hidden_size")
+    if heads % kv_heads:
+        raise ModelError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ModelError(f"hidden_size {hidden} is not a multiple of {heads} heads and head_dim is not given")
+    head_dim = _count(config, "head_dim", hidden // heads)
+    if head_dim % 2:
+        raise ModelError(f"head_dim {head_dim} is odd; rotary embedding needs pairs")
+    vocab = _count(config, "vocab_size")
+    max_position = _count(config, "max_position_embeddings", 2048)
+    theta, scaling = _rope(config, max_position)
+    eos = eos_token_ids(path, config)
+    if any(token >= vocab for token in eos):
+        raise ModelError(f"eos_token_id {max(eos)} lies outside the vocabulary of {vocab}")
+    mistral = _architecture(config) == "MistralForCausalLM"
+    return ModelCard(
+        path=path,
+        name=name,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=_count(config, "intermediate_size"),
+        num_layers=_count(config, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_positive(config, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position=max_position,
+        tie_embeddings=_flag(config, "tie_word_embeddings"),
+        attention_bias=False if mistral else _flag(config, "attention_bias"),
+        mlp_bias=False if mistral else _flag(config, "mlp_bias"),
+        eos_token_ids=eos,
+    )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    if isinstance(named, list) and len(named) == 1:
+        return str(named[0])
+    by_type = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+    return by_type.get(str(config.get("model_type")), str(named or config.get("model_type")))
+
+
+def _check_architecture(config: dict[str, Any]) -> None:
+    architecture = _architecture(config)
+    if architecture not in ("LlamaForCausalLM", "MistralForCausalLM"):
+        raise ModelError(f"architecture {architecture} is not supported; LlamaForCausalLM is, and what equals it")
+    # An absent key means a window of 4096 to Transformers; only an explicit null is a plain Llama.
+    if architecture == "MistralForCausalLM" and config.get("sliding_window", 4096) is not None:
+        raise ModelError("sliding-window attention is not supported (a Mistral with sliding_window null is)")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise ModelError("quantised checkpoints are not supported; take the model's bf16 or fp32 weights, or a .gguf")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ModelError(f"activation {config['hidden_act']!r} is not supported, only silu")
+
+
+def _rope(config: dict[str, Any], max_position: int) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from `rope_parameters` (Transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ModelError("the rope parameters are not an object")
+    theta = _positive(parameters, "rope_theta", _positive(config, "rope_theta", 10000.0))
+    if any(c.get("partial_rotary_factor", 1) not in (1, None) for c in (config, parameters)):
+        raise ModelError("partial rotary embeddings are not supported")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, {"rope_type": kind, "factor": _positive(parameters, "factor")}
+    if kind != "llama3":
+        raise ModelError(f"rope scaling {kind!r} is not supported; llama3, linear and none are")
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    scaling = {"rope_type": kind} | {n: _positive(parameters, n) for n in names}
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ModelError("llama3 rope scaling needs high_freq_factor above low_freq_factor")
+    original = _count(parameters, "original_max_position_embeddings", max_position)
+    return theta, scaling | {"original_max_position_embeddings": original}
+
+
+def _count(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ModelError(f"{key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ModelError(f"{key} is {value!r}, not a positive number")
+    return value
+
+
+def _positive(config: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ModelError(f"{key} is missing")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ModelError(f"{key} is {value!r}, not a positive number")
+    return float(value)
+
+
+def _flag(config: dict[str, Any], key: str) -> bool:
+    value = config.get(key) or False
+    if not isinstance(value, bool):
+        raise ModelError(f"{key} is {value!r}, neither true nor false")
+    return value

@@ -1,0 +1,1 @@
+"""Benchmarks; none of it is imported by the daemon."""

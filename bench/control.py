@@ -1,0 +1,265 @@
+"""What the control plane costs: dispatch, board, ring. One command, one table, JSON if asked.
+
+    python -m bench.control [--json FILE]
+
+Dispatch is timed from a parsed request (token ids in hand) to its `Start` committed on the engine's ring:
+boards of 8 engines and 2 frontends read, engine chosen, 1,000-token prompt journaled. The doorbell is an
+eventfd nobody sleeps on here; waking a sleeper costs the kernel's wake-up on top. Two cases: every engine
+has published since the last dispatch (worst), or none has (a burst between two steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import random
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from daemon.api.tracker import Tracker
+from daemon.config import Config
+from daemon.control import doorbell, segment
+from daemon.control.board import BoardReader, BoardWriter
+from daemon.control.fabric import Fabric, FabricHandles, Topology
+from daemon.control.messages import (
+    Demand,
+    EngineFacts,
+    EngineState,
+    SamplingParams,
+    StepOutput,
+    decode_engine_facts,
+    decode_to_frontend,
+    encode,
+)
+from daemon.control.processes import Life, ProcessFacts
+from daemon.control.ring import RingReader, RingWriter, ring_bytes
+
+ENGINES, FRONTENDS, PROMPT = 8, 2, 1000
+_ROUND_TRIPS = 5000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--rounds", type=int, default=5000, help="dispatches measured (default 5000)")
+    args = parser.parse_args()
+    rows = asyncio.run(measure_dispatch(args.rounds))
+    rows |= {"board read": measure_board(args.rounds)}
+    rows |= measure_round_trips()
+    _print(rows)
+    if args.json:
+        record = {"command": "python -m bench.control", "machine": _machine(), "microseconds": rows}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+# -- dispatch -------------------------------------------------------------------------------------
+
+
+class Engines:
+    """Both ends' worth of engines without a process: they publish facts and empty their rings."""
+
+    def __init__(self, handles: FabricHandles) -> None:
+        self._fabrics = [Fabric(handles, handles.topology.engine(i), 1) for i in range(ENGINES)]
+        self._boards = [f.board() for f in self._fabrics]
+        self._rings = [f.reader(handles.topology.frontend(0)) for f in self._fabrics]
+        self._taken = [[0, 0] for _ in range(ENGINES)]
+        self._step = 0
+
+    def publish(self) -> None:
+        self._step += 1
+        for i, board in enumerate(self._boards):
+            consumed = [Demand(1, *self._taken[i]), Demand(1, 0, 0)]
+            board.publish(encode(_facts(self._step, random.randrange(100, 4000), consumed)))
+
+    def take(self) -> None:
+        for i, ring in enumerate(self._rings):
+            while ring.read() is not None:
+                self._taken[i][0] += 1
+                self._taken[i][1] += PROMPT
+            ring.ack()
+
+
+def _facts(step: int, used: int, consumed: list[Demand]) -> EngineFacts:
+    return EngineFacts(
+        incarnation=1,
+        state=EngineState.SERVING,
+        step=step,
+        time=time.monotonic(),
+        block_size=16,
+        total_blocks=50_000,
+        used_blocks=used,
+        running=64,
+        waiting=3,
+        head_demand_blocks=40,
+        pending_prefill_tokens=900,
+        waiting_tokens=2000,
+        max_num_seqs=256,
+        max_model_len=8192,
+        step_seconds=0.02,
+        tokens_per_second=3000.0,
+        consumed=consumed,
+    )
+
+
+async def measure_dispatch(rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds from token ids to a committed Start."""
+    handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20)
+    table = Fabric(handles, -1, 0).table_writer()
+    for process in range(handles.topology.processes):
+        table.publish(process, ProcessFacts(life=Life.UP, incarnation=1))
+    engines = Engines(handles)
+    engines.publish()
+    tracker = Tracker(Fabric(handles, handles.topology.frontend(0), 1), Config(max_queued=10_000))
+    sibling = Tracker(Fabric(handles, handles.topology.frontend(1), 1), Config())
+    prompt = [random.randrange(50_000) for _ in range(PROMPT)]
+    params = SamplingParams(max_tokens=256, seed=1)
+    gc.collect()
+    gc.disable()
+
+    def dispatch(fresh: bool) -> float:
+        if fresh:
+            engines.publish()
+        start = time.perf_counter_ns()
+        flight = tracker.submit(prompt, params, label="chatcmpl-0")
+        end = time.perf_counter_ns()
+        if random.random() < 0.3:
+            sibling.submit(prompt[:8], params, label="s").cancel()
+        flight.cancel()
+        engines.take()
+        return (end - start) / 1e3
+
+    for _ in range(300):
+        dispatch(True)
+    worst = [dispatch(True) for _ in range(rounds)]
+    burst = [dispatch(False) for _ in range(rounds)]
+    gc.enable()
+    return {"dispatch, every board changed": _summary(worst), "dispatch, no board changed": _summary(burst)}
+
+
+def measure_board(rounds: int) -> dict[str, float]:
+    """Microseconds to read and decode one changed slot."""
+    view = segment.attach(segment.create(4096))
+    writer, reader = BoardWriter(view), BoardReader(view)
+    facts = encode(_facts(1, 100, [Demand(1, 5, 500)] * FRONTENDS))
+    times = []
+    for _ in range(rounds):
+        writer.publish(facts)
+        start = time.perf_counter_ns()
+        found = reader.read()
+        assert found is not None
+        decode_engine_facts(found[1])
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    return _summary(times)
+
+
+# -- round trips ------------------------------------------------------------------------------------
+
+_MESSAGE = StepOutput([1], [1], [7], [1], [1234], [0], [0])
+
+
+def measure_round_trips() -> dict[str, dict[str, float]]:
+    """Half a round trip of a small step message between two processes, encoded and decoded, asleep in between."""
+    return {
+        "ring + doorbell, half round trip": _ring_trip(),
+        "unix socket, half round trip": _socket_trip(),
+        "multiprocessing.Queue, half round trip": _queue_trip(),
+    }
+
+
+def _ring_trip() -> dict[str, float]:
+    capacity = 64 << 10
+    views = [segment.attach(segment.create(ring_bytes(capacity))) for _ in range(2)]
+    bells = [doorbell.create() for _ in range(2)]
+
+    def end(me: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        writer, reader = RingWriter(views[me], 1), RingReader(views[1 - me])
+
+        def send() -> None:
+            writer.put(encode(_MESSAGE), 1)
+            doorbell.ring(bells[1 - me])
+
+        def receive() -> None:
+            while (record := reader.read()) is None:
+                doorbell.wait(bells[me], 5)
+            decode_to_frontend(record.payload)
+            reader.ack()
+
+        return send, receive
+
+    return _ping_pong(lambda: end(0), lambda: end(1))
+
+
+def _socket_trip() -> dict[str, float]:
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def end(me: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        sock = pair[me]
+        return lambda: sock.sendall(encode(_MESSAGE)), lambda: decode_to_frontend(sock.recv(4096)) and None
+
+    return _ping_pong(lambda: end(0), lambda: end(1))
+
+
+def _queue_trip() -> dict[str, float]:
+    context = multiprocessing.get_context("fork")
+    queues: list[Any] = [context.Queue(), context.Queue()]
+
+    def end(me: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        return lambda: queues[1 - me].put(_MESSAGE), lambda: queues[me].get() and None
+
+    return _ping_pong(lambda: end(0), lambda: end(1))
+
+
+End = Callable[[], tuple[Callable[[], None], Callable[[], None]]]
+
+
+def _ping_pong(here: End, there: End) -> dict[str, float]:
+    pid = os.fork()
+    if pid == 0:
+        send, receive = there()
+        for _ in range(_ROUND_TRIPS + 200):
+            receive()
+            send()
+        time.sleep(0.5)  # a Queue sends from a thread of its own: let the last message out
+        os._exit(0)
+    send, receive = here()
+    times = []
+    for i in range(_ROUND_TRIPS + 200):
+        start = time.perf_counter_ns()
+        send()
+        receive()
+        if i >= 200:
+            times.append((time.perf_counter_ns() - start) / 2e3)
+    os.waitpid(pid, 0)
+    return _summary(times)
+
+
+# -- report -----------------------------------------------------------------------------------------
+
+
+def _summary(times: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times, n=1000)
+    return {"p50": round(cuts[499], 2), "p90": round(cuts[899], 2), "p99": round(cuts[989], 2), "min": min(times)}
+
+
+def _print(rows: dict[str, dict[str, float]]) -> None:
+    print(f"{'microseconds':42}{'p50':>9}{'p90':>9}{'p99':>9}{'min':>9}")
+    for name, row in rows.items():
+        print(f"{name:42}" + "".join(f"{row[k]:9.2f}" for k in ("p50", "p90", "p99", "min")))
+
+
+def _machine() -> dict[str, Any]:
+    model = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")), "")
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+if __name__ == "__main__":
+    main()

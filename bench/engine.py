@@ -1,0 +1,128 @@
+"""Step times of the CPU engine: decode batches, prefill chunks, and the share of weight bandwidth reached.
+
+    python -m bench.engine --threads 1 --out bench/results/engine.json
+
+Without --model it takes the shape of SmolLM2-135M with dummy weights, so it runs anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from daemon.control.messages import RequestParams, SamplingParams
+from daemon.engine.footprint import weights_bytes
+from daemon.engine.request import Request
+from daemon.engine.runner import Row, StepPlan
+from daemon.engine.runner_cpu import CpuRunner
+from daemon.models.card import ModelCard, read_card
+
+SMOLLM2_135M = ModelCard(
+    path=Path("."), name="smollm2-135m-shape", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30,
+    num_heads=9, num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=100000.0, rope_scaling=None,
+    max_position=8192, tie_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(2,),
+)
+BLOCK = 16
+
+
+def main() -> None:
+    args = _arguments()
+    card = read_card(args.model) if args.model else SMOLLM2_135M
+    started = time.perf_counter()
+    runner = CpuRunner(
+        card, threads=args.threads, dtype=args.dtype, deterministic=args.deterministic,
+        load_format="auto" if args.model else "dummy", block_size=BLOCK, max_num_seqs=64,
+        max_batch_tokens=512, max_model_len=4096,
+    )
+    spec = runner.pool_spec(1 + max(64 * 128, 32 * 1024) // BLOCK + 64)
+    runner.load(memoryview(bytearray(spec.nbytes)))
+    result: dict[str, Any] = {"model": card.name, "arithmetic": runner.arithmetic, "threads": args.threads,
+                              "deterministic": args.deterministic, "load_seconds": time.perf_counter() - started}
+    result["machine"] = {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__,
+                         "python": platform.python_version()}
+    copy = _copy_bandwidth()
+    result["copy_gb_per_second"] = copy
+    result["decode"] = [_decode(runner, card, batch, length, copy, args.repeat)
+                        for length in (128, 1024) for batch in (1, 2, 4, 8, 16, 32)]
+    result["prefill"] = [_prefill(runner, chunk, before, args.repeat)
+                         for chunk, before in ((32, 0), (128, 0), (512, 0), (512, 512), (512, 2048))]
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="Hugging Face directory; default: dummy weights")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--repeat", type=int, default=7, help="timed steps of each kind; the median counts")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    return parser.parse_args()
+
+
+def _decode(runner: CpuRunner, card: ModelCard, batch: int, length: int, copy: float, repeat: int) -> dict[str, Any]:
+    """One token for each of `batch` sequences of `length` tokens."""
+    each = -(-length // BLOCK)
+    rows = [Row(_request(length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
+            for i in range(batch)]
+    seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
+    read = weights_bytes(card, runner.arithmetic)
+    read += batch * length * runner.pool_spec(1).block_bytes // BLOCK
+    return {"batch": batch, "length": length, "ms": seconds * 1e3, "tokens_per_second": batch / seconds,
+            "gb_per_second": read / seconds / 1e9, "bandwidth_share": read / seconds / 1e9 / copy}
+
+
+def _prefill(runner: CpuRunner, chunk: int, before: int, repeat: int) -> dict[str, Any]:
+    """One chunk of `chunk` tokens after `before` computed ones."""
+    length = before + chunk
+    row = Row(_request(length, list(range(1, 1 + -(-length // BLOCK)))), before, chunk, True)
+    seconds = _median(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
+    return {"chunk": chunk, "before": before, "ms": seconds * 1e3, "tokens_per_second": chunk / seconds}
+
+
+def _request(length: int, blocks: list[int]) -> Request:
+    params = RequestParams(SamplingParams(max_tokens=1, seed=1, temperature=0.0), arrival=0.0)
+    return Request(rid=1, epoch=1, frontend=0, params=params, tokens=[i % 1000 for i in range(length)],
+                   prompt_len=length, block_table=blocks)
+
+
+def _median(step: Callable[[], Any], repeat: int) -> float:
+    step()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _copy_bandwidth() -> float:
+    """GB/s that one thread reads, in sums over 256 MB."""
+    data = np.ones(32 << 20, np.int64)
+    return data.nbytes / _median(data.sum, 5) / 1e9
+
+
+def _cpu() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

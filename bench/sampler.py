@@ -1,0 +1,79 @@
+"""Time of the CPU sampler: ``python -m bench.sampler [rows] [threads]`` prints microseconds a row.
+
+Two shapes of logits: *peaked*, as a trained model gives them (a few tokens stand out), and *flat*, as a random one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+
+import torch
+
+from daemon.control.messages import RequestParams, SamplingParams
+from daemon.engine.request import Request
+from daemon.engine.sampler import Sampler
+
+VOCABULARIES = (49152, 128256)
+REPEATS = 15
+
+CASES: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {},
+    "top-p 0.9": {"top_p": 0.9},
+    "top-k 50": {"top_k": 50},
+    "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
+    "min-p 0.05": {"min_p": 0.05},
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "penalties, 5 logprobs": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "logprobs": 5},
+}
+
+
+def logits_of(shape: str, rows: int, vocab: int) -> torch.Tensor:
+    """float32[rows, vocab], seeded."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocab, generator=generator) * 2.5
+    if shape == "peaked":
+        logits[:, :10] = 10 + 10 * torch.rand(rows, 10, generator=generator)
+    return logits
+
+
+def requests_of(rows: int, vocab: int, options: dict[str, float]) -> list[Request]:
+    """Requests with a prompt of 1024 tokens and 256 of output."""
+    tokens = torch.randint(vocab, (rows, 1280), generator=torch.Generator().manual_seed(1)).tolist()
+    params = [RequestParams(SamplingParams(max_tokens=512, seed=row, **options), 0.0)  # type: ignore[arg-type]
+              for row in range(rows)]
+    return [Request(rid=row, epoch=0, frontend=0, params=params[row], tokens=tokens[row], prompt_len=1024)
+            for row in range(rows)]
+
+
+def microseconds_per_row(vocab: int, shape: str, options: dict[str, float], rows: int, threads: int) -> float:
+    """Median over REPEATS steps, each drawing at a new position."""
+    sampler = Sampler(vocab, threads)
+    logits = logits_of(shape, rows, vocab)
+    requests = requests_of(rows, vocab, options)
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = sampler.sample(logits, requests)
+        times.append(time.perf_counter() - start)
+        for request, token in zip(requests, result.tokens, strict=True):
+            request.tokens.append(token)
+    return statistics.median(times) / rows * 1e6
+
+
+def main() -> None:
+    """Print one line a case."""
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 16
+    threads = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    print(f"{rows} rows, {threads} thread(s), µs a row")
+    print(f"{'':24}" + "".join(f"{vocab:>9} {shape:<7}" for vocab in VOCABULARIES for shape in ("peaked", "flat")))
+    for name, options in CASES.items():
+        cells = [microseconds_per_row(vocab, shape, options, rows, threads)
+                 for vocab in VOCABULARIES for shape in ("peaked", "flat")]
+        print(f"{name:24}" + "".join(f"{cell:9.1f} {'':7}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What clients are told when a request fails: OpenAI's error body, status codes and retry advice.
+
+429 means capacity exists but is full, 503 that there is none; both are worth a retry. Where a retry would
+only repeat the failure, ``x-should-retry: false`` stops the official clients from trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from daemon.api.generation import Lost, NoEngine, Overloaded, TooLong
+
+_NO_RETRY = {"x-should-retry": "false"}
+
+
+class ApiError(Exception):
+    """A failure with its place in OpenAI's error object. `param` names the request field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {...}}``, all four members present."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> web.Response:
+        body = msgspec.json.encode(self.body())
+        return web.Response(body=body, status=self.status, headers=self.headers, content_type="application/json")
+
+    def event(self) -> bytes:
+        """The error as the last event of a stream that had already begun."""
+        return b"data: " + msgspec.json.encode(self.body()) + b"\n\n"
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def context_length_exceeded(message: str, param: str) -> ApiError:
+    return bad_request(message, param, "context_length_exceeded")
+
+
+def model_not_found(asked: str, served: str) -> ApiError:
+    message = f"The model `{asked}` does not exist here. Models served: `{served}`."
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def body_too_large(limit: int) -> ApiError:
+    # The unread rest of the body would be taken for the next request.
+    return ApiError(413, f"The request body is larger than {limit} bytes.", headers={"Connection": "close"})
+
+
+def deadline_exceeded(seconds: float) -> ApiError:
+    message = f"The request was not finished within {seconds:g} seconds and was ended."
+    return ApiError(504, message, type="timeout_error", code="deadline_exceeded", headers=_NO_RETRY)
+
+
+def cancelled() -> ApiError:
+    message = "The request was cancelled by an operator."
+    return ApiError(503, message, type="server_error", code="cancelled", headers=_NO_RETRY)
+
+
+def lost(reason: str = "") -> ApiError:
+    message = "The engine could not finish this request" + (f": {reason}" if reason else ".")
+    return ApiError(500, message, type="server_error", code="engine_error")
+
+
+def internal() -> ApiError:
+    return ApiError(500, "Internal error; the server's log has the details.", type="server_error")
+
+
+def from_exception(error: BaseException) -> ApiError | None:
+    """The error for what the generator or aiohttp raised; None for what nobody expected."""
+    known: ApiError | None = None
+    match error:
+        case ApiError():
+            known = error
+        case Overloaded():
+            headers = {"Retry-After": str(max(1, error.retry_after))}
+            kind, code = "rate_limit_error", "rate_limit_exceeded"
+            known = ApiError(429, str(error), type=kind, code=code, headers=headers)
+        case NoEngine():
+            message = str(error) or "No engine can serve requests now."
+            headers = {"Retry-After": "2"}
+            known = ApiError(503, message, type="server_error", code="no_engine", headers=headers)
+        case TooLong():
+            known = bad_request(str(error), code="context_length_exceeded")
+        case Lost():
+            known = lost(str(error))
+        case web.HTTPException():
+            known = _from_http(error)
+    return known
+
+
+def _from_http(error: web.HTTPException) -> ApiError:
+    if error.status == 405:
+        allow = error.headers.get("Allow", "")
+        message = f"This method is not allowed here; allowed: {allow}."
+        return ApiError(405, message, code="method_not_allowed", headers={"Allow": allow})
+    if error.status == 404:
+        return ApiError(404, "Unknown request URL.", code="unknown_url")
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return ApiError(error.status, error.reason, type=kind)

@@ -1,0 +1,106 @@
+"""Log probabilities in the two shapes of the API: a list of entries for chat, parallel lists for text."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from daemon.control.messages import TokenLogprobs
+
+_FLOOR = -9999.0  # JSON has no minus infinity
+
+
+class TokenTexts(Protocol):
+    """What a tokenizer knows of single tokens."""
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class LogprobsFormat(Protocol):
+    """Collects entries until somebody takes them."""
+
+    def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        """One entry a token; `logprobs` may be longer than `tokens`."""
+        ...
+
+    def take(self) -> Any:
+        """What was added since the last call, as the API's object; None if that is nothing."""
+        ...
+
+
+class ChatLogprobs:
+    """``{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}, ...], "refusal": null}``"""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._entries: list[dict[str, Any]] = []
+
+    def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        for token, found in zip(tokens, logprobs or [None] * len(tokens), strict=False):
+            entry = self._entry(token, found.logprob if found else _FLOOR)
+            pairs = zip(found.top_ids, found.top_logprobs, strict=True) if found else ()
+            entry["top_logprobs"] = [self._entry(top, value) for top, value in pairs]
+            self._entries.append(entry)
+
+    def take(self) -> dict[str, Any] | None:
+        entries, self._entries = self._entries, []
+        return {"content": entries, "refusal": None} if entries else None
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._texts.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+class TextLogprobs:
+    """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, four lists of one length."""
+
+    def __init__(self, texts: TokenTexts, top: int) -> None:
+        """`top`: alternatives a token; with 0 the `top_logprobs` are null."""
+        self._texts = texts
+        self._top = top
+        self._offset = 0  # characters
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[str] = []
+        self._values: list[float] = []
+        self._tops: list[dict[str, float]] = []
+        self._offsets: list[int] = []
+
+    def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        for token, found in zip(tokens, logprobs or [None] * len(tokens), strict=False):
+            text = self._text(token)
+            value = _finite(found.logprob) if found else _FLOOR
+            self._tokens.append(text)
+            self._values.append(value)
+            self._offsets.append(self._offset)
+            self._offset += len(text)
+            if self._top:
+                self._tops.append(self._alternatives(text, value, found))
+
+    def take(self) -> dict[str, Any] | None:
+        if not self._tokens:
+            return None
+        taken = {
+            "tokens": self._tokens,
+            "token_logprobs": self._values,
+            "top_logprobs": self._tops if self._top else None,
+            "text_offset": self._offsets,
+        }
+        self._clear()
+        return taken
+
+    def _alternatives(self, text: str, value: float, found: TokenLogprobs | None) -> dict[str, float]:
+        """The most likely tokens; the chosen one is always among them, as the API has it."""
+        pairs = zip(found.top_ids, found.top_logprobs, strict=True) if found else ()
+        tops: dict[str, float] = {}
+        for top, logprob in pairs:
+            tops.setdefault(self._text(top), _finite(logprob))
+        tops.setdefault(text, value)
+        return tops
+
+    def _text(self, token: int) -> str:
+        return self._texts.token_bytes(token).decode("utf-8", "replace")
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _FLOOR else _FLOOR  # also for NaN

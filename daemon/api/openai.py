@@ -1,0 +1,115 @@
+"""OpenAI's routes: chat and text completions, models; and vLLM's tokenizer routes beside them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from daemon.api import limits, schemas
+from daemon.api.answer import Prompt
+from daemon.api.errors import bad_request, model_not_found
+from daemon.api.generate import Task, respond
+from daemon.api.schemas import ChatRequest, CompletionRequest, Message
+from daemon.api.service import Service, read_body
+
+_chat = msgspec.json.Decoder(ChatRequest).decode
+_completion = msgspec.json.Decoder(CompletionRequest).decode
+_tokenize = msgspec.json.Decoder(schemas.TokenizeRequest).decode
+_detokenize = msgspec.json.Decoder(schemas.DetokenizeRequest).decode
+
+
+class OpenAI:
+    """The handlers, by the service they work with."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._started = int(time.time())
+
+    async def chat_completions(self, http: web.Request) -> web.StreamResponse:
+        service = self._service
+        request = await read_body(http, service.config.max_body, _chat)
+        service.check_model(request.model)
+        limits.check_chat(request, service.limits)
+
+        def tokenise() -> list[Prompt]:
+            text = service.render(request.messages, request.add_generation_prompt is not False)
+            # The template writes the special tokens itself.
+            return [Prompt(service.tokenizer.encode(text, bool(request.add_special_tokens)), None)]
+
+        return await respond(service, http, Task(request, 1, _characters(request.messages), tokenise))
+
+    async def completions(self, http: web.Request) -> web.StreamResponse:
+        service = self._service
+        request = await read_body(http, service.config.max_body, _completion)
+        service.check_model(request.model)
+        limits.check_completion(request, service.limits)
+        prompts = limits.split_prompts(request.prompt)
+        special = request.add_special_tokens is not False
+
+        def tokenise() -> list[Prompt]:
+            encode = service.tokenizer.encode
+            return [Prompt(encode(p, special), p) if isinstance(p, str) else Prompt(p, None) for p in prompts]
+
+        size = sum(len(p) for p in prompts if isinstance(p, str))
+        return await respond(service, http, Task(request, len(prompts), size, tokenise))
+
+    async def models(self, http: web.Request) -> web.Response:
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def model(self, http: web.Request) -> web.Response:
+        asked = http.match_info["model"]
+        if asked != self._service.card.name:
+            raise model_not_found(asked[:200], self._service.card.name)
+        return _json(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        name = self._service.card.name
+        owner = {"owned_by": "llumd", "root": name, "parent": None}
+        length = {"max_model_len": self._service.max_model_len}
+        return {"id": name, "object": "model", "created": self._started} | owner | length
+
+    async def tokenize(self, http: web.Request) -> web.Response:
+        service = self._service
+        request = await read_body(http, service.config.max_body, _tokenize)
+        service.check_model(request.model)
+        if (request.prompt is None) == (request.messages is None):
+            raise bad_request("Send either `prompt` or `messages`.", "prompt")
+        if request.messages is not None:
+            limits.check_messages(request.messages)
+        size = len(request.prompt or "") + _characters(request.messages or [])
+        tokens = await service.off_loop(lambda: self._tokens(request), size)
+        texts = [service.tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
+        body = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
+        return _json(body | {"token_strs": texts})
+
+    def _tokens(self, request: schemas.TokenizeRequest) -> list[int]:
+        encode = self._service.tokenizer.encode
+        if request.messages is None:
+            return encode(request.prompt or "", request.add_special_tokens is not False)
+        text = self._service.render(request.messages, request.add_generation_prompt is not False)
+        return encode(text, bool(request.add_special_tokens))
+
+    async def detokenize(self, http: web.Request) -> web.Response:
+        service = self._service
+        request = await read_body(http, service.config.max_body, _detokenize)
+        service.check_model(request.model)
+        limits.check_tokens(request.tokens, service.limits.vocab_size, "tokens")
+        text = await service.off_loop(lambda: service.spell(request.tokens), len(request.tokens))
+        return _json({"prompt": text})
+
+
+def _characters(messages: list[Message]) -> int:
+    total = 0
+    for message in messages:
+        if isinstance(message.content, list):
+            total += sum(len(part.text or "") for part in message.content)
+        else:
+            total += len(message.content or "")
+    return total
+
+
+def _json(body: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")

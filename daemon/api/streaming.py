@@ -1,0 +1,137 @@
+"""Server-sent events: the bytes of the chunks, and the response that carries them.
+
+A chunk carries all text of one piece, so a client that reads slowly, or a frontend that is busy, sees fewer and
+larger chunks. Everything of a chunk but its text is made once a choice: this is the daemon's hottest path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from daemon.api.errors import ApiError
+
+DONE = b"data: [DONE]\n\n"
+_CLOSE_GRACE = 5.0  # seconds a client may take to read how its stream failed
+
+_json = msgspec.json.Encoder().encode
+
+
+class ChunkWriter:
+    """Writes the chunks of one choice. `usage` is what the chunk's usage member holds, where it has one."""
+
+    __slots__ = ("_chat", "_open", "_tail", "_text_head", "_text_mid", "_text_tail", "_usage")
+
+    def __init__(self, *, chat: bool, id: str, created: int, model: str, index: int, include_usage: bool) -> None:
+        self._chat = chat
+        head = chunk_head(chat=chat, id=id, created=created, model=model)
+        self._open = b'%s"choices":[{"index":%d,' % (head, index)
+        self._usage = include_usage
+        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._text_head = self._open + (b'"delta":{"content":' if chat else b'"text":')
+        self._text_mid = (b"}" if chat else b"") + b',"logprobs":'
+        self._text_tail = self._text_mid + b'null,"finish_reason":null' + self._tail
+
+    def role(self) -> bytes:
+        """The first chunk of a chat choice, the only one that names the role."""
+        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return self._open + delta + self._tail
+
+    def text(self, text: str, logprobs: Any = None, usage: Any = None) -> bytes:
+        """A chunk with `text`, JSON-encoded here, and the logprobs object of its tokens."""
+        if logprobs is None and usage is None:
+            return self._text_head + _json(text) + self._text_tail
+        middle = self._text_mid + _json(logprobs) + b',"finish_reason":null'
+        return self._text_head + _json(text) + middle + self._end(usage)
+
+    def finish(self, reason: str, usage: Any = None) -> bytes:
+        """The last chunk of the choice."""
+        empty = b'"delta":{}' if self._chat else b'"text":""'
+        middle = b',"logprobs":null,"finish_reason":"%s"' % reason.encode()
+        return self._open + empty + middle + self._end(usage)
+
+    def _end(self, usage: Any) -> bytes:
+        return self._tail if usage is None else b'}],"usage":' + _json(usage) + b"}\n\n"
+
+
+def chunk_head(*, chat: bool, id: str, created: int, model: str) -> bytes:
+    """What all chunks of an answer begin with."""
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    common = _json({"id": id, "object": kind, "created": created, "model": model})
+    return b"data: " + common[:-1] + b","
+
+
+def usage_chunk(head: bytes, usage: Any) -> bytes:
+    """The chunk before [DONE] that only carries totals."""
+    return head + b'"choices":[],"usage":' + _json(usage) + b"}\n\n"
+
+
+class EventStream:
+    """A response of server-sent events that begins with the first thing to send.
+
+    Until then a failure can still be a plain response with its own status. With `heartbeat` > 0 a comment
+    goes out after that many seconds of silence. An async context: leaving it ends the heartbeat.
+    """
+
+    def __init__(self, http: web.Request, heartbeat: float) -> None:
+        self._http = http
+        self._interval = heartbeat
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        self._starting = asyncio.Lock()
+        self._beat: asyncio.Task[None] | None = None
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        headers["X-Accel-Buffering"] = "no"
+        self.response = web.StreamResponse(headers=headers)
+
+    @property
+    def started(self) -> bool:
+        return self.response.prepared
+
+    async def send(self, data: bytes) -> None:
+        """Write whole events at once; waits while the client is slow. Raises ConnectionError if it is gone."""
+        if not self.response.prepared:
+            await self._start()
+        self._last = self._loop.time()
+        await self.response.write(data)
+
+    async def fail(self, error: ApiError) -> None:
+        """End the stream with an error event. A client that does not read gets its connection closed."""
+        try:
+            async with asyncio.timeout(_CLOSE_GRACE):
+                await self.send(error.event())
+                await self.response.write_eof()
+        except (TimeoutError, ConnectionError):
+            if self._http.transport is not None:
+                self._http.transport.abort()
+
+    async def _start(self) -> None:
+        async with self._starting:
+            if not self.response.prepared:
+                await self.response.prepare(self._http)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            silent = self._loop.time() - self._last
+            if silent < self._interval:
+                await asyncio.sleep(self._interval - silent)
+                continue
+            try:
+                await self.send(b": heartbeat\n\n")
+            except ConnectionError:
+                return  # the stream's own task finds out by itself
+
+    async def __aenter__(self) -> EventStream:
+        if self._interval > 0:
+            self._beat = self._loop.create_task(self._heartbeat())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._beat is not None:
+            self._beat.cancel()

@@ -1,0 +1,214 @@
+"""Paged attention on the CPU: one kernel for single tokens, one for prefill chunks.
+
+Both walk a sequence's blocks in groups of fixed size from position 0 with an online softmax; the queries of
+a KV head's group share each key and value that is read. Queries come scaled by log2(e) / sqrt(head_dim), so
+weights are powers of two. A token's result in `attend_tokens` depends on its own sequence alone, bit for bit:
+deterministic engines use that kernel for prefill too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from daemon.engine import ops_cpu, vector
+from daemon.engine.jit import kernel, prange
+from daemon.engine.ops_cpu import exp2_nonpositive, narrow, widen
+from daemon.engine.vector import dots, multiply, width
+
+TILE_QUERIES = 32  # tokens of a prefill chunk that share a pass over the keys
+_ROW_TILE = 4
+_LOWEST = np.float32(-1e30)  # stands for minus infinity: differences of it stay finite
+
+
+class AttentionShape(NamedTuple):
+    """All that the kernels are specialised on."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    layers: int
+
+    @property
+    def token_width(self) -> int:
+        """Pool elements from a token's key to the next token's key."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def value_offset(self) -> int:
+        """Pool elements from a token's key to its value."""
+        return self.block_size * self.token_width
+
+    @property
+    def layer_width(self) -> int:
+        return 2 * self.value_offset
+
+    @property
+    def block_width(self) -> int:
+        return self.layers * self.layer_width
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied with: the softmax temperature, and base 2 for base e."""
+        return 1.4426950408889634 / self.head_dim**0.5
+
+
+class Attention(NamedTuple):
+    """The compiled kernels.
+
+    attend_tokens(q, pool, layer_offset, positions, tables, blocks, out): out[i] for each i of `positions`.
+    attend_tiles(q, pool, layer_offset, positions, tables, blocks, tiles, out): for the tokens of each tile,
+    which are consecutive tokens of one sequence: tiles [n, 2] int32 of (first token, count <= TILE_QUERIES).
+
+    q [tokens, heads * head_dim] f32; pool flat; positions [tokens] int32; tables [tokens] int32: where in `blocks`
+    (int32) the token's block table begins; out [tokens, heads * head_dim] f32 or bf16 bits.
+    """
+
+    attend_tokens: Callable[..., None]
+    attend_tiles: Callable[..., None]
+
+
+def _revision() -> int:
+    """Stamp of the source that is compiled into the kernels here from other files.
+
+    Numba looks at a kernel's own file and at its closure to see whether cached machine code is current.
+    """
+    return zlib.crc32((inspect.getsource(ops_cpu) + inspect.getsource(vector)).encode()) or 1
+
+
+def compile_attention(shape: AttentionShape, parallel: bool) -> Attention:
+    """Kernels for one model's shape; `parallel`: work is shared out over numba's threads."""
+    return Attention(_compile_tokens(shape, parallel), _compile_tiles(shape, parallel))
+
+
+@kernel(inline=True, fastmath=True)
+def _rescale(scores: Any, count: int, peak_before: np.float32, sums: Any) -> tuple[np.float32, np.float32, np.float32]:
+    """One row's online softmax step: its first `count` scores become weights, its sums so far shrink to match.
+
+    Returns (the new peak, the factor of shrinking, the sum of the weights).
+    """
+    peak = peak_before
+    for t in range(count):
+        peak = max(peak, scores[t])
+    shrink = exp2_nonpositive(peak_before - peak)
+    added = np.float32(0.0)
+    for t in range(count):
+        weight = exp2_nonpositive(scores[t] - peak)
+        scores[t] = weight
+        added += weight
+    for j in range(sums.shape[0]):
+        sums[j] *= shrink
+    return peak, shrink, added
+
+
+def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None]:
+    revision = _revision()
+    heads, kv_heads, dim, block_size, _ = shape
+    group = heads // kv_heads
+    token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
+    span = max(64, block_size)  # positions a softmax step covers
+    per_span = span // block_size
+
+    @kernel(fastmath=True, parallel=parallel)
+    def attend_tokens(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any,
+                      out: Any) -> None:
+        assert revision
+        for item in prange(positions.shape[0] * kv_heads):
+            r, head = item // kv_heads, item % kv_heads
+            length = positions[r] + 1
+            queries = q[r]
+            scores = np.empty((group, span), np.float32)
+            sums = np.zeros((group, dim), np.float32)
+            largest = np.full(group, _LOWEST)
+            total = np.zeros(group, np.float32)
+            for first in range(0, length, span):
+                count = min(span, length - first)
+                table = tables[r] + first // block_size
+                for b in range(min(per_span, (count + block_size - 1) // block_size)):
+                    at = blocks[table + b] * block_width + layer_offset + head * dim
+                    dots(group, dim, queries, head * group * dim, pool, at, token_width,
+                         scores, b * block_size, span, min(block_size, count - b * block_size))
+                for g in range(group):
+                    largest[g], shrink, added = _rescale(scores[g], count, largest[g], sums[g])
+                    total[g] = total[g] * shrink + added
+                for b in range(min(per_span, (count + block_size - 1) // block_size)):
+                    at = blocks[table + b] * block_width + layer_offset + head * dim + value_offset
+                    multiply(group, dim, 1, scores, b * block_size, span, pool, at, token_width,
+                             sums, 0, dim, min(block_size, count - b * block_size))
+            for g in range(group):
+                scale = np.float32(1.0) / total[g]
+                result = out[r, (head * group + g) * dim : (head * group + g + 1) * dim]
+                for j in range(dim):
+                    result[j] = narrow(sums[g, j] * scale, out)
+
+    return attend_tokens
+
+
+def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]:
+    revision = _revision()
+    heads, kv_heads, dim, block_size, _ = shape
+    group = heads // kv_heads
+    token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
+    span = max(64, block_size)
+    columns = width(dim) * min(4, dim // width(dim))  # of the value that one `multiply` covers
+    while dim % columns:
+        columns -= width(dim)
+    rows_cap = -(-TILE_QUERIES * group // _ROW_TILE) * _ROW_TILE
+
+    @kernel(fastmath=True, parallel=parallel)
+    def attend_tiles(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, tiles: Any,
+                     out: Any) -> None:
+        assert revision
+        for item in prange(tiles.shape[0] * kv_heads):
+            tile, head = item // kv_heads, item % kv_heads
+            begin, queries = tiles[tile, 0], tiles[tile, 1]
+            rows = queries * group
+            padded = (rows + _ROW_TILE - 1) // _ROW_TILE * _ROW_TILE
+            folded = np.zeros((rows_cap, dim), np.float32)
+            for r in range(rows):
+                at = (head * group + r % group) * dim
+                folded[r] = q[begin + r // group, at : at + dim]
+            keys = np.empty((dim, span), np.float32)  # transposed
+            values = np.empty((span, dim), np.float32)
+            scores = np.empty((rows_cap, span), np.float32)
+            sums = np.zeros((rows_cap, dim), np.float32)
+            largest = np.full(rows_cap, _LOWEST)
+            total = np.zeros(rows_cap, np.float32)
+            start = positions[begin]
+            length = start + queries
+            for first in range(0, length, span):
+                count = min(span, length - first)
+                for t in range(count):
+                    block = blocks[tables[begin] + (first + t) // block_size]
+                    at = block * block_width + layer_offset + (first + t) % block_size * token_width + head * dim
+                    key, value = pool[at : at + dim], pool[at + value_offset : at + value_offset + dim]
+                    for j in range(dim):
+                        keys[j, t] = widen(key[j])
+                    for j in range(dim):
+                        values[t, j] = widen(value[j])
+                for r in range(0, padded, _ROW_TILE):
+                    for c in range(0, span, 64):
+                        multiply(_ROW_TILE, 64, 0, folded, r * dim, dim, keys, c, span,
+                                 scores, r * span + c, span, dim)
+                for r in range(rows):
+                    seen = min(count, max(0, start + r // group + 1 - first))
+                    largest[r], shrink, added = _rescale(scores[r], seen, largest[r], sums[r])
+                    total[r] = total[r] * shrink + added
+                    scores[r, seen:count] = np.float32(0.0)
+                for r in range(0, padded, _ROW_TILE):
+                    for c in range(0, dim, columns):
+                        multiply(_ROW_TILE, columns, 1, scores, r * span, span, values, c, dim,
+                                 sums, r * dim + c, dim, count)
+            for r in range(rows):
+                scale = np.float32(1.0) / total[r]
+                at = (head * group + r % group) * dim
+                result = out[begin + r // group, at : at + dim]
+                for j in range(dim):
+                    result[j] = narrow(sums[r, j] * scale, out)
+
+    return attend_tiles

@@ -1,0 +1,150 @@
+"""The small operations between the linear layers, each one pass over its rows. CPU, numba.
+
+Activations are float32, or bfloat16 held as uint16 bits (numba knows no bfloat16); the residual stream,
+norm weights and every sum are float32. Each kernel works on a row by itself, in a fixed order, so a row's
+bits do not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from daemon.engine.jit import kernel, prange  # first: it points numba at its cache
+
+from numba import types  # isort: skip
+from numba.extending import overload  # isort: skip
+
+_INLINE = {"jit_options": {"forceinline": True}}
+
+
+def widen(x: Any) -> Any:
+    """Float32 value of a float32, or of the bits of a bfloat16. Compiled code only."""
+    raise NotImplementedError
+
+
+@overload(widen, **_INLINE)
+def _widen(x: Any) -> Callable[..., Any]:
+    def same(x: Any) -> Any:
+        return x
+
+    def from_bf16(x: Any) -> Any:
+        return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+
+    return from_bf16 if x == types.uint16 else same
+
+
+def narrow(x: Any, like: Any) -> Any:
+    """`x` (float32) as an element of the array `like`: itself, or the bits of the nearest bfloat16.
+
+    Compiled code only.
+    """
+    raise NotImplementedError
+
+
+@overload(narrow, **_INLINE)
+def _narrow(x: Any, like: Any) -> Callable[..., Any]:
+    def same(x: Any, like: Any) -> Any:
+        return x
+
+    def to_bf16(x: Any, like: Any) -> Any:
+        bits = np.float32(x).view(np.uint32)
+        even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+    return to_bf16 if like.dtype == types.uint16 else same
+
+
+@kernel(inline=True, fastmath=True)
+def exp2_nonpositive(x: np.float32) -> np.float32:
+    """2**x for x <= 0, to about 1e-7; libm's exp is a call for each element and keeps loops scalar."""
+    x = max(x, np.float32(-126.0))
+    n = np.int32(x - np.float32(0.5))
+    f = x - np.float32(n)
+    p = np.float32(1.32669704e-3)
+    p = p * f + np.float32(9.67545975e-3)
+    p = p * f + np.float32(5.55074262e-2)
+    p = p * f + np.float32(2.40221218e-1)
+    p = p * f + np.float32(6.93146949e-1)
+    p = p * f + np.float32(1.00000007)
+    return p * np.uint32(np.uint32(n + np.int32(127)) << np.uint32(23)).view(np.float32)
+
+
+class Ops(NamedTuple):
+    """The kernels, for one thread or for several."""
+
+    add_rms_norm: Callable[..., None]
+    silu_mul: Callable[..., None]
+    rope_and_store: Callable[..., None]
+
+
+def add_rms_norm(residual: Any, delta: Any, rows: Any, weight: Any, eps: Any, out: Any) -> None:
+    """Add `delta` to the residual stream in place, then normalise it: ``out[i]`` is of row ``rows[i]``.
+
+    residual [tokens, hidden] f32; delta likewise, f32 or bf16; rows [n] int32; weight [hidden] f32;
+    eps float32; out [n, hidden].
+    """
+    hidden = residual.shape[1]
+    for i in prange(rows.shape[0]):
+        r = rows[i]
+        squares = np.float32(0.0)
+        for j in range(hidden):
+            x = residual[r, j] + widen(delta[r, j])
+            residual[r, j] = x
+            squares += x * x
+        scale = np.float32(1.0) / np.float32(np.sqrt(squares / np.float32(hidden) + eps))
+        for j in range(hidden):
+            out[i, j] = narrow(residual[r, j] * scale * weight[j], out)
+
+
+def silu_mul(gate_up: Any, out: Any) -> None:
+    """``silu(gate) * up``. gate_up [tokens, 2 * width]: gate, then up; out [tokens, width]."""
+    size = out.shape[1]
+    log2e = np.float32(1.4426950408889634)
+    one = np.float32(1.0)
+    for r in prange(out.shape[0]):
+        gate, up, result = gate_up[r, :size], gate_up[r, size:], out[r]
+        for j in range(size):
+            x = widen(gate[j])
+            e = exp2_nonpositive(-abs(x) * log2e)
+            numerator = x if x >= 0 else x * e
+            result[j] = narrow(np.divide(numerator, one + e) * widen(up[j]), out)  # `/` would check for zero
+
+
+@kernel(inline=True, fastmath=True)
+def _rotate(heads: Any, cos: Any, sin: Any, scale: np.float32, out: Any) -> None:
+    """Rotary embedding of every head in one row: element i turns with element i + head_dim / 2."""
+    half = cos.shape[0]
+    for head in range(0, heads.shape[0], 2 * half):
+        low, high = heads[head : head + half], heads[head + half : head + 2 * half]
+        out_low, out_high = out[head : head + half], out[head + half : head + 2 * half]
+        for j in range(half):
+            x, y = widen(low[j]), widen(high[j])
+            out_low[j] = narrow((x * cos[j] - y * sin[j]) * scale, out)
+            out_high[j] = narrow((y * cos[j] + x * sin[j]) * scale, out)
+
+
+def rope_and_store(qkv: Any, positions: Any, slots: Any, cos: Any, sin: Any, scale: Any, layer_offset: Any,
+                   value_offset: Any, kv_width: Any, q_out: Any, pool: Any) -> None:
+    """Rotate queries and keys; queries times `scale` go to q_out, keys and values into the pool.
+
+    qkv [tokens, (heads + 2 kv_heads) * head_dim]; positions [tokens] int32; slots [tokens] int64: pool element
+    where the token's key of layer 0 begins; cos, sin [positions, head_dim / 2] f32; q_out [tokens, heads *
+    head_dim] f32; pool flat. Values lie `value_offset` elements after their keys, `kv_width` each.
+    """
+    q_width = q_out.shape[1]
+    for r in prange(qkv.shape[0]):
+        key = slots[r] + layer_offset
+        keys, values = pool[key : key + kv_width], pool[key + value_offset : key + value_offset + kv_width]
+        turn, lift = cos[positions[r]], sin[positions[r]]
+        _rotate(qkv[r, :q_width], turn, lift, scale, q_out[r])
+        _rotate(qkv[r, q_width : q_width + kv_width], turn, lift, np.float32(1.0), keys)
+        for j in range(kv_width):
+            values[j] = narrow(widen(qkv[r, q_width + kv_width + j]), pool)
+
+
+def compile_ops(parallel: bool) -> Ops:
+    """The kernels; `parallel`: rows are shared out over numba's threads."""
+    return Ops(*(kernel(fastmath=True, parallel=parallel)(f) for f in (add_rms_norm, silu_mul, rope_and_store)))

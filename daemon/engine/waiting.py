@@ -1,0 +1,49 @@
+"""The requests that wait for a place in the batch, in the order in which they will get one. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+
+from daemon.engine.request import Request
+
+Urgency = tuple[int, float, int]  # class, key, rid: the least goes first, and no two are equal
+
+
+class WaitingQueue:
+    """Requests by urgency; push and remove take O(log n) comparisons."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[Urgency, Request]] = []
+        self._entries: dict[int, tuple[Urgency, Request]] = {}
+        self.tokens = 0  # to compute, of all that wait
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (request for _, request in self._order)
+
+    @property
+    def head(self) -> Request | None:
+        return self._order[0][1] if self._order else None
+
+    def get(self, rid: int) -> Request | None:
+        entry = self._entries.get(rid)
+        return entry and entry[1]
+
+    def push(self, request: Request, urgency: Urgency) -> None:
+        entry = self._entries[request.rid] = (urgency, request)
+        insort(self._order, entry)
+        self.tokens += request.pending
+
+    def remove(self, request: Request) -> None:
+        """Take `request` out, before anything of it changes."""
+        entry = self._entries.pop(request.rid)
+        del self._order[bisect_left(self._order, entry)]
+        self.tokens -= request.pending
+
+    def reorder(self, urgency: Callable[[Request], Urgency]) -> None:
+        """Take everybody's urgency anew."""
+        self._entries = {rid: (urgency(request), request) for rid, (_, request) in self._entries.items()}
+        self._order = sorted(self._entries.values())

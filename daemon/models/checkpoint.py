@@ -1,0 +1,216 @@
+"""Safetensors checkpoints: which file holds which tensor, whether they are whole, and how to write one.
+
+The format: header length (u64, little-endian), a JSON header naming dtype, shape and byte range of every
+tensor, then the data. Only headers are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from daemon.models.card import ModelCard, ModelError, read_json
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+SHARD_BYTES = 4 * 10**9
+_MAX_HEADER = 100 << 20
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_IGNORED = ("rotary_emb.inv_freq",)  # recomputed from the config, by Transformers too
+
+
+class Tensor(NamedTuple):
+    """One tensor of a file; `start` and `end` are offsets from the beginning of the file, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def expected_tensors(card: ModelCard) -> dict[str, tuple[int, ...]]:
+    """Every tensor a model of this card is made of, and its shape ([out, in] for a linear layer)."""
+    hidden, inner, vocab = card.hidden_size, card.intermediate_size, card.vocab_size
+    q, kv = card.num_heads * card.head_dim, card.num_kv_heads * card.head_dim
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    layer["post_attention_layernorm.weight"] = (hidden,)
+    for room, linears, bias in (("self_attn", attention, card.attention_bias), ("mlp", mlp, card.mlp_bias)):
+        for name, shape in linears.items():
+            layer[f"{room}.{name}.weight"] = shape
+            if bias:
+                layer[f"{room}.{name}.bias"] = shape[:1]
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(card.num_layers):
+        out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    out["model.norm.weight"] = (hidden,)
+    if not card.tie_embeddings:
+        out["lm_head.weight"] = (vocab, hidden)
+    return out
+
+
+def weight_map(path: Path) -> dict[str, Path]:
+    """Tensor name -> its file. Raises ModelError when there are no safetensors weights or a file is missing."""
+    index = read_json(path / _INDEX)
+    if index is None:
+        single = path / _SINGLE
+        if not single.is_file():
+            raise ModelError(_no_weights(path))
+        return dict.fromkeys(read_header(single), single)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise ModelError(f"{path / _INDEX} has no weight_map")
+    for file in sorted(set(names.values())):
+        if Path(file).name != file:
+            raise ModelError(f"{path / _INDEX} points outside the directory: {file}")
+        if not (path / file).is_file():
+            raise ModelError(f"{path} lacks the shard {file} that its index names; download it again")
+    return {name: path / file for name, file in names.items()}
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ModelError if it is truncated or not safetensors."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ModelError(f"{file} is truncated or not a safetensors file ({size} bytes)")
+            raw = json.loads(f.read(length))
+    except OSError as e:
+        raise ModelError(f"cannot read {file}: {e.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{file} is not a safetensors file: its header is not JSON") from None
+    try:
+        tensors = {n: _tensor(t, 8 + length) for n, t in raw.items() if n != "__metadata__"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ModelError(f"{file} has a broken safetensors header") from None
+    end = max((t.end for t in tensors.values()), default=8 + length)
+    if end > size:
+        raise ModelError(f"{file} is truncated: {size} of {end} bytes; download it again")
+    return tensors
+
+
+def check(card: ModelCard) -> None:
+    """Raises ModelError unless the directory holds exactly the weights the card describes."""
+    where = weight_map(card.path)
+    headers = {file: read_header(file) for file in set(where.values())}
+    expected = expected_tensors(card)
+    for name, shape in expected.items():
+        file = where.get(name)
+        if file is None or name not in headers[file]:
+            raise ModelError(f"{card.path}: the weights lack {name}")
+        _check_tensor(f"{file}: {name}", headers[file][name], shape)
+    tied = {"lm_head.weight"} if card.tie_embeddings else set()
+    extra = [n for n in where if n not in expected and n not in tied and not n.endswith(_IGNORED)]
+    if extra:
+        # Computing without them would be another model than the checkpoint's.
+        raise ModelError(
+            f"{card.path}: the weights hold {len(extra)} tensors that config.json has no place for, "
+            f"such as {extra[0]}"
+        )
+
+
+def write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    load: Callable[[str], np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint of `dtype` ("F32" or "BF16"), one tensor in memory at a time, synced to disk.
+
+    `load(name)` gives a float32 array of shape `shapes[name]`. Above `shard_bytes` it becomes shards and an index.
+    """
+    sizes = {n: math.prod(s) * ITEM_BYTES[dtype] for n, s in shapes.items()}
+    shards = _split(sizes, shard_bytes)
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = _SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(path / file, names, shapes, sizes, dtype, load)
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (path / _INDEX).write_text(json.dumps(index, indent=1))
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Float32 -> the upper 16 bits, rounded to nearest even; uint16 of the same shape. NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _no_weights(path: Path) -> str:
+    for pattern in ("*.bin", "*.pt", "*.pth"):
+        if any(path.glob(pattern)):
+            return (
+                f"{path} holds only {pattern} weights; those are pickles, which can run code when loaded, and "
+                "are refused: convert them to safetensors"
+            )
+    if found := sorted(path.glob("*.gguf")):
+        return f"{path} holds no safetensors; to serve its GGUF file, name the file: {found[0]}"
+    return f"{path} holds no {_SINGLE} and no {_INDEX}"
+
+
+def _tensor(raw: dict[str, object], base: int) -> Tensor:
+    shape, offsets = raw["shape"], raw["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        raise TypeError
+    start, end = offsets
+    return Tensor(str(raw["dtype"]), tuple(int(n) for n in shape), base + int(start), base + int(end))
+
+
+def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in ITEM_BYTES:
+        raise ModelError(f"{what} is stored as {tensor.dtype}; only F32, F16 and BF16 are supported")
+    if tensor.shape != shape:
+        raise ModelError(f"{what} has shape {list(tensor.shape)}; config.json asks for {list(shape)}")
+    if tensor.end - tensor.start != math.prod(shape) * ITEM_BYTES[tensor.dtype]:
+        raise ModelError(f"{what}: its byte range does not fit its shape; the file is damaged")
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _write_file(
+    file: Path,
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+    dtype: str,
+    load: Callable[[str], np.ndarray],
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [offset, offset + sizes[name]]}
+        offset += sizes[name]
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # readers map the data; keep it aligned
+    with file.open("wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            values = load(name)
+            if values.shape != shapes[name]:
+                raise ModelError(f"{name} has shape {list(values.shape)}, not {list(shapes[name])}")
+            for part in np.array_split(values.reshape(-1), max(1, values.size >> 24)):  # keeps temporaries small
+                f.write((to_bfloat16(part) if dtype == "BF16" else part).data)
+        f.flush()
+        os.fsync(f.fileno())

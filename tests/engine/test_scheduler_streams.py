@@ -1,0 +1,213 @@
+"""The scheduler, the block manager and the hash runner as one engine, under whatever can happen to it.
+
+Every client must get exactly the stream that its prompt and seed determine, and no block may be lost, whatever
+the pool, the chunking, the preemptions, the shared prefixes, the cancels, the resumes and the reservations.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daemon.control.messages import Finish, RequestParams, SamplingParams
+from daemon.engine.request import Request
+from daemon.engine.runner_hash import HashRunner, expected_stream
+from daemon.engine.scheduler import Scheduler
+from daemon.kvpool.blocks import BlockManager
+
+VOCAB, EOS = 40, 7
+
+
+@dataclass
+class Client:
+    """One request, what happens to it and what it has heard."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    priority: int
+    arrives: int
+    event: str  # "none", "cancel" or "resume", at step `at`
+    at: int
+    stream: list[int] = field(default_factory=list)
+    finish: Finish = Finish.NONE
+
+    def request(self, rid: int, epoch: int) -> Request:
+        params = RequestParams(self.sampling, float(self.arrives), self.priority)
+        return Request(rid, epoch, 0, params, [*self.prompt, *self.stream], len(self.prompt))
+
+
+@dataclass
+class Engine:
+    capacity: int  # of the pool, tokens
+    block_size: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_model_len: int
+    prefix_caching: bool
+
+    @property
+    def num_blocks(self) -> int:
+        return self.capacity // self.block_size + 1
+
+    def build(self) -> tuple[Scheduler, HashRunner]:
+        blocks = BlockManager(self.num_blocks, self.block_size, self.prefix_caching)
+        scheduler = Scheduler(
+            blocks,
+            max_num_seqs=self.max_num_seqs,
+            max_batch_tokens=self.max_batch_tokens,
+            max_model_len=self.max_model_len,
+            eos_token_ids=(EOS,),
+        )
+        runner = HashRunner(VOCAB, self.max_model_len, self.block_size)
+        garbage = random.Random(0).randbytes(runner.pool_spec(self.num_blocks).nbytes)
+        runner.load(memoryview(bytearray(garbage)))
+        return scheduler, runner
+
+
+def expected(client: Client, max_len: int) -> tuple[list[int], Finish]:
+    """Stream and finish by the rules of the API, without an engine."""
+    s = client.sampling
+    room = min(s.max_tokens, max_len - len(client.prompt))
+    stream = expected_stream(client.prompt, s.seed, room, VOCAB)
+    for i, token in enumerate(stream, 1):
+        if i >= s.min_tokens and (token in s.stop_token_ids or (token == EOS and not s.ignore_eos)):
+            return stream[:i], Finish.STOP
+    return stream, Finish.LENGTH
+
+
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 30),
+    seed=st.integers(0, 2**64 - 1),
+    min_tokens=st.integers(0, 6),
+    ignore_eos=st.booleans(),
+    stop_token_ids=st.sampled_from([(), (), (3, 11)]),
+)
+prompts = st.tuples(st.sampled_from([0, 1]), st.integers(0, 30), st.lists(st.integers(0, 3), min_size=1, max_size=8))
+clients = st.builds(
+    Client,
+    prompt=prompts.map(lambda p: [p[0]] * p[1] + p[2]),
+    sampling=samplings,
+    priority=st.sampled_from([0, 0, 0, 1, -1]),
+    arrives=st.integers(0, 20),
+    event=st.sampled_from(["none", "none", "none", "cancel", "resume"]),
+    at=st.integers(0, 60),
+)
+engines = st.builds(
+    Engine,
+    capacity=st.integers(16, 120),
+    block_size=st.sampled_from([1, 2, 4, 8]),
+    max_num_seqs=st.integers(1, 6),
+    max_batch_tokens=st.integers(1, 24),
+    max_model_len=st.sampled_from([24, 60, 90]),
+    prefix_caching=st.booleans(),
+)
+reservations = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 15)), max_size=3)
+
+
+class Run:
+    """Steps the engine until every client is served. `step` is the clock."""
+
+    def __init__(self, engine: Engine, clients: list[Client], reservations: list[tuple[int, int, int]]):
+        self.engine, self.clients = engine, clients
+        self.scheduler, self.runner = engine.build()
+        self.reservations, self.reserved = reservations, []
+        self.step = 0
+
+    def happen(self, before_plan: bool) -> None:
+        """Arrivals and reservations come before the plan, cancels and resumes between plan and fold as well."""
+        for rid, client in enumerate(self.clients):
+            if before_plan and client.arrives == self.step:
+                self.arrive(rid, client)
+            elif client.at == self.step and client.at > client.arrives and before_plan == (rid % 2 == 0):
+                self.interfere(rid, client)
+        if before_plan:
+            self.reserve()
+
+    def arrive(self, rid: int, client: Client) -> None:
+        request = client.request(rid, 1)
+        if self.scheduler.refuse(request):
+            client.finish = Finish.ERROR
+        else:
+            assert self.scheduler.add(request)
+            assert not self.scheduler.add(client.request(rid, 1))
+
+    def interfere(self, rid: int, client: Client) -> None:
+        if client.finish or client.event == "none":
+            return
+        assert not self.scheduler.cancel(rid, 0)
+        if client.event == "cancel":
+            assert self.scheduler.cancel(rid, 1)
+            client.finish = Finish.CANCELLED
+        else:
+            assert self.scheduler.add(client.request(rid, 2))
+
+    def reserve(self) -> None:
+        """Blocks that a migration holds for a while: (step, blocks, steps)."""
+        blocks = self.scheduler.blocks
+        for until, table in self.reserved:
+            if until == self.step:
+                blocks.free(table)
+        self.reserved = [(until, table) for until, table in self.reserved if until > self.step]
+        for start, n, steps in self.reservations:
+            if start == self.step and blocks.can_allocate(n):
+                self.reserved.append((start + steps, blocks.allocate(n)))
+
+    def check_plan(self, plan) -> None:
+        size = self.engine.block_size
+        assert plan.num_tokens <= self.engine.max_batch_tokens
+        assert len(self.scheduler.running) <= self.engine.max_num_seqs
+        assert len({row.request.rid for row in plan.rows}) == len(plan.rows)
+        for i, (request, start, count, sample) in enumerate(plan.rows):
+            assert start == request.num_computed and count >= 1
+            assert sample == (start + count == len(request.tokens))
+            assert len(request.block_table) * size >= start + count
+            assert (i < plan.num_decodes) == (request.pending == 1)
+        urgency = [self.scheduler._urgency(r, self.step) for r in self.scheduler.running.values()]
+        for victim in plan.preempted:
+            assert all(u < self.scheduler._urgency(victim, self.step) for u in urgency)
+
+    def advance(self) -> None:
+        self.happen(before_plan=True)
+        plan = self.scheduler.plan(float(self.step))
+        idle = not self.scheduler.running and not self.scheduler.waiting
+        assert (plan is None) <= (idle or bool(self.reserved))
+        if plan:
+            self.check_plan(plan)
+            result = self.runner.execute(plan)
+        self.happen(before_plan=False)
+        if plan:
+            self.hear(self.scheduler.fold(plan, result, float(self.step)))
+        self.scheduler.check([table for _, table in self.reserved])
+        assert self.scheduler.waiting_tokens == sum(len(r.tokens) for r in self.scheduler.waiting)
+        self.step += 1
+
+    def hear(self, emissions) -> None:
+        for request, start, tokens, finish, _ in emissions:
+            client = self.clients[request.rid]
+            assert not client.finish and start == len(client.stream)
+            client.stream += tokens
+            client.finish = finish
+
+    def to_the_end(self) -> None:
+        """A step computes for the most urgent in the batch at least, so the work bounds the steps."""
+        work = sum(len(c.prompt) + c.sampling.max_tokens for c in self.clients)
+        while self.step <= 60 or not all(c.finish for c in self.clients):
+            assert self.step <= 60 + 2 * work, "starved"
+            self.advance()
+
+
+@settings(max_examples=300, deadline=None)
+@given(engines, st.lists(clients, min_size=1, max_size=10), reservations)
+def test_every_stream_is_right_and_no_block_is_lost(engine, clients, reservations):
+    run = Run(engine, clients, reservations)
+    run.to_the_end()
+    for client in clients:
+        stream, finish = expected(client, run.scheduler.max_len)
+        if client.finish in (Finish.STOP, Finish.LENGTH):
+            assert (client.stream, client.finish) == (stream, finish)
+        else:
+            assert client.stream == stream[: len(client.stream)]
+    assert run.scheduler.blocks.num_used == 0
+    assert run.scheduler.plan(1e9) is None

