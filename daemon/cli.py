@@ -102,11 +102,20 @@ def _options(_args: argparse.Namespace) -> int:
     print("| option | default | unit | meaning |\n|---|---|---|---|")
     defaults = Config()
     for option in settings.options():
-        value = getattr(defaults, option.name)
-        shown = ",".join(value) if isinstance(value, list) else value
+        shown = _default(getattr(defaults, option.name), option.metadata["unit"])
         meaning = option.metadata["meaning"].replace("|", "\\|")
-        print(f"| `{option.name}` | {f'`{shown}`' if shown != '' else ''} | {option.metadata['unit']} | {meaning} |")
+        print(f"| `{option.name}` | {f'`{shown}`' if shown else ''} | {option.metadata['unit']} | {meaning} |")
     return 0
+
+
+def _default(value: object, unit: str) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if unit == "bytes" and isinstance(value, int) and value:
+        return f"{value >> 20}MiB"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:

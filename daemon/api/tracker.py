@@ -131,8 +131,7 @@ class _Link:
         self.incarnation = 0  # of the engine now alive; 0: none
         self.facts: EngineFacts | None = None  # of that incarnation
         self.backlog: deque[bytes] = deque()  # commands that found the ring full
-        self.requests = 0  # submitted since that incarnation was met
-        self.tokens = 0
+        self.submitted = Demand(0, 0, 0)  # since that incarnation was met
         self._version = 0
 
     def meet(self, incarnation: int) -> None:
@@ -140,7 +139,7 @@ class _Link:
         self.incarnation = incarnation
         self.facts = None
         self.backlog.clear()
-        self.requests = self.tokens = 0
+        self.submitted = Demand(incarnation, 0, 0)
 
     def refresh(self) -> EngineFacts | None:
         """Facts as last published by the present incarnation."""
@@ -238,8 +237,8 @@ class Tracker:
         flight = Flight(self, rid, slot, engine, link.incarnation)
         self._journal.assign(slot, flight.epoch, engine, link.incarnation)
         self._flights[rid] = flight
-        link.requests += 1
-        link.tokens += len(prompt)
+        before = link.submitted
+        link.submitted = Demand(before.peer, before.requests + 1, before.tokens + len(prompt))
         self._send(link, Start(rid, flight.epoch, slot))
         self._publish()
         return flight
@@ -380,7 +379,7 @@ class Tracker:
             raise TooLong(str(e)) from None
 
     def _facts(self) -> FrontendFacts:
-        submitted = [Demand(link.incarnation, link.requests, link.tokens) for link in self._links]
+        submitted = [link.submitted for link in self._links]
         return FrontendFacts(self._fabric.incarnation, submitted, len(self._flights), not self.draining)
 
     def _publish(self) -> None:

@@ -1,0 +1,70 @@
+"""Imports run one way between the rooms, and heavy packages stay out of the light processes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# room -> rooms it may import
+ALLOWED = {
+    "models": {"models"},
+    "kvpool": {"kvpool", "control"},
+    "control": {"control"},
+    "engine": {"engine", "control", "kvpool", "models"},
+    "api": {"api", "control", "models"},
+}
+PURE = [
+    "daemon.kvpool.blocks",
+    "daemon.engine.scheduler",
+    "daemon.engine.waiting",
+    "daemon.engine.request",
+    "daemon.engine.pace",
+    "daemon.control.messages",
+    "daemon.control.load",
+    "daemon.control.dispatch",
+    "daemon.control.extents",
+    "daemon.sizing",
+]
+LIGHT = ["daemon.supervisor", "daemon.api.frontend", "daemon.control.coordinator", "daemon.engine.worker", "daemon.cli"]
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_only_what_they_may(room):
+    for file in (ROOT / "daemon" / room).glob("*.py"):
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == "daemon" and len(parts) > 1 and (ROOT / "daemon" / parts[1]).is_dir():
+                assert parts[1] in ALLOWED[room], f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("modules", "banned"),
+    [
+        (PURE, ["torch", "numpy", "numba", "aiohttp", "posix_ipc"]),
+        (LIGHT, ["torch", "numba", "transformers"]),
+        (["daemon.supervisor"], ["aiohttp", "tokenizers"]),
+    ],
+)
+def test_light_modules_stay_light(modules, banned):
+    lines = [f"import {m}" for m in modules] + ["import sys", f"print([b for b in {banned!r} if b in sys.modules])"]
+    out = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(out) == []
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_read_no_clock_and_open_nothing(module):
+    file = ROOT / (module.replace(".", "/") + ".py")
+    assert not imports(file) & {"time", "random", "os", "secrets", "socket", "mmap", "io", "asyncio", "threading"}
