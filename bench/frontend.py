@@ -108,7 +108,8 @@ def _measure(args: argparse.Namespace, address: tuple[str, int], model: str, run
             "temperature": 0,
         }
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = ["POST /v1/completions HTTP/1.1", "Host: bench", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     readers = [Reader(address, head.encode() + body) for _ in range(args.connections)]
     selector = selectors.DefaultSelector()
     for reader in readers:

@@ -7,6 +7,7 @@ Precedence: defaults < TOML file < environment (``LLUMD_<NAME>``) < command-line
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import tomllib
@@ -30,7 +31,7 @@ def parse_size(text: str | int) -> int:
     """Bytes from ``2GiB``, ``512M``, ``1.5g`` or a plain number (k/M/G are decimal, Ki/Mi/Gi binary)."""
     if isinstance(text, int):
         return text
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", text.lower())
+    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*((?:[kmgt]i?)?)b?\s*", str(text).lower())
     if not m:
         raise ConfigError(f"not a size: {text!r}; write for example 512MiB, 2GiB or a number of bytes")
     return int(float(m[1]) * _UNITS[m[2]])
@@ -86,7 +87,7 @@ class Config:
     kv_memory: int = _opt(
         0,
         "engine",
-        "KV pool of one engine; 0: a quarter of the free memory, shared out, at most 4 GiB each (CPU)",
+        "KV pool of one engine; 0: a quarter of the free memory, shared out, at most 2 GiB each (CPU)",
         "bytes",
     )
     block_size: int = _opt(16, "engine", "tokens in a KV block", "tokens")
@@ -134,15 +135,18 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot work, before anything starts."""
         _require(self.block_size in (8, 16, 32, 64, 128), "block_size", "must be 8, 16, 32, 64 or 128")
-        for name in ("max_num_seqs", "max_batch_tokens", "frontends", "max_queued", "max_choices"):
+        for name in ("max_num_seqs", "max_batch_tokens", "frontends", "max_queued", "max_choices", "max_output_tokens"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("threads", "kv_memory", "max_model_len", "max_prompt_tokens", "port"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
+        for option in options():
+            if option.metadata["unit"] == "seconds":
+                _require(0 <= getattr(self, option.name) < math.inf, option.name, "must be finite and not negative")
         _require(self.port <= 65535, "port", "must be at most 65535")
         _require(self.frontends <= 16, "frontends", "must be at most 16")
         _require(len(self.devices) <= 64, "devices", "names more than 64 engines")
         _require(self.max_body >= 1024, "max_body", "must be at least 1 KiB")
-        _require(self.journal_memory >= 1 << 20, "journal_memory", "must be at least 1 MiB")
+        _require(1 << 20 <= self.journal_memory <= 4 << 30, "journal_memory", "must be from 1 MiB to 4 GiB")
         for d in self.devices:
             _require(bool(re.fullmatch(r"cpu|cuda:\d+", d)), "devices", f"{d!r} is neither `cpu` nor `cuda:N`")
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key_file:
@@ -173,11 +177,13 @@ def _parse(option: dataclasses.Field[Any], raw: Any) -> Any:
         return [p.strip() for p in raw.split(",") if p.strip()] if isinstance(raw, str) else [str(p) for p in raw]
     if kind is bool:
         return _parse_bool(raw)
+    if isinstance(raw, bool) and kind is not str:
+        raise ConfigError(f"{raw!r} is not a number")
     if option.metadata["unit"] == "bytes":
         return parse_size(raw)
     if option.metadata["unit"] == "seconds":
         return parse_seconds(raw)
-    if kind is int and isinstance(raw, bool | float):
+    if kind is int and isinstance(raw, float):
         raise ConfigError(f"{raw!r} is not a whole number")
     return kind(raw)
 

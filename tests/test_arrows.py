@@ -28,7 +28,13 @@ PURE = [
     "daemon.control.extents",
     "daemon.sizing",
 ]
-LIGHT = ["daemon.supervisor", "daemon.api.frontend", "daemon.control.coordinator", "daemon.engine.worker", "daemon.cli"]
+LIGHT = [
+    "daemon.cli",
+    "daemon.supervisor",
+    "daemon.control.coordinator",
+    "daemon.api.frontend",
+    "daemon.engine.worker",
+]
 
 
 def imports(file: Path) -> set[str]:
@@ -60,8 +66,9 @@ def test_rooms_import_only_what_they_may(room):
 )
 def test_light_modules_stay_light(modules, banned):
     lines = [f"import {m}" for m in modules] + ["import sys", f"print([b for b in {banned!r} if b in sys.modules])"]
-    out = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert ast.literal_eval(out) == []
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == []
 
 
 @pytest.mark.parametrize("module", PURE)

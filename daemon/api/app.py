@@ -64,7 +64,9 @@ def build_app(
     gate = _Gate(config, keys, metrics)
     app = web.Application(middlewares=[gate.middleware], client_max_size=config.max_body)
     for route in _routes(service):
-        gate.add(app.router.add_route(route.method, route.path, route.handler), route)
+        resource = app.router.add_resource(route.path)
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+            gate.add(resource.add_route(method, route.handler), route)
     app.on_response_prepare.append(_finish_headers)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:

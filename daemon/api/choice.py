@@ -23,8 +23,8 @@ class Choice:
         ends: frozenset[int],
         logprobs: LogprobsFormat | None,
     ) -> None:
-        """`ends`: tokens that end an answer and are no part of its text. `min_tokens`: no stop string counts
-        before there are that many."""
+        """`ends`: tokens that end an answer and are no part of its text. `min_tokens`: a stop string counts
+        only if it is completed after that many."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens

@@ -124,5 +124,5 @@ async def _stream(task: Task, events: EventStream, answer: Answer, fan: Fan) -> 
             writer.end(out)
         if out:
             await events.send(b"".join(out))
-    await events.response.write_eof()
+    await events.close()
     return events.response

@@ -83,6 +83,7 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         self._starting = asyncio.Lock()
+        self._writing = 0  # writes not completed; an interrupted one never is
         self._beat: asyncio.Task[None] | None = None
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
         headers["X-Accel-Buffering"] = "no"
@@ -97,14 +98,25 @@ class EventStream:
         if not self.response.prepared:
             await self._start()
         self._last = self._loop.time()
+        self._writing += 1
         await self.response.write(data)
+        self._writing -= 1
+
+    async def close(self) -> None:
+        """End the response, once the client has taken what was sent."""
+        self._writing += 1
+        await self.response.write_eof()
+        self._writing -= 1
 
     async def fail(self, error: ApiError) -> None:
         """End the stream with an error event. A client that does not read gets its connection closed."""
         try:
+            # The client has left its buffers full, and aiohttp cannot wait for them after an interrupted wait.
+            if self._writing:
+                raise TimeoutError
             async with asyncio.timeout(_CLOSE_GRACE):
                 await self.send(error.event())
-                await self.response.write_eof()
+                await self.close()
         except (TimeoutError, ConnectionError):
             if self._http.transport is not None:
                 self._http.transport.abort()
@@ -117,8 +129,8 @@ class EventStream:
     async def _heartbeat(self) -> None:
         while True:
             silent = self._loop.time() - self._last
-            if silent < self._interval:
-                await asyncio.sleep(self._interval - silent)
+            if silent < self._interval or self._writing:
+                await asyncio.sleep(max(self._interval - silent, self._interval / 2))
                 continue
             try:
                 await self.send(b": heartbeat\n\n")

@@ -239,7 +239,7 @@ class Tracker:
         self._flights[rid] = flight
         before = link.submitted
         link.submitted = Demand(before.peer, before.requests + 1, before.tokens + len(prompt))
-        self._send(link, Start(rid, flight.epoch, slot))
+        self._send(link, Start(rid, flight.epoch, slot, len(prompt)))
         self._publish()
         return flight
 
@@ -269,6 +269,7 @@ class Tracker:
         flight.end(finish)
 
     def _drain(self, link: _Link) -> None:
+        link.refresh()  # now, while nobody waits for a dispatch
         read = link.outputs.read
         while (record := read()) is not None:
             if record.receiver != self._fabric.incarnation:

@@ -26,7 +26,7 @@ from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 
-from daemon.control.extents import Extents, rounded
+from daemon.control.extents import ALIGN, Extents, rounded
 from daemon.control.messages import RequestParams, TokenLogprobs, decode_params, encode
 
 SLOT_WORDS = 8
@@ -61,7 +61,7 @@ class JournalView:
         self._view = view
         self.num_slots = slots_for(len(view))
         self._words = view[: self.num_slots * SLOT_WORDS * 8].cast("Q")
-        self._u32 = view.cast("I")
+        self._u32 = view[: len(view) & -4].cast("I")
 
     def rid(self, slot: int) -> int:
         """Request in the slot (meaningful unless FREE)."""
@@ -121,8 +121,8 @@ class Journal(JournalView):
     def __init__(self, view: memoryview) -> None:
         super().__init__(view)
         self._arena = rounded(self.num_slots * SLOT_WORDS * 8)
-        self._extents = Extents(len(view) - self._arena)
-        self._capacity = self._extents.free_bytes
+        self._capacity = len(view) - self._arena & -ALIGN
+        self._extents = Extents(self._capacity)
         for slot in range(self.num_slots):
             self._words[slot * SLOT_WORDS + 1] = SlotState.FREE
         self._free_slots = list(range(self.num_slots - 1, -1, -1))

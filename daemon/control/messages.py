@@ -68,6 +68,7 @@ class Start(Struct, tag=1, array_like=True, frozen=True):
     rid: int
     epoch: int
     slot: int  # journal slot of the sending frontend
+    tokens: int  # of the prompt, as the frontend counts its demand; the slot may be another request's by now
 
 
 class Cancel(Struct, tag=2, array_like=True, frozen=True):

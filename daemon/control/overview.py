@@ -118,7 +118,10 @@ class Overview:
 
     def _frontend(self, k: int, facts: FrontendFacts | None) -> dict[str, Any]:
         row = {"frontend": k, **self._process(self._topology.frontend(k))}
-        return row if facts is None else row | {"active": facts.active, "ready": facts.ready}
+        if facts is None:
+            return row
+        # The board is written at dispatch only, so its own count says nothing of what has ended since.
+        return row | {"active": len(self._journals[k].live_slots()), "ready": facts.ready}
 
     def _process(self, process: int) -> dict[str, Any]:
         row: ProcessFacts = self._table.rows[process]

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daemon.engine import ops_cpu, vector
-from daemon.engine.jit import kernel, prange
+from daemon.engine.jit import F32, kernel, prange
 from daemon.engine.ops_cpu import exp2_nonpositive, narrow, widen
-from daemon.engine.vector import dots, multiply, width
+from daemon.engine.vector import dots, multiply, prefetch, width
 
 TILE_QUERIES = 32  # tokens of a prefill chunk that share a pass over the keys
-_ROW_TILE = 4
+_ROWS = 4  # of one product in `attend_tiles`
+_SPAN = 64  # positions of a softmax step, or a block where that is larger
 _LOWEST = np.float32(-1e30)  # stands for minus infinity: differences of it stay finite
 
 
@@ -87,32 +88,51 @@ def compile_attention(shape: AttentionShape, parallel: bool) -> Attention:
 
 
 @kernel(inline=True, fastmath=True)
-def _rescale(scores: Any, count: int, peak_before: np.float32, sums: Any) -> tuple[np.float32, np.float32, np.float32]:
-    """One row's online softmax step: its first `count` scores become weights, its sums so far shrink to match.
+def _weigh(scores: Any, count: int, before: F32, sums: Any) -> tuple[F32, F32, F32]:
+    """A row's online softmax step: its first `count` scores become weights, its sums so far shrink to match.
 
-    Returns (the new peak, the factor of shrinking, the sum of the weights).
+    `before` is its largest score so far. Returns (the largest now, the factor of shrinking, the weights' sum).
     """
-    peak = peak_before
+    largest = before
     for t in range(count):
-        peak = max(peak, scores[t])
-    shrink = exp2_nonpositive(peak_before - peak)
+        largest = max(largest, scores[t])
+    shrink = exp2_nonpositive(before - largest)
     added = np.float32(0.0)
     for t in range(count):
-        weight = exp2_nonpositive(scores[t] - peak)
+        weight = exp2_nonpositive(scores[t] - largest)
         scores[t] = weight
         added += weight
     for j in range(sums.shape[0]):
         sums[j] *= shrink
-    return peak, shrink, added
+    return largest, shrink, added
+
+
+@kernel(inline=True, fastmath=True)
+def _finish(sums: Any, total: F32, out: Any) -> None:
+    """One head's result: its weighted sum of values over the sum of the weights."""
+    scale = np.float32(1.0) / total
+    for j in range(sums.shape[0]):
+        out[j] = narrow(sums[j] * scale, out)
+
+
+@kernel(inline=True, fastmath=True)
+def _copy_transposed(source: Any, out: Any, column: int) -> None:
+    for j in range(source.shape[0]):
+        out[j, column] = widen(source[j])
+
+
+@kernel(inline=True, fastmath=True)
+def _copy(source: Any, out: Any) -> None:
+    for j in range(source.shape[0]):
+        out[j] = widen(source[j])
 
 
 def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None]:
-    revision = _revision()
     heads, kv_heads, dim, block_size, _ = shape
     group = heads // kv_heads
     token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
-    span = max(64, block_size)  # positions a softmax step covers
-    per_span = span // block_size
+    span = max(_SPAN, block_size)
+    revision = _revision()
 
     @kernel(fastmath=True, parallel=parallel)
     def attend_tokens(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any,
@@ -120,8 +140,9 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
         assert revision
         for item in prange(positions.shape[0] * kv_heads):
             r, head = item // kv_heads, item % kv_heads
+            origin = layer_offset + head * dim  # in a block: this head's key of the first token
             length = positions[r] + 1
-            queries = q[r]
+            last = tables[r] + (length - 1) // block_size
             scores = np.empty((group, span), np.float32)
             sums = np.zeros((group, dim), np.float32)
             largest = np.full(group, _LOWEST)
@@ -129,36 +150,35 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
             for first in range(0, length, span):
                 count = min(span, length - first)
                 table = tables[r] + first // block_size
-                for b in range(min(per_span, (count + block_size - 1) // block_size)):
-                    at = blocks[table + b] * block_width + layer_offset + head * dim
-                    dots(group, dim, queries, head * group * dim, pool, at, token_width,
+                used = (count + block_size - 1) // block_size
+                for b in range(used):
+                    at = blocks[table + b] * block_width + origin
+                    following = blocks[min(table + b + 1, last)] * block_width + origin
+                    prefetch(block_size, dim, pool, at + value_offset, token_width)
+                    prefetch(block_size, dim, pool, following, token_width)
+                    dots(group, dim, q, (r * heads + head * group) * dim, pool, at, token_width,
                          scores, b * block_size, span, min(block_size, count - b * block_size))
                 for g in range(group):
-                    largest[g], shrink, added = _rescale(scores[g], count, largest[g], sums[g])
+                    largest[g], shrink, added = _weigh(scores[g], count, largest[g], sums[g])
                     total[g] = total[g] * shrink + added
-                for b in range(min(per_span, (count + block_size - 1) // block_size)):
-                    at = blocks[table + b] * block_width + layer_offset + head * dim + value_offset
+                for b in range(used):
+                    at = blocks[table + b] * block_width + origin + value_offset
                     multiply(group, dim, 1, scores, b * block_size, span, pool, at, token_width,
                              sums, 0, dim, min(block_size, count - b * block_size))
             for g in range(group):
-                scale = np.float32(1.0) / total[g]
-                result = out[r, (head * group + g) * dim : (head * group + g + 1) * dim]
-                for j in range(dim):
-                    result[j] = narrow(sums[g, j] * scale, out)
+                _finish(sums[g], total[g], out[r, (head * group + g) * dim : (head * group + g + 1) * dim])
 
     return attend_tokens
 
 
 def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]:
-    revision = _revision()
     heads, kv_heads, dim, block_size, _ = shape
     group = heads // kv_heads
     token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
-    span = max(64, block_size)
-    columns = width(dim) * min(4, dim // width(dim))  # of the value that one `multiply` covers
-    while dim % columns:
-        columns -= width(dim)
-    rows_cap = -(-TILE_QUERIES * group // _ROW_TILE) * _ROW_TILE
+    span = max(_SPAN, block_size)
+    columns = _columns(dim)
+    capacity = -(-TILE_QUERIES * group // _ROWS) * _ROWS
+    revision = _revision()
 
     @kernel(fastmath=True, parallel=parallel)
     def attend_tiles(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, tiles: Any,
@@ -166,49 +186,48 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
         assert revision
         for item in prange(tiles.shape[0] * kv_heads):
             tile, head = item // kv_heads, item % kv_heads
-            begin, queries = tiles[tile, 0], tiles[tile, 1]
-            rows = queries * group
-            padded = (rows + _ROW_TILE - 1) // _ROW_TILE * _ROW_TILE
-            folded = np.zeros((rows_cap, dim), np.float32)
+            begin = tiles[tile, 0]
+            rows = tiles[tile, 1] * group  # row r: query r // group, head r % group of this KV head's
+            start = positions[begin]
+            length = start + tiles[tile, 1]
+            folded = np.zeros((capacity, dim), np.float32)
             for r in range(rows):
                 at = (head * group + r % group) * dim
                 folded[r] = q[begin + r // group, at : at + dim]
-            keys = np.empty((dim, span), np.float32)  # transposed
+            keys = np.empty((dim, span), np.float32)
             values = np.empty((span, dim), np.float32)
-            scores = np.empty((rows_cap, span), np.float32)
-            sums = np.zeros((rows_cap, dim), np.float32)
-            largest = np.full(rows_cap, _LOWEST)
-            total = np.zeros(rows_cap, np.float32)
-            start = positions[begin]
-            length = start + queries
+            scores = np.empty((capacity, span), np.float32)
+            sums = np.zeros((capacity, dim), np.float32)
+            largest = np.full(capacity, _LOWEST)
+            total = np.zeros(capacity, np.float32)
             for first in range(0, length, span):
                 count = min(span, length - first)
                 for t in range(count):
                     block = blocks[tables[begin] + (first + t) // block_size]
                     at = block * block_width + layer_offset + (first + t) % block_size * token_width + head * dim
-                    key, value = pool[at : at + dim], pool[at + value_offset : at + value_offset + dim]
-                    for j in range(dim):
-                        keys[j, t] = widen(key[j])
-                    for j in range(dim):
-                        values[t, j] = widen(value[j])
-                for r in range(0, padded, _ROW_TILE):
-                    for c in range(0, span, 64):
-                        multiply(_ROW_TILE, 64, 0, folded, r * dim, dim, keys, c, span,
+                    _copy_transposed(pool[at : at + dim], keys, t)
+                    _copy(pool[at + value_offset : at + value_offset + dim], values[t])
+                for r in range(0, rows, _ROWS):
+                    for c in range(0, span, _SPAN):
+                        multiply(_ROWS, _SPAN, 0, folded, r * dim, dim, keys, c, span,
                                  scores, r * span + c, span, dim)
                 for r in range(rows):
                     seen = min(count, max(0, start + r // group + 1 - first))
-                    largest[r], shrink, added = _rescale(scores[r], seen, largest[r], sums[r])
+                    largest[r], shrink, added = _weigh(scores[r], seen, largest[r], sums[r])
                     total[r] = total[r] * shrink + added
                     scores[r, seen:count] = np.float32(0.0)
-                for r in range(0, padded, _ROW_TILE):
+                for r in range(0, rows, _ROWS):
                     for c in range(0, dim, columns):
-                        multiply(_ROW_TILE, columns, 1, scores, r * span, span, values, c, dim,
+                        multiply(_ROWS, columns, 1, scores, r * span, span, values, c, dim,
                                  sums, r * dim + c, dim, count)
             for r in range(rows):
-                scale = np.float32(1.0) / total[r]
                 at = (head * group + r % group) * dim
-                result = out[begin + r // group, at : at + dim]
-                for j in range(dim):
-                    result[j] = narrow(sums[r, j] * scale, out)
+                _finish(sums[r], total[r], out[begin + r // group, at : at + dim])
 
     return attend_tiles
+
+
+def _columns(dim: int) -> int:
+    """Columns of a value that one product covers: whole vectors, a divisor of `dim`, at most four registers."""
+    lanes = width(dim)
+    return max(n * lanes for n in (1, 2, 3, 4) if dim % (n * lanes) == 0)

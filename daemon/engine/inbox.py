@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import DecodeError
+
 from daemon.control.journal import JournalView, SlotState
 from daemon.control.messages import Cancel, Demand, Refused, Start, Statement, decode_to_engine
 from daemon.control.ring import RingReader
@@ -62,23 +64,40 @@ class Inbox:
                 self._scheduler.drop_frontend(self._frontend, dict(zip(rids, epochs, strict=True)))
 
     def _start(self, start: Start) -> None:
-        journal, slot = self._journal, start.slot
         self._requests += 1
-        self._tokens += journal.prompt_len(slot)
-        stale = journal.state(slot) is not SlotState.LIVE or journal.rid(slot) != start.rid
-        if stale or journal.epoch(slot) != start.epoch:
+        self._tokens += start.tokens
+        request = self._read(start)
+        if request is None:
             return  # cancelled or moved on before we got here
-        prompt = journal.prompt(slot)
-        request = Request(
-            rid=start.rid,
-            epoch=start.epoch,
-            frontend=self._frontend,
-            params=journal.params(slot),
-            tokens=prompt + journal.output(slot),
-            prompt_len=len(prompt),
-        )
         reason = self._scheduler.refuse(request)
         if reason is not None:
             self._outbox.refuse(Refused(start.rid, start.epoch, reason))
         else:
             self._scheduler.add(request)
+
+    def _read(self, start: Start) -> Request | None:
+        """The request as the journal has it; None once its slot stands for something else."""
+        if not self._stands(start):
+            return None
+        journal, slot = self._journal, start.slot
+        try:
+            prompt = journal.prompt(slot)
+            request = Request(
+                rid=start.rid,
+                epoch=start.epoch,
+                frontend=self._frontend,
+                params=journal.params(slot),
+                tokens=prompt + journal.output(slot),
+                prompt_len=len(prompt),
+            )
+        except (DecodeError, UnicodeDecodeError):
+            if self._stands(start):
+                raise
+            return None
+        # The frontend may have closed it and written another one over it while we read.
+        return request if self._stands(start) else None
+
+    def _stands(self, start: Start) -> bool:
+        journal, slot = self._journal, start.slot
+        live = journal.state(slot) is SlotState.LIVE and journal.rid(slot) == start.rid
+        return live and journal.epoch(slot) == start.epoch

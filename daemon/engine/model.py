@@ -6,9 +6,8 @@ The residual stream is float32 and starts at zero: the embedding, and then what 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,8 +20,6 @@ from daemon.engine.ops_cpu import Ops, compile_ops
 from daemon.engine.rope import rope_tables
 from daemon.engine.weights import Weights
 from daemon.models.card import ModelCard
-
-Pool = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
 
 class Layer(NamedTuple):
@@ -39,10 +36,11 @@ class Layer(NamedTuple):
 class Llama:
     """A decoder over one KV pool. `logits` computes a step of at most `max_tokens` tokens.
 
+    `pool` is flat, of float32, or for bf16 of uint16 bits; `max_len` is the longest sequence in tokens.
     `deterministic` makes every row's result independent of the batch around it, bit for bit.
     """
 
-    def __init__(self, card: ModelCard, weights: Weights, shape: AttentionShape, pool: Pool, *,
+    def __init__(self, card: ModelCard, weights: Weights, shape: AttentionShape, pool: npt.NDArray[Any], *,
                  arithmetic: Arithmetic, deterministic: bool, threads: int, max_tokens: int, max_len: int) -> None:
         self._shape = shape
         self._pool = pool
@@ -142,12 +140,6 @@ class _Builder:
         return np.array(self._weights.get(f"{name}.weight").float().numpy())
 
 
-def set_threads(threads: int) -> None:
-    """Compute threads of this process, of torch and of the compiled kernels."""
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-
-
-def _raw(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+def _raw(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The tensor as the kernels take it: float32, or bfloat16 as uint16 bits. Shares memory."""
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()

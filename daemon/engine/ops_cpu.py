@@ -10,14 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from daemon.engine.jit import F32, kernel, prange  # isort: skip  first: it points numba at its cache
 import numpy as np
-
-from daemon.engine.jit import kernel, prange  # first: it points numba at its cache
-
-from numba import types  # isort: skip
-from numba.extending import overload  # isort: skip
-
-_INLINE = {"jit_options": {"forceinline": True}}
+from numba import types
+from numba.extending import overload
 
 
 def widen(x: Any) -> Any:
@@ -25,7 +21,7 @@ def widen(x: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(widen, **_INLINE)
+@overload(widen, jit_options={"forceinline": True})
 def _widen(x: Any) -> Callable[..., Any]:
     def same(x: Any) -> Any:
         return x
@@ -44,7 +40,7 @@ def narrow(x: Any, like: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(narrow, **_INLINE)
+@overload(narrow, jit_options={"forceinline": True})
 def _narrow(x: Any, like: Any) -> Callable[..., Any]:
     def same(x: Any, like: Any) -> Any:
         return x
@@ -58,7 +54,7 @@ def _narrow(x: Any, like: Any) -> Callable[..., Any]:
 
 
 @kernel(inline=True, fastmath=True)
-def exp2_nonpositive(x: np.float32) -> np.float32:
+def exp2_nonpositive(x: F32) -> F32:
     """2**x for x <= 0, to about 1e-7; libm's exp is a call for each element and keeps loops scalar."""
     x = max(x, np.float32(-126.0))
     n = np.int32(x - np.float32(0.5))
@@ -114,7 +110,7 @@ def silu_mul(gate_up: Any, out: Any) -> None:
 
 
 @kernel(inline=True, fastmath=True)
-def _rotate(heads: Any, cos: Any, sin: Any, scale: np.float32, out: Any) -> None:
+def _rotate(heads: Any, cos: Any, sin: Any, scale: F32, out: Any) -> None:
     """Rotary embedding of every head in one row: element i turns with element i + head_dim / 2."""
     half = cos.shape[0]
     for head in range(0, heads.shape[0], 2 * half):

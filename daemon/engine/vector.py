@@ -1,23 +1,21 @@
 """Register-blocked inner products for compiled kernels, written as LLVM vectors.
 
-Numba leaves vectorising to LLVM, which keeps no array of sums in registers across a loop. These two do:
-each output element is one chain of multiply-adds in fixed order, whatever the neighbouring rows hold.
-Operands are C-contiguous arrays with an element offset and row strides; float32, or bfloat16 as uint16 bits where said.
+Numba leaves vectorising to LLVM, which keeps no array of sums in registers across a loop. `multiply` and
+`dots` do: each output element is one chain of multiply-adds in fixed order, whatever the neighbouring rows hold.
+Operands are C-contiguous arrays with an element offset and row strides; float32, or where said bfloat16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from math import gcd
 from typing import Any
 
-from daemon.engine.jit import kernel  # first: it points numba at its cache
-
-assert kernel is not None
-
-from llvmlite import ir  # noqa: E402
-from numba.core import cgutils, types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+from daemon.engine import jit  # isort: skip  # noqa: F401  first: it points numba at its cache
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 _FAST = ("fast",)
 _F32 = ir.FloatType()
@@ -27,6 +25,11 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 def width(columns: int) -> int:
     """Lanes of the vectors that a row of `columns` floats is cut into: at most 16 (one AVX-512 register)."""
     return gcd(columns, 16)
+
+
+def _emitted(describe: Callable[..., Any]) -> Any:
+    """A function for kernels to call: `describe` gives its signature and emits its code at each call."""
+    return intrinsic(prefer_literal=True)(describe)
 
 
 class _Operand:
@@ -71,7 +74,7 @@ def _sum_lanes(builder: Any, value: Any, lanes: int) -> Any:
     return builder.call(add, [_F32(-0.0), value], fastmath=_FAST)
 
 
-@intrinsic(prefer_literal=True)
+@_emitted
 def multiply(_: Any, rows: Any, columns: Any, add: Any, a: Any, a0: Any, a_row: Any, b: Any, b0: Any, b_row: Any,
              c: Any, c0: Any, c_row: Any, depth: Any) -> tuple[Any, Callable[..., Any]]:
     """``C = A B``, or ``C += A B`` where `add` is 1. A [rows, depth], B [depth, columns], C [rows, columns].
@@ -91,7 +94,8 @@ def multiply(_: Any, rows: Any, columns: Any, add: Any, a: Any, a0: Any, a_row: 
         places = [[out.at((c_stride, _I64(i)), (_I64(j), _I64(1))) for j in range(0, n, lanes)] for i in range(m)]
         vector = ir.VectorType(_F32, lanes)
         sums = [[cgutils.alloca_once(builder, vector) for _ in row] for row in places]
-        for place, total in zip(sum(places, []), sum(sums, []), strict=True):
+        cells = list(zip(chain.from_iterable(places), chain.from_iterable(sums), strict=True))
+        for place, total in cells:
             builder.store(out.load(place, lanes) if keep else ir.Constant(vector, [0.0] * lanes), total)
         with cgutils.for_range(builder, steps) as loop:
             values = [right.load(right.at((b_stride, loop.index), (_I64(j), _I64(1))), lanes)
@@ -101,14 +105,14 @@ def multiply(_: Any, rows: Any, columns: Any, add: Any, a: Any, a0: Any, a_row: 
                 for value, total in zip(values, sums[i], strict=True):
                     product = builder.fmul(x, value, flags=_FAST)
                     builder.store(builder.fadd(builder.load(total), product, flags=_FAST), total)
-        for place, total in zip(sum(places, []), sum(sums, []), strict=True):
+        for place, total in cells:
             out.store(builder.load(total), place)
         return context.get_dummy_value()
 
     return signature, generate
 
 
-@intrinsic(prefer_literal=True)
+@_emitted
 def dots(_: Any, rows: Any, length: Any, a: Any, a0: Any, b: Any, b0: Any, b_row: Any, c: Any, c0: Any,
          c_row: Any, count: Any) -> tuple[Any, Callable[..., Any]]:
     """``C = A B^T``. A [rows, length] contiguous, B [count, length] with row stride `b_row`, C [rows, count].
@@ -140,7 +144,7 @@ def dots(_: Any, rows: Any, length: Any, a: Any, a0: Any, b: Any, b0: Any, b_row
     return signature, generate
 
 
-@intrinsic(prefer_literal=True)
+@_emitted
 def prefetch(_: Any, rows: Any, length: Any, a: Any, a0: Any, a_row: Any) -> tuple[Any, Callable[..., Any]]:
     """Have the cache fetch `rows` rows of `length` elements (both compile-time constants) with stride `a_row`."""
     m, n = rows.literal_value, length.literal_value

@@ -115,8 +115,8 @@ class Worker:
             plan = self._scheduler.plan(time.monotonic())
             if plan is not None:
                 self._step(plan)
+            self._publish()  # before the bells: who is woken finds the facts fresh
             self._deliver()
-            self._publish()
             if plan is None:
                 self._rest()
 
@@ -145,8 +145,8 @@ class Worker:
                 checked = True
             self._progress.beat(IDLE_DEADLINE)
             self._pace.tick(time.monotonic())
-            self._deliver()
             self._publish()
+            self._deliver()
         self._progress.beat(IDLE_DEADLINE)
 
     def _account(self, plan: StepPlan, emissions: list[Emission], seconds: float, now: float) -> None:

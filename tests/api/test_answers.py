@@ -10,7 +10,6 @@ import pytest
 from daemon.api.generation import NoEngine, Overloaded, TooLong
 from daemon.control.messages import Finish
 from daemon.control.seeds import choice_seed
-
 from tests.api.world import ANSWER, make_world, with_client
 
 CHAT = "/v1/chat/completions"
@@ -31,6 +30,15 @@ async def stream(client, path, body) -> list[dict]:
     assert response.status == 200
     assert response.headers["Content-Type"].startswith("text/event-stream")
     return events(await response.text())
+
+
+async def until(condition):
+    """Wait, for seconds at most, until something has happened."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("did not happen")
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1000])
@@ -67,8 +75,13 @@ def test_usage_comes_last_and_is_null_before(world):
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt, output)
         assert usage["total_tokens"] == prompt + output
         assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
+        many = await (await client.post(TEXT, json={"prompt": ["a", "bc"], "n": 3})).json()
+        assert many["usage"]["prompt_tokens_details"] == {"cached_tokens": 8}
         both = {"include_usage": True, "continuous_usage_stats": True}
-        running = [c["usage"]["completion_tokens"] for c in (await stream(client, CHAT, HELLO | {"stream_options": both}))[1:]]
+        running = [
+            c["usage"]["completion_tokens"]
+            for c in (await stream(client, CHAT, HELLO | {"stream_options": both}))[1:]
+        ]
         assert running == sorted(running) and running[-1] == output
 
     with_client(world, body)
@@ -175,12 +188,14 @@ def test_text_logprobs(world):
         found = (await (await client.post(TEXT, json=request)).json())["choices"][0]
         logprobs = found["logprobs"]
         assert "".join(logprobs["tokens"]) == found["text"]
-        assert [found["text"][o:][: len(t)] for o, t in zip(logprobs["text_offset"], logprobs["tokens"], strict=True)] == logprobs["tokens"]
+        assert [
+            found["text"][o:][: len(t)] for o, t in zip(logprobs["text_offset"], logprobs["tokens"], strict=True)
+        ] == logprobs["tokens"]
         assert logprobs["token_logprobs"] == [-0.5] * 7
         assert all(t in tops for t, tops in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
         chunks = await stream(client, TEXT, request)
         parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
-        assert {k: sum((p[k] for p in parts), []) for k in logprobs} == logprobs
+        assert {k: [x for p in parts for x in p[k]] for k in logprobs} == logprobs
 
     with_client(world, body)
 
@@ -242,6 +257,24 @@ def test_messages_become_the_template_s(world):
         assert prompt == world.model.tokenizer.encode(expected, False)
 
     with_client(world, body)
+
+
+def test_special_tokens_are_added_to_text_but_not_to_templates(world, monkeypatch):
+    encode, added = world.model.tokenizer.encode, []
+    monkeypatch.setattr(world.model.tokenizer, "encode", lambda text, add: added.append(add) or encode(text, add))
+
+    async def body(client):
+        for path, request in (
+            (CHAT, HELLO),
+            (TEXT, {"prompt": "a"}),
+            ("/tokenize", HELLO),
+            ("/tokenize", {"prompt": "a"}),
+        ):
+            for override in ({}, {"add_special_tokens": False}, {"add_special_tokens": True}):
+                assert (await client.post(path, json=request | override)).status == 200
+
+    with_client(world, body)
+    assert added == [False, False, True, True, False, True] * 2
 
 
 def test_long_prompts_are_tokenised_elsewhere(world):
@@ -375,13 +408,6 @@ def test_deadline(model):
 def test_disconnect_frees_the_request(world, streaming, n, hang_after):
     world.generator.hang_after = hang_after
 
-    async def until(condition):
-        for _ in range(500):
-            if condition():
-                return
-            await asyncio.sleep(0.01)
-        pytest.fail("did not happen")
-
     async def body(client):
         task = asyncio.create_task(client.post(CHAT, json=HELLO | {"stream": streaming, "n": n}))
         await until(lambda: world.generator.running == n)
@@ -414,18 +440,43 @@ def test_heartbeat_keeps_a_silent_stream_alive(model):
     with_client(world, body)
 
 
+def test_client_that_does_not_read_is_cut_off(model):
+    world = make_world(model, request_deadline=1.0)
+    world.generator.max_model_len = 10_000_000
+    world.generator.piece = 4000
+    longest = max(range(3, 384), key=lambda token: len(world.model.tokenizer.token_bytes(token)))
+    world.generator.reply = lambda prompt, params: [longest] * 4_000_000
+
+    async def body(client):
+        reader, writer = await asyncio.open_connection(client.host, client.port, limit=1024)
+        request = json.dumps(HELLO | {"stream": True, "max_tokens": 4_000_000}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(request)}\r\n\r\n".encode() + request)
+        await until(lambda: world.generator.running == 1)
+        await until(lambda: world.generator.running == 0)
+        sent = world.generator.streams[0]._at
+        assert 0 < sent < 4_000_000
+        await until(lambda: world.counter("http_requests", "chat", "2xx") == 1)
+        received = await reader.read()
+        assert received.startswith(b"HTTP/1.1 200 ") and not received.endswith(b"0\r\n\r\n")
+        writer.close()
+
+    with_client(world, body)
+
+
 def test_statistics_add_up(world):
     async def body(client):
         await client.post(CHAT, json=HELLO | {"n": 2})
-        await stream(client, TEXT, {"prompt": "x", "max_tokens": 4})
+        await stream(client, TEXT, {"prompt": [[5], [6] * 30], "max_tokens": 4})
         await client.post(CHAT, json=HELLO | {"n": 99})
         text = await (await client.get("/metrics")).text()
         assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in text
 
     with_client(world, body)
-    tokens = 2 * len(world.generator.streams[0]._tokens) + 4
+    tokens = 2 * len(world.generator.streams[0]._tokens) + 2 * 4
     assert world.counter("generation_tokens") == tokens
     assert world.counter("prompt_tokens") == sum(len(s.prompt) for s in world.generator.submissions)
-    assert world.counter("request_success", "length") == 1
+    ends = [world.counter("request_success", reason) for reason in ("stop", "length", "abort", "error")]
+    assert ends == [2, 2, 0, 0]
     assert world.counter("admission_rejections", "invalid") == 1
     assert world.counter("http_requests", "chat", "2xx") == 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ def _run(choice: Choice, tokens: list[int], cuts: list[int], finish: Finish) -> 
     """Push `tokens` cut at `cuts`, stopping where the choice does."""
     bounds = [0, *sorted(cuts), len(tokens)]
     text = ""
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         last = end == len(tokens)
         text += choice.push(Piece(tokens[begin:end], None, finish if last else Finish.NONE, 0))
         if choice.finish or last:
@@ -61,10 +63,22 @@ def test_no_stop_string_before_min_tokens(model):
     assert choice.finish is Finish.LENGTH
 
 
+def test_first_stop_string_after_min_tokens_counts(model):
+    tokens = model.tokenizer.encode("xaxaxa", False)
+    assert len(tokens) == 6
+    choice = _choice(model, ["a"], min_tokens=2)
+    assert _run(choice, tokens, [], Finish.LENGTH) == "xax"
+    assert (choice.finish, choice.num_tokens) == (Finish.STOP, 4)
+
+
 def test_ending_token_counts_but_is_not_shown(model):
     tokens = model.tokenizer.encode("hi", False)
     plain = Choice(
-        model.tokenizer.detokenizer(continuing=True), stops=[], min_tokens=0, ends=frozenset(tokens[-1:]), logprobs=None
+        model.tokenizer.detokenizer(continuing=True),
+        stops=[],
+        min_tokens=0,
+        ends=frozenset(tokens[-1:]),
+        logprobs=None,
     )
     assert _run(plain, tokens, [], Finish.STOP) == model.tokenizer.decode(tokens[:-1])
     assert plain.num_tokens == len(tokens)

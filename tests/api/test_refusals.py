@@ -28,18 +28,21 @@ async def refused(client, path: str, body: dict, status: int = 400) -> dict:
 
 
 BAD_CHAT = [
-    ("temperature", 2.1), ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1),
-    ("top_k", -2), ("presence_penalty", 2.5), ("frequency_penalty", -3), ("repetition_penalty", 0), ("n", 0), ("n", 9),
-    ("n", 10**12), ("max_tokens", 0), ("max_tokens", 1.5), ("max_completion_tokens", -1), ("min_tokens", -1),
-    ("seed", 2**63), ("seed", "x"), ("stop", ""), ("stop", ["a"] * 17), ("stop", ["a", ""]), ("stop", [1]),
-    ("stop", "x" * 1025), ("stop_token_ids", [384]), ("stop_token_ids", [-1]), ("stop_token_ids", [1] * 65),
-    ("logit_bias", {"384": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"x": 1}), ("logit_bias", {"1": 101}),
-    ("logit_bias", {"٣": 1}), ("top_logprobs", 1), ("top_logprobs", 21), ("priority", "urgent"), ("priority", 101),
-    ("stream_options", {"include_usage": True}), ("cache_salt", "x" * 257), ("messages", []), ("messages", "hi"),
-    ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("functions", [{}]), ("best_of", 2),
-    ("response_format", {"type": "json_object"}), ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}),
-    ("guided_json", {"type": "object"}), ("structured_outputs", {"regex": "a"}), ("prompt_logprobs", 0.5),
-    ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"a": 1}), ("web_search_options", {"a": 1}),
+    ("temperature", 2.1), ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01),
+    ("min_p", -0.1), ("top_k", -2), ("presence_penalty", 2.5), ("frequency_penalty", -3),
+    ("repetition_penalty", 0), ("n", 0), ("n", 9), ("n", 10**12), ("max_tokens", 0),
+    ("max_tokens", 1.5), ("max_completion_tokens", -1), ("min_tokens", -1), ("seed", 2**63),
+    ("seed", "x"), ("stop", ""), ("stop", ["a"] * 17), ("stop", ["a", ""]), ("stop", [1]),
+    ("stop", "x" * 1025), ("stop_token_ids", [384]), ("stop_token_ids", [-1]),
+    ("stop_token_ids", [1] * 65), ("logit_bias", {"384": 1}), ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"x": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"٣": 1}),
+    ("top_logprobs", 1), ("top_logprobs", 21), ("priority", "urgent"), ("priority", 101),
+    ("stream_options", {"include_usage": True}), ("cache_salt", "x" * 257), ("messages", []),
+    ("messages", "hi"), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
+    ("functions", [{}]), ("best_of", 2), ("response_format", {"type": "json_object"}),
+    ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("guided_json", {"type": "object"}),
+    ("structured_outputs", {"regex": "a"}), ("prompt_logprobs", 0.5), ("chat_template", "{{ 1 }}"),
+    ("chat_template_kwargs", {"a": 1}), ("web_search_options", {"a": 1}),
 ]  # fmt: skip
 
 
@@ -49,9 +52,21 @@ def test_each_bad_value_names_its_field(world):
             error = await refused(client, CHAT, HELLO | {field: value})
             assert error["param"] == field, (field, value, error)
             assert field in error["message"]
-        for field, value in [("suffix", "x"), ("logprobs", 21), ("logprobs", True), ("prompt", []), ("prompt", [1, "a"]),
-                             ("prompt", [[1], "a"]), ("prompt", [[]]), ("prompt", [400]), ("prompt", [-1]),
-                             ("prompt", [True]), ("prompt", ""), ("prompt", None), ("prompt", ["a"] * 600)]:
+        for field, value in [
+            ("suffix", "x"),
+            ("logprobs", 21),
+            ("logprobs", True),
+            ("prompt", []),
+            ("prompt", [1, "a"]),
+            ("prompt", [[1], "a"]),
+            ("prompt", [[]]),
+            ("prompt", [400]),
+            ("prompt", [-1]),
+            ("prompt", [True]),
+            ("prompt", ""),
+            ("prompt", None),
+            ("prompt", ["a"] * 600),
+        ]:
             error = await refused(client, TEXT, {"prompt": "x"} | {field: value})
             assert error["param"] == field, (field, value, error)
         assert (await refused(client, TEXT, {"prompt": "x", "echo": True, "logprobs": 1}))["param"] == "echo"
@@ -64,16 +79,18 @@ def test_each_bad_value_names_its_field(world):
 
 def test_neutral_values_of_refused_fields_are_taken(world):
     neutral = {
-        "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "audio": None,
-        "best_of": 1, "functions": [], "guided_json": None, "use_beam_search": False, "chat_template_kwargs": {},
-        "user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "reasoning_effort": "low",
-        "temperature": None, "stream": None, "stop": None, "logit_bias": None, "n": None, "seed": None,
+        "tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
+        "modalities": ["text"], "audio": None, "best_of": 1, "functions": [], "guided_json": None,
+        "use_beam_search": False, "chat_template_kwargs": {}, "user": "u", "store": True,
+        "metadata": {"a": "b"}, "service_tier": "auto", "reasoning_effort": "low", "temperature": None,
+        "stream": None, "stop": None, "logit_bias": None, "n": None, "seed": None,
     }  # fmt: skip
 
     async def body(client):
         assert (await client.post(CHAT, json=HELLO | neutral)).status == 200
         tools = {"tools": [{"type": "function"}], "tool_choice": "none"}
         assert (await client.post(CHAT, json=HELLO | tools)).status == 200
+        assert (await client.post(TEXT, json={"prompt": "x", "suffix": ""})).status == 200
 
     with_client(world, body)
 
@@ -182,6 +199,19 @@ def test_bodies_that_are_not_read(model):
     with_client(world, body)
 
 
+def test_large_body_is_refused_by_its_header_alone(model):
+    world = make_world(model, max_body=2048, keys=["k"])
+
+    async def body(client):
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n".encode())
+        assert b" 413 " in await reader.readline()
+        assert b"connection: close" in (await reader.readuntil(b"\r\n\r\n")).lower()
+        writer.close()
+
+    with_client(world, body)
+
+
 def test_request_id_is_echoed_if_sane(world):
     async def body(client):
         for asked, same in (("abc-1.2:3", True), ("a b", False), ("x" * 129, False), ("", False)):
@@ -235,6 +265,7 @@ def test_every_route_but_health_needs_a_key(model):
             path = route.resource.canonical.replace("{model}", "tiny")
             is_open = path in ("/health", "/health/ready")
             assert ((await client.request(route.method, path)).status == 401) is not is_open, path
+            assert not is_open or (await client.request(route.method, path)).status == 200
         assert (await client.get("/nowhere")).status == 401
         assert (await client.get(CHAT)).status == 401
         for header, status in (
@@ -323,20 +354,28 @@ def served(model):
 
 
 FULL = HELLO | {
-    "model": "tiny", "temperature": 1, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "seed": 1, "stop": ["a"], "n": 2, "user": "u",
-    "logit_bias": {"1": 2}, "max_tokens": 3, "stream": False, "stream_options": None, "logprobs": True, "top_logprobs": 1,
-    "stop_token_ids": [4], "priority": 1, "tools": [], "response_format": {"type": "text"}, "cache_salt": "s", "best_of": 2,
+    "model": "tiny", "temperature": 1, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "seed": 1,
+    "stop": ["a"], "n": 2, "user": "u", "logit_bias": {"1": 2}, "max_tokens": 3, "stream": False,
+    "stream_options": None, "logprobs": True, "top_logprobs": 1, "stop_token_ids": [4], "priority": 1,
+    "tools": [], "response_format": {"type": "text"}, "cache_salt": "s", "best_of": 2,
 }  # fmt: skip
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, -(2**63), 1e308, "tiny"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, -(2**63), 1e308, "tiny"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
 RAW = st.sampled_from([
-    b"", b"null", b"[]", b"{", b'"\\ud800"', b'{"prompt":"\\ud800 "}', b'{"prompt":"\xff"}', b'{"messages":NaN}',
-    b'{"prompt":' + b"[" * 50_000 + b"]" * 50_000 + b"}", b'{"tools":' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000 + b"}",
-    b'{"prompt":"a","temperature":1e999}', b'{"prompt":"a","temperature":-Infinity}', b"\xef\xbb\xbf{}", b'{"prompt":"a"} x',
-    b'{"prompt":"a","seed":' + b"9" * 5000 + b"}", b"\x00" * 100, b'{"messages":[{"role":"user","content":"\\udc00\\ud800"}]}',
+    b"", b"null", b"[]", b"{", b'"\\ud800"', b'{"prompt":"\\ud800 "}', b'{"prompt":"\xff"}',
+    b'{"messages":NaN}', b'{"prompt":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    b'{"tools":' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000 + b"}",
+    b'{"prompt":"a","temperature":1e999}', b'{"prompt":"a","temperature":-Infinity}',
+    b"\xef\xbb\xbf{}", b'{"prompt":"a"} x', b'{"prompt":"a","seed":' + b"9" * 5000 + b"}",
+    b"\x00" * 100, b'{"messages":[{"role":"user","content":"\\udc00\\ud800"}]}',
 ])  # fmt: skip
 
 
@@ -345,11 +384,15 @@ def bodies(draw) -> bytes:
     """A good body with something put in the wrong place, or cut, or with bytes changed; or no body at all."""
     if draw(st.integers(0, 9)) == 0:
         return draw(RAW)
-    base = dict(FULL) | draw(st.sampled_from([{}, {"prompt": "a"}, {"prompt": [1, 2], "logprobs": 1}, {"tokens": [1]}]))
+    base = dict(FULL) | draw(
+        st.sampled_from([{}, {"prompt": "a"}, {"prompt": [1, 2], "logprobs": 1}, {"tokens": [1]}])
+    )
     for _ in range(draw(st.integers(0, 3))):
         base[draw(st.sampled_from(sorted(base)))] = draw(JUNK)
     if draw(st.booleans()):
-        base["messages"] = [{"role": draw(st.sampled_from(["user", "tool", "x"])), "content": draw(JUNK), "tool_calls": draw(JUNK)}]
+        base["messages"] = [
+            {"role": draw(st.sampled_from(["user", "tool", "x"])), "content": draw(JUNK), "tool_calls": draw(JUNK)}
+        ]
     raw = bytearray(json.dumps(base).encode())
     noise = random.Random(draw(st.integers()))
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):

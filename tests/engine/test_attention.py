@@ -74,7 +74,8 @@ class Case:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(SHAPES), st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 99), st.booleans())
+@given(st.sampled_from(SHAPES), st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 99),
+       st.booleans())
 def test_single_tokens(shape, lengths, seed, half):
     case = Case(shape, lengths, seed, half)
     q = case.queries(len(lengths))

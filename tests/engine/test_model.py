@@ -1,6 +1,8 @@
 """The model against Transformers, driven by hand-made steps: chunks, shared prefixes, all sorts of Llamas."""
 
 import random
+import subprocess
+import sys
 from itertools import count
 
 import pytest
@@ -150,3 +152,9 @@ def test_deterministic_refuses_bf16(grouped):
     with pytest.raises(ModelError, match="fp32"):
         make_runner(grouped, deterministic=True, dtype="bf16")
     assert make_runner(grouped, deterministic=True, dtype="auto").pool_spec(1).dtype == "float32"
+
+
+def test_a_worker_loads_torch_through_the_runner_alone():
+    """The runner tells OpenMP not to spin, which counts only if nobody has loaded torch before it."""
+    code = "import daemon.engine.build, daemon.engine.worker, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

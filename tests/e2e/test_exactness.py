@@ -1,0 +1,21 @@
+"""Every answer is right to the last token, whatever the memory, the batch and the engines do to it."""
+
+from __future__ import annotations
+
+from tests.e2e import hashed
+from tests.e2e.clients import Swarm
+from tests.e2e.conftest import Start
+
+
+def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
+    daemon = start("--frontends", "2", "--kv-memory", "32Ki", "--stub-step", "1ms", engine="hash")
+    bodies = [hashed.request(i, length=100, shared=64, output=60, stream=i % 4 != 0) for i in range(64)]
+    with Swarm(daemon, bodies) as swarm:
+        outcomes = swarm.join()
+    wrong = [i for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True)) if not hashed.exact(body, outcome)]
+    assert not wrong
+    daemon.await_idle()
+    status = daemon.status()
+    assert all(e["preemptions"] > 0 and e["steps"] > 60 for e in status["engines"])
+    assert daemon.metric("vllm:prefix_cache_hits_total") >= 48 * 40  # at the least most of the shared beginning
+    assert daemon.metric("llumd:stale_tokens_total") == 0

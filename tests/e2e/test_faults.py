@@ -1,0 +1,155 @@
+"""kill -9 and SIGSTOP under load: who is healthy goes on to the last token, who is lost is told so, and all is freed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import hashed
+from tests.e2e.clients import Swarm, engine_of
+from tests.e2e.conftest import Start
+from tests.e2e.live import Daemon, wait_for
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: Start) -> Daemon:
+    return start_shared("--frontends", "2", "--stub-step", "15ms", engine="hash")
+
+
+@pytest.fixture
+def daemon(shared: Daemon) -> Daemon:
+    """With whatever an earlier test has killed back in its place."""
+    return shared.await_whole()
+
+
+def bodies(count: int, output: int = 80, **fields: Any) -> list[dict[str, Any]]:
+    return [hashed.request(i, output=output, **fields) for i in range(count)]
+
+
+def all_exact(daemon: Daemon, count: int = 12) -> bool:
+    """Whether the daemon, as it is now, answers exactly."""
+    asked = bodies(count, output=5)
+    with Swarm(daemon, asked) as swarm:
+        return all(map(hashed.exact, asked, swarm.join()))
+
+
+def test_killed_engine_costs_only_its_own_requests(daemon: Daemon) -> None:
+    asked = bodies(16) + bodies(8, stream=False)
+    with Swarm(daemon, asked) as swarm:
+        swarm.await_tokens(3)
+        wait_for("everybody's start", lambda: len(daemon.requests()) == 24)
+        engines = engine_of(daemon, swarm.outcomes[:16])
+        before = daemon.kill("engine", 0)
+        outcomes = swarm.join()
+    assert {0, 1} == set(engines)
+    for body, outcome, engine in zip(asked[:16], outcomes[:16], engines, strict=True):
+        if engine == 1:
+            assert hashed.exact(body, outcome)
+        else:
+            assert outcome.failed_cleanly, outcome
+            assert outcome.errors[0]["code"] == "engine_error"
+            assert hashed.exact_so_far(body, outcome)
+    whole = [hashed.exact(body, outcome) for body, outcome in zip(asked[16:], outcomes[16:], strict=True)]
+    lost = [outcome.failed_cleanly and outcome.status == 500 for outcome in outcomes[16:]]
+    assert all(a != b for a, b in zip(whole, lost, strict=True))
+    assert any(whole)
+    assert any(lost)
+    assert daemon.await_successor("engine", 0, before)["restarts"] == before["restarts"] + 1
+    daemon.await_whole().await_idle()
+    assert all_exact(daemon)
+
+
+def test_killed_frontend_frees_what_it_owned_and_its_sibling_serves(daemon: Daemon) -> None:
+    asked = bodies(24)
+    with Swarm(daemon, asked) as swarm:
+        swarm.await_tokens(3)
+        owners = {row["id"].rsplit("-", 1)[0]: row["frontend"] for row in daemon.requests()}
+        before = daemon.kill("frontend", 0)
+        assert all_exact(daemon)  # new connections meanwhile
+        daemon.await_successor("frontend", 0, before)
+        outcomes = swarm.join()
+    assert {owners[outcome.id] for outcome in outcomes} == {0, 1}
+    for body, outcome in zip(asked, outcomes, strict=True):
+        if owners[outcome.id] == 0:
+            assert outcome.broken
+            assert not outcome.closed
+        else:
+            assert hashed.exact(body, outcome)
+    daemon.await_idle()
+    assert all_exact(daemon)
+
+
+def test_dropped_requests_are_freed_before_they_would_have_ended(daemon: Daemon) -> None:
+    with Swarm(daemon, bodies(16, output=4000)) as swarm:  # a minute's work
+        swarm.await_tokens(2)
+        before = [daemon.kill("frontend", k) for k in (0, 1)]
+        for k in (0, 1):
+            daemon.await_successor("frontend", k, before[k])
+        daemon.await_idle()
+
+
+def test_connections_wait_for_the_only_frontends_successor(start: Start) -> None:
+    daemon = start("--stub-step", "5ms", "--devices", "cpu", engine="hash")
+    before = daemon.kill("frontend")
+    asked = bodies(20, output=5)
+    with Swarm(daemon, asked) as swarm:
+        outcomes = swarm.join()
+    assert all(map(hashed.exact, asked, outcomes)), [o.broken for o in outcomes]
+    assert daemon.child("frontend")["incarnation"] == before["incarnation"] + 1
+
+
+def test_killed_coordinator_is_not_missed(daemon: Daemon) -> None:
+    asked = bodies(12)
+    with Swarm(daemon, asked) as swarm:
+        swarm.await_tokens(2)
+        before = daemon.kill("coordinator")
+        assert all_exact(daemon)
+        daemon.await_successor("coordinator", 0, before)
+        assert all(map(hashed.exact, asked, swarm.join()))
+    assert daemon.ctl("status").returncode == 0
+
+
+@pytest.mark.parametrize("role", ["engine", "frontend"])
+def test_a_process_killed_again_and_again_comes_back(daemon: Daemon, role: str) -> None:
+    for _ in range(2):
+        before = daemon.kill(role, 1)
+        daemon.await_successor(role, 1, before)
+    daemon.await_whole()
+    assert all_exact(daemon)
+
+
+def test_silent_engine_is_killed_and_replaced(start: Start) -> None:
+    daemon = start("--hang-timeout", "300ms", "--stub-step", "15ms", engine="hash")
+    asked = bodies(8)
+    with Swarm(daemon, asked) as swarm:
+        swarm.await_tokens(2)
+        engines = engine_of(daemon, swarm.outcomes)
+        before = daemon.kill("engine", 1, signal.SIGSTOP)
+        after = daemon.await_successor("engine", 1, before)
+        outcomes = swarm.join()
+    assert "SIGKILL" in after["last_exit"]
+    for body, outcome, engine in zip(asked, outcomes, engines, strict=True):
+        assert outcome.failed_cleanly if engine == 1 else hashed.exact(body, outcome)
+    daemon.await_idle()
+    assert all_exact(daemon)
+
+
+def test_killed_supervisor_takes_everything_with_it(home: Path, start: Start) -> None:
+    first = Daemon(home).await_ready()
+    try:
+        family = first.family()
+        assert len(family) >= 5
+        with Swarm(first, [{"prompt": "x", "max_tokens": 4000, "stream": True}]) as swarm:
+            swarm.await_tokens(1)
+            first.process.kill()
+            first.wait()
+            wait_for("every process gone", lambda: not first.family(), 2.0)
+            assert swarm.join()[0].broken
+    finally:
+        first.clean_up()
+    assert not list(Path("/dev/shm").glob(f"llumd-{first.process.pid}-*"))
+    assert (first.run_dir / "admin.sock").exists()  # the leftover that must not be in the way
+    assert start().complete(max_tokens=3).status_code == 200
