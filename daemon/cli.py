@@ -18,7 +18,7 @@ from daemon.child import EXIT_CONFIG, start_logging
 from daemon.config import Config, ConfigError
 from daemon.control.segment import SegmentError
 from daemon.models import store
-from daemon.models.card import ModelCard, ModelError, read_card
+from daemon.models.card import ModelCard, ModelError, check_tokenizer, read_card
 from daemon.sizing import kv_pool_bytes
 
 _BACKLOG = 4096
@@ -123,10 +123,19 @@ def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:
     devices = config.devices or _find_devices()
     config = dataclasses.replace(config, devices=devices)
     config.check()
+    if config.engine == "model" and any(d != "cpu" for d in devices):
+        raise ConfigError(
+            f"devices: {','.join(devices)}: this version serves on the CPU only; name `cpu` once an engine"
+        )
+    if config.api_key_file:
+        from daemon.api.auth import KeyRing
+
+        KeyRing.load(Path(config.api_key_file))
     model_dir = store.resolve(config.model, config.load_format, _say)
     # The stub and hash engines compute nothing of the model; its tokenizer serves the frontends all the same.
     load_format = config.load_format if config.engine == "model" else "dummy"
     card = read_card(model_dir, config.served_name, load_format)
+    check_tokenizer(model_dir)
     config = dataclasses.replace(config, served_name=card.name)
     return config, card, model_dir, kv_pool_bytes(config, card, len(devices), _available_memory())
 
@@ -136,9 +145,11 @@ def _say(text: str) -> None:
 
 
 def _find_devices() -> list[str]:
-    """Every CUDA device, else two engines on the CPU. Asks the driver's files, not torch."""
-    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*")) if Path("/proc/driver/nvidia/gpus").is_dir() else []
-    return [f"cuda:{i}" for i in range(len(gpus))] or ["cpu", "cpu"]
+    """Two engines on the CPU; GPUs cannot be used yet, and whoever has some is told so."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    if gpus.is_dir() and any(gpus.iterdir()):
+        _say("llumd: this version does not use GPUs yet; serving on the CPU")
+    return ["cpu", "cpu"]
 
 
 def _available_memory() -> int:

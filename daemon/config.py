@@ -41,7 +41,7 @@ def parse_seconds(text: str | float) -> float:
     """Seconds from ``30``, ``30s``, ``250ms``, ``5m`` or ``1h``."""
     if isinstance(text, int | float):
         return float(text)
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min|h|)\s*", text.lower())
+    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min|h|)\s*", str(text).lower())
     if not m:
         raise ConfigError(f"not a duration: {text!r}; write for example 30s, 250ms or 5m")
     return float(m[1]) * _SECONDS[m[2]]
@@ -73,9 +73,7 @@ class Config:
         "both without a model, for benchmarks and fault tests",
         choices=("model", "stub", "hash"),
     )
-    devices: list[str] = _opt(
-        [], "engine", "one engine each; a device may be named twice; default: every CUDA device, else `cpu,cpu`"
-    )
+    devices: list[str] = _opt([], "engine", "one engine each; a device may be named twice; default: `cpu,cpu`")
     threads: int = _opt(0, "engine", "compute threads of one CPU engine; 0: cores shared out evenly")
     dtype: str = _opt(
         "auto",
@@ -135,7 +133,9 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot work, before anything starts."""
         _require(self.block_size in (8, 16, 32, 64, 128), "block_size", "must be 8, 16, 32, 64 or 128")
-        for name in ("max_num_seqs", "max_batch_tokens", "frontends", "max_queued", "max_choices", "max_output_tokens"):
+        for name in ("max_num_seqs", "max_batch_tokens", "frontends"):
+            _require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("max_queued", "max_choices", "max_output_tokens"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("threads", "kv_memory", "max_model_len", "max_prompt_tokens", "port"):
             _require(getattr(self, name) >= 0, name, "must not be negative")

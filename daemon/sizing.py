@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from daemon.config import Config, ConfigError
+from daemon.engine.footprint import activation_bytes, embedding_bytes, weights_bytes
 from daemon.models.card import ModelCard
 
 MODELLESS_POOL = 1 << 20  # bytes, for engines without a model
 _LARGEST_DEFAULT = 2 << 30
 _LEAST_TOKENS = 256  # a pool below this serves nobody
 _KV_ITEM_BYTES = 4  # the CPU pool holds fp32
-_WEIGHT_BYTES = {"bf16": 2, "auto": 2, "fp32": 4}
-_ENGINE_OVERHEAD = 400 << 20  # interpreter, torch and activations of one engine
+_ENGINE_OVERHEAD = 400 << 20  # interpreter and libraries of one engine
 
 
 def kv_pool_bytes(config: Config, card: ModelCard, engines: int, available: int) -> int:
@@ -21,7 +21,15 @@ def kv_pool_bytes(config: Config, card: ModelCard, engines: int, available: int)
     if config.engine != "model":
         return config.kv_memory or MODELLESS_POOL
     token_bytes = 2 * card.num_layers * card.num_kv_heads * card.head_dim * _KV_ITEM_BYTES
-    weights = card.num_params * _WEIGHT_BYTES[config.dtype] + _ENGINE_OVERHEAD
+    arithmetic = "fp32" if config.dtype == "fp32" or config.deterministic else "bf16"
+    weights = _ENGINE_OVERHEAD + weights_bytes(card, arithmetic) + embedding_bytes(card)
+    weights += activation_bytes(
+        card,
+        arithmetic,
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len or card.max_position,
+    )
     pool = config.kv_memory or min(_LARGEST_DEFAULT, available // 4 // engines)
     if pool < token_bytes * _LEAST_TOKENS:
         raise ConfigError(

@@ -63,8 +63,9 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
     await stop.wait()
     tracker.draining = True
     progress.enter(EngineState.DRAINING, fabric.incarnation, _BEAT_DEADLINE)
-    acceptor.stop()
+    # New connections are still taken while requests run: a 503 is a better answer than a reset at the end.
     await _drained(tracker, birth.config.drain_timeout)
+    acceptor.stop()
     beating.cancel()
     await runner.cleanup()
 
@@ -108,6 +109,7 @@ async def _drained(tracker: Tracker, timeout: float) -> None:
         await asyncio.sleep(0.02)
     if tracker.active:
         log.warning("%d requests were still running after %.0f s and are cut off", tracker.active, timeout)
+        tracker.give_up("the server is shutting down")
 
 
 class Acceptor:

@@ -268,6 +268,11 @@ class Tracker:
         self._close(flight)
         flight.end(finish)
 
+    def give_up(self, reason: str) -> None:
+        """End every unfinished request with an error: nobody will wait for it any longer."""
+        for flight in list(self._flights.values()):
+            self._lose(flight, reason)
+
     def _drain(self, link: _Link) -> None:
         link.refresh()  # now, while nobody waits for a dispatch
         read = link.outputs.read

@@ -8,14 +8,11 @@ deterministic engines use that kernel for prefill too.
 
 from __future__ import annotations
 
-import inspect
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from daemon.engine import ops_cpu, vector
 from daemon.engine.jit import F32, kernel, prange
 from daemon.engine.ops_cpu import exp2_nonpositive, narrow, widen
 from daemon.engine.vector import dots, multiply, prefetch, width
@@ -74,14 +71,6 @@ class Attention(NamedTuple):
     attend_tiles: Callable[..., None]
 
 
-def _revision() -> int:
-    """Stamp of the source that is compiled into the kernels here from other files.
-
-    Numba looks at a kernel's own file and at its closure to see whether cached machine code is current.
-    """
-    return zlib.crc32((inspect.getsource(ops_cpu) + inspect.getsource(vector)).encode()) or 1
-
-
 def compile_attention(shape: AttentionShape, parallel: bool) -> Attention:
     """Kernels for one model's shape; `parallel`: work is shared out over numba's threads."""
     return Attention(_compile_tokens(shape, parallel), _compile_tiles(shape, parallel))
@@ -132,12 +121,10 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
     group = heads // kv_heads
     token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
     span = max(_SPAN, block_size)
-    revision = _revision()
 
     @kernel(fastmath=True, parallel=parallel)
     def attend_tokens(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any,
                       out: Any) -> None:
-        assert revision
         for item in prange(positions.shape[0] * kv_heads):
             r, head = item // kv_heads, item % kv_heads
             origin = layer_offset + head * dim  # in a block: this head's key of the first token
@@ -178,12 +165,10 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
     span = max(_SPAN, block_size)
     columns = _columns(dim)
     capacity = -(-TILE_QUERIES * group // _ROWS) * _ROWS
-    revision = _revision()
 
     @kernel(fastmath=True, parallel=parallel)
     def attend_tiles(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, tiles: Any,
                      out: Any) -> None:
-        assert revision
         for item in prange(tiles.shape[0] * kv_heads):
             tile, head = item // kv_heads, item % kv_heads
             begin = tiles[tile, 0]

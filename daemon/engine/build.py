@@ -6,11 +6,11 @@ import os
 
 from daemon.config import Config
 from daemon.engine.runner import Runner
-from daemon.models.card import ModelCard, ModelError
+from daemon.models.card import ModelCard
 
 
-def build_runner(config: Config, card: ModelCard, device: str) -> Runner:
-    """The runner that `config.engine` and the device ask for. ModelError if there is none."""
+def build_runner(config: Config, card: ModelCard) -> Runner:
+    """The runner that `config.engine` asks for. Raises ModelError for a model that cannot run here."""
     length = min(config.max_model_len or card.max_position, card.max_position)
     if config.engine == "stub":
         from daemon.engine.runner_stub import StubRunner
@@ -25,8 +25,6 @@ def build_runner(config: Config, card: ModelCard, device: str) -> Runner:
         from daemon.engine.runner_hash import HashRunner
 
         return HashRunner(card.vocab_size, length, config.block_size, step_seconds=config.stub_step)
-    if device != "cpu":
-        raise ModelError(f"{device}: this version serves models on the CPU only; set devices = cpu,cpu")
     from daemon.engine.runner_cpu import CpuRunner
 
     return CpuRunner(

@@ -20,9 +20,7 @@ import math
 import numpy as np
 
 from daemon.engine.jit import F32, F64, I32, I64, U64, kernel
-
-BLOCK = 64
-"""Tokens that share one entry of the block maxima; equal to `noise.BLOCK`."""
+from daemon.engine.noise import BLOCK
 
 UNIT = 2.0**-40
 """The probability mass, relative to the largest token's, that a weight of 1 stands for."""

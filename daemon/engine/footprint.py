@@ -6,12 +6,13 @@ from daemon.models.card import ModelCard
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4}
 _LOGITS_BYTES = 4  # float32
+_HEAD_BYTES = 4  # the output layer is float32 in every arithmetic
 
 
 def weights_bytes(card: ModelCard, arithmetic: str) -> int:
     """Private bytes of one engine's packed weights. The embedding table is a mapped file, shared by all engines."""
     layers = card.num_params - card.hidden_size - _embedding(card) * (1 if card.tie_embeddings else 2)
-    return (layers + _embedding(card) + card.hidden_size) * ITEM_BYTES[arithmetic]
+    return (layers + card.hidden_size) * ITEM_BYTES[arithmetic] + _embedding(card) * _HEAD_BYTES
 
 
 def embedding_bytes(card: ModelCard, item_bytes: int = 2) -> int:

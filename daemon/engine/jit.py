@@ -3,12 +3,13 @@
 Import `kernel` from here and never numba itself before this module: numba reads its cache
 directory once, when it is imported.
 
-A kernel may call kernels, and use constants, of its own file alone: the cached machine code holds them too, and
-is renewed when its own file changes, not when another does.
+Machine code holds what a kernel calls and the constants it uses, from whatever file, while numba looks only at the
+kernel's own file to see whether it is current. So it is kept under a stamp of every file with a kernel in it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,20 @@ from typing import Any, TypeAlias, TypeVar
 
 from daemon.config import cache_dir
 
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
 
-import numba
+def _stamp() -> str:
+    """Changes with every file of this room that compiles kernels; 12 hex digits."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        source = file.read_bytes()
+        if b"daemon.engine.jit" in source:
+            digest.update(source)
+    return digest.hexdigest()[:12]
+
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba" / _stamp()))
+
+import numba  # noqa: E402
 
 # What a scalar in a kernel is to the compiler; a type checker cannot follow compiled arithmetic.
 F32: TypeAlias = Any

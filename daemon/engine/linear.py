@@ -47,7 +47,7 @@ class Linear:
 def choose_arithmetic(card: ModelCard) -> Arithmetic:
     """bf16 or fp32, whichever computes one layer of this model faster here, for decodes of 1 and of 16 rows.
 
-    Takes well under 200 ms for models up to some billions of parameters. Without bf16 instructions (AVX-512-BF16
+    Takes some 100 to 200 ms: wide layers are timed by a part of them. Without bf16 instructions (AVX-512-BF16
     or AMX) bf16 is emulated, and fp32 is taken untimed.
     """
     if not _has_bf16():
@@ -66,7 +66,7 @@ def _has_bf16() -> bool:
 def _layer_seconds(card: ModelCard, arithmetic: Arithmetic, budget: float = 0.04) -> float:
     """Least time of the two widest products of a layer at 1 and 16 rows. `budget`: seconds of timing."""
     dtype = DTYPES[arithmetic]
-    hidden, inner = card.hidden_size, card.intermediate_size
+    hidden, inner = min(card.hidden_size, 2048), min(card.intermediate_size, 3072)
     with torch.inference_mode():
         gate_up = Linear(torch.full((2 * inner, hidden), 0.01, dtype=dtype))
         down = Linear(torch.full((hidden, inner), 0.01, dtype=dtype))

@@ -52,13 +52,14 @@ class Llama:
         self._embedding = weights.get("model.embed_tokens.weight")
         self._layers = [build.layer(card, i) for i in range(card.num_layers)]
         self._norm_weight = build.norm("model.norm")
-        self._head = build.linear("lm_head") if not card.tie_embeddings else build.linear("model.embed_tokens")
+        self._head = build.head("model.embed_tokens" if card.tie_embeddings else "lm_head")
         self._ops: Ops = compile_ops(threads > 1)
         self._attention: Attention = compile_attention(shape, threads > 1)
         attention_width = card.num_heads * card.head_dim
         self._residual = np.zeros((max_tokens, card.hidden_size), np.float32)
         self._queries = np.empty((max_tokens, attention_width), np.float32)
         self._normed = torch.zeros(max_tokens, card.hidden_size, dtype=self._dtype)
+        self._final = torch.zeros(max_tokens, card.hidden_size)
         self._attended = torch.zeros(max_tokens, attention_width, dtype=self._dtype)
         self._activated = torch.zeros(max_tokens, card.intermediate_size, dtype=self._dtype)
         self._every = np.arange(max_tokens, dtype=np.int32)
@@ -70,21 +71,25 @@ class Llama:
         self._residual[:count] = 0.0
         delta = F.embedding(torch.from_numpy(batch.tokens), self._embedding).to(self._dtype)
         for i, layer in enumerate(self._layers):
-            delta = self._attend(layer, i, self._add_norm(delta, layer.attention_norm, every), batch)
-            delta = self._mlp(layer, self._add_norm(delta, layer.mlp_norm, every))
+            x = self._add_norm(delta, layer.attention_norm, every, self._normed)
+            delta = self._attend(layer, i, x, batch)
+            delta = self._mlp(layer, self._add_norm(delta, layer.mlp_norm, every, self._normed))
         if not len(batch.sampled):
             return torch.empty(0, self._head.out_features)
-        return self._head(self._add_norm(delta, self._norm_weight, batch.sampled)).float()
+        return self._head(self._add_norm(delta, self._norm_weight, batch.sampled, self._final))
 
     def warm_up(self, rows: int) -> None:
         """Have oneDNN make its kernels for products of 1 to `rows` rows: else each costs its first step 1 ms."""
         layer = self._layers[0]
         for linear in (layer.qkv, layer.out, layer.gate_up, layer.down, self._head):
+            dtype = torch.float32 if linear is self._head else self._dtype
             for count in range(1, rows + 1):
-                linear(torch.zeros(count, linear.in_features, dtype=self._dtype))
+                linear(torch.zeros(count, linear.in_features, dtype=dtype))
 
-    def _add_norm(self, delta: torch.Tensor, weight: npt.NDArray[np.float32], rows: Ints) -> torch.Tensor:
-        out = self._normed[: len(rows)]
+    def _add_norm(
+        self, delta: torch.Tensor, weight: npt.NDArray[np.float32], rows: Ints, into: torch.Tensor
+    ) -> torch.Tensor:
+        out = into[: len(rows)]
         self._ops.add_rms_norm(self._residual, _raw(delta), rows, weight, self._eps, _raw(out))
         return out
 
@@ -128,6 +133,10 @@ class _Builder:
             gate_up=self.linear(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", bias=mlp),
             down=self.linear(f"{at}.mlp.down_proj", bias=mlp),
         )
+
+    def head(self, name: str) -> Linear:
+        """The output layer, in float32 always: logits rounded to bfloat16 tie where the model does not."""
+        return Linear(self._weights.get(f"{name}.weight").float(), tiled=self._tiled)
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """The linear layers `names` of one input, as one."""

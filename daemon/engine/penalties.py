@@ -10,6 +10,7 @@ save time, they hold nothing that could be lost.
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,14 +88,14 @@ class _Fixed(NamedTuple):
 class Penalties:
     """The adjustments of all requests of one engine. Ids outside the vocabulary are ignored.
 
-    Remembers each request that has any until `forget`.
+    What is remembered of a request goes with the request.
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._counts: dict[int, _Counts] = {}
-        self._fixed: dict[int, _Fixed] = {}
+        self._counts: WeakKeyDictionary[Request, _Counts] = WeakKeyDictionary()
+        self._fixed: WeakKeyDictionary[Request, _Fixed] = WeakKeyDictionary()
 
     def apply(self, logits: NDArray[np.float32], request: Request) -> Undo:
         """Adjust one request's `logits` (float32[vocab]) in place; `restore` takes it back."""
@@ -115,21 +116,16 @@ class Penalties:
             logits[fixed.end_ids] = -np.inf
         return undo
 
-    def forget(self, rid: int) -> None:
-        """Drop what is kept of a request; harmless if nothing is."""
-        self._counts.pop(rid, None)
-        self._fixed.pop(rid, None)
-
     def _counts_of(self, request: Request) -> _Counts:
-        counts = self._counts.get(request.rid)
+        counts = self._counts.get(request)
         if counts is None or not counts.is_of(request):
-            counts = self._counts[request.rid] = _Counts(request, self._vocab_size)
+            counts = self._counts[request] = _Counts(request, self._vocab_size)
         return counts
 
     def _fixed_of(self, request: Request) -> _Fixed:
-        fixed = self._fixed.get(request.rid)
+        fixed = self._fixed.get(request)
         if fixed is None or fixed.sampling is not request.sampling:
-            fixed = self._fixed[request.rid] = self._fix(request.sampling)
+            fixed = self._fixed[request] = self._fix(request.sampling)
         return fixed
 
     def _fix(self, sampling: SamplingParams) -> _Fixed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from daemon.control.messages import Finish, RequestParams, SamplingParams
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """One choice of one client request.
 

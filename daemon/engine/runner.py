@@ -35,8 +35,11 @@ class StepPlan:
         return sum(row.count for row in self.rows)
 
 
+NO_TOKEN = -1  # nothing could be drawn: the request ends with an error, its batch goes on
+
+
 class StepResult(NamedTuple):
-    """`tokens[i]` is the token drawn for the i-th row with `sample`; logprobs likewise where asked for."""
+    """`tokens[i]` is the token drawn for the i-th row with `sample`, or NO_TOKEN; logprobs likewise."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None

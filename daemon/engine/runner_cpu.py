@@ -50,7 +50,7 @@ class CpuRunner:
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._shape = AttentionShape(card.num_heads, card.num_kv_heads, card.head_dim, block_size, card.num_layers)
-        self._sampler = Sampler(card.vocab_size, threads)
+        self._sampler = Sampler(card.vocab_size, threads, card.eos_token_ids)
 
     def pool_spec(self, num_blocks: int) -> PoolSpec:
         name = "bfloat16" if self.arithmetic == "bf16" else "float32"
@@ -68,6 +68,7 @@ class CpuRunner:
             self._model.warm_up(TILE if self._deterministic else min(self._max_num_seqs, _WARM_ROWS))
         for plan in _warm_up_plans():
             self.execute(plan)
+        self._sampler.warm_up()
 
     def execute(self, plan: StepPlan) -> StepResult:
         with torch.inference_mode():

@@ -64,12 +64,10 @@ class Sampler:
     request's parameters and its tokens alone, bit for bit.
 
     NaN logits are never drawn and count as -inf; a +inf logit counts as the largest finite one. A row without any
-    logit above -inf gives token 0, and its index stands in `failed` until the next call: such a request
-    should end with an error. Not thread-safe.
+    logit above -inf gives NO_TOKEN. Not thread-safe.
     """
 
     def __init__(self, vocab_size: int, threads: int = 1, eos_token_ids: tuple[int, ...] = ()) -> None:
-        self.failed: list[int] = []
         self._vocab_size = vocab_size
         self._blocks = -(-vocab_size // noise.BLOCK)
         self._penalties = penalties.Penalties(vocab_size, eos_token_ids)
@@ -96,23 +94,15 @@ class Sampler:
         for row, changes in enumerate(undo):
             penalties.restore(values[row], changes)
         tokens: list[int] = batch.tokens.tolist()
-        self.failed = [row for row, token in enumerate(tokens) if token < 0]
-        for row in self.failed:
-            tokens[row] = 0
         if all(rank is None for rank in ranks):
             return StepResult(tokens)
         return StepResult(tokens, [_logprobs(*row) for row in zip(values, tokens, ranks, strict=True)])
-
-    def forget(self, rid: int) -> None:
-        """Drop what is kept of a finished, cancelled or departed request; harmless if nothing is."""
-        self._penalties.forget(rid)
 
     def warm_up(self) -> None:
         """Run every kernel once, so that no request waits for one to be compiled or loaded."""
         sampling = SamplingParams(max_tokens=1, seed=0, top_k=1, top_p=0.5, repetition_penalty=2.0, logprobs=1)
         request = Request(rid=-1, epoch=0, frontend=0, params=RequestParams(sampling, 0.0), tokens=[0], prompt_len=1)
         self.sample(torch.zeros(1, self._vocab_size), [request])
-        self.forget(request.rid)
 
     def _batch(self, values: NDArray[np.float32], requests: list[Request]) -> _Batch:
         params = [request.sampling for request in requests]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from daemon.control.messages import Finish, TokenLogprobs
 from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan, StepResult
+from daemon.engine.runner import NO_TOKEN, Row, StepPlan, StepResult
 from daemon.engine.waiting import Urgency, WaitingQueue
 from daemon.kvpool.blocks import BlockManager, PoolError, block_hashes
 
@@ -301,6 +301,9 @@ class Scheduler:
 
     def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Emission:
         start = request.num_output
+        if token == NO_TOKEN:
+            self._end(request, Finish.ERROR)
+            return Emission(request, start, [], Finish.ERROR, None)
         request.tokens.append(token)
         finish = self._finish(request, token)
         if finish:

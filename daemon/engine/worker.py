@@ -55,7 +55,7 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
     started = time.monotonic()
     load_format = config.load_format if config.engine == "model" else "dummy"
     card = read_card(Path(birth.model_dir), config.served_name, load_format)
-    runner = build_runner(config, card, _device(fabric, config))
+    runner = build_runner(config, card)
     pool = segment.attach(birth.pool)
     num_blocks = len(pool) // runner.pool_spec(1).block_bytes
     if num_blocks < 2:
@@ -73,11 +73,6 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
         "ready after %.1f s: %d KV blocks of %d tokens", time.monotonic() - started, num_blocks - 1, config.block_size
     )
     return Worker(fabric, runner, scheduler)
-
-
-def _device(fabric: Fabric, config: Config) -> str:
-    _, index = fabric.topology.role(fabric.process)
-    return config.devices[index]
 
 
 class Worker:

@@ -82,8 +82,9 @@ class Swarm:
             outcome.broken = repr(e)
 
     def await_tokens(self, count: int = 1) -> None:
-        """Until every client has seen `count` chunks of text or has ended."""
-        wait_for(f"{count} tokens for everyone", lambda: all(o.ended or len(o.text) >= count for o in self.outcomes))
+        """Until every client of a stream has seen `count` characters or has ended."""
+        streams = [o for o, body in zip(self.outcomes, self._bodies, strict=True) if body.get("stream")]
+        wait_for(f"{count} characters in every stream", lambda: all(o.ended or len(o.text) >= count for o in streams))
 
     def hang_up(self, *indices: int) -> None:
         """Close connections; all where no index is given."""

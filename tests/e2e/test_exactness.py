@@ -12,7 +12,9 @@ def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
     bodies = [hashed.request(i, length=100, shared=64, output=60, stream=i % 4 != 0) for i in range(64)]
     with Swarm(daemon, bodies) as swarm:
         outcomes = swarm.join()
-    wrong = [i for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True)) if not hashed.exact(body, outcome)]
+    wrong = [
+        i for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True)) if not hashed.exact(body, outcome)
+    ]
     assert not wrong
     daemon.await_idle()
     status = daemon.status()

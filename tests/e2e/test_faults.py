@@ -1,4 +1,4 @@
-"""kill -9 and SIGSTOP under load: who is healthy goes on to the last token, who is lost is told so, and all is freed."""
+"""kill -9 and SIGSTOP under load: the healthy go on to the last token, the lost are told so, and all is freed."""
 
 from __future__ import annotations
 

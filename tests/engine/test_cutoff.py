@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine import cutoff, noise
+from daemon.engine import cutoff
 
 
 def block_maxima(logits):
@@ -133,7 +133,3 @@ def test_rank_row(kind):
         exact = np.logaddexp.reduce(logits[0].astype(np.float64))
         assert abs(log_total - exact) < 5e-7
         assert top[: int(n)].tolist() == np.argsort(-logits[0], kind="stable")[:k].tolist()
-
-
-def test_both_kernels_speak_of_the_same_blocks():
-    assert cutoff.BLOCK == noise.BLOCK

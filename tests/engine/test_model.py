@@ -157,4 +157,5 @@ def test_deterministic_refuses_bf16(grouped):
 def test_a_worker_loads_torch_through_the_runner_alone():
     """The runner tells OpenMP not to spin, which counts only if nobody has loaded torch before it."""
     code = "import daemon.engine.build, daemon.engine.worker, sys; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

@@ -113,8 +113,8 @@ def test_ids_outside_the_vocabulary_touch_nothing():
 def test_plain_requests_cost_and_leave_nothing():
     penalties = Penalties(VOCAB, EOS)
     assert penalties.apply(np.zeros(VOCAB, np.float32), request([1, 2], 1)) == []
-    penalties.apply(np.zeros(VOCAB, np.float32), request([1, 2], 1, presence_penalty=1.0, min_tokens=5))
-    penalties.forget(1)
-    assert not penalties._counts
-    assert not penalties._fixed
-    penalties.forget(1)
+    req = request([1, 2], 1, presence_penalty=1.0, min_tokens=5)
+    penalties.apply(np.zeros(VOCAB, np.float32), req)
+    assert len(penalties._counts) == len(penalties._fixed) == 1
+    del req
+    assert len(penalties._counts) == len(penalties._fixed) == 0

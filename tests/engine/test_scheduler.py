@@ -7,7 +7,7 @@ import pytest
 
 from daemon.control.messages import Finish, RequestParams, SamplingParams, TokenLogprobs
 from daemon.engine.request import Request
-from daemon.engine.runner import StepResult
+from daemon.engine.runner import NO_TOKEN, StepResult
 from daemon.engine.scheduler import Scheduler, fcfs
 from daemon.kvpool.blocks import BlockManager, PoolError
 
@@ -368,3 +368,13 @@ def test_pure_modules_import_no_number_crunching(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'numba'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_request_without_a_drawable_token_ends_alone():
+    s = scheduler()
+    add(s, request(1), request(2))
+    lost, other = s.fold(s.plan(0.0), StepResult([NO_TOKEN, 9]), 0.0)
+    s.check()
+    assert (lost.request.rid, lost.tokens, lost.finish) == (1, [], Finish.ERROR)
+    assert (other.request.rid, other.tokens, other.finish) == (2, [9], Finish.NONE)
+    assert rids(s) == ([2], [])

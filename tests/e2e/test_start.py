@@ -1,0 +1,94 @@
+"""What cannot work is refused before anything starts, with a line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from daemon.child import EXIT_CONFIG
+from tests.e2e.conftest import Start
+from tests.e2e.live import refused
+
+
+def assert_refused(home: Path, *arguments: str, naming: str) -> None:
+    """Exit code 78, one line on stderr that names the trouble, and neither child nor socket."""
+    code, said = refused(home, *arguments)
+    assert code == EXIT_CONFIG, said
+    assert naming in said
+    assert said.startswith("llumd: ")
+    assert len(said.splitlines()) == 1
+    assert not (home / "run" / "admin.sock").exists()
+
+
+def model_dir(path: Path, config: str | None) -> str:
+    path.mkdir()
+    if config is not None:
+        (path / "config.json").write_text(config)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "naming"),
+    [
+        (["--host", "0.0.0.0"], "api_key_file"),
+        (["--port", "http"], "port"),
+        (["--block-size", "17"], "block_size"),
+        (["--kv-memory", "much"], "kv_memory"),
+        (["--engine", "steam"], "engine"),
+        (["--devices", "gpu"], "devices"),
+        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+        (["/nowhere/model"], "/nowhere/model"),
+        (["someone/some-model"], "hub"),
+    ],
+)
+def test_bad_settings(home: Path, arguments: list[str], naming: str) -> None:
+    assert_refused(home, *arguments, naming=naming)
+
+
+@pytest.mark.parametrize(
+    ("config", "naming"),
+    [(None, "config.json"), ("{", "JSON"), (json.dumps({"architectures": ["GPT2LMHeadModel"]}), "GPT2LMHeadModel")],
+)
+def test_broken_models(home: Path, config: str | None, naming: str) -> None:
+    assert_refused(home, model_dir(home / "model", config), naming=naming)
+
+
+def test_weights_cut_short(home: Path) -> None:
+    from daemon.models import store
+
+    demo = store.resolve("demo", "auto", print)
+    broken = home / "broken"
+    broken.mkdir()
+    for file in demo.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 1 << 20])
+    assert_refused(home, str(broken), naming="safetensors")
+
+
+def test_unknown_option_of_a_file(home: Path) -> None:
+    file = home / "llumd.toml"
+    file.write_text("prot = 8000\n")
+    assert_refused(home, "--config", str(file), naming="prot")
+
+
+def test_unknown_flag_is_a_usage_error(home: Path) -> None:
+    code, said = refused(home, "--prot", "8000")
+    assert code == 2
+    assert "--prot" in said
+
+
+def test_taken_port(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_refused(home, "--engine", "stub", "--port", port, naming=port)
+
+
+def test_second_daemon_on_one_run_directory(start: Start) -> None:
+    daemon = start("--devices", "cpu")
+    code, said = refused(daemon.home, "--engine", "stub", "--port", "0")
+    assert code == EXIT_CONFIG
+    assert str(daemon.run_dir) in said
+    assert daemon.status()["supervisor_pid"] == daemon.process.pid  # the first is as it was, its socket too
+    assert daemon.complete(max_tokens=1).status_code == 200
