@@ -11,7 +11,6 @@ from typing import NoReturn
 
 from daemon import child
 from daemon.child import EXIT_CONFIG, LEAVE, Birth
-from daemon.config import Config
 from daemon.control import doorbell, segment, stats
 from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView
