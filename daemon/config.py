@@ -90,7 +90,7 @@ class Config:
     )
     block_size: int = _opt(16, "engine", "tokens in a KV block", "tokens")
     max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests")
-    max_batch_tokens: int = _opt(512, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
+    max_batch_tokens: int = _opt(256, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
     prefix_caching: bool = _opt(True, "engine", "reuse the KV blocks of equal prompt beginnings")
     stub_step: float = _opt(0.02, "engine", "step time of the stub and hash engines", "seconds")
     # -- frontend

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import multiprocess
+import setproctitle
 
 from daemon import entry
 from daemon.child import EXIT_CONFIG, LEAVE, Birth
@@ -94,6 +95,7 @@ class Supervisor:
 
     def run(self, ready: Callable[[], None]) -> int:
         """Serve until SIGTERM or SIGINT; the exit code. `ready` is called once, when the first answer is possible."""
+        setproctitle.setproctitle(f"llumd: supervisor of {self._config.served_name}")
         self._catch_signals()
         for child in self._children:
             self._spawn(child)
@@ -180,7 +182,10 @@ class Supervisor:
         self._epoll.register(child.pidfd, select.EPOLLIN)
         child.suspected = False
         child.progress.enter(EngineState.STARTING, incarnation, self._config.load_timeout)
-        self._record(child, life=Life.UP, incarnation=incarnation, pid=child.handle.pid, born=time.monotonic())
+        pool = {"pool_fd": child.pool, "pool_bytes": self._pool_bytes} if role == "engine" else {}
+        self._record(
+            child, life=Life.UP, incarnation=incarnation, pid=child.handle.pid, born=time.monotonic(), **pool
+        )
 
     def _renew_pool(self, child: Child) -> None:
         """A fresh KV pool for each incarnation: nobody reads what a dead engine may have left half written."""

@@ -50,8 +50,8 @@ class JournalTooSmall(Exception):
 
 
 def slots_for(size: int) -> int:
-    """Slots in a journal segment of `size` bytes: one for each 16 KiB, at least 64."""
-    return max(64, size // (16 << 10))
+    """Slots in a journal segment of `size` bytes: one for each 4 KiB, so that space runs out before slots do."""
+    return size // (4 << 10)
 
 
 class JournalView:

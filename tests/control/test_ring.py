@@ -242,6 +242,27 @@ def test_bytes_that_appear_late_are_waited_for(monkeypatch: pytest.MonkeyPatch):
     assert bytes(reader.read().payload) == b"payload"
 
 
+def test_wrap_mark_of_an_earlier_lap_is_not_followed(monkeypatch: pytest.MonkeyPatch):
+    """Where a record's bytes are not visible yet, what stands there may be an old mark."""
+    monkeypatch.setattr(ring_module, "_VISIBILITY_RETRIES", 20)
+    shared = memory()
+    at, payload = 2 * PAGE + 192, bytes(40)
+    writer, reader = RingWriter(shared, 1), RingReader(shared)
+    for size in (40, 40, 40, 80):  # three records of 64 bytes; the fourth begins anew and leaves a mark
+        while not writer.put(bytes(size), RECEIVER):
+            reader.read()
+            reader.ack()
+    mark = bytes(shared[at : at + 8])
+    assert mark[:4] == b"\xff" * 4
+    while read_all(reader) or shared[:8].cast("Q")[0] % SMALL != 192:
+        reader.ack()
+        assert writer.put(payload, RECEIVER)
+    assert writer.put(payload, RECEIVER)
+    shared[at : at + 8] = mark
+    with pytest.raises(RingFault):
+        reader.read()
+
+
 def test_kill_nine_torture():
     """Producer and consumer are killed by turns; but for repeats, every record arrives once and in order."""
     fd = segment.create(ring_bytes(CAPACITY) + PAGE)
@@ -252,4 +273,5 @@ def test_kill_nine_torture():
         os.close(fd)
     assert seen["gaps"] == seen["corrupt"] == 0
     assert seen["received"] == seen["sent"] > 1000
-    assert 0 < seen["repeats"] <= 100 * (BATCH + 1) + 100  # unacknowledged at a consumer's death; uncounted at a producer's
+    # Unacknowledged at a consumer's death, or not yet counted at a producer's.
+    assert 0 < seen["repeats"] <= 100 * (BATCH + 1) + 100

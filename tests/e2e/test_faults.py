@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,30 @@ def test_killed_engine_costs_only_its_own_requests(daemon: Daemon) -> None:
     assert any(whole)
     assert any(lost)
     assert daemon.await_successor("engine", 0, before)["restarts"] == before["restarts"] + 1
+    daemon.await_whole().await_idle()
+    assert all_exact(daemon)
+
+
+def test_an_answer_of_several_choices_fails_as_one(daemon: Daemon) -> None:
+    with Swarm(daemon, [{"prompt": "x", "n": 4, "max_tokens": 4000, "stream": True}]) as swarm:
+        wait_for("its choices on both engines", lambda: {row["engine"] for row in daemon.requests()} == {0, 1})
+        swarm.await_tokens(1)
+        daemon.kill("engine", 1)
+        assert swarm.join()[0].failed_cleanly
+    daemon.await_whole().await_idle()
+
+
+def test_all_children_die_at_once(daemon: Daemon) -> None:
+    with Swarm(daemon, bodies(8, output=4000)) as swarm:
+        swarm.await_tokens(1)
+        status = daemon.status()
+        for row in (*status["engines"], *status["frontends"], status["coordinator"]):
+            os.kill(row["pid"], signal.SIGKILL)
+        assert all(outcome.broken for outcome in swarm.join())
+        asked = bodies(8, output=5)
+        with Swarm(daemon, asked) as early:  # they wait in the listener, and may find no engine yet
+            for body, outcome in zip(asked, early.join(), strict=True):
+                assert outcome.status == 503 or hashed.exact(body, outcome)
     daemon.await_whole().await_idle()
     assert all_exact(daemon)
 

@@ -86,6 +86,19 @@ def test_second_signal_hurries(start: Start, number: signal.Signals) -> None:
     nothing_left(daemon)
 
 
+@pytest.mark.parametrize("terminate", [to_supervisor, to_group])
+def test_a_daemon_that_still_loads_leaves_at_once(home: Path, terminate: Callable[[Daemon], None]) -> None:
+    daemon = Daemon(home, "--kv-memory", "256MiB", "--drain-timeout", "10m", engine="model")
+    try:
+        wait_for("its children", lambda: len(daemon.family()) > 3)
+        terminate(daemon)
+        assert daemon.wait() == 0, daemon.log
+        nothing_left(daemon)
+        assert "Traceback" not in daemon.log
+    finally:
+        daemon.clean_up()
+
+
 def test_engines_die_while_the_daemon_drains(start: Start) -> None:
     daemon = start("--drain-timeout", "10m", "--stub-step", "10ms", "--devices", "cpu")
     with Swarm(daemon, [ENDLESS] * 2) as swarm:
