@@ -146,7 +146,7 @@ class Config:
         _require(self.frontends <= 16, "frontends", "must be at most 16")
         _require(len(self.devices) <= 64, "devices", "names more than 64 engines")
         _require(self.max_body >= 1024, "max_body", "must be at least 1 KiB")
-        _require(1 << 20 <= self.journal_memory <= 4 << 30, "journal_memory", "must be from 1 MiB to 4 GiB")
+        _require(1 << 20 <= self.journal_memory < 4 << 30, "journal_memory", "must be from 1 MiB to below 4 GiB")
         for d in self.devices:
             _require(bool(re.fullmatch(r"cpu|cuda:\d+", d)), "devices", f"{d!r} is neither `cpu` nor `cuda:N`")
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key_file:

@@ -246,21 +246,18 @@ def test_wrap_mark_of_an_earlier_lap_is_not_followed(monkeypatch: pytest.MonkeyP
     """Where a record's bytes are not visible yet, what stands there may be an old mark."""
     monkeypatch.setattr(ring_module, "_VISIBILITY_RETRIES", 20)
     shared = memory()
-    at, payload = 2 * PAGE + 192, bytes(40)
-    writer, reader = RingWriter(shared, 1), RingReader(shared)
-    for size in (40, 40, 40, 80):  # three records of 64 bytes; the fourth begins anew and leaves a mark
-        while not writer.put(bytes(size), RECEIVER):
-            reader.read()
-            reader.ack()
-    mark = bytes(shared[at : at + 8])
+
+    def begin(offset: int) -> RingWriter:
+        shared[:8].cast("Q")[0] = shared[PAGE : PAGE + 8].cast("Q")[0] = offset
+        return RingWriter(shared, 1)
+
+    assert begin(192).put(bytes(80), RECEIVER)  # does not fit before the end: leaves a mark there
+    mark = bytes(shared[2 * PAGE + 192 : 2 * PAGE + 200])
     assert mark[:4] == b"\xff" * 4
-    while read_all(reader) or shared[:8].cast("Q")[0] % SMALL != 192:
-        reader.ack()
-        assert writer.put(payload, RECEIVER)
-    assert writer.put(payload, RECEIVER)
-    shared[at : at + 8] = mark
+    assert begin(SMALL + 192).put(bytes(40), RECEIVER)  # fits
+    shared[2 * PAGE + 192 : 2 * PAGE + 200] = mark
     with pytest.raises(RingFault):
-        reader.read()
+        RingReader(shared).read()
 
 
 def test_kill_nine_torture():

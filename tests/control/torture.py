@@ -10,6 +10,7 @@ It imports little and has one thread, so it may fork: a new victim costs a milli
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -24,6 +25,8 @@ from daemon.control import doorbell, segment
 from daemon.control.board import BoardWriter
 from daemon.control.ring import PAGE, RingReader, RingWriter
 
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 PATTERNS = (0x1111111122222222, 0xEEEEEEEEDDDDDDDD)
 CAPACITY = 8192
 NEXT, EXPECTED, REPEATS, GAPS, CORRUPT = range(5)  # words of the page behind the ring
@@ -68,9 +71,11 @@ def consume(ring: memoryview, words: memoryview) -> NoReturn:
 
 
 def spawn(body: Callable[..., object], *args: object) -> int:
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if not pid:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
+            assert os.getppid() == parent
             body(*args)
         except BaseException as e:
             os.write(2, f"{body.__name__}: {e!r}\n".encode())

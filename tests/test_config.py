@@ -1,0 +1,218 @@
+"""Options: where each value comes from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon import config as config_module
+from daemon.config import Config, ConfigError, load, options, parse_seconds, parse_size, run_dir
+
+PARSES = {"bytes", "seconds"}
+UNITS = PARSES | {"tokens", "requests", "choices", ""}
+BARE = {"threads", "port", "frontends"}  # numbers that are counts of what their name says
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "llumd.toml"
+    file.write_text(text)
+    return file
+
+
+# -- the options themselves --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
+def test_every_option_is_described(option):
+    assert option.metadata["meaning"]
+    assert option.metadata["group"] in {"model", "engine", "http", "daemon"}
+    assert option.metadata["unit"] in UNITS
+    default = getattr(Config(), option.name)
+    if isinstance(default, int | float) and not isinstance(default, bool) and option.name not in BARE:
+        assert option.metadata["unit"]
+    if option.metadata["choices"]:
+        assert default in option.metadata["choices"]
+
+
+def test_the_defaults_pass_their_own_check():
+    assert load({}, None, {}) == Config()
+
+
+@pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
+def test_every_default_survives_being_written_as_text(option):
+    default = getattr(Config(), option.name)
+    text = ",".join(default) if isinstance(default, list) else str(default)
+    assert getattr(load({option.name: text}, None, {}), option.name) == default
+
+
+# -- precedence --------------------------------------------------------------------------------
+
+
+def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path):
+    file = toml(tmp_path, 'port = 1\nmax_queued = 11\nmodel = "m"\nkv_memory = "1GiB"')
+    environ = {"LLUMD_PORT": "2", "LLUMD_MAX_QUEUED": "22", "PORT": "9"}
+    settings = load({"port": "3"}, file, environ)
+    assert (settings.port, settings.max_queued, settings.model, settings.threads) == (3, 22, "m", 0)
+    assert settings.kv_memory == 1 << 30
+    assert settings.origin == {
+        "port": "command line",
+        "max_queued": "environment LLUMD_MAX_QUEUED",
+        "model": str(file),
+        "kv_memory": str(file),
+    }
+
+
+def test_names_may_be_written_with_dashes():
+    assert load({"max-queued": "7"}, None, {}).max_queued == 7
+
+
+def test_a_foreign_environment_variable_is_not_an_option():
+    assert load({}, None, {"LLUMD_CACHE": "/x", "LLUMD_ORIGIN": "y", "LLUMD_NOTHING": "1"}) == Config()
+
+
+def test_replace_leaves_the_original():
+    before = Config()
+    after = before.replace({"port": 5}, "test")
+    assert (before.port, before.origin, after.port) == (8000, {}, 5)
+    assert after.devices is before.devices or after.devices == before.devices
+
+
+# -- values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("512MiB", 512 << 20), ("512M", 512 * 10**6), ("2g", 2 * 10**9), ("1.5Gi", 3 << 29), (" 7 kb ", 7000),
+     ("1TiB", 1 << 40), ("64b", 64), (17, 17), (".5k", 500)],
+)  # fmt: skip
+def test_sizes(text: str | int, size: int):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "five", "1.2.3", "5x", "-5", "5i", "5ib", "1e9", "MiB", "5 5"])
+def test_no_sizes(text: str):
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 30), ("30s", 30), ("250ms", 0.25), ("5m", 300), ("5min", 300), ("1.5h", 5400), (2, 2), (0.5, 0.5)],
+)
+def test_durations(text: str | float, seconds: float):
+    assert parse_seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "1d", "s", "nan", "inf"])
+def test_no_durations(text: str):
+    with pytest.raises(ConfigError, match="not a duration"):
+        parse_seconds(text)
+
+
+@given(st.integers(0, 2**50), st.sampled_from(["", "k", "Mi", "GiB"]))
+def test_sizes_scale(number: int, unit: str):
+    assert parse_size(f"{number}{unit}") == pytest.approx(number * parse_size(f"1{unit}"), rel=1e-12)
+
+
+def test_lists_and_booleans(tmp_path: Path):
+    assert load({"devices": " cpu, cuda:1 ,"}, None, {}).devices == ["cpu", "cuda:1"]
+    assert load({}, toml(tmp_path, 'devices = ["cpu", "cpu"]'), {}).devices == ["cpu", "cpu"]
+    for word, value in (("yes", True), ("ON", True), ("1", True), (True, True), ("false", False), ("0", False)):
+        assert load({"prefix_caching": word}, None, {}).prefix_caching is value
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+REFUSED = [
+    ("port", "many"), ("port", "70000"), ("port", "-1"), ("port", 1.5), ("port", True),
+    ("dtype", "fp8"), ("engine", "toy"), ("load_format", "gguf"), ("log_level", "loud"),
+    ("block_size", "17"), ("block_size", "0"), ("max_num_seqs", "0"), ("max_batch_tokens", "0"),
+    ("frontends", "0"), ("frontends", "17"), ("max_queued", "0"), ("max_choices", "0"), ("max_output_tokens", "0"),
+    ("threads", "-1"), ("max_model_len", "-1"), ("max_prompt_tokens", "-2"),
+    ("kv_memory", -1), ("kv_memory", "lots"), ("kv_memory", True), ("kv_memory", "5i"), ("kv_memory", [1]),
+    ("max_body", "10"), ("journal_memory", "1000"), ("journal_memory", "4GiB"),
+    ("devices", "gpu0"), ("devices", "cpu,cuda"), ("devices", 3), ("devices", ",".join(["cpu"] * 65)),
+    ("prefix_caching", "perhaps"), ("prefix_caching", 2),
+    ("drain_timeout", "soon"), ("drain_timeout", -1), ("load_timeout", float("inf")), ("hang_timeout", float("nan")),
+    ("request_deadline", True), ("request_deadline", [1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_refusals_name_the_option(name: str, value: object):
+    with pytest.raises(ConfigError, match=rf"^{name}\b"):
+        load({name: value}, None, {})
+
+
+def test_refusals_name_the_source(tmp_path: Path):
+    with pytest.raises(ConfigError, match="environment LLUMD_PORT"):
+        load({}, None, {"LLUMD_PORT": "x"})
+    file = toml(tmp_path, 'dtype = "int3"')
+    with pytest.raises(ConfigError, match=str(file)):
+        load({}, file, {})
+    with pytest.raises(ConfigError, match="command line"):
+        load({"dtype": "int3"}, None, {})
+
+
+@pytest.mark.parametrize("name", ["prot", "origin", "Config", "replace", ""])
+def test_unknown_options_are_refused(name: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
+        load({name: "1"}, None, {})
+    with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
+        load({}, toml(tmp_path, f'"{name}" = 1'), {})
+
+
+def test_a_table_in_the_file_is_no_option(tmp_path: Path):
+    with pytest.raises(ConfigError, match="unknown option 'http'"):
+        load({}, toml(tmp_path, "[http]\nport = 1"), {})
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"port 1", b"port = 1\nport = 2", b"\xff\xfe"])
+def test_files_that_are_no_toml(content: bytes, tmp_path: Path):
+    file = tmp_path / "llumd.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{file} is not valid TOML"):
+        load({}, file, {})
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.toml: No such file"):
+        load({}, tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "box.example", ""])
+def test_open_hosts_need_keys_or_a_word(host: str):
+    with pytest.raises(ConfigError, match=r"^host\b.*api_key_file"):
+        load({"host": host}, None, {})
+    assert load({"host": host, "api_key_file": "/keys"}, None, {}).host == host
+    assert load({"host": host, "allow_unauthenticated": "yes"}, None, {}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_needs_nothing(host: str):
+    assert load({"host": host}, None, {}).host == host
+
+
+# -- directories -------------------------------------------------------------------------------
+
+
+def test_directories(monkeypatch: pytest.MonkeyPatch):
+    for name in ("LLUMD_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME", "RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert config_module.cache_dir() == Path("/home/somebody/.cache/llumd")
+    for name, value, expected in (
+        ("XDG_CACHE_HOME", "/xdg", "/xdg/llumd"),
+        ("CACHE_DIRECTORY", "/systemd", "/systemd"),
+        ("LLUMD_CACHE", "/mine", "/mine"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert config_module.cache_dir() == Path(expected)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert run_dir() == Path("/run/user/7/llumd")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/service")
+    assert run_dir() == Path("/run/service")
+    assert run_dir(Config(run_dir="/given")) == Path("/given")
