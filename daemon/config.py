@@ -93,6 +93,21 @@ class Config:
     max_batch_tokens: int = _opt(256, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
     prefix_caching: bool = _opt(True, "engine", "reuse the KV blocks of equal prompt beginnings")
     stub_step: float = _opt(0.02, "engine", "step time of the stub and hash engines", "seconds")
+    # -- scheduling
+    policy: str = _opt(
+        "llumd",
+        "scheduling",
+        "how engines are compared: `paper` and `artifact` are Llumnix's two, `llumd` also judges compute",
+        choices=("llumd", "paper", "artifact"),
+    )
+    rebalance: bool = _opt(True, "scheduling", "move running requests between engines by themselves")
+    rebalance_period: float = _opt(0.2, "scheduling", "time between two looks at the boards", "seconds")
+    migrate_choice: str = _opt(
+        "shortest",
+        "scheduling",
+        "which running request moves first",
+        choices=("shortest", "longest", "last"),
+    )
     # -- frontend
     host: str = _opt("127.0.0.1", "http", "address to listen on")
     port: int = _opt(8000, "http", "port to listen on; 0: any free one")

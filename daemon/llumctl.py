@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from daemon.config import run_dir
+from daemon.config import parse_seconds, run_dir
 
 EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_TIMEOUT = 1, 3, 4
 _TIMEOUT = 10.0
@@ -112,6 +112,19 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="default 1")
     add("requests", "every unfinished request", _requests)
     add("cancel", "end a request", _cancel).add_argument("id", help="as `llumctl requests` shows it")
+    migrate = add("migrate", "move a running request to another engine", _migrate)
+    migrate.add_argument("id", help="as `llumctl requests` shows it")
+    migrate.add_argument("--to", type=int, required=True, metavar="ENGINE")
+    migrate.add_argument("--how", choices=("live", "blocking", "recompute"), default="live", help="for comparisons")
+    drain = add("drain", "move everything off an engine and keep it empty", _drain)
+    drain.add_argument("engine", type=int)
+    drain.add_argument(
+        "--within", type=parse_seconds, default=30.0, metavar="TIME", help="how long to wait; default 30s"
+    )
+    add("undrain", "let a drained engine serve again", _undrain).add_argument("engine", type=int)
+    add("rebalance", "what the scheduler would move now, and why", _rebalance).add_argument(
+        "--dry-run", action="store_true", help="the only way there is: the daemon rebalances by itself"
+    )
     add("config", "every option, its value and where it was set", _config)
     return parser
 
@@ -137,6 +150,50 @@ def _requests(args: argparse.Namespace) -> None:
 def _cancel(args: argparse.Namespace) -> None:
     body = call(_socket(args), "DELETE", f"/v1/requests/{quote(args.id, safe='')}")
     print(json.dumps(body) if _wants_json(args) else f"cancelled {', '.join(body['cancelled'])}")
+
+
+def _migrate(args: argparse.Namespace) -> None:
+    body = call(_socket(args), "POST", f"/v1/requests/{quote(args.id, safe='')}/migrate/{args.to}?how={args.how}")
+    print(json.dumps(body) if _wants_json(args) else f"ordered {', '.join(body['ordered'])} to engine {args.to}")
+
+
+def _drain(args: argparse.Namespace) -> int:
+    """Order it, then wait until the engine is empty."""
+    path, start = _socket(args), time.monotonic()
+    call(path, "POST", f"/v1/engines/{args.engine}/drain")
+    while True:
+        engine = call(path, "GET", "/v1/status")["engines"][args.engine]
+        waited = time.monotonic() - start
+        left = sum(engine.get(name, 0) for name in ("running", "waiting", "incoming", "outgoing"))
+        if engine["state"] == "draining" and not left:
+            return _say(
+                args,
+                {"engine": args.engine, "empty": True, "seconds": waited},
+                f"engine {args.engine} is empty after {waited:.2f} s and takes no new work",
+            )
+        if waited > args.within:
+            _say(
+                args,
+                {"engine": args.engine, "empty": False, "left": left},
+                f"engine {args.engine} still has {left} requests; it goes on draining",
+            )
+            return EXIT_TIMEOUT
+        time.sleep(0.05)
+
+
+def _undrain(args: argparse.Namespace) -> int:
+    body = call(_socket(args), "POST", f"/v1/engines/{args.engine}/undrain")
+    return _say(args, body, f"engine {args.engine} serves again")
+
+
+def _rebalance(args: argparse.Namespace) -> int:
+    body = call(_socket(args), "GET", "/v1/rebalance")
+    return _say(args, body, body["explanation"])
+
+
+def _say(args: argparse.Namespace, body: dict[str, Any], text: str) -> int:
+    print(json.dumps(body) if _wants_json(args) else text)
+    return 0
 
 
 def _config(args: argparse.Namespace) -> None:

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 
 from daemon.api.generation import Lost, NoEngine, Overloaded, Piece, TooLong
 from daemon.config import Config
+from daemon.control import ownership
 from daemon.control.dispatch import choose, in_flight
 from daemon.control.fabric import COORDINATOR, Fabric
 from daemon.control.journal import Journal, JournalFull, JournalTooSmall
+from daemon.control.load import POLICIES
 from daemon.control.messages import (
+    AskBack,
     Cancel,
     CancelRequest,
     Demand,
@@ -26,12 +29,14 @@ from daemon.control.messages import (
     EngineState,
     Finish,
     FrontendFacts,
+    HandBack,
     Refused,
     RequestParams,
     SamplingParams,
     Start,
     Statement,
     StepOutput,
+    Takeover,
     ToEngine,
     TokenLogprobs,
     decode_engine_facts,
@@ -40,6 +45,7 @@ from daemon.control.messages import (
     decode_to_frontend,
     encode,
 )
+from daemon.control.ownership import Custody, Order, Owner, Verdict
 from daemon.control.processes import Life
 from daemon.control.stats import FRONTEND, StatsPage
 
@@ -52,22 +58,22 @@ class Flight:
     """One request in flight: what arrived and was not taken by its reader yet. Implements `Stream`."""
 
     __slots__ = (
-        "_arrived", "_cached", "_failure", "_finish", "_logprobs", "_tracker", "_waiter",
-        "accepted", "engine", "epoch", "incarnation", "rid", "slot",
+        "_arrived", "_failure", "_finish", "_logprobs", "_tracker", "_waiter",
+        "accepted", "cached", "engine", "epoch", "incarnation", "rid", "slot",
     )  # fmt: skip
 
-    def __init__(self, tracker: Tracker, rid: int, slot: int, engine: int, incarnation: int) -> None:
+    def __init__(self, tracker: Tracker, rid: int, slot: int) -> None:
         self._tracker = tracker
         self.rid = rid
         self.slot = slot
-        self.epoch = 1
-        self.engine = engine
-        self.incarnation = incarnation
+        self.epoch = 0
+        self.engine = -1  # its owner, and
+        self.incarnation = 0  # the owner's incarnation
         self.accepted = 0  # output tokens journaled
         self._arrived: list[int] = []
         self._logprobs: list[TokenLogprobs | None] | None = None
         self._finish = Finish.NONE
-        self._cached = 0
+        self.cached = 0
         self._failure: str | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -85,13 +91,18 @@ class Flight:
         if self._failure is not None and not self._arrived:
             raise Lost(self._failure)
         finish = Finish.NONE if self._failure is not None else self._finish
-        piece = Piece(self._arrived, self._logprobs, finish, self._cached)
+        piece = Piece(self._arrived, self._logprobs, finish, self.cached)
         self._arrived, self._logprobs = [], None
         return piece
 
     def cancel(self) -> None:
         if not self.done:
             self._tracker.cancel(self, Finish.CANCELLED)
+
+    @property
+    def custody(self) -> Custody:
+        """Who runs it, as the journal has it."""
+        return Custody(self.rid, self.epoch, Owner(self.engine, self.incarnation), self.accepted)
 
     def deliver(
         self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None, finish: Finish, cached: int
@@ -104,7 +115,7 @@ class Flight:
         if logprobs is not None:
             self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
         self._finish = finish
-        self._cached = cached
+        self.cached = cached
         self._wake()
 
     def end(self, finish: Finish) -> None:
@@ -124,6 +135,7 @@ class _Link:
     """This frontend's ends towards one engine."""
 
     def __init__(self, fabric: Fabric, index: int) -> None:
+        self.index = index
         self.process = fabric.topology.engine(index)
         self.commands = fabric.writer(self.process)
         self.outputs = fabric.reader(self.process)
@@ -187,6 +199,7 @@ class Tracker:
         self._reserved = 0  # admitted and not submitted yet
         self._next_rid = self._index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self._turn = self._index
+        self._policy = POLICIES[config.policy]
         self.draining = False
         self.on_doorbell()
 
@@ -227,21 +240,26 @@ class Tracker:
         cache_salt: bytes = b"",
     ) -> Flight:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
-        engine = self._choose()
+        engine = self._choose(high=priority < 0)
         link = self._links[engine]
         self._refuse_oversized(link, len(prompt))
         rid = self._next_rid
         record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
         slot = self._open(rid, record, prompt)
         self._next_rid += 1
-        flight = Flight(self, rid, slot, engine, link.incarnation)
-        self._journal.assign(slot, flight.epoch, engine, link.incarnation)
+        flight = Flight(self, rid, slot)
         self._flights[rid] = flight
-        before = link.submitted
-        link.submitted = Demand(before.peer, before.requests + 1, before.tokens + len(prompt))
-        self._send(link, Start(rid, flight.epoch, slot, len(prompt)))
-        self._publish()
+        self._assign(flight, Custody(rid, 1, Owner(engine, link.incarnation), 0))
+        self._start(flight, len(prompt))
         return flight
+
+    def _start(self, flight: Flight, prompt_len: int) -> None:
+        """Send the Start to the flight's engine, and say how much was sent."""
+        link = self._links[flight.engine]
+        before = link.submitted
+        link.submitted = Demand(before.peer, before.requests + 1, before.tokens + prompt_len)
+        self._send(link, Start(flight.rid, flight.epoch, flight.slot, prompt_len))
+        self._publish()
 
     # -- what arrives -----------------------------------------------------------------------------
 
@@ -282,8 +300,8 @@ class Tracker:
             message = decode_to_frontend(record.payload)
             if type(message) is StepOutput:
                 self._accept(message)
-            elif type(message) is Refused:
-                self._refused(message)
+            else:
+                self._judge(message, Owner(link.index, record.sender))
         link.outputs.ack()
 
     def _accept(self, out: StepOutput) -> None:
@@ -313,10 +331,63 @@ class Tracker:
                 self._close(flight)
             flight.deliver(tokens, logprobs, Finish(finish), cached)
 
-    def _refused(self, refusal: Refused) -> None:
-        flight = self._flights.get(refusal.rid)
-        if flight is not None and flight.epoch == refusal.epoch:
-            self._lose(flight, refusal.reason)
+    def _judge(self, claim: Refused | Takeover | AskBack | HandBack, sender: Owner) -> None:
+        """What an engine says about one request."""
+        flight = self._flights.get(claim.rid)
+        if flight is None:
+            self._order(ownership.stale(claim.rid, claim.epoch, sender))
+            return
+        match claim:
+            case Refused(epoch=epoch, reason=reason):
+                if flight.epoch == epoch:
+                    self._lose(flight, reason)
+            case Takeover():
+                self._apply(flight, ownership.takeover(flight.custody, sender, claim))
+                self.stats.inc("takeovers", int(flight.engine == sender.engine))
+            case AskBack():
+                self._apply(flight, ownership.ask_back(flight.custody, sender, claim))
+            case HandBack():
+                self._apply(flight, ownership.hand_back(flight.custody, sender, claim))
+
+    def _apply(self, flight: Flight, verdict: Verdict) -> None:
+        """Journal the output, then the custody with one store, then send the orders."""
+        output = verdict.output
+        if output is not None:
+            self._journal.append(flight.slot, output.tokens, output.logprobs)
+            flight.accepted += len(output.tokens)
+            flight.deliver(output.tokens, output.logprobs, Finish.NONE, flight.cached)
+        if verdict.redispatch:
+            self._redispatch(flight, verdict)
+            return
+        if verdict.custody != flight.custody:
+            self._assign(flight, verdict.custody)
+        for order in verdict.orders:
+            self._order(order)
+
+    def _redispatch(self, flight: Flight, verdict: Verdict) -> None:
+        """Nobody runs it now: start it where there is most room."""
+        for order in verdict.orders:
+            self._order(order)
+        try:
+            engine = self._choose(avoid=flight.engine)
+        except NoEngine as e:
+            self._lose(flight, str(e))
+            return
+        link = self._links[engine]
+        custody = ownership.started(verdict.custody, Owner(engine, link.incarnation))
+        self._assign(flight, custody)
+        self._start(flight, self._journal.prompt_len(flight.slot))
+
+    def _assign(self, flight: Flight, custody: Custody) -> None:
+        assert custody.owner is not None
+        flight.epoch = custody.epoch
+        flight.engine, flight.incarnation = custody.owner
+        self._journal.assign(flight.slot, custody.epoch, *custody.owner)
+
+    def _order(self, order: Order) -> None:
+        link = self._links[order.to.engine]
+        if link.incarnation == order.to.incarnation:
+            self._send(link, order.message)
 
     def _obey(self, advice: CancelRequest) -> None:
         flight = self._flights.get(advice.rid)
@@ -361,11 +432,15 @@ class Tracker:
     def _serving(self) -> list[EngineFacts]:
         return [f for f in self.engine_facts() if f is not None and f.state == EngineState.SERVING]
 
-    def _choose(self) -> int:
+    def _choose(self, avoid: int = -1, high: bool = False) -> int:
+        """The freest engine; `avoid` only if there is no other."""
         facts = self.engine_facts()
+        others = [f if i != avoid else None for i, f in enumerate(facts)]
+        if any(f is not None and f.state == EngineState.SERVING for f in others):
+            facts = others
         frontends = [self._facts() if peer is None else peer.refresh() for peer in self._peers]
         self._turn += 1
-        engine = choose(facts, in_flight(facts, frontends), self._turn)
+        engine = choose(facts, in_flight(facts, frontends), self._turn, policy=self._policy, high=high)
         if engine is None or self.draining:
             raise NoEngine("no engine is ready")
         return engine

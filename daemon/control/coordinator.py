@@ -1,4 +1,4 @@
-"""The coordinator process: answers the admin socket from the boards. No request waits on it."""
+"""The coordinator process: pairs engines for migration and answers the admin socket. No request waits on it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from daemon import child
 from daemon.child import LEAVE, Birth
 from daemon.control import doorbell
 from daemon.control.admin import build_admin
+from daemon.control.balancer import Balancer
 from daemon.control.fabric import Fabric
 from daemon.control.messages import EngineState
 from daemon.control.overview import Overview
 
 log = logging.getLogger(__name__)
 
-_BEAT = 1.0  # seconds between signs of life
 _BEAT_DEADLINE = 30.0
 
 
@@ -33,15 +33,17 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
     stop = asyncio.Event()
     loop.add_signal_handler(LEAVE, stop.set)
     loop.add_reader(fabric.bell, lambda: doorbell.answer(fabric.bell))
-    runner = web.AppRunner(build_admin(Overview(fabric, birth)), access_log=None, shutdown_timeout=1.0)
+    overview, balancer = Overview(fabric, birth), Balancer(fabric, birth.config)
+    runner = web.AppRunner(build_admin(overview, balancer), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=birth.listener)).start()
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.SERVING, fabric.incarnation, _BEAT_DEADLINE)
     while not stop.is_set():
         progress.beat(_BEAT_DEADLINE)
+        balancer.cycle(overview.facts())
         try:
-            await asyncio.wait_for(stop.wait(), _BEAT)
+            await asyncio.wait_for(stop.wait(), birth.config.rebalance_period)
         except TimeoutError:
             continue
     await runner.cleanup()

@@ -19,7 +19,8 @@ COORDINATOR = 0
 
 COMMAND_RING = 256 << 10  # frontend -> engine: prompts go by reference, so records are small
 OUTPUT_RING = 1 << 20  # engine -> frontend: a step's tokens and logprobs
-ADVICE_RING = 64 << 10  # coordinator -> frontend
+ADVICE_RING = 64 << 10  # coordinator -> frontend and engine
+PEER_RING = 256 << 10  # engine -> engine: a reservation names a block for each 16 tokens
 STATS_BYTES = 16 << 10  # statistics page of one process
 
 
@@ -52,6 +53,11 @@ class Topology(NamedTuple):
     def lanes(self) -> dict[tuple[int, int], int]:
         """Every directed pair that talks, with the capacity of its ring."""
         found: dict[tuple[int, int], int] = {}
+        for i in range(self.engines):
+            found[COORDINATOR, self.engine(i)] = ADVICE_RING
+            for j in range(self.engines):
+                if i != j:
+                    found[self.engine(i), self.engine(j)] = PEER_RING
         for k in range(self.frontends):
             found[COORDINATOR, self.frontend(k)] = ADVICE_RING
             for i in range(self.engines):

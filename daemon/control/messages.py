@@ -59,6 +59,14 @@ class RequestParams(Struct, array_like=True, frozen=True):
     label: str = ""  # public id, for operators
 
 
+class TokenLogprobs(Struct, array_like=True, frozen=True):
+    """Natural-log probabilities at one position, of the distribution before temperature and masks."""
+
+    logprob: float  # of the chosen token
+    top_ids: list[int]
+    top_logprobs: list[float]  # descending
+
+
 # -- frontend -> engine ------------------------------------------------------------------------
 
 
@@ -85,18 +93,114 @@ class Statement(Struct, tag=3, array_like=True, frozen=True):
     epochs: list[int]
 
 
-ToEngine = Start | Cancel | Statement
+class Grant(Struct, tag=4, array_like=True, frozen=True):
+    """Whoever holds `rid` frozen or pending at `epoch` is its owner, at `new_epoch`: run it."""
+
+    rid: int
+    epoch: int
+    new_epoch: int
+
+
+class Release(Struct, tag=5, array_like=True, frozen=True):
+    """`rid` is somebody else's, or ended: free everything of it at `epoch` or older."""
+
+    rid: int
+    epoch: int
+
+
+ToEngine = Start | Cancel | Statement | Grant | Release
+
+
+# -- coordinator -> engine -----------------------------------------------------------------------
+
+
+class MigrateTo(Struct, tag=1, array_like=True, frozen=True):
+    """Move requests to another engine, one after another, until the lease ends; sent anew to renew it."""
+
+    engine: int
+    lease: float  # CLOCK_MONOTONIC seconds
+    rid: int = 0  # this request and no other; 0: the llumlet chooses
+    choice: str = "shortest"  # among equals in class: "shortest", "longest" or "last" (admitted)
+    drain: bool = False  # the engine is to become empty: urgent and waiting requests leave as well
+    how: str = "live"  # of one request: "live", "blocking" (frozen for the whole copy) or "recompute" (no KV moves)
+
+
+class SetServing(Struct, tag=2, array_like=True, frozen=True):
+    """Take new work (again), or none: a draining engine gives away what it has."""
+
+    serving: bool
+
+
+ToLlumlet = MigrateTo | SetServing
+
+
+# -- engine -> engine ----------------------------------------------------------------------------
+# `move` numbers the migrations of one source incarnation; an answer names the move it answers.
+
+
+class Reserve(Struct, tag=1, array_like=True, frozen=True):
+    """Source: have room for the first `num_tokens` tokens of a request, and (stage 0) a place in the batch."""
+
+    move: int
+    rid: int
+    epoch: int
+    frontend: int
+    slot: int  # journal slot of that frontend
+    stage: int  # 0: the first; a later one extends what is reserved
+    num_tokens: int
+    longest: int  # tokens that the request can become
+    hashes: list[bytes]  # stage 0: names of the full blocks computed so far; later none
+
+
+class Reserved(Struct, tag=2, array_like=True, frozen=True):
+    """Destination: room for the blocks that follow those it had said before.
+
+    The first `skip` blocks of the request are there already, found by name; `blocks` are ids in the
+    destination's pool, which the source may write until it says Handover or Aborted.
+    """
+
+    move: int
+    rid: int
+    epoch: int
+    stage: int
+    skip: int
+    blocks: list[int]
+
+
+class Declined(Struct, tag=3, array_like=True, frozen=True):
+    """Destination: no. What it had reserved before stays reserved until Aborted; what was handed over is free."""
+
+    move: int
+    rid: int
+    epoch: int
+    reason: str
+
+
+class Aborted(Struct, tag=4, array_like=True, frozen=True):
+    """Source: it stays here or is gone; no copy of this move is under way any more."""
+
+    move: int
+    rid: int
+    epoch: int
+
+
+class Handover(Struct, tag=5, array_like=True, frozen=True):
+    """Source: all KV has arrived, the request is frozen here. Output before `start` is in the journal."""
+
+    move: int
+    rid: int
+    epoch: int
+    num_computed: int  # tokens whose KV is there
+    num_cached: int  # prompt tokens that came from a prefix cache
+    start: int  # output position of the first of `tokens`
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None  # one a token, or None if the request wants none
+
+
+ToPeer = Reserve | Reserved | Declined | Aborted | Handover
 
 
 # -- engine -> frontend ------------------------------------------------------------------------
-
-
-class TokenLogprobs(Struct, array_like=True, frozen=True):
-    """Natural-log probabilities at one position, of the distribution before temperature and masks."""
-
-    logprob: float  # of the chosen token
-    top_ids: list[int]
-    top_logprobs: list[float]  # descending
 
 
 class StepOutput(Struct, tag=1, array_like=True, frozen=True):
@@ -124,7 +228,35 @@ class Refused(Struct, tag=2, array_like=True, frozen=True):
     reason: str
 
 
-ToFrontend = StepOutput | Refused
+class Takeover(Struct, tag=3, array_like=True, frozen=True):
+    """The destination of a migration holds the request, pending, and asks to own it. Carries the output from
+    position `start` on that the journal may not hold yet."""
+
+    rid: int
+    epoch: int
+    start: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+class AskBack(Struct, tag=4, array_like=True, frozen=True):
+    """The source of a migration, which froze the request, asks to go on with it. Carries the same output."""
+
+    rid: int
+    epoch: int
+    start: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+class HandBack(Struct, tag=5, array_like=True, frozen=True):
+    """The engine holds nothing of the request at `epoch`: start it anew, elsewhere if possible."""
+
+    rid: int
+    epoch: int
+
+
+ToFrontend = StepOutput | Refused | Takeover | AskBack | HandBack
 
 
 # -- coordinator -> frontend -------------------------------------------------------------------
@@ -140,6 +272,8 @@ FromCoordinator = CancelRequest
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_llumlet = msgspec.msgpack.Decoder(ToLlumlet).decode
+decode_to_peer = msgspec.msgpack.Decoder(ToPeer).decode
 decode_to_frontend = msgspec.msgpack.Decoder(ToFrontend).decode
 decode_from_coordinator = msgspec.msgpack.Decoder(FromCoordinator).decode
 decode_params = msgspec.msgpack.Decoder(RequestParams).decode
@@ -154,7 +288,8 @@ class EngineState(IntEnum):
     STARTING = 0
     LOADING = 1
     SERVING = 2
-    DRAINING = 3
+    DRAINING = 3  # takes nothing new and gives away what it has: by an operator, or at shutdown
+    PARKED = 4  # the same by the scaling policy, which may wake it; asleep once it is empty
 
 
 class Demand(Struct, array_like=True, frozen=True):
@@ -189,6 +324,14 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     step_seconds: float  # moving average of a step with work in it
     tokens_per_second: float  # emitted, moving average
     consumed: list[Demand]  # one a frontend
+    high_running: int = 0  # of `running`, those of high priority (below 0)
+    high_waiting: int = 0  # of `waiting`
+    preempted_waiting: int = 0  # of `waiting`, those that have run before
+    incoming: int = 0  # requests it has reserved for; their blocks are in `used_blocks`, they are not in `running`
+    outgoing: int = 0  # requests it is copying away, still in `running`
+    knee: int = 0  # tokens in a step at which it takes twice its ideal time; 0: not measured
+    ideal_tokens: int = 0  # KV up to which a decode step takes nearly its ideal time; 0: not measured
+    kv_format: str = ""  # shape and dtype of a KV block; blocks move between equal ones only
 
 
 class FrontendFacts(Struct, array_like=True, frozen=True):

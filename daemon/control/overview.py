@@ -40,10 +40,18 @@ class Overview:
         self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
         self._advice = [fabric.writer(topology.frontend(k)) for k in range(topology.frontends)]
 
+    def facts(self) -> list[EngineFacts | None]:
+        """Each engine's facts as last published; None of one that is not there."""
+        self._table.refresh()
+        return [self._engine_facts(i) for i in range(self._topology.engines)]
+
+    def find(self, name: str) -> list[dict[str, Any]]:
+        """Unfinished requests called `name`: all choices of an answer, or one by its own id."""
+        return [r for r in self.requests() if name in (r["id"], r["id"].rsplit("-", 1)[0], f"{r['rid']:x}")]
+
     def status(self) -> dict[str, Any]:
         """The daemon, its engines and its frontends, as of now."""
-        self._table.refresh()
-        facts = [self._engine_facts(i) for i in range(self._topology.engines)]
+        facts = self.facts()
         frontends = [self._frontend_facts(k) for k in range(self._topology.frontends)]
         flying = in_flight(facts, frontends)
         config = self._birth.config
@@ -70,15 +78,14 @@ class Overview:
     def cancel(self, name: str) -> list[str]:
         """Ask the owners to cancel the request called `name` (all its choices). Returns what was asked for."""
         asked = []
-        for row in self.requests():
-            if name in (row["id"], row["id"].rsplit("-", 1)[0], f"{row['rid']:x}"):
-                k = row["frontend"]
-                process = self._topology.frontend(k)
-                self._table.refresh()
-                receiver = self._table.rows[process].incarnation
-                if self._advice[k].put(encode(CancelRequest(row["rid"])), receiver):
-                    self._fabric.ring_bell(process)
-                    asked.append(row["id"])
+        for row in self.find(name):
+            k = row["frontend"]
+            process = self._topology.frontend(k)
+            self._table.refresh()
+            receiver = self._table.rows[process].incarnation
+            if self._advice[k].put(encode(CancelRequest(row["rid"])), receiver):
+                self._fabric.ring_bell(process)
+                asked.append(row["id"])
         return asked
 
     def config(self) -> list[dict[str, Any]]:
@@ -114,6 +121,9 @@ class Overview:
             "steps": facts.step,
             "freeness": free if math.isfinite(free) else None,
             "preemptions": int(page.counter("preemptions")),
+            "incoming": facts.incoming,
+            "outgoing": facts.outgoing,
+            "migrated_bytes": int(page.counter("migrated_bytes")),
         }
 
     def _frontend(self, k: int, facts: FrontendFacts | None) -> dict[str, Any]:
@@ -139,8 +149,11 @@ class Overview:
     def _request(self, k: int, journal: JournalView, slot: int) -> dict[str, Any] | None:
         rid, output = journal.rid(slot), journal.num_output(slot)
         engine, _ = journal.owner(slot)
-        params = journal.params(slot)
         prompt_len = journal.prompt_len(slot)
+        try:
+            params = journal.params(slot)
+        except ValueError:
+            return None  # overwritten while we were reading
         if journal.rid(slot) != rid or journal.state(slot) is not SlotState.LIVE:
             return None  # it ended while we were reading
         return {

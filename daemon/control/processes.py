@@ -37,6 +37,8 @@ class ProcessFacts(msgspec.Struct, array_like=True, frozen=True):
     born: float = 0.0  # CLOCK_MONOTONIC seconds
     restarts: int = 0
     last_exit: str = ""  # how the predecessor ended
+    pool_fd: int = -1  # engines: the supervisor's descriptor of the KV pool of this incarnation
+    pool_bytes: int = 0  # engines: size of that pool
 
 
 _decode = msgspec.msgpack.Decoder(ProcessFacts).decode

@@ -164,6 +164,7 @@ ENGINE = Table(
         Counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
         Counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
         Counter("steps", "Steps with work in them."),
+        Counter("migrated_bytes", "KV bytes copied to other engines."),
     ),
     histograms=(
         Histogram("step_seconds", "Duration of a step with work in it.", _GAPS),

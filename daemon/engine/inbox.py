@@ -1,35 +1,50 @@
-"""One frontend's commands to an engine: off the ring, into the scheduler."""
+"""One frontend's commands to an engine: off the ring, into the llumlet and its scheduler."""
 
 from __future__ import annotations
 
-from msgspec import DecodeError
+import time
+from collections.abc import Callable
 
-from daemon.control.journal import JournalView, SlotState
-from daemon.control.messages import Cancel, Demand, Refused, Start, Statement, decode_to_engine
+from daemon.control.messages import (
+    Cancel,
+    Demand,
+    Grant,
+    Refused,
+    Release,
+    Start,
+    Statement,
+    ToEngine,
+    decode_to_engine,
+)
 from daemon.control.ring import RingReader
+from daemon.engine.llumlet import Action, Llumlet
 from daemon.engine.outbox import Outbox
-from daemon.engine.request import Request
-from daemon.engine.scheduler import Scheduler
+from daemon.engine.records import Records
 
 
 class Inbox:
-    """Commands from one frontend. Counts what it has taken, for the dispatch of all frontends."""
+    """Commands from one frontend. Counts what it has taken, for the dispatch of all frontends.
+
+    `carry_out` gets what the llumlet wants done.
+    """
 
     def __init__(
         self,
         frontend: int,
         incarnation: int,
         ring: RingReader,
-        journal: JournalView,
-        scheduler: Scheduler,
+        records: Records,
+        llumlet: Llumlet,
         outbox: Outbox,
+        carry_out: Callable[[list[Action]], None],
     ) -> None:
         self._frontend = frontend
         self._incarnation = incarnation
         self._ring = ring
-        self._journal = journal
-        self._scheduler = scheduler
+        self._records = records
+        self._llumlet = llumlet
         self._outbox = outbox
+        self._carry_out = carry_out
         self._requests = 0
         self._tokens = 0
 
@@ -43,7 +58,7 @@ class Inbox:
         while (record := self._ring.read()) is not None:
             if record.receiver == self._incarnation:
                 self._meet(record.sender)
-                self._obey(decode_to_engine(record.payload))
+                self._carry_out(self._obey(decode_to_engine(record.payload), time.monotonic()))
         self._ring.ack()
 
     def _meet(self, sender: int) -> None:
@@ -51,53 +66,28 @@ class Inbox:
         if sender == self._outbox.peer:
             return
         self._requests = self._tokens = 0
-        self._scheduler.drop_frontend(self._frontend, {})
         self._outbox.forget(sender)
+        self._carry_out(self._llumlet.on_statement(self._frontend, {}, time.monotonic()))
 
-    def _obey(self, message: Start | Cancel | Statement) -> None:
+    def _obey(self, message: ToEngine, now: float) -> list[Action]:
         match message:
             case Start():
-                self._start(message)
-            case Cancel(rid=rid, epoch=epoch):
-                self._scheduler.cancel(rid, epoch)
+                return self._start(message, now)
+            case Cancel(rid=rid, epoch=epoch) | Release(rid=rid, epoch=epoch):
+                return self._llumlet.on_release(rid, epoch, now)
+            case Grant(rid=rid, epoch=epoch, new_epoch=new_epoch):
+                return self._llumlet.on_grant(rid, epoch, new_epoch, now)
             case Statement(rids=rids, epochs=epochs):
-                self._scheduler.drop_frontend(self._frontend, dict(zip(rids, epochs, strict=True)))
+                return self._llumlet.on_statement(self._frontend, dict(zip(rids, epochs, strict=True)), now)
 
-    def _start(self, start: Start) -> None:
+    def _start(self, start: Start, now: float) -> list[Action]:
         self._requests += 1
         self._tokens += start.tokens
-        request = self._read(start)
+        request = self._records.load(self._frontend, start.slot, start.rid, start.epoch)
         if request is None:
-            return  # cancelled or moved on before we got here
-        reason = self._scheduler.refuse(request)
-        if reason is not None:
-            self._outbox.refuse(Refused(start.rid, start.epoch, reason))
-        else:
-            self._scheduler.add(request)
-
-    def _read(self, start: Start) -> Request | None:
-        """The request as the journal has it; None once its slot stands for something else."""
-        if not self._stands(start):
-            return None
-        journal, slot = self._journal, start.slot
-        try:
-            prompt = journal.prompt(slot)
-            request = Request(
-                rid=start.rid,
-                epoch=start.epoch,
-                frontend=self._frontend,
-                params=journal.params(slot),
-                tokens=prompt + journal.output(slot),
-                prompt_len=len(prompt),
-            )
-        except (DecodeError, UnicodeDecodeError):
-            if self._stands(start):
-                raise
-            return None
-        # The frontend may have closed it and written another one over it while we read.
-        return request if self._stands(start) else None
-
-    def _stands(self, start: Start) -> bool:
-        journal, slot = self._journal, start.slot
-        live = journal.state(slot) is SlotState.LIVE and journal.rid(slot) == start.rid
-        return live and journal.epoch(slot) == start.epoch
+            return []  # cancelled or moved on before we got here
+        reason = self._llumlet.scheduler.refuse(request)
+        if reason is None:
+            return self._llumlet.on_start(request, now)
+        self._outbox.tell(Refused(start.rid, start.epoch, reason))
+        return []

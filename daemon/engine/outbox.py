@@ -4,39 +4,41 @@ from __future__ import annotations
 
 from collections import deque
 
-from daemon.control.messages import Refused, StepOutput, TokenLogprobs, encode
+from daemon.control.messages import AskBack, HandBack, Refused, StepOutput, Takeover, TokenLogprobs, encode
 from daemon.control.ring import RingWriter
 from daemon.engine.scheduler import Emission
 
 _ROWS_A_RECORD = 512  # keeps a record well under half a ring even with 20 logprobs a token
 
+Note = Refused | Takeover | AskBack | HandBack
+
 
 class Outbox:
-    """Rows and refusals for one frontend, in order."""
+    """Rows and notes for one frontend, each in order. A note carries what it needs of the rows before it."""
 
     def __init__(self, ring: RingWriter) -> None:
         self._ring = ring
         self._rows: deque[Emission] = deque()
-        self._refusals: deque[Refused] = deque()
+        self._notes: deque[Note] = deque()
         self.peer = 0  # incarnation of the frontend that owns what is in here
 
     def emit(self, emission: Emission) -> None:
         self._rows.append(emission)
 
-    def refuse(self, refusal: Refused) -> None:
-        self._refusals.append(refusal)
+    def tell(self, note: Note) -> None:
+        self._notes.append(note)
 
     def forget(self, peer: int) -> None:
         """The frontend was replaced: what its predecessor was owed goes to nobody."""
         self._rows.clear()
-        self._refusals.clear()
+        self._notes.clear()
         self.peer = peer
 
     def flush(self) -> bool:
         """Put as much as the ring takes; True if anything went, so the bell must ring."""
         sent = False
-        while self._refusals and self._ring.put(encode(self._refusals[0]), self.peer):
-            self._refusals.popleft()
+        while self._notes and self._ring.put(encode(self._notes[0]), self.peer):
+            self._notes.popleft()
             sent = True
         while self._rows:
             count = min(len(self._rows), _ROWS_A_RECORD)

@@ -29,6 +29,7 @@ class Request:
     finish: Finish = Finish.NONE
     preemptions: int = 0
     admitted: float = -1.0  # first time it entered the batch
+    slot: int = -1  # journal slot of its frontend
 
     @property
     def sampling(self) -> SamplingParams:

@@ -68,6 +68,7 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: dict[int, Request] = {}  # by rid, in order of admission
         self.waiting = WaitingQueue()
+        self.held_slots = 0  # places in the batch kept for requests that are not in it: reserved or detached
         self.num_preemptions = 0
         self.prefix_query_tokens = 0  # of all requests, at their first admission
         self.prefix_hit_tokens = 0  # of those, found in the prefix cache
@@ -159,9 +160,58 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         del self.running[request.rid]
+        self._clear(request)
+
+    def _clear(self, request: Request) -> None:
         self.blocks.free(request.block_table)
         request.block_table = []
         request.num_computed = 0
+
+    # -- migration: in and out of the batch with the KV ----------------------------------------
+
+    def reserve(self) -> bool:
+        """Keep a place in the batch for a request that is to `attach`; False if none is left."""
+        if len(self.running) + self.held_slots >= self.max_num_seqs:
+            return False
+        self.held_slots += 1
+        return True
+
+    def unreserve(self) -> None:
+        """Give up a place that `reserve` has kept."""
+        self.held_slots -= 1
+
+    def detach(self, request: Request) -> None:
+        """Take a running request out of the batch: it keeps its blocks and its place, and nobody preempts it."""
+        del self.running[request.rid]
+        self.held_slots += 1
+
+    def attach(self, request: Request) -> None:
+        """Put a request that holds its blocks into the place kept for it, and make its full blocks findable.
+
+        An older epoch of it makes way. Raises ValueError if its blocks have no room for all its tokens but the
+        last, or if it is here at this epoch or a newer one.
+        """
+        if self.blocks.blocks_for(len(request.tokens) - 1) > len(request.block_table):
+            raise ValueError(f"request {request.rid} brings too few blocks for {len(request.tokens)} tokens")
+        held = self.get(request.rid)
+        if held and not self.cancel(held.rid, request.epoch - 1):
+            raise ValueError(f"request {request.rid} is here at epoch {held.epoch}")
+        self.held_slots -= 1
+        self.running[request.rid] = request
+        self._name(request, 0, request.num_computed // self.blocks.block_size)
+
+    def discard(self, request: Request) -> None:
+        """Free the blocks and the place of a detached request."""
+        self.held_slots -= 1
+        request.finish = Finish.CANCELLED
+        self._clear(request)
+
+    def prefix_hashes(self, request: Request) -> list[bytes]:
+        """Names of the full blocks whose KV is computed; none without prefix caching."""
+        if not self.blocks.prefix_caching:
+            return []
+        self._hash(request)
+        return request.hashes[: request.num_computed // self.blocks.block_size]
 
     # -- planning ------------------------------------------------------------------------------
 
@@ -208,7 +258,7 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         """Whether there is a slot, and the blocks, and one block more for each running request to grow into."""
-        if len(self.running) >= self.max_num_seqs:
+        if len(self.running) + self.held_slots >= self.max_num_seqs:
             return False
         reserve = len(self.running)
         # Whatever is cached, at least one block is new: spare a hopeless request the look-up.
@@ -295,6 +345,10 @@ class Scheduler:
         first = request.num_computed // self.blocks.block_size
         full = computed // self.blocks.block_size
         request.num_computed = computed
+        self._name(request, first, full)
+
+    def _name(self, request: Request, first: int, full: int) -> None:
+        """Make the blocks from `first` to before `full`, all computed, findable."""
         if full > first and self.blocks.prefix_caching:
             self._hash(request)
             self.blocks.register(request.block_table[first:full], request.hashes[first:full])

@@ -16,17 +16,24 @@ from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView
 from daemon.control.messages import EngineFacts, EngineState, encode
 from daemon.engine.build import build_runner
+from daemon.engine.hands import Hands
 from daemon.engine.inbox import Inbox
+from daemon.engine.llumlet import Llumlet
+from daemon.engine.neighbours import Neighbours
 from daemon.engine.outbox import Outbox
 from daemon.engine.pace import Pace
-from daemon.engine.runner import Runner, StepPlan
+from daemon.engine.records import Records
+from daemon.engine.runner import PoolSpec, Runner, StepPlan
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.kvpool.blocks import BlockManager
+from daemon.kvpool.peers import Peers
+from daemon.kvpool.transfer import Mover
 from daemon.models.card import ModelError, read_card
 
 log = logging.getLogger(__name__)
 
 IDLE_BEAT = 0.25  # seconds between signs of life without work
+MOVING_BEAT = 0.02  # the same while a request is on its way
 IDLE_DEADLINE = 5.0
 
 
@@ -71,13 +78,14 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
     log.info(
         "ready after %.1f s: %d KV blocks of %d tokens", time.monotonic() - started, num_blocks - 1, config.block_size
     )
-    return Worker(fabric, runner, scheduler)
+    peers = Peers(fabric.table(), fabric.topology, birth.parent)
+    return Worker(fabric, runner, scheduler, peers, Mover(pool, fabric.bell))
 
 
 class Worker:
     """The loop of one engine over its scheduler and runner."""
 
-    def __init__(self, fabric: Fabric, runner: Runner, scheduler: Scheduler) -> None:
+    def __init__(self, fabric: Fabric, runner: Runner, scheduler: Scheduler, peers: Peers, transport: Mover) -> None:
         topology = fabric.topology
         self._fabric = fabric
         self._runner = runner
@@ -87,25 +95,32 @@ class Worker:
         self._stats = stats.StatsPage(fabric.stats(fabric.process), stats.ENGINE)
         self._pace = Pace(time.monotonic())
         self._steps = 0
+        self._checked = True  # the books, since the last step
         self._counted = dict.fromkeys(("preemptions", "prefix_cache_queries", "prefix_cache_hits"), 0)
         self._outboxes = [Outbox(fabric.writer(topology.frontend(k))) for k in range(topology.frontends)]
+        records = Records([JournalView(fabric.journal(k)) for k in range(topology.frontends)])
+        spec = runner.pool_spec(1)
+        self._kv_format = _kv_format(spec)
+        self._llumlet = Llumlet(scheduler, records)
+        self._hands = Hands(fabric, self._outboxes, peers, transport, spec.block_bytes)
+        self._neighbours = Neighbours(fabric, self._llumlet, self._kv_format, self._hands.carry_out)
         self._inboxes = [
             Inbox(
                 k,
                 fabric.incarnation,
                 fabric.reader(topology.frontend(k)),
-                JournalView(fabric.journal(k)),
-                scheduler,
+                records,
+                self._llumlet,
                 self._outboxes[k],
+                self._hands.carry_out,
             )
             for k in range(topology.frontends)
         ]
 
     def run(self) -> None:
-        """Serve until SIGTERM."""
+        """Serve until told to leave."""
         while True:
-            for inbox in self._inboxes:
-                inbox.drain()
+            self._listen()
             plan = self._scheduler.plan(time.monotonic())
             if plan is not None:
                 self._step(plan)
@@ -114,33 +129,46 @@ class Worker:
             if plan is None:
                 self._rest()
 
+    def _listen(self) -> None:
+        """Take what everybody has written, and what copies have ended."""
+        self._neighbours.listen()
+        for inbox in self._inboxes:
+            inbox.drain()
+        for move, arrived, nbytes in self._hands.ended():
+            now = time.monotonic()
+            self._stats.inc("migrated_bytes", nbytes)
+            self._hands.carry_out(
+                self._llumlet.copied(move, now) if arrived else self._llumlet.copy_failed(move, now)
+            )
+        if not self._llumlet.idle:
+            self._hands.carry_out(self._llumlet.tick(time.monotonic()))
+
     def _step(self, plan: StepPlan) -> None:
         started = time.monotonic()
+        self._checked = False
         self._progress.beat(self._pace.step_deadline)
         result = self._runner.execute(plan)
         now = time.monotonic()
         emissions = self._scheduler.fold(plan, result, now)
         for emission in emissions:
             self._outboxes[emission.request.frontend].emit(emission)
+        self._hands.carry_out(self._llumlet.after_step(emissions, now, self._pace.step_seconds))
         self._account(plan, emissions, now - started, now)
 
     def _deliver(self) -> None:
         for k, outbox in enumerate(self._outboxes):
             if outbox.flush():
                 self._fabric.ring_bell(self._fabric.topology.frontend(k))
+        self._hands.flush()
 
     def _rest(self) -> None:
-        """Nothing to compute: sleep until somebody rings, and check the books meanwhile."""
+        """Nothing to compute: sleep until somebody rings or time is up, and check the books meanwhile."""
         self._pace.tick(time.monotonic())
-        checked = False
-        while not doorbell.wait(self._fabric.bell, IDLE_BEAT):
-            if not checked:  # only once it has been quiet: a large pool takes milliseconds to check
-                self._scheduler.check()
-                checked = True
-            self._progress.beat(IDLE_DEADLINE)
-            self._pace.tick(time.monotonic())
-            self._publish()
-            self._deliver()
+        moving = not self._llumlet.idle
+        if not doorbell.wait(self._fabric.bell, MOVING_BEAT if moving else IDLE_BEAT) and not self._checked:
+            # Only once it has been quiet: a large pool takes milliseconds to check.
+            self._scheduler.check(self._llumlet.tables())
+            self._checked = True
         self._progress.beat(IDLE_DEADLINE)
 
     def _account(self, plan: StepPlan, emissions: list[Emission], seconds: float, now: float) -> None:
@@ -178,7 +206,7 @@ class Worker:
         scheduler, blocks = self._scheduler, self._scheduler.blocks
         facts = EngineFacts(
             incarnation=self._fabric.incarnation,
-            state=EngineState.SERVING,
+            state=EngineState.DRAINING if self._neighbours.draining else EngineState.SERVING,
             step=self._steps,
             time=time.monotonic(),
             block_size=blocks.block_size,
@@ -194,5 +222,15 @@ class Worker:
             step_seconds=self._pace.step_seconds,
             tokens_per_second=self._pace.tokens_per_second,
             consumed=[inbox.consumed for inbox in self._inboxes],
+            high_running=sum(r.params.priority < 0 for r in scheduler.running.values()),
+            high_waiting=sum(r.params.priority < 0 for r in scheduler.waiting),
+            preempted_waiting=sum(r.preemptions > 0 for r in scheduler.waiting),
+            incoming=len(self._llumlet.incoming),
+            outgoing=len(self._llumlet.outgoing),
+            kv_format=self._kv_format,
         )
         self._board.publish(encode(facts))
+
+
+def _kv_format(spec: PoolSpec) -> str:
+    return f"{spec.dtype} {spec.layers}x2x{spec.block_size}x{spec.kv_heads}x{spec.head_dim}"

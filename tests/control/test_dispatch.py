@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control.dispatch import choose, in_flight
-from daemon.control.load import NOTHING, InFlight, freeness, virtual_usage
+from daemon.control.load import NOTHING, POLICIES, InFlight, Policy, freeness, virtual_usage
 from daemon.control.messages import Demand, EngineFacts, EngineState
 from tests.control.facts import engine, frontend
 
@@ -36,7 +36,8 @@ def test_worked_examples(facts: EngineFacts, flying: InFlight, usage: float, fre
 
 
 loads = {"used_blocks": st.integers(0, 100), "running": st.integers(0, 9), "waiting": st.integers(0, 9),
-         "head_demand_blocks": st.integers(0, 200)}  # fmt: skip
+         "head_demand_blocks": st.integers(0, 200), "pending_prefill_tokens": st.integers(0, 3000),
+         "waiting_tokens": st.integers(0, 3000), "step_seconds": st.floats(0, 0.5)}  # fmt: skip
 
 
 @given(st.builds(engine, **loads), st.integers(0, 9), st.integers(0, 5000), st.integers(1, 5000))
@@ -52,22 +53,23 @@ flights = st.builds(InFlight, st.integers(0, 9), st.integers(0, 5000))
 boxes = st.lists(st.tuples(st.none() | some_engine, flights), max_size=8)
 
 
-@given(boxes, st.integers(0, 10**6))
-def test_the_freest_of_those_that_serve(box: list[tuple[EngineFacts | None, InFlight]], turn: int):
+@given(boxes, st.integers(0, 10**6), st.sampled_from(list(POLICIES.values())))
+def test_the_freest_of_those_that_serve(box: list[tuple[EngineFacts | None, InFlight]], turn: int, policy: Policy):
     engines, flying = [e for e, _ in box], [f for _, f in box]
     serving = [i for i, e in enumerate(engines) if e is not None and e.state == EngineState.SERVING]
-    chosen = choose(engines, flying, turn)
+    chosen = choose(engines, flying, turn, policy=policy)
     if not serving:
         assert chosen is None
     else:
         assert chosen in serving
-        assert freeness(engines[chosen], flying[chosen]) == max(freeness(engines[i], flying[i]) for i in serving)
+        free = {i: freeness(engines[i], flying[i], policy) for i in serving}
+        assert free[chosen] == max(free.values())
 
 
-@given(st.integers(1, 8), st.integers(0, 100), st.booleans())
-def test_ties_rotate(n: int, turn: int, busy: bool):
+@given(st.integers(1, 8), st.integers(0, 100), st.booleans(), st.sampled_from(list(POLICIES.values())))
+def test_ties_rotate(n: int, turn: int, busy: bool, policy: Policy):
     engines = [engine(running=2, used_blocks=50) if busy else engine()] * n
-    chosen = [choose(engines, [NOTHING] * n, turn + i) for i in range(3 * n)]
+    chosen = [choose(engines, [NOTHING] * n, turn + i, policy=policy) for i in range(3 * n)]
     assert set(Counter(chosen).values()) == {3}
 
 

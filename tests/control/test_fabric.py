@@ -48,7 +48,8 @@ def test_numbers_and_roles(topology: Topology):
         ("frontend", k) for k in range(topology.frontends)
     ]
     assert topology.role(topology.engine(topology.engines - 1)) == ("engine", topology.engines - 1)
-    assert len(topology.lanes()) == topology.frontends * (1 + 2 * topology.engines)
+    f, e = topology.frontends, topology.engines
+    assert len(topology.lanes()) == f + e + 2 * f * e + e * (e - 1)
 
 
 def test_statistics_fit_their_page():
@@ -78,7 +79,7 @@ def test_every_lane_of_a_large_box_carries_its_own(handles: FabricHandles):
 def test_lanes_that_do_not_exist_are_refused(handles: FabricHandles):
     engine = Fabric(handles, handles.topology.engine(0), 1)
     with pytest.raises(KeyError):
-        engine.writer(handles.topology.engine(1))
+        engine.writer(handles.topology.engine(0))
     with pytest.raises(KeyError):
         engine.writer(COORDINATOR)
 

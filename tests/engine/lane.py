@@ -18,7 +18,9 @@ from daemon.control.messages import (
     encode,
 )
 from daemon.engine.inbox import Inbox
+from daemon.engine.llumlet import Action, Llumlet, Tell
 from daemon.engine.outbox import Outbox
+from daemon.engine.records import Records
 from daemon.engine.runner_hash import HashRunner
 from daemon.engine.scheduler import Scheduler
 from daemon.kvpool.blocks import BlockManager
@@ -44,10 +46,17 @@ class Lane:
         )
         self.outbox = Outbox(fabric.writer(topology.frontend(0)))
         self.view = JournalView(fabric.journal(0))
-        self.inbox = Inbox(0, ENGINE_INCARNATION, fabric.reader(topology.frontend(0)), self.view, self.scheduler,
-                           self.outbox)  # fmt: skip
+        records = Records([self.view])
+        self.llumlet = Llumlet(self.scheduler, records)
+        self.inbox = Inbox(0, ENGINE_INCARNATION, fabric.reader(topology.frontend(0)), records, self.llumlet,
+                           self.outbox, self._carry_out)  # fmt: skip
         self._rids = count(incarnation << 32)
         self.restart_frontend(incarnation)
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:  # there is no other engine to speak of
+            assert isinstance(action, Tell)
+            self.outbox.tell(action.message)
 
     def restart_frontend(self, incarnation: int) -> None:
         self.incarnation = incarnation

@@ -127,7 +127,7 @@ def test_nothing_is_lost_or_reordered(script: list[tuple]):
             box.emit(Emission(requests[rid], start, tokens, Finish.NONE, None))
             sent[rid] += tokens
         elif verb == "refuse":
-            box.refuse(Refused(args[0], 1, "too long"))
+            box.tell(Refused(args[0], 1, "too long"))
             refused += args
         elif verb == "flush":
             box.flush()

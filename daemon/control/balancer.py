@@ -1,0 +1,89 @@
+"""The coordinator's deeds: sends each pair's source its order, period after period, and drains engines.
+
+The decisions are `rebalance`'s; this reads the boards for it and writes to the rings. An order is a lease of two
+periods: when the coordinator dies, the moves it has ordered end by themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from daemon.config import Config
+from daemon.control.fabric import Fabric
+from daemon.control.load import POLICIES
+from daemon.control.messages import EngineFacts, EngineState, MigrateTo, SetServing, ToLlumlet, encode
+from daemon.control.rebalance import Pair, Reason, Rebalance, explain, pair
+
+_LEASE_PERIODS = 2
+HOW = ("live", "blocking", "recompute")
+
+
+class Refusal(Exception):
+    """What an operator asks for cannot be done; the message says why."""
+
+
+class Balancer:
+    """Pairs engines once a period. `draining` engines are always sources."""
+
+    def __init__(self, fabric: Fabric, config: Config) -> None:
+        topology = fabric.topology
+        self._fabric = fabric
+        self._config = config
+        self._rules = Rebalance.of(POLICIES[config.policy])
+        self._lanes = [fabric.writer(topology.engine(i)) for i in range(topology.engines)]
+        self._pairs: list[Pair] = []
+
+    def cycle(self, facts: Sequence[EngineFacts | None]) -> None:
+        """One period: renew and make pairs, and tell their sources."""
+        held = pair(facts, self._rules, self._pairs)
+        self._pairs = held
+        for each in held:
+            draining = each.reason == Reason.DRAINING
+            if self._config.rebalance or draining:
+                self._tell(facts, each.source, self._order(each.destination, drain=draining))
+
+    def explain(self, facts: Sequence[EngineFacts | None]) -> str:
+        """What the next cycle would do, and why."""
+        return explain(facts, self._rules, self._pairs)
+
+    def migrate(
+        self, facts: Sequence[EngineFacts | None], rid: int, source: int, destination: int, how: str = "live"
+    ) -> None:
+        """Order one request to move. Raises Refusal."""
+        if how not in HOW:
+            raise Refusal(f"{how!r} is not one of {', '.join(HOW)}")
+        there = self._engine(facts, destination)
+        if source == destination:
+            raise Refusal(f"the request is on engine {destination} already")
+        if there.state != EngineState.SERVING:
+            raise Refusal(f"engine {destination} takes nothing: it is draining")
+        if there.kv_format != self._engine(facts, source).kv_format:
+            raise Refusal(f"engines {source} and {destination} keep their KV in different formats")
+        if not self._tell(facts, source, self._order(destination, rid=rid, how=how)):
+            raise Refusal(f"engine {source} does not listen; try again")
+
+    def set_serving(self, facts: Sequence[EngineFacts | None], engine: int, serving: bool) -> None:
+        """Drain an engine, or take it back. Raises Refusal where nobody would be left to serve."""
+        self._engine(facts, engine)
+        others = [f for i, f in enumerate(facts) if i != engine and f is not None]
+        if not serving and not any(f.state == EngineState.SERVING for f in others):
+            raise Refusal(f"engine {engine} is the last that serves; nobody could take its requests")
+        if not self._tell(facts, engine, SetServing(serving)):
+            raise Refusal(f"engine {engine} does not listen; try again")
+
+    def _order(self, destination: int, *, rid: int = 0, drain: bool = False, how: str = "live") -> MigrateTo:
+        lease = time.monotonic() + _LEASE_PERIODS * self._config.rebalance_period
+        return MigrateTo(destination, lease, rid, self._config.migrate_choice, drain, how)
+
+    def _tell(self, facts: Sequence[EngineFacts | None], engine: int, message: ToLlumlet) -> bool:
+        """False if the ring is full: that engine has not looked for long."""
+        sent = self._lanes[engine].put(encode(message), self._engine(facts, engine).incarnation)
+        self._fabric.ring_bell(self._fabric.topology.engine(engine))
+        return sent
+
+    def _engine(self, facts: Sequence[EngineFacts | None], engine: int) -> EngineFacts:
+        found = facts[engine] if 0 <= engine < len(facts) else None
+        if found is None:
+            raise Refusal(f"there is no engine {engine} that runs")
+        return found

@@ -1,0 +1,73 @@
+"""What the other engines and the coordinator say to this one, and whether they live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from daemon.control.fabric import COORDINATOR, Fabric
+from daemon.control.messages import MigrateTo, SetServing, decode_engine_facts, decode_to_llumlet, decode_to_peer
+from daemon.control.processes import Life
+from daemon.engine.llumlet import Action, Llumlet, Peer
+
+
+class Neighbours:
+    """Reads the lanes from peers and coordinator. `kv_format`: blocks move between equal ones only."""
+
+    def __init__(
+        self, fabric: Fabric, llumlet: Llumlet, kv_format: str, carry_out: Callable[[list[Action]], None]
+    ) -> None:
+        topology = fabric.topology
+        _, me = topology.role(fabric.process)
+        others = [i for i in range(topology.engines) if i != me]
+        self._fabric = fabric
+        self._llumlet = llumlet
+        self._kv_format = kv_format
+        self._carry_out = carry_out
+        self._table = fabric.table()
+        self._lives = dict.fromkeys(others, 0)  # engine: incarnation alive, 0 if none
+        self._lanes = {i: fabric.reader(topology.engine(i)) for i in others}
+        self._boards = {i: fabric.board_of(topology.engine(i)) for i in others}
+        self._orders = fabric.reader(COORDINATOR)
+        self.draining = False
+
+    def listen(self) -> None:
+        """Take what they have written. The table is read first, deaths are handled last: all that a peer had
+        written before it died counts before its death does."""
+        changed = self._table.refresh()
+        for engine, lane in self._lanes.items():
+            while (record := lane.read()) is not None:
+                if record.receiver == self._fabric.incarnation:
+                    peer, message = Peer(engine, record.sender), decode_to_peer(record.payload)
+                    self._carry_out(self._llumlet.on_peer(peer, message, time.monotonic()))
+            lane.ack()
+        if changed:
+            self._bury()
+        while (record := self._orders.read()) is not None:
+            if record.receiver == self._fabric.incarnation:
+                self._obey(decode_to_llumlet(record.payload))
+        self._orders.ack()
+
+    def _bury(self) -> None:
+        for engine, before in self._lives.items():
+            row = self._table.rows[self._fabric.topology.engine(engine)]
+            alive = row.incarnation if row.life == Life.UP else 0
+            if before and alive != before:
+                self._carry_out(self._llumlet.peer_died(Peer(engine, before), time.monotonic()))
+            self._lives[engine] = alive
+
+    def _obey(self, order: MigrateTo | SetServing) -> None:
+        if isinstance(order, SetServing):
+            self.draining = not order.serving
+            self._llumlet.accepting = order.serving
+        elif self._fits(order.engine):
+            peer = Peer(order.engine, self._lives[order.engine])
+            self._carry_out(self._llumlet.migrate_to(peer, order, time.monotonic()))
+
+    def _fits(self, engine: int) -> bool:
+        """Whether it lives and its blocks are of the same make."""
+        found = self._boards[engine].read() if self._lives.get(engine) else None
+        if found is None:
+            return False
+        facts = decode_engine_facts(found[1])
+        return facts.incarnation == self._lives[engine] and facts.kv_format == self._kv_format

@@ -1,0 +1,180 @@
+"""Worlds with one rule of the protocol broken. The explorer must object to each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from daemon.control import ownership
+from daemon.control.messages import Release, Reserve, Reserved
+from daemon.engine.llumlet import Action as Deed
+from daemon.engine.llumlet import Llumlet, Outgoing, Peer, Stage
+from daemon.engine.request import Request
+from tests.protocol.world import Action, Journals, World
+
+
+def verdicts(**broken: Any) -> SimpleNamespace:
+    return SimpleNamespace(**(vars(ownership) | broken))
+
+
+class UnfreezesItself(Llumlet):
+    """Out of patience, it runs the frozen request again without asking."""
+
+    def tick(self, now: float) -> list[Deed]:
+        for outgoing in [o for o in self.outgoing.values() if o.stage is Stage.HANDED and now]:
+            del self.outgoing[outgoing.move]
+            self.scheduler.attach(outgoing.request)
+        return []
+
+
+class LocalUnfreeze(World):
+    llumlet_class = UnfreezesItself
+
+
+class FreesByTime(Llumlet):
+    """A reservation that waits too long is given up."""
+
+    def tick(self, now: float) -> list[Deed]:
+        for incoming in [i for i in self.incoming.values() if i.request is None and now]:
+            self._free(incoming.peer, incoming.reserve.move)
+        return super().tick(now)
+
+
+class ReservationTimeout(World):
+    llumlet_class = FreesByTime
+
+    def actions(self) -> Iterator[Action]:
+        yield from super().actions()
+        yield from (("patience", e.index) for e in self.engines if e.llumlet.incoming)
+
+
+class AbortsAtOnce(Llumlet):
+    """It does not wait for its copies to end before it lets the destination free the blocks."""
+
+    def _abort(self, outgoing: Outgoing) -> list[Deed]:
+        return self._end(outgoing)
+
+
+class AbortBeforeDrain(World):
+    llumlet_class = AbortsAtOnce
+
+
+class KeepsForTheDead(Llumlet):
+    """What a dead source had reserved stays reserved."""
+
+    def peer_died(self, peer: Peer, now: float) -> list[Deed]:
+        kept = {k: i for k, i in self.incoming.items() if i.request is None}
+        self.incoming = {k: i for k, i in self.incoming.items() if k not in kept}
+        actions = super().peer_died(peer, now)
+        self.incoming |= kept
+        return actions
+
+
+class LeakedReservation(World):
+    llumlet_class = KeepsForTheDead
+
+
+class NamesEarly(Llumlet):
+    """Reserved blocks are findable before anything is in them."""
+
+    def _open(self, peer: Peer, reserve: Reserve) -> Reserved | str:
+        answer = super()._open(peer, reserve)
+        if isinstance(answer, Reserved):
+            table = self.incoming[peer, reserve.move].table
+            self.scheduler.blocks.register(table[: len(reserve.hashes)], reserve.hashes)
+        return answer
+
+
+class EarlyHashes(World):
+    llumlet_class = NamesEarly
+
+
+class OverlooksPreemption(Llumlet):
+    """A request that runs again after a preemption passes for one that never stopped."""
+
+    def _intact(self, outgoing: Outgoing) -> bool:
+        return self.scheduler.get(outgoing.request.rid) is outgoing.request
+
+
+class UnseenPreemption(World):
+    llumlet_class = OverlooksPreemption
+
+
+class ObeysAnyStart(Llumlet):
+    """The last Start read counts, whatever its epoch."""
+
+    def on_start(self, request: Request, now: float) -> list[Deed]:
+        actions = self.on_release(request.rid, 1 << 32, now)
+        self.scheduler.add(request)
+        return actions
+
+
+class AnySlot(Journals):
+    """A slot is taken for what the message says it is."""
+
+    def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
+        entry = self.entries[slot]
+        request = super().load(frontend, slot, rid, entry.custody.epoch)
+        if request is not None:
+            request.epoch = epoch
+        return request
+
+
+class StaleStart(World):
+    llumlet_class = ObeysAnyStart
+
+    def make_journals(self) -> Journals:
+        return AnySlot(self.entries)
+
+
+class DeathBeforeDrain(World):
+    def may_notice(self, observer: int, dead: Peer) -> bool:
+        return True
+
+
+class NoStatement(World):
+    def state_ownership(self) -> None:
+        pass
+
+
+def _without_output(*args: Any) -> ownership.Verdict:
+    custody, *_ = args
+    verdict = ownership.takeover(*args)
+    return verdict._replace(output=None, custody=verdict.custody._replace(accepted=custody.accepted))
+
+
+class NoCarry(World):
+    verdicts = verdicts(takeover=_without_output)
+
+
+def _whatever_epoch(custody: Any, sender: Any, claim: Any) -> ownership.Verdict:
+    return ownership.takeover(custody._replace(epoch=claim.epoch), sender, claim)
+
+
+class StaleGrant(World):
+    """A claim at an old epoch is granted."""
+
+    verdicts = verdicts(takeover=_whatever_epoch)
+
+
+def _without_release(*args: Any) -> ownership.Verdict:
+    verdict = ownership.takeover(*args)
+    orders = tuple(o for o in verdict.orders if not isinstance(o.message, Release))
+    return verdict._replace(orders=orders)
+
+
+class SilentTakeover(World):
+    """The loser is not told."""
+
+    verdicts = verdicts(takeover=_without_release)
+
+
+def _at_once(custody: ownership.Custody, owner: ownership.Owner) -> ownership.Custody:
+    return custody._replace(epoch=max(1, custody.epoch), owner=owner)
+
+
+class SameEpoch(World):
+    """A request is started anew at the epoch that its former owner may still have."""
+
+    verdicts = verdicts(started=_at_once)
