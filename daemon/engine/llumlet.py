@@ -334,17 +334,6 @@ class Llumlet:
         return []
 
     def copy_failed(self, move: int, now: float) -> list[Action]:
-        """The move's copy has ended without arriving: the move is off, and its order void."""
-        outgoing = self.outgoing.get(move)
-        if outgoing is None:
-            return []
-        self.stop(outgoing.peer)
-        if outgoing.stage is not Stage.TAIL:
-            return self._end(outgoing)
-        aborted = Aborted(outgoing.move, outgoing.request.rid, outgoing.request.epoch)
-        return [Send(outgoing.peer, aborted), *self._ask_back(outgoing)]
-
-    def copy_failed(self, move: int, now: float) -> list[Action]:
         """The move's copy has ended, and not everything arrived. The request stays here, if the frontend agrees."""
         outgoing = self.outgoing.get(move)
         if outgoing is None or outgoing.stage not in (Stage.COPYING, Stage.TAIL, Stage.DOOMED):

@@ -75,6 +75,20 @@ class LeakedReservation(World):
     llumlet_class = KeepsForTheDead
 
 
+class EndsWithItsCopy(Llumlet):
+    """A copy that fails ends its move, even when the request is frozen and has asked already."""
+
+    def copy_failed(self, move: int, now: float) -> list[Deed]:
+        outgoing = self.outgoing.get(move)
+        if outgoing is None or outgoing.stage is Stage.TAIL:
+            return super().copy_failed(move, now)
+        return self._end(outgoing)
+
+
+class LostFrozen(World):
+    llumlet_class = EndsWithItsCopy
+
+
 class NamesEarly(Llumlet):
     """Reserved blocks are findable before anything is in them."""
 

@@ -27,7 +27,7 @@ SCENES = {
         MOVED | {"HandBack"}, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 2)], batch_tokens=2)
     ),
     "a cancel": (MOVED | {"Aborted", "Cancel"}, dict(budget=Budget(moves=2, cancels=1))),
-    "a preemption": (MOVED | {"Aborted"}, dict(budget=Budget(moves=2, preemptions=1), requests=FOUR)),
+    "a preemption": (MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=FOUR)),
     "a preemption without a prefix cache": (
         MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=FOUR, prefix_caching=False)
     ),
@@ -36,7 +36,9 @@ SCENES = {
     ),
     "a crash": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1))),
     "a crash and a cancel": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1, cancels=1))),
-    "a crash among three": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1), engines=3)),
+    "a crash and a copy that fails": (
+        MOVED | {"Aborted", "AskBack"}, dict(budget=Budget(moves=1, crashes=1, failures=1))
+    ),
     "a false suspicion": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, suspicions=1))),
     "the frontend restarts": (MOVED | {"HandBack", "Declined"}, dict(budget=Budget(moves=1, restarts=1))),
     "the frontend is lost": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, losses=1, crashes=1))),
@@ -46,6 +48,7 @@ SCENES = {
     ),
 }  # fmt: skip
 LARGE_SCENES = {
+    "a crash among three": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1), engines=3)),
     "on to a third": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)], engines=3)),
     "two crashes": (MOVED, dict(budget=Budget(moves=1, crashes=2))),
     "a crash and a suspicion": (MOVED, dict(budget=Budget(moves=1, crashes=1, suspicions=1))),
@@ -67,6 +70,7 @@ FAULTS = {
     faults.EarlyHashes: (r"drawn from \('garbage'", "two with one prompt"),
     faults.UnseenPreemption: (r"drawn from \('garbage'", "a preemption without a prefix cache"),
     faults.StaleStart: ("stuck", "a false suspicion"),
+    faults.LostFrozen: ("leaked|not held|holders", "a crash and a copy that fails"),
     faults.DeathBeforeDrain: ("stuck", "a crash"),
     faults.NoStatement: ("stuck", "the frontend is lost"),
     faults.NoCarry: ("output is missing", "a move"),
