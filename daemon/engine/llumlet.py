@@ -207,7 +207,9 @@ class Llumlet:
         """The coordinator's order; `peer` is the engine it names, as alive now. A new one replaces the old."""
         if order.rid:
             request = self.scheduler.get(order.rid)
-            return [] if request is None or self._moves_already(request) else self._send_off(request, peer, now, order.how)
+            if request is None or self._moves_already(request):
+                return []
+            return self._send_off(request, peer, now, order.how)
         self.orders[peer] = order
         return self._pursue(now)
 
@@ -263,7 +265,8 @@ class Llumlet:
     def _send_off(self, request: Request, peer: Peer, now: float, how: str = "live") -> list[Action]:
         """Move a request, or hand it back where there is no KV worth moving."""
         waits = request.rid not in self.scheduler.running
-        if waits or how == "recompute" or (request.pending > 1 and request.num_computed < self.scheduler.blocks.block_size):
+        barely = request.pending > 1 and request.num_computed < self.scheduler.blocks.block_size
+        if waits or barely or how == "recompute":
             return [self._hand_back(request)]
         self._moves += 1
         outgoing = Outgoing(self._moves, peer, request, request.preemptions, request.num_output, how == "blocking")
