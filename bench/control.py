@@ -26,10 +26,12 @@ from typing import Any
 
 from bench.machine import describe
 from daemon.api.tracker import Tracker
+from daemon.child import Birth
 from daemon.config import Config
 from daemon.control import doorbell, segment
+from daemon.control.balancer import Balancer
 from daemon.control.board import BoardReader, BoardWriter
-from daemon.control.fabric import Fabric, FabricHandles, Topology
+from daemon.control.fabric import COORDINATOR, Fabric, FabricHandles, Topology
 from daemon.control.messages import (
     Demand,
     EngineFacts,
@@ -40,6 +42,7 @@ from daemon.control.messages import (
     decode_to_frontend,
     encode,
 )
+from daemon.control.overview import Overview
 from daemon.control.processes import Life, ProcessFacts
 from daemon.control.ring import RingReader, RingWriter, ring_bytes
 
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5000, help="dispatches measured (default 5000)")
     args = parser.parse_args()
     rows = asyncio.run(measure_dispatch(args.rounds))
-    rows |= {"board read": measure_board(args.rounds)}
+    rows |= {"board read": measure_board(args.rounds), "coordinator cycle, 64 engines": measure_cycle(300)}
     rows |= measure_round_trips()
     _print(rows)
     if args.json:
@@ -159,6 +162,34 @@ def measure_board(rounds: int) -> dict[str, float]:
         assert found is not None
         decode_engine_facts(found[1])
         times.append((time.perf_counter_ns() - start) / 1e3)
+    return _summary(times)
+
+
+def measure_cycle(rounds: int) -> dict[str, float]:
+    """Microseconds of one coordinator period over 64 engines: boards read, engines paired, orders written."""
+    engines = 64
+    topology = Topology(1, engines)
+    handles = Fabric.create(topology, 1 << 20)
+    table = Fabric(handles, -1, 0).table_writer()
+    for process in range(topology.processes):
+        table.publish(process, ProcessFacts(life=Life.UP, incarnation=1))
+    config = Config(devices=["cpu"] * engines)
+    birth = Birth(config, handles, COORDINATOR, 1, os.getpid(), "")
+    fabric = Fabric(handles, COORDINATOR, 1)
+    overview, balancer = Overview(fabric, birth), Balancer(fabric, config)
+    boards = [Fabric(handles, topology.engine(i), 1).board() for i in range(engines)]
+    rings = [Fabric(handles, topology.engine(i), 1).reader(COORDINATOR) for i in range(engines)]
+    times = []
+    for step in range(rounds):
+        for board in boards:
+            board.publish(encode(_facts(step, random.randrange(100, 50_000), [Demand(1, 0, 0)])))
+        start = time.perf_counter_ns()
+        balancer.cycle(overview.facts())
+        times.append((time.perf_counter_ns() - start) / 1e3)
+        for ring in rings:
+            while ring.read() is not None:
+                pass
+            ring.ack()
     return _summary(times)
 
 

@@ -28,7 +28,7 @@ def toml(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
 def test_every_option_is_described(option):
     assert option.metadata["meaning"]
-    assert option.metadata["group"] in {"model", "engine", "http", "daemon"}
+    assert option.metadata["group"] in {"model", "engine", "scheduling", "http", "daemon"}
     assert option.metadata["unit"] in UNITS
     default = getattr(Config(), option.name)
     if isinstance(default, int | float) and not isinstance(default, bool) and option.name not in BARE:

@@ -22,7 +22,6 @@ from daemon.control.journal import Journal, JournalFull, JournalTooSmall
 from daemon.control.load import POLICIES
 from daemon.control.messages import (
     AskBack,
-    Cancel,
     CancelRequest,
     Demand,
     EngineFacts,
@@ -142,7 +141,7 @@ class _Link:
         self.board = fabric.board_of(self.process)
         self.incarnation = 0  # of the engine now alive; 0: none
         self.facts: EngineFacts | None = None  # of that incarnation
-        self.backlog: deque[bytes] = deque()  # commands that found the ring full
+        self.backlog: deque[tuple[int, bytes]] = deque()  # (receiver, command) that found the ring full
         self.submitted = Demand(0, 0, 0)  # since that incarnation was met
         self._version = 0
 
@@ -150,7 +149,6 @@ class _Link:
         """The engine was replaced (or, 0, died)."""
         self.incarnation = incarnation
         self.facts = None
-        self.backlog.clear()
         self.submitted = Demand(incarnation, 0, 0)
 
     def refresh(self) -> EngineFacts | None:
@@ -258,7 +256,7 @@ class Tracker:
         link = self._links[flight.engine]
         before = link.submitted
         link.submitted = Demand(before.peer, before.requests + 1, before.tokens + prompt_len)
-        self._send(link, Start(flight.rid, flight.epoch, flight.slot, prompt_len))
+        self._send(link, Start(flight.rid, flight.epoch, flight.slot, prompt_len), flight.incarnation)
         self._publish()
 
     # -- what arrives -----------------------------------------------------------------------------
@@ -280,9 +278,8 @@ class Tracker:
 
     def cancel(self, flight: Flight, finish: Finish) -> None:
         """End a request from this side and free its blocks."""
-        link = self._links[flight.engine]
-        if link.incarnation == flight.incarnation:
-            self._send(link, Cancel(flight.rid, flight.epoch))
+        for order in ownership.cancel(flight.custody):
+            self._order(order)
         self._close(flight)
         flight.end(finish)
 
@@ -385,9 +382,7 @@ class Tracker:
         self._journal.assign(flight.slot, custody.epoch, *custody.owner)
 
     def _order(self, order: Order) -> None:
-        link = self._links[order.to.engine]
-        if link.incarnation == order.to.incarnation:
-            self._send(link, order.message)
+        self._send(self._links[order.to.engine], order.message, order.to.incarnation)
 
     def _obey(self, advice: CancelRequest) -> None:
         flight = self._flights.get(advice.rid)
@@ -397,19 +392,25 @@ class Tracker:
     # -- engines come and go ------------------------------------------------------------------------
 
     def _handle_changes(self) -> None:
-        for index, link in enumerate(self._links):
+        for link in self._links:
             row = self._table.rows[link.process]
-            alive = row.incarnation if row.life == Life.UP else 0
-            if alive == link.incarnation:
-                continue
-            link.meet(alive)
-            self._lose_all(index, alive)
-            if alive:
-                self._send(link, Statement([], []))
+            up = row.life == Life.UP
+            self._lose_all(link.index, row.incarnation - up)
+            alive = row.incarnation if up else 0
+            if alive != link.incarnation:
+                link.meet(alive)
+                if alive:
+                    self._state(link)
         self._publish()
 
-    def _lose_all(self, engine: int, alive: int) -> None:
-        lost = [f for f in self._flights.values() if f.engine == engine and f.incarnation != alive]
+    def _state(self, link: _Link) -> None:
+        """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""
+        owned = [f for f in self._flights.values() if (f.engine, f.incarnation) == (link.index, link.incarnation)]
+        self._send(link, Statement([f.rid for f in owned], [f.epoch for f in owned]), link.incarnation)
+
+    def _lose_all(self, engine: int, dead: int) -> None:
+        """`dead`: the engine's last incarnation that is over."""
+        lost = [f for f in self._flights.values() if f.engine == engine and f.incarnation <= dead]
         if lost:
             log.warning("engine %d died: %d unfinished requests end with an error", engine, len(lost))
         for flight in lost:
@@ -466,15 +467,16 @@ class Tracker:
     def _publish(self) -> None:
         self._board.publish(encode(self._facts()))
 
-    def _send(self, link: _Link, message: ToEngine) -> None:
+    def _send(self, link: _Link, message: ToEngine, receiver: int) -> None:
+        """To that life of the engine, be it known here yet or not: another one drops it."""
         blob = encode(message)
-        if link.backlog or not link.commands.put(blob, link.incarnation):
-            link.backlog.append(blob)
+        if link.backlog or not link.commands.put(blob, receiver):
+            link.backlog.append((receiver, blob))
             asyncio.get_running_loop().call_later(_FULL_RETRY, self._flush, link)
         self._fabric.ring_bell(link.process)
 
     def _flush(self, link: _Link) -> None:
-        while link.backlog and link.commands.put(link.backlog[0], link.incarnation):
+        while link.backlog and link.commands.put(link.backlog[0][1], link.backlog[0][0]):
             link.backlog.popleft()
         self._fabric.ring_bell(link.process)
         if link.backlog:

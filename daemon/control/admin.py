@@ -30,8 +30,8 @@ def build_admin(overview: Overview, balancer: Balancer) -> web.Application:
     app.router.add_delete("/v1/requests/{id}", _cancel)
     app.router.add_get("/v1/config", _config)
     app.router.add_get("/v1/rebalance", _rebalance)
-    app.router.add_post(r"/v1/requests/{id}/migrate/{engine:\d{1,4}}", _migrate)
-    app.router.add_post(r"/v1/engines/{engine:\d{1,4}}/{verb:drain|undrain}", _drain)
+    app.router.add_post(r"/v1/requests/{id}/migrate/{engine:-?\d{1,18}}", _migrate)
+    app.router.add_post(r"/v1/engines/{engine:-?\d{1,18}}/{verb:drain|undrain}", _drain)
     return app
 
 

@@ -36,16 +36,17 @@ class Balancer:
 
     def cycle(self, facts: Sequence[EngineFacts | None]) -> None:
         """One period: renew and make pairs, and tell their sources."""
-        held = pair(facts, self._rules, self._pairs)
-        self._pairs = held
-        for each in held:
-            draining = each.reason == Reason.DRAINING
-            if self._config.rebalance or draining:
-                self._tell(facts, each.source, self._order(each.destination, drain=draining))
+        made = pair(facts, self._rules, self._pairs)
+        # Of those that nobody acts upon none is held: it would keep its engines from those that drain.
+        self._pairs = [p for p in made if self._config.rebalance or p.reason == Reason.DRAINING]
+        for each in self._pairs:
+            order = self._order(each.destination, drain=each.reason == Reason.DRAINING)
+            self._tell(facts, each.source, order)
 
     def explain(self, facts: Sequence[EngineFacts | None]) -> str:
         """What the next cycle would do, and why."""
-        return explain(facts, self._rules, self._pairs)
+        text = explain(facts, self._rules, self._pairs)
+        return text if self._config.rebalance else f"rebalance is off: only what drains is moved\n{text}"
 
     def migrate(
         self, facts: Sequence[EngineFacts | None], rid: int, source: int, destination: int, how: str = "live"

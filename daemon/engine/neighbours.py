@@ -26,6 +26,7 @@ class Neighbours:
         self._carry_out = carry_out
         self._table = fabric.table()
         self._lives = dict.fromkeys(others, 0)  # engine: incarnation alive, 0 if none
+        self._dead = dict.fromkeys(others, 0)  # engine: last incarnation known to be over
         self._lanes = {i: fabric.reader(topology.engine(i)) for i in others}
         self._boards = {i: fabric.board_of(topology.engine(i)) for i in others}
         self._orders = fabric.reader(COORDINATOR)
@@ -49,12 +50,14 @@ class Neighbours:
         self._orders.ack()
 
     def _bury(self) -> None:
-        for engine, before in self._lives.items():
+        for engine in self._lives:
             row = self._table.rows[self._fabric.topology.engine(engine)]
-            alive = row.incarnation if row.life == Life.UP else 0
-            if before and alive != before:
-                self._carry_out(self._llumlet.peer_died(Peer(engine, before), time.monotonic()))
-            self._lives[engine] = alive
+            up = row.life == Life.UP
+            self._lives[engine] = row.incarnation if up else 0
+            dead = row.incarnation - up
+            if dead > self._dead[engine]:  # that life, and any earlier one that came and went unseen
+                self._dead[engine] = dead
+                self._carry_out(self._llumlet.peer_died(Peer(engine, dead), time.monotonic()))
 
     def _obey(self, order: MigrateTo | SetServing) -> None:
         if isinstance(order, SetServing):

@@ -23,6 +23,7 @@ class Outcome:
     id: str = ""
     text: str = ""
     tokens: list[str] = field(default_factory=list)  # where logprobs were asked for
+    logprobs: list[tuple[float, Any]] = field(default_factory=list)  # each token's own and the top ones
     finish: str | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
     done: bool = False  # data: [DONE] came
@@ -123,7 +124,10 @@ def _read_event(line: bytes, outcome: Outcome) -> None:
         outcome.text += choice["text"] if "text" in choice else choice["delta"].get("content", "")
         outcome.finish = choice["finish_reason"] or outcome.finish
         if choice.get("logprobs"):
-            outcome.tokens += choice["logprobs"]["tokens"]
+            told = choice["logprobs"]
+            outcome.tokens += told["tokens"]
+            top = told["top_logprobs"] or [None] * len(told["tokens"])
+            outcome.logprobs += zip(told["token_logprobs"], top, strict=True)
 
 
 def engine_of(daemon: Daemon, outcomes: Sequence[Outcome]) -> list[int]:

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m"]
 HEADERS = {"Content-Type": "application/json"}
 
+HELD = ("running", "waiting", "incoming", "outgoing", "kv_used_blocks")  # of an engine
+
 T = TypeVar("T")
 
 
@@ -164,7 +166,7 @@ class Daemon:
             return (
                 status is not None
                 and all("running" in e for e in status["engines"])
-                and not any(e["running"] + e["waiting"] + e["kv_used_blocks"] for e in status["engines"])
+                and not any(e[name] for e in status["engines"] for name in HELD)
                 and not any(f["active"] for f in status["frontends"])
                 and not self.requests()
             )

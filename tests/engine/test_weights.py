@@ -66,9 +66,9 @@ def test_the_estimate_covers_what_is_held(tmp_path, arithmetic, tie):
     card = read_card(path)
     model: Llama = make_runner(path, dtype=arithmetic)._model
     linears = [x for layer in model._layers for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    params = sum(x.in_features * x.out_features for x in [*linears, model._head])
-    params += card.hidden_size * (2 * card.num_layers + 1)
-    assert weights_bytes(card, arithmetic) == params * (4 if arithmetic == "fp32" else 2)
+    params = sum(x.in_features * x.out_features for x in linears) + card.hidden_size * (2 * card.num_layers + 1)
+    head = model._head.in_features * model._head.out_features * 4
+    assert weights_bytes(card, arithmetic) == params * (4 if arithmetic == "fp32" else 2) + head
 
 
 def test_activations_grow_with_the_step(tmp_path):

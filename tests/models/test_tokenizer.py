@@ -136,7 +136,7 @@ def test_encode_is_the_librarys_and_comes_back(pair):
     def check(text, special):
         ids = ours.encode(text, special)
         assert ids == library.encode(text, add_special_tokens=special).ids
-        if "<" not in text:  # nor a special token
+        if not set(text) & {"<", "\u2581"}:  # no special token, nor what pieces write for a space
             assert ours.decode(ids) == text
 
     check()

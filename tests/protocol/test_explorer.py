@@ -35,6 +35,9 @@ SCENES = {
         MOVED | {"Aborted", "AskBack"}, dict(budget=Budget(moves=2, failures=1), requests=[([1, 2, 3], 4)])
     ),
     "a crash": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1))),
+    "frozen for the whole copy": (
+        MOVED | {"AskBack", "Aborted"}, dict(budget=Budget(moves=1, crashes=1, cancels=1), how="blocking")
+    ),
     "a crash and a cancel": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1, cancels=1))),
     "a crash and a copy that fails": (
         MOVED | {"Aborted", "AskBack"}, dict(budget=Budget(moves=1, crashes=1, failures=1))
@@ -53,10 +56,10 @@ LARGE_SCENES = {
     "two crashes": (MOVED, dict(budget=Budget(moves=1, crashes=2))),
     "a crash and a suspicion": (MOVED, dict(budget=Budget(moves=1, crashes=1, suspicions=1))),
     "two moves and a crash": (MOVED, dict(budget=Budget(moves=2, crashes=1), requests=FOUR)),
-    "two moves and a suspicion": (MOVED, dict(budget=Budget(moves=2, suspicions=1), requests=FOUR)),
+    "two moves and a suspicion": (MOVED, dict(budget=Budget(moves=2, suspicions=1))),
     "a crash and a restart": (MOVED, dict(budget=Budget(moves=1, crashes=1, restarts=1))),
-    "two pass each other and one engine dies": (
-        MOVED, dict(budget=Budget(moves=2, crashes=1), requests=RIVALS, homes=[0, 1], pool=4)
+    "two in a pool too small and a crash": (
+        MOVED, dict(budget=Budget(moves=1, crashes=1), requests=RIVALS, homes=[0, 1], pool=4)
     ),
 }  # fmt: skip
 if os.environ.get("LLUMD_EXPLORE"):  # minutes each, and a few GB of memory

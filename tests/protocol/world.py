@@ -196,9 +196,11 @@ class World:
         pool: int = 5,
         batch_tokens: int = 8,
         prefix_caching: bool = True,
+        how: str = "live",
     ) -> None:
         """`requests`: (prompt, max_tokens) each; `homes`: the engines they start on; `pool`: blocks of an engine."""
         self.prefix_caching = prefix_caching
+        self.how = how  # requests move
         self.said = ""  # what was read last
         self.budget = budget
         self.pool = pool
@@ -309,7 +311,7 @@ class World:
         self._spend("moves")
         engine = self.engines[x]
         peer = Peer(y, engine.known[y])
-        self._do(engine, engine.llumlet.migrate_to(peer, MigrateTo(y, 1.0, rid), 0.0))
+        self._do(engine, engine.llumlet.migrate_to(peer, MigrateTo(y, 1.0, rid, how=self.how), 0.0))
 
     def copy(self, x: int, i: int) -> None:
         engine = self.engines[x]
