@@ -42,7 +42,6 @@ def main() -> None:
             figures = _measure(args, address, model, run_dir)
         finally:
             daemon.send_signal(signal.SIGTERM)
-            daemon.send_signal(signal.SIGTERM)  # no need to drain
             daemon.wait(30)
     _print(figures)
     if args.json:
@@ -61,6 +60,7 @@ def _start(args: argparse.Namespace, run_dir: str) -> tuple[subprocess.Popen[str
         "run-dir": run_dir,
         "max-queued": "4096",
         "journal-memory": "256MiB",
+        "drain-timeout": "1s",
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "daemon.cli", "serve", *flags]

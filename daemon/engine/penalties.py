@@ -62,7 +62,8 @@ class _Counts:
         """Count the tokens that are new. Returns (ids, times in the output)."""
         for token in self.tokens[self._folded :]:
             if 0 <= token < self._vocab_size:
-                self._counts[self._slot(token)] += 1
+                slot = self._slot(token)  # first: it may replace the arrays by larger ones
+                self._counts[slot] += 1
         self._folded = len(self.tokens)
         n = len(self._slots)
         return self._ids[:n], self._counts[:n]

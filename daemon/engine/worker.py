@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 IDLE_BEAT = 0.25  # seconds between signs of life without work
 MOVING_BEAT = 0.02  # the same while a request is on its way
 IDLE_DEADLINE = 5.0
+GRANT_WAIT = 0.003  # seconds that a step waits for the verdict on a request just handed over
 
 
 def main(birth: Birth) -> None:
@@ -120,7 +121,7 @@ class Worker:
     def run(self) -> None:
         """Serve until told to leave."""
         while True:
-            self._listen()
+            self._answer()
             plan = self._scheduler.plan(time.monotonic())
             if plan is not None:
                 self._step(plan)
@@ -128,6 +129,21 @@ class Worker:
             self._deliver()
             if plan is None:
                 self._rest()
+
+    def _answer(self) -> None:
+        """Take what is there and answer it before the step: a request on its way stands still meanwhile.
+
+        For the same reason the step waits a moment for the grant of what has just been handed over, which else
+        would sit the whole step out. Once only, however long the frontend takes.
+        """
+        pending = len(self._llumlet.pending)
+        self._listen()
+        self._deliver()
+        end = time.monotonic() + GRANT_WAIT
+        while len(self._llumlet.pending) > pending and time.monotonic() < end:
+            doorbell.wait(self._fabric.bell, GRANT_WAIT)
+            self._listen()
+            self._deliver()
 
     def _listen(self) -> None:
         """Take what everybody has written, and what copies have ended."""

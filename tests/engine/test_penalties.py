@@ -118,3 +118,14 @@ def test_plain_requests_cost_and_leave_nothing():
     assert len(penalties._counts) == len(penalties._fixed) == 1
     del req
     assert len(penalties._counts) == len(penalties._fixed) == 0
+
+
+def test_counts_outgrow_their_first_room():
+    vocab = 300
+    penalties = Penalties(vocab, EOS)
+    req = request([1], 1, presence_penalty=1.0)
+    for token in range(3, 200):  # more distinct tokens than there is room for at first
+        req.tokens.append(token)
+        logits = np.zeros(vocab, np.float32)
+        penalties.apply(logits, req)
+        assert np.flatnonzero(logits).tolist() == req.tokens[1:]

@@ -1,0 +1,76 @@
+"""An operator who moves running requests about without end, and what became of that."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from daemon import llumctl
+from tests.e2e.clients import Outcome
+from tests.e2e.live import Daemon
+
+TAKEOVERS = "llumd:takeovers_total"
+
+
+class Shuffler:
+    """Orders random requests to random engines until it is left. A context."""
+
+    def __init__(self, daemon: Daemon, seed: int, *, engines: int, pause: float = 0.005) -> None:
+        """`pause`: seconds between two rounds of orders."""
+        self.ordered: dict[str, int] = {}  # orders by request
+        self._daemon = daemon
+        self._chance = random.Random(seed)
+        self._engines = engines
+        self._pause = pause
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(self._pause):
+                self._order_some()
+        except BaseException as e:
+            self._failure = e
+
+    def _order_some(self) -> None:
+        try:
+            rows = self._daemon.requests()
+        except (llumctl.NotRunning, llumctl.Refused, TimeoutError):
+            return  # the coordinator is being replaced
+        self._chance.shuffle(rows)
+        rows.sort(key=lambda row: self.ordered.get(row["id"], 0))  # nobody is left out
+        for row in rows[:8]:
+            if not self._stop.is_set():
+                self._order(row)
+
+    def _order(self, row: dict[str, Any]) -> None:
+        others = [e for e in range(self._engines) if e != row["engine"]]
+        try:
+            migrate(self._daemon, row["id"], self._chance.choice(others))
+        except (llumctl.NotRunning, llumctl.Refused, TimeoutError):
+            return  # ended or moved meanwhile, or one of the engines is dead
+        self.ordered[row["id"]] = self.ordered.get(row["id"], 0) + 1
+
+    def __enter__(self) -> Shuffler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join(15)
+        assert not self._thread.is_alive()
+        if self._failure is not None:
+            raise self._failure
+
+
+def migrate(daemon: Daemon, name: str, engine: int, how: str = "live") -> None:
+    """As `llumctl migrate`, but without a process of its own. Raises llumctl.Refused."""
+    llumctl.call(daemon.run_dir / "admin.sock", "POST", f"/v1/requests/{name}/migrate/{engine}?how={how}")
+
+
+def answers(outcomes: Sequence[Outcome]) -> list[tuple[Any, ...]]:
+    """All that the clients were told: text, tokens with their logprobs, and the reason for the end."""
+    return [(o.text, o.tokens, o.logprobs, o.finish) for o in outcomes]
