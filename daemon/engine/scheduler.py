@@ -14,7 +14,7 @@ memory. Urgency is ``(class, key(request, now), rid)``; the least goes first. `f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -135,14 +135,6 @@ class Scheduler:
             return False
         self._end(request, Finish.CANCELLED)
         return True
-
-    def drop_frontend(self, frontend: int, keep: Mapping[int, int]) -> list[Request]:
-        """Drop what is here of `frontend`, but for the requests of `keep` (rid: epoch); returns what went."""
-        mine = [r for r in (*self.running.values(), *self.waiting) if r.frontend == frontend]
-        dropped = [r for r in mine if r.rid not in keep or r.epoch < keep[r.rid]]
-        for request in dropped:
-            self._end(request, Finish.CANCELLED)
-        return dropped
 
     def preempt(self, request: Request, now: float) -> None:
         """Send a running request back to the queue. Its tokens stay, its KV is computed anew (or found cached)."""

@@ -27,7 +27,7 @@ from daemon.engine.runner import PoolSpec, Runner, StepPlan
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.kvpool.blocks import BlockManager
 from daemon.kvpool.peers import Peers
-from daemon.kvpool.transfer import Mover
+from daemon.kvpool.transfer import Mover, Transport
 from daemon.models.card import ModelError, read_card
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
 class Worker:
     """The loop of one engine over its scheduler and runner."""
 
-    def __init__(self, fabric: Fabric, runner: Runner, scheduler: Scheduler, peers: Peers, transport: Mover) -> None:
+    def __init__(
+        self, fabric: Fabric, runner: Runner, scheduler: Scheduler, peers: Peers, transport: Transport
+    ) -> None:
         topology = fabric.topology
         self._fabric = fabric
         self._runner = runner
@@ -103,6 +105,7 @@ class Worker:
         spec = runner.pool_spec(1)
         self._kv_format = _kv_format(spec)
         self._llumlet = Llumlet(scheduler, records)
+        self._peers = peers
         self._hands = Hands(fabric, self._outboxes, peers, transport, spec.block_bytes)
         self._neighbours = Neighbours(fabric, self._llumlet, self._kv_format, self._hands.carry_out)
         self._inboxes = [
@@ -148,6 +151,7 @@ class Worker:
     def _listen(self) -> None:
         """Take what everybody has written, and what copies have ended."""
         self._neighbours.listen()
+        self._peers.refresh()  # else the pool of a dead peer stays in memory
         for inbox in self._inboxes:
             inbox.drain()
         for move, arrived, nbytes in self._hands.ended():
