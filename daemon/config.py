@@ -92,6 +92,9 @@ class Config:
     max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests")
     max_batch_tokens: int = _opt(256, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
     prefix_caching: bool = _opt(True, "engine", "reuse the KV blocks of equal prompt beginnings")
+    overlap: bool = _opt(
+        True, "engine", "launch the next step before the last one's tokens are known, where a device can (no CPU)"
+    )
     stub_step: float = _opt(0.02, "engine", "step time of the stub and hash engines", "seconds")
     # -- scheduling
     policy: str = _opt(
@@ -108,6 +111,24 @@ class Config:
         "which running request moves first",
         choices=("shortest", "longest", "last"),
     )
+    prefix_affinity: bool = _opt(
+        True, "scheduling", "among engines about equally free prefer one that holds the prompt's beginning"
+    )
+    ideal_tokens: int = _opt(
+        0,
+        "scheduling",
+        "KV up to which an engine is filled while it has a request of high priority (the rest is headroom); "
+        "0: measured at start",
+        "tokens",
+    )
+    min_engines: int = _opt(
+        0, "scheduling", "idle engines are parked down to so many; 0: auto-scaling is off", "engines"
+    )
+    max_engines: int = _opt(0, "scheduling", "most engines that auto-scaling lets serve; 0: all", "engines")
+    scale_period: float = _opt(
+        10.0, "scheduling", "time for which load must call for an engine more or less before one is woken or parked",
+        "seconds",
+    )  # fmt: skip
     # -- frontend
     host: str = _opt("127.0.0.1", "http", "address to listen on")
     port: int = _opt(8000, "http", "port to listen on; 0: any free one")
@@ -152,7 +173,8 @@ class Config:
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("max_queued", "max_choices", "max_output_tokens"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("threads", "kv_memory", "max_model_len", "max_prompt_tokens", "port"):
+        whole = ("threads", "kv_memory", "max_model_len", "max_prompt_tokens", "port")
+        for name in (*whole, "ideal_tokens", "min_engines", "max_engines"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         for option in options():
             if option.metadata["unit"] == "seconds":
@@ -160,6 +182,7 @@ class Config:
         _require(self.port <= 65535, "port", "must be at most 65535")
         _require(self.frontends <= 16, "frontends", "must be at most 16")
         _require(len(self.devices) <= 64, "devices", "names more than 64 engines")
+        self._check_scaling()
         _require(self.max_body >= 1024, "max_body", "must be at least 1 KiB")
         _require(1 << 20 <= self.journal_memory < 4 << 30, "journal_memory", "must be from 1 MiB to below 4 GiB")
         for d in self.devices:
@@ -171,6 +194,16 @@ class Config:
                 f"{self.host} is reachable from other machines: set api_key_file, "
                 "or allow_unauthenticated if anyone who can connect may use the model",
             )
+
+    def _check_scaling(self) -> None:
+        """`devices` may be empty before the default is known; then the rest is checked once more."""
+        if self.devices:
+            for name in ("min_engines", "max_engines"):
+                why = f"must be at most {len(self.devices)}: there is one engine for each entry of `devices`"
+                _require(getattr(self, name) <= len(self.devices), name, why)
+        if self.max_engines:
+            why = f"must not be above max_engines, {self.max_engines}"
+            _require(self.min_engines <= self.max_engines, "min_engines", why)
 
 
 def options() -> list[dataclasses.Field[Any]]:

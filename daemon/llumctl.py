@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the daemon refused or failed, 2 usage, 3 no daemon is runn
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -13,12 +14,14 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from daemon.config import parse_seconds, run_dir
+from daemon.control.events import KINDS
+from daemon.event_lines import concerns, event_line
 
 EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_TIMEOUT = 1, 3, 4
 _TIMEOUT = 10.0
@@ -65,6 +68,28 @@ def call(path: Path, method: str, route: str) -> dict[str, Any]:
     if response.status >= 400:
         raise Refused(body.get("error", f"status {response.status}"))
     return body
+
+
+def stream(path: Path, route: str, timeout: float | None = _TIMEOUT) -> Iterator[dict[str, Any]]:
+    """The rows of an answer that may take for ever, until the coordinator ends. `timeout`: seconds that the answer
+    may take to begin. Raises NotRunning, Refused or TimeoutError."""
+    connection = _UnixConnection(path)
+    connection.timeout = timeout
+    try:
+        connection.request("GET", route)
+        sock, response = connection.sock, connection.getresponse()
+        if response.status >= 400:
+            raise Refused(json.loads(response.read()).get("error", f"status {response.status}"))
+        sock.settimeout(None)
+        with contextlib.suppress(http.client.HTTPException, ConnectionError):
+            while (line := response.readline()).endswith(b"\n"):
+                yield json.loads(line)
+    except (FileNotFoundError, ConnectionError):
+        raise NotRunning(f"llumd is not running (nobody listens on {path})") from None
+    except PermissionError:
+        raise Refused(f"you may not use {path}; its group may") from None
+    finally:
+        connection.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,12 +141,30 @@ def _parser() -> argparse.ArgumentParser:
     migrate.add_argument("id", help="as `llumctl requests` shows it")
     migrate.add_argument("--to", type=int, required=True, metavar="ENGINE")
     migrate.add_argument("--how", choices=("live", "blocking", "recompute"), default="live", help="for comparisons")
-    drain = add("drain", "move everything off an engine and keep it empty", _drain)
-    drain.add_argument("engine", type=int)
-    drain.add_argument(
-        "--within", type=parse_seconds, default=30.0, metavar="TIME", help="how long to wait; default 30s"
+    priority = add("priority", "give an unfinished request another priority", _priority)
+    priority.add_argument("id", help="as `llumctl requests` shows it")
+    priority.add_argument("value", help="high, normal, low or a number; the lower goes first")
+    engines: tuple[tuple[str, str, Callable[[argparse.Namespace], int], float], ...] = (
+        ("drain", "move everything off an engine and keep it empty; auto-scaling never wakes it", _drain, 30.0),
+        ("undrain", "let a drained or parked engine serve again", _wake, 60.0),
+        ("park", "drain an engine and end its process, memory freed; auto-scaling, if on, may wake it", _park, 30.0),
+        ("wake", "let a parked or drained engine serve again; auto-scaling, if on, may park it", _wake, 60.0),
     )
-    add("undrain", "let a drained engine serve again", _undrain).add_argument("engine", type=int)
+    for verb, text, run, within in engines:
+        command = add(verb, text, run)
+        command.add_argument("engine", type=int)
+        command.add_argument(
+            "--within",
+            type=parse_seconds,
+            default=within,
+            metavar="TIME",
+            help=f"how long to wait; default {within:.0f}s",
+        )
+        command.set_defaults(verb=verb)
+    events = add("events", "what the scheduler did: dispatches, moves, orders", _events)
+    events.add_argument("--follow", "-f", action="store_true", help="and what it does from now on")
+    events.add_argument("--request", metavar="ID", help="of this request only")
+    events.add_argument("--kind", choices=KINDS, help="of this kind only")
     add("rebalance", "what the scheduler would move now, and why", _rebalance).add_argument(
         "--dry-run", action="store_true", help="the only way there is: the daemon rebalances by itself"
     )
@@ -157,33 +200,86 @@ def _migrate(args: argparse.Namespace) -> None:
     print(json.dumps(body) if _wants_json(args) else f"ordered {', '.join(body['ordered'])} to engine {args.to}")
 
 
+def _priority(args: argparse.Namespace) -> int:
+    route = f"/v1/requests/{quote(args.id, safe='')}/priority/{quote(args.value, safe='')}"
+    body = call(_socket(args), "POST", route)
+    return _say(args, body, f"priority {body['priority']} for {', '.join(body['changed'])}")
+
+
 def _drain(args: argparse.Namespace) -> int:
     """Order it, then wait until the engine is empty."""
+    start = time.monotonic()
+    engine, empty = _order(args, "drain", lambda e: e["state"] in ("draining", "parked") and not _held(e))
+    waited, left = time.monotonic() - start, _held(engine)
+    if empty:
+        body = {"engine": args.engine, "empty": True, "seconds": waited}
+        return _say(args, body, f"engine {args.engine} is empty after {waited:.2f} s and takes no new work")
+    body = {"engine": args.engine, "empty": False, "left": left}
+    return _say(args, body, f"engine {args.engine} still has {left} requests; it goes on draining") or EXIT_TIMEOUT
+
+
+def _park(args: argparse.Namespace) -> int:
+    """Order it, then wait until the engine is empty and its process has ended."""
+    start = time.monotonic()
+    engine, asleep = _order(args, "park", lambda e: e["state"] == "parked")
+    waited, left = time.monotonic() - start, _held(engine)
+    body = {"engine": args.engine, "parked": asleep, "seconds": waited, "left": left}
+    if asleep:
+        return _say(args, body, f"engine {args.engine} is parked after {waited:.2f} s; its memory is free")
+    text = f"engine {args.engine} still has {left} requests; it is parked once it is empty"
+    return _say(args, body, text) or EXIT_TIMEOUT
+
+
+def _wake(args: argparse.Namespace) -> int:
+    """Order it, then wait until the engine serves; it may only have been drained."""
+    start = time.monotonic()
+    engine, serving = _order(args, args.verb, lambda e: e["state"] == "serving")
+    waited = time.monotonic() - start
+    body = {"engine": args.engine, "serving": serving, "seconds": waited}
+    if serving:
+        return _say(args, body, f"engine {args.engine} serves again")
+    text = f"engine {args.engine} is {engine['state']} after {waited:.0f} s; it serves as soon as it can"
+    return _say(args, body, text) or EXIT_TIMEOUT
+
+
+def _order(
+    args: argparse.Namespace, verb: str, done: Callable[[dict[str, Any]], bool]
+) -> tuple[dict[str, Any], bool]:
+    """Have the engine change its state, and wait; its row, and whether it is done or time is up.
+
+    Raises Refused if it cannot be done, or somebody else wishes it otherwise meanwhile.
+    """
     path, start = _socket(args), time.monotonic()
-    call(path, "POST", f"/v1/engines/{args.engine}/drain")
+    wished = call(path, "POST", f"/v1/engines/{args.engine}/{verb}")["wished"]
     while True:
-        engine = call(path, "GET", "/v1/status")["engines"][args.engine]
-        waited = time.monotonic() - start
-        left = sum(engine.get(name, 0) for name in ("running", "waiting", "incoming", "outgoing"))
-        if engine["state"] == "draining" and not left:
-            return _say(
-                args,
-                {"engine": args.engine, "empty": True, "seconds": waited},
-                f"engine {args.engine} is empty after {waited:.2f} s and takes no new work",
-            )
-        if waited > args.within:
-            _say(
-                args,
-                {"engine": args.engine, "empty": False, "left": left},
-                f"engine {args.engine} still has {left} requests; it goes on draining",
-            )
-            return EXIT_TIMEOUT
+        engine: dict[str, Any] = call(path, "GET", "/v1/status")["engines"][args.engine]
+        if done(engine) or time.monotonic() - start > args.within:
+            return engine, done(engine)
+        if engine["wished"] != wished:
+            raise Refused(f"engine {args.engine} is to be {engine['wished']} meanwhile")
+        if engine["state"] == "failed":
+            raise Refused(f"engine {args.engine} cannot run; the daemon's log says why")
         time.sleep(0.05)
 
 
-def _undrain(args: argparse.Namespace) -> int:
-    body = call(_socket(args), "POST", f"/v1/engines/{args.engine}/undrain")
-    return _say(args, body, f"engine {args.engine} serves again")
+def _held(engine: dict[str, Any]) -> int:
+    """Requests that the engine has or expects."""
+    return sum(engine.get(name, 0) for name in ("running", "waiting", "incoming", "outgoing"))
+
+
+def _events(args: argparse.Namespace) -> None:
+    """Coordinators come and go, the logs stay: one who follows goes on where the last answer broke off."""
+    path, since = _socket(args), 0.0
+    while True:
+        follow = f"?follow=1&since={since!r}" if args.follow else ""
+        for row in stream(path, f"/v1/events{follow}", None if since else _TIMEOUT):
+            since = max(since, row["time"])
+            named = not args.request or concerns(row, args.request)
+            if named and args.kind in (None, row["kind"]):
+                print(json.dumps(row) if _wants_json(args) else event_line(row), flush=True)
+        if not args.follow:
+            return
+        time.sleep(0.2)
 
 
 def _rebalance(args: argparse.Namespace) -> int:
@@ -251,20 +347,22 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         ["coordinator", status["coordinator"]],
         *([f"frontend {f['frontend']}", f] for f in status["frontends"]),
     ]
-    rows = [
-        [name, p["state"], p["pid"], _duration(p["uptime_seconds"]), p["restarts"], p.get("active", "")]
-        for name, p in others
-    ]
+    rows = [[name, p["state"], *_alive(p), p["restarts"], p.get("active", "")] for name, p in others]
     return [head, "", *engines, "", *table(["PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS"], rows)]
 
 
 def _engine_row(e: dict[str, Any]) -> list[Any]:
-    row = [e["engine"], e["device"], e["state"], e["pid"], _duration(e["uptime_seconds"]), e["restarts"]]
+    row = [e["engine"], e["device"], e["state"], *_alive(e), e["restarts"]]
     if "running" not in e:
         return [*row, "", "", "", "", "", ""]
     free = "max" if e["freeness"] is None else f"{e['freeness']:.0f}"
     load = [e["running"], e["waiting"], f"{e['kv_usage']:.0%}", f"{e['tokens_per_second']:.0f}"]
     return [*row, *load, f"{e['step_ms']:.1f} ms", free]
+
+
+def _alive(process: dict[str, Any]) -> tuple[Any, str]:
+    """Its pid and age, both empty while it is down."""
+    return ("", "") if process["pid"] is None else (process["pid"], _duration(process["uptime_seconds"]))
 
 
 def request_lines(requests: list[dict[str, Any]]) -> list[str]:

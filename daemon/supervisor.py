@@ -22,12 +22,13 @@ import multiprocess
 import setproctitle
 
 from daemon import entry
-from daemon.child import EXIT_CONFIG, LEAVE, Birth
+from daemon.child import EXIT_CONFIG, EXIT_PARKED, LEAVE, Birth
 from daemon.config import Config
 from daemon.control import segment
 from daemon.control.fabric import COORDINATOR, Fabric, Topology
 from daemon.control.messages import EngineState
 from daemon.control.processes import Life, ProcessFacts, Progress
+from daemon.control.wishes import WishReader
 from daemon.sdnotify import Notifier
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Supervisor:
         self._handles = Fabric.create(self._topology, config.journal_memory)
         self._fabric = Fabric(self._handles, -1, 0)
         self._table = self._fabric.table_writer()
+        self._wishes = WishReader(self._fabric.wishes())
         self._notifier = Notifier()
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
@@ -123,7 +125,9 @@ class Supervisor:
             self._notifier.send("READY=1")
             ready()
         state = "ready" if self._announced else "loading"
-        self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving", "WATCHDOG=1")
+        parked = sum(c.facts.life == Life.PARKED for c in engines)
+        asleep = f", {parked} parked" if parked else ""
+        self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving{asleep}", "WATCHDOG=1")
 
     def _stop(self, *, drain: bool) -> None:
         """Frontends finish what runs, then everybody goes. A second signal cuts it short."""
@@ -189,10 +193,14 @@ class Supervisor:
 
     def _renew_pool(self, child: Child) -> None:
         """A fresh KV pool for each incarnation: nobody reads what a dead engine may have left half written."""
+        self._close_pool(child)
+        child.pool = segment.create(self._pool_bytes)
+
+    def _close_pool(self, child: Child) -> None:
+        """Its memory is free once its peers have let go of it too, which the table tells them to."""
         if child.pool >= 0:
             os.close(child.pool)
             child.pool = -1
-        child.pool = segment.create(self._pool_bytes)
 
     def _bury(self, child: Child) -> None:
         """The kernel says that the child is dead."""
@@ -207,9 +215,18 @@ class Supervisor:
         if stopping:
             self._record(child, life=Life.STOPPED, last_exit=how)
             return
+        if code == EXIT_PARKED:
+            log.info("%s is parked", child.name)
+            self._park(child, last_exit=how)
+            return
+        crashed = child.facts.incarnation
         if code == EXIT_CONFIG:
             log.error("%s cannot run and is not started again", child.name)
-            self._record(child, life=Life.FAILED, last_exit=how)
+            self._record(child, life=Life.FAILED, last_exit=how, crashed=crashed)
+            return
+        if self._wish(child) == EngineState.PARKED:
+            log.error("%s (pid %d) died while it was to be parked: %s", child.name, child.facts.pid, how)
+            self._park(child, last_exit=how, crashed=crashed)
             return
         if time.monotonic() - child.facts.born > HEALTHY_AFTER:
             child.backoff = FIRST_BACKOFF
@@ -218,7 +235,23 @@ class Supervisor:
             "%s (pid %d) died: %s; starting it again in %.1f s", child.name, child.facts.pid, how, child.backoff
         )
         child.backoff = min(MAX_BACKOFF, child.backoff * 2)
-        self._record(child, life=Life.DEAD, last_exit=how, restarts=child.facts.restarts + 1)
+        restarts = child.facts.restarts + 1
+        self._record(child, life=Life.DEAD, last_exit=how, restarts=restarts, crashed=crashed)
+
+    def _park(self, child: Child, **changes: Any) -> None:
+        """Let it sleep. First the table says so, then the descriptor of its pool may go."""
+        child.start_at, child.backoff = 0.0, FIRST_BACKOFF
+        self._record(child, life=Life.PARKED, pool_fd=-1, pool_bytes=0, **changes)
+        self._close_pool(child)
+
+    def _wish(self, child: Child) -> EngineState:
+        role, index = self._topology.role(child.process)
+        return self._wishes.of(index) if role == "engine" else EngineState.SERVING
+
+    def _due(self, child: Child, now: float) -> bool:
+        """Whether it is to be started now."""
+        woken = child.facts.life == Life.PARKED and self._wish(child) == EngineState.SERVING
+        return (child.facts.life == Life.DEAD or woken) and now >= child.start_at
 
     def _record(self, child: Child, **changes: Any) -> None:
         """Change the child's row in the table and wake everybody who is alive to read it."""
@@ -231,7 +264,7 @@ class Supervisor:
     def _tend(self, now: float) -> None:
         """Start who is due, and kill who has been silent for too long."""
         for child in self._children:
-            if child.facts.life == Life.DEAD and now >= child.start_at:
+            if self._due(child, now):
                 self._respawn(child, now)
             elif child.alive and now > self._forgiven_until:
                 self._judge_silence(child, child.progress.overdue(now))

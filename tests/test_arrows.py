@@ -24,12 +24,21 @@ PURE = [
     "daemon.control.ownership",
     "daemon.control.rebalance",
     "daemon.control.scaling",
+    "daemon.control.outlook",
     "daemon.engine.request",
     "daemon.engine.pace",
+    "daemon.engine.cost",
+    "daemon.engine.yardstick",
+    "daemon.api.affinity",
     "daemon.control.messages",
+    "daemon.control.events",
     "daemon.control.load",
     "daemon.control.dispatch",
+    "daemon.control.priority",
     "daemon.control.extents",
+    "daemon.engine.cuda.buckets",
+    "daemon.engine.cuda.memory",
+    "daemon.engine.cuda.slots",
     "daemon.sizing",
 ]
 LIGHT = [
@@ -39,6 +48,9 @@ LIGHT = [
     "daemon.api.frontend",
     "daemon.engine.worker",
 ]
+TORCHLESS = ["daemon.engine.cuda.arrays", "daemon.engine.cuda.kernels", "daemon.engine.cuda.compile"]
+# Who may name FlashInfer and what comes with it; generate.py is a process of its own.
+FLASHINFER = {"attention.py", "ops.py", "kernels.py", "compile.py", "generate.py"}
 
 
 def imports(file: Path) -> set[str]:
@@ -53,7 +65,7 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ALLOWED)
 def test_rooms_import_only_what_they_may(room):
-    for file in (ROOT / "daemon" / room).glob("*.py"):
+    for file in (ROOT / "daemon" / room).rglob("*.py"):
         for name in imports(file):
             parts = name.split(".")
             if parts[0] == "daemon" and len(parts) > 1 and (ROOT / "daemon" / parts[1]).is_dir():
@@ -66,6 +78,9 @@ def test_rooms_import_only_what_they_may(room):
         (PURE, ["torch", "numpy", "numba", "aiohttp", "posix_ipc"]),
         (LIGHT, ["torch", "numba", "transformers"]),
         (["daemon.supervisor"], ["aiohttp", "tokenizers"]),
+        (TORCHLESS, ["torch", "flashinfer", "tvm_ffi"]),
+        (["daemon.engine.build", "daemon.engine.runner_cpu"], ["daemon.engine.cuda", "flashinfer", "tvm_ffi"]),
+        (["daemon.engine.cuda.runner"], ["flashinfer", "tvm_ffi"]),
     ],
 )
 def test_light_modules_stay_light(modules, banned):
@@ -73,6 +88,13 @@ def test_light_modules_stay_light(modules, banned):
     command = [sys.executable, "-c", "\n".join(lines)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout) == []
+
+
+def test_flashinfer_is_named_by_few_and_enters_with_the_gpu_alone():
+    for file in (ROOT / "daemon").rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports(file)}
+        if roots & {"flashinfer", "tvm_ffi"}:
+            assert file.parent == ROOT / "daemon" / "engine" / "cuda" and file.name in FLASHINFER, file
 
 
 @pytest.mark.parametrize("module", PURE)

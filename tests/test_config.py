@@ -12,7 +12,7 @@ from daemon import config as config_module
 from daemon.config import Config, ConfigError, load, options, parse_seconds, parse_size, run_dir
 
 PARSES = {"bytes", "seconds"}
-UNITS = PARSES | {"tokens", "requests", "choices", ""}
+UNITS = PARSES | {"tokens", "requests", "choices", "engines", ""}
 BARE = {"threads", "port", "frontends"}  # numbers that are counts of what their name says
 
 
@@ -138,6 +138,7 @@ REFUSED = [
     ("prefix_caching", "perhaps"), ("prefix_caching", 2),
     ("drain_timeout", "soon"), ("drain_timeout", -1), ("load_timeout", float("inf")), ("hang_timeout", float("nan")),
     ("request_deadline", True), ("request_deadline", [1]),
+    ("min_engines", "-1"), ("max_engines", "some"), ("scale_period", -1),
 ]  # fmt: skip
 
 
@@ -145,6 +146,20 @@ REFUSED = [
 def test_refusals_name_the_option(name: str, value: object):
     with pytest.raises(ConfigError, match=rf"^{name}\b"):
         load({name: value}, None, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "naming"),
+    [
+        ({"min_engines": 3, "devices": "cpu,cpu"}, "min_engines: must be at most 2"),
+        ({"max_engines": 3, "devices": "cpu,cpu"}, "max_engines: must be at most 2"),
+        ({"min_engines": 3, "max_engines": 2}, "min_engines: must not be above max_engines, 2"),
+    ],
+)
+def test_scaling_keeps_to_the_engines_there_are(settings: dict[str, object], naming: str):
+    with pytest.raises(ConfigError, match=naming):
+        load(settings, None, {})
+    assert load({"min_engines": 2, "max_engines": 2}, None, {}).devices == []  # which are to be found yet
 
 
 def test_refusals_name_the_source(tmp_path: Path):

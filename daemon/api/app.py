@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from daemon.api import exposition
-from daemon.api.auth import KeyRing
+from daemon.api.auth import KeyRing, current_key
 from daemon.api.errors import ApiError, body_too_large
 from daemon.api.exposition import FrontendMetrics
 from daemon.api.generation import Generator
@@ -110,7 +110,7 @@ class _Health:
 
     async def metrics(self, http: web.Request) -> web.Response:
         fleet = self._service.metrics.fleet()
-        text = exposition.render(self._service.card.name, fleet.frontends, fleet.engines, fleet.facts)
+        text = exposition.render(self._service.card.name, fleet.frontends, fleet.engines, fleet.facts, fleet.states)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -150,7 +150,7 @@ class _Gate:
             raise body_too_large(self._max_body)
         # Decided by the route that matched, never by the text of the path: unknown ones are closed too.
         if self._keys is not None and http.match_info.route not in self._open:
-            self._keys.check(http.headers.get("Authorization"))
+            current_key.set(self._keys.check(http.headers.get("Authorization")))
         return await handler(http)
 
 

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 from daemon.control.messages import EngineFacts, EngineState
+from daemon.control.processes import ENGINE_STATES
 from daemon.control.stats import Counter, Histogram, HistogramValue, Snapshot, StatsPage
 
 # What vLLM counts as well goes by its name; the rest has our own prefix.
@@ -38,11 +39,13 @@ _VLLM_ENGINE = {
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """All processes at one moment. `facts[i]` is None while engine i has published nothing."""
+    """All processes at one moment. `facts[i]` is None while engine i has published nothing; `states[i]` is one of
+    `processes.ENGINE_STATES`."""
 
     frontends: Sequence[Snapshot]
     engines: Sequence[Snapshot]
     facts: Sequence[EngineFacts | None]
+    states: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,11 @@ def render(
     frontend_pages: Sequence[Snapshot],
     engine_pages: Sequence[Snapshot],
     engine_facts: Sequence[EngineFacts | None],
+    engine_states: Sequence[str] = (),
 ) -> bytes:
-    """Prometheus text format. Index i of `engine_pages` and `engine_facts` is engine i."""
+    """Prometheus text format. Index i of `engine_pages`, `engine_facts` and `engine_states` is engine i."""
     registry = CollectorRegistry(auto_describe=False)
-    fleet = Fleet(frontend_pages, engine_pages, engine_facts)
+    fleet = Fleet(frontend_pages, engine_pages, engine_facts, engine_states)
     registry.register(_Collector(model_name, fleet))
     return generate_latest(registry)
 
@@ -135,6 +139,11 @@ class _Collector:
         for i, facts in enumerate(self._fleet.facts):
             serving.add_metric([str(i)], up(facts))
         yield serving
+        states = GaugeMetricFamily("llumd:engine_state", "1 for the engine's state.", labels=["engine", "state"])
+        for i, current in enumerate(self._fleet.states):
+            for state in ENGINE_STATES:
+                states.add_metric([str(i), state], float(state == current))
+        yield states
         for name, help, value in gauges:
             family = GaugeMetricFamily(f"llumd:engine_{name}", help, labels=["engine"])
             for i, facts in enumerate(self._fleet.facts):

@@ -92,6 +92,7 @@ def _fleet(fabric: Fabric, tracker: Tracker) -> Fleet:
         [snapshot(page, FRONTEND) for page in frontends],
         [snapshot(page, ENGINE) for page in engines],
         tracker.engine_facts(),
+        tracker.engine_states(),
     )
 
 

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
+from daemon.api.auth import current_key
 from daemon.api.errors import deadline_exceeded
 from daemon.api.fan import Fan
 from daemon.api.limits import check_length, priority_class
@@ -30,7 +31,9 @@ class Task:
     """A checked request: how many prompts it has, and how to make tokens of them (`size` characters)."""
 
     def __init__(self, request: Request, count: int, size: int, tokenise: Callable[[], list[Prompt]]) -> None:
+        key = current_key.get()
         self.request = request
+        self.priority = priority_class(request.priority, key.priority if key else 0)
         self.count = count
         self.size = size
         self.tokenise = tokenise
@@ -74,18 +77,18 @@ async def _start(service: Service, task: Task, fan: Fan) -> Answer:
     with service.generator.admit(task.count * (task.request.n or 1)):
         prompts = await service.off_loop(task.tokenise, task.size)
         answer = Answer(service, task.request, prompts, task.id, task.arrival)
-        _submit(service, task.request, prompts, answer, fan)
+        _submit(service, task, prompts, answer, fan)
         return answer
 
 
-def _submit(service: Service, request: Request, prompts: list[Prompt], answer: Answer, fan: Fan) -> None:
+def _submit(service: Service, task: Task, prompts: list[Prompt], answer: Answer, fan: Fan) -> None:
     """Start every choice of every prompt."""
+    request, priority = task.request, task.priority
     asked, longest = asked_max_tokens(request), service.max_model_len
     param = "messages" if answer.chat else "prompt"
     for prompt in prompts:
         check_length(len(prompt.tokens), asked, longest, service.limits, param)
     salt = (request.cache_salt or "").encode()
-    priority = priority_class(request.priority)
     for prompt in prompts:
         room = longest - len(prompt.tokens)
         max_tokens = asked or min(default_max_tokens(request, service.limits.max_output_tokens), room)

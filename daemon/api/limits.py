@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from daemon.api.errors import ApiError, bad_request, context_length_exceeded
 from daemon.api.schemas import ChatRequest, CompletionRequest, ContentPart, Message, Prompt, SamplingRequest
+from daemon.control.priority import HIGHEST, LOWEST, PRIORITIES
 
 MAX_MESSAGES = 8192
 MAX_STOPS = 16
@@ -18,7 +19,6 @@ MAX_LOGPROBS = 20
 MAX_CACHE_SALT = 256
 _MAX_INT = (1 << 31) - 1  # of anything that counts tokens
 ROLES = ("system", "developer", "user", "assistant", "tool")
-PRIORITIES = {"high": -1, "normal": 0, "low": 1}
 
 # Refused fields that have a harmless value beside null, false and empty.
 _HARMLESS: dict[str, Callable[[Any], bool]] = {
@@ -168,15 +168,15 @@ def stop_strings(stop: str | list[str] | None) -> list[str]:
     return [stop] if isinstance(stop, str) else list(stop or ())
 
 
-def priority_class(priority: int | str | None) -> int:
+def priority_class(priority: int | str | None, default: int = 0) -> int:
     """The scheduling class of a number or a word; lower goes first. Raises ApiError (400)."""
     if priority is None:
-        return 0
+        return default
     if isinstance(priority, str):
         if priority not in PRIORITIES:
             raise bad_request(f"`priority` must be a number or one of {', '.join(PRIORITIES)}.", "priority")
         return PRIORITIES[priority]
-    _whole(priority, "priority", -100, 100)
+    _whole(priority, "priority", LOWEST, HIGHEST)
     return priority
 
 

@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from array import array
 from collections.abc import Sequence
 
-from daemon.api.generation import Lost, NoEngine, Overloaded, Piece, TooLong
+from daemon.api.affinity import Affinity
+from daemon.api.flight import Flight
+from daemon.api.generation import NoEngine, Overloaded, TooLong
+from daemon.api.links import Link, Peer
 from daemon.config import Config
 from daemon.control import ownership
 from daemon.control.dispatch import choose, in_flight
+from daemon.control.eventlog import EventLog
+from daemon.control.events import Dispatched, TakenOver
 from daemon.control.fabric import COORDINATOR, Fabric
 from daemon.control.journal import Journal, JournalFull, JournalTooSmall
 from daemon.control.load import POLICIES
@@ -32,150 +37,23 @@ from daemon.control.messages import (
     Refused,
     RequestParams,
     SamplingParams,
+    SetPriority,
     Start,
     Statement,
     StepOutput,
     Takeover,
     ToEngine,
-    TokenLogprobs,
-    decode_engine_facts,
     decode_from_coordinator,
-    decode_frontend_facts,
     decode_to_frontend,
     encode,
 )
 from daemon.control.ownership import Custody, Order, Owner, Verdict
-from daemon.control.processes import Life
+from daemon.control.processes import Life, engine_state
 from daemon.control.stats import FRONTEND, StatsPage
 
 log = logging.getLogger(__name__)
 
 _FULL_RETRY = 0.05  # seconds until a command that found its ring full is tried again
-
-
-class Flight:
-    """One request in flight: what arrived and was not taken by its reader yet. Implements `Stream`."""
-
-    __slots__ = (
-        "_arrived", "_failure", "_finish", "_logprobs", "_tracker", "_waiter",
-        "accepted", "cached", "engine", "epoch", "incarnation", "rid", "slot",
-    )  # fmt: skip
-
-    def __init__(self, tracker: Tracker, rid: int, slot: int) -> None:
-        self._tracker = tracker
-        self.rid = rid
-        self.slot = slot
-        self.epoch = 0
-        self.engine = -1  # its owner, and
-        self.incarnation = 0  # the owner's incarnation
-        self.accepted = 0  # output tokens journaled
-        self._arrived: list[int] = []
-        self._logprobs: list[TokenLogprobs | None] | None = None
-        self._finish = Finish.NONE
-        self.cached = 0
-        self._failure: str | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def done(self) -> bool:
-        return self._finish is not Finish.NONE or self._failure is not None
-
-    async def next(self) -> Piece:
-        while not self._arrived and not self.done:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        if self._failure is not None and not self._arrived:
-            raise Lost(self._failure)
-        finish = Finish.NONE if self._failure is not None else self._finish
-        piece = Piece(self._arrived, self._logprobs, finish, self.cached)
-        self._arrived, self._logprobs = [], None
-        return piece
-
-    def cancel(self) -> None:
-        if not self.done:
-            self._tracker.cancel(self, Finish.CANCELLED)
-
-    @property
-    def custody(self) -> Custody:
-        """Who runs it, as the journal has it."""
-        return Custody(self.rid, self.epoch, Owner(self.engine, self.incarnation), self.accepted)
-
-    def deliver(
-        self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None, finish: Finish, cached: int
-    ) -> None:
-        """Hand accepted tokens to the reader."""
-        if self._arrived:
-            self._arrived += tokens
-        else:
-            self._arrived = tokens
-        if logprobs is not None:
-            self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
-        self._finish = finish
-        self.cached = cached
-        self._wake()
-
-    def end(self, finish: Finish) -> None:
-        self._finish = finish
-        self._wake()
-
-    def fail(self, reason: str) -> None:
-        self._failure = reason
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class _Link:
-    """This frontend's ends towards one engine."""
-
-    def __init__(self, fabric: Fabric, index: int) -> None:
-        self.index = index
-        self.process = fabric.topology.engine(index)
-        self.commands = fabric.writer(self.process)
-        self.outputs = fabric.reader(self.process)
-        self.board = fabric.board_of(self.process)
-        self.incarnation = 0  # of the engine now alive; 0: none
-        self.facts: EngineFacts | None = None  # of that incarnation
-        self.backlog: deque[tuple[int, bytes]] = deque()  # (receiver, command) that found the ring full
-        self.submitted = Demand(0, 0, 0)  # since that incarnation was met
-        self._version = 0
-
-    def meet(self, incarnation: int) -> None:
-        """The engine was replaced (or, 0, died)."""
-        self.incarnation = incarnation
-        self.facts = None
-        self.submitted = Demand(incarnation, 0, 0)
-
-    def refresh(self) -> EngineFacts | None:
-        """Facts as last published by the present incarnation."""
-        version = self.board.version
-        if version != self._version or (self.facts is None and self.incarnation):
-            found = self.board.read()
-            if found is not None:
-                self._version = found[0]
-                facts = decode_engine_facts(found[1])
-                self.facts = facts if facts.incarnation == self.incarnation else None
-        return self.facts
-
-
-class _Peer:
-    """Another frontend's board, for the demand it has submitted."""
-
-    def __init__(self, fabric: Fabric, index: int) -> None:
-        self._board = fabric.board_of(fabric.topology.frontend(index))
-        self._version = 0
-        self._facts: FrontendFacts | None = None
-
-    def refresh(self) -> FrontendFacts | None:
-        if self._board.version != self._version and (found := self._board.read()) is not None:
-            self._version = found[0]
-            self._facts = decode_frontend_facts(found[1])
-        return self._facts
 
 
 class Tracker:
@@ -187,17 +65,21 @@ class Tracker:
         self._fabric = fabric
         self._config = config
         self._journal = Journal(fabric.journal(self._index, writable=True))
-        self._links = [_Link(fabric, i) for i in range(topology.engines)]
-        self._peers = [_Peer(fabric, k) if k != self._index else None for k in range(topology.frontends)]
+        self._links = [Link(fabric, i) for i in range(topology.engines)]
+        self._peers = [Peer(fabric, k) if k != self._index else None for k in range(topology.frontends)]
         self._advice = fabric.reader(COORDINATOR)
         self._table = fabric.table()
         self._board = fabric.board()
         self.stats = StatsPage(fabric.stats(fabric.process), FRONTEND)
+        self._log = EventLog(fabric.events(fabric.process))
         self._flights: dict[int, Flight] = {}
         self._reserved = 0  # admitted and not submitted yet
         self._next_rid = self._index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self._turn = self._index
         self._policy = POLICIES[config.policy]
+        self._affinity: Affinity | None = None
+        if config.prefix_affinity and config.prefix_caching and topology.engines > 1:
+            self._affinity = Affinity(topology.engines, config.block_size)
         self.draining = False
         self.on_doorbell()
 
@@ -238,17 +120,21 @@ class Tracker:
         cache_salt: bytes = b"",
     ) -> Flight:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
-        engine = self._choose(high=priority < 0)
+        prompt = array("I", prompt)
+        names = self._affinity.names(prompt, cache_salt) if self._affinity is not None else []
+        engine = self._choose(high=priority < 0, names=names)
         link = self._links[engine]
         self._refuse_oversized(link, len(prompt))
         rid = self._next_rid
         record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
         slot = self._open(rid, record, prompt)
         self._next_rid += 1
-        flight = Flight(self, rid, slot)
+        flight = Flight(self, rid, slot, priority)
+        flight.names = names
         self._flights[rid] = flight
-        self._assign(flight, Custody(rid, 1, Owner(engine, link.incarnation), 0))
+        self._assign(flight, Custody(rid, 1, Owner(engine, link.incarnation), 0, priority))
         self._start(flight, len(prompt))
+        self._note_dispatch(flight, len(prompt), label)
         return flight
 
     def _start(self, flight: Flight, prompt_len: int) -> None:
@@ -258,6 +144,14 @@ class Tracker:
         link.submitted = Demand(before.peer, before.requests + 1, before.tokens + prompt_len)
         self._send(link, Start(flight.rid, flight.epoch, flight.slot, prompt_len), flight.incarnation)
         self._publish()
+
+    def _note_dispatch(self, flight: Flight, prompt_len: int, label: str, again: str = "") -> None:
+        """For the record, after the engine was rung: it need not wait for that."""
+        if self._affinity is not None:
+            self._affinity.record(flight.names, flight.engine)
+        self.stats.inc("dispatches", 1.0, "again" if again else "first")
+        name = label or f"{flight.rid:x}"
+        self._log.write(Dispatched(flight.rid, name, flight.engine, prompt_len, flight.priority, again))
 
     # -- what arrives -----------------------------------------------------------------------------
 
@@ -288,7 +182,7 @@ class Tracker:
         for flight in list(self._flights.values()):
             self._lose(flight, reason)
 
-    def _drain(self, link: _Link) -> None:
+    def _drain(self, link: Link) -> None:
         link.refresh()  # now, while nobody waits for a dispatch
         read = link.outputs.read
         while (record := read()) is not None:
@@ -304,6 +198,7 @@ class Tracker:
     def _accept(self, out: StepOutput) -> None:
         """Fold one step's rows: epoch and position decide what counts."""
         end = 0
+        now = time.monotonic()
         for rid, epoch, start, count, finish, cached in zip(
             out.rids, out.epochs, out.starts, out.counts, out.finishes, out.cached, strict=True
         ):
@@ -324,6 +219,10 @@ class Tracker:
             if tokens:
                 self._journal.append(flight.slot, tokens, logprobs)
                 flight.accepted += len(tokens)
+                flight.heard = now
+                if flight.paused:
+                    self.stats.observe("migration_pause_seconds", now - flight.paused)
+                    flight.paused = 0.0
             if finish:
                 self._close(flight)
             flight.deliver(tokens, logprobs, Finish(finish), cached)
@@ -339,82 +238,122 @@ class Tracker:
                 if flight.epoch == epoch:
                     self._lose(flight, reason)
             case Takeover():
-                self._apply(flight, ownership.takeover(flight.custody, sender, claim))
-                self.stats.inc("takeovers", int(flight.engine == sender.engine))
+                verdict = ownership.takeover(flight.custody, sender, claim)
+                if verdict.custody.owner == sender and verdict.custody.epoch > flight.epoch:
+                    self._note_takeover(flight, verdict.custody)
+                self._apply(flight, verdict)
             case AskBack():
                 self._apply(flight, ownership.ask_back(flight.custody, sender, claim))
             case HandBack():
                 self._apply(flight, ownership.hand_back(flight.custody, sender, claim))
 
-    def _apply(self, flight: Flight, verdict: Verdict) -> None:
-        """Journal the output, then the custody with one store, then send the orders."""
+    def _note_takeover(self, flight: Flight, custody: Custody) -> None:
+        """For the record, before `custody` takes the place of the flight's own."""
+        assert custody.owner is not None
+        flight.paused = flight.paused or flight.heard
+        self.stats.inc("takeovers")
+        name = self._journal.params(flight.slot).label or f"{flight.rid:x}"
+        to = custody.owner.engine
+        if self._affinity is not None:
+            self._affinity.record(flight.names, to)
+        self._log.write(TakenOver(flight.rid, name, flight.engine, to, custody.epoch, custody.accepted))
+
+    def _apply(self, flight: Flight, verdict: Verdict, why: str = "handed back") -> None:
+        """Journal the output, then the custody with one store, then send the orders. `why`: it is started anew, for
+        the record."""
         output = verdict.output
         if output is not None:
             self._journal.append(flight.slot, output.tokens, output.logprobs)
             flight.accepted += len(output.tokens)
             flight.deliver(output.tokens, output.logprobs, Finish.NONE, flight.cached)
         if verdict.redispatch:
-            self._redispatch(flight, verdict)
+            self._redispatch(flight, verdict, "output was lost" if verdict.fault else why)
             return
         if verdict.custody != flight.custody:
             self._assign(flight, verdict.custody)
         for order in verdict.orders:
             self._order(order)
 
-    def _redispatch(self, flight: Flight, verdict: Verdict) -> None:
+    def _redispatch(self, flight: Flight, verdict: Verdict, why: str) -> None:
         """Nobody runs it now: start it where there is most room."""
         for order in verdict.orders:
             self._order(order)
         try:
-            engine = self._choose(avoid=flight.engine)
+            engine = self._choose(avoid=flight.engine, high=flight.priority < 0, names=flight.names)
         except NoEngine as e:
             self._lose(flight, str(e))
             return
         link = self._links[engine]
         custody = ownership.started(verdict.custody, Owner(engine, link.incarnation))
         self._assign(flight, custody)
-        self._start(flight, self._journal.prompt_len(flight.slot))
+        prompt_len = self._journal.prompt_len(flight.slot)
+        self._start(flight, prompt_len)
+        self._note_dispatch(flight, prompt_len, self._journal.params(flight.slot).label, why)
 
     def _assign(self, flight: Flight, custody: Custody) -> None:
         assert custody.owner is not None
-        flight.epoch = custody.epoch
+        flight.epoch, flight.changed = custody.epoch, custody.changed
         flight.engine, flight.incarnation = custody.owner
         self._journal.assign(flight.slot, custody.epoch, *custody.owner)
 
     def _order(self, order: Order) -> None:
         self._send(self._links[order.to.engine], order.message, order.to.incarnation)
 
-    def _obey(self, advice: CancelRequest) -> None:
+    def _obey(self, advice: CancelRequest | SetPriority) -> None:
         flight = self._flights.get(advice.rid)
-        if flight is not None:
-            self.cancel(flight, Finish.CANCELLED)
+        if flight is None:
+            return
+        match advice:
+            case CancelRequest():
+                self.cancel(flight, Finish.CANCELLED)
+            case SetPriority(priority=priority):
+                self._reprioritise(flight, priority)
+
+    def _reprioritise(self, flight: Flight, priority: int) -> None:
+        """Journal it first: whoever is sent a Start or a Handover from now on reads it there."""
+        verdict = ownership.reprioritise(flight.custody, priority)
+        flight.priority, flight.changed = verdict.custody.priority, verdict.custody.changed
+        self._journal.reprioritise(flight.slot, flight.priority)
+        for order in verdict.orders:
+            self._order(order)
 
     # -- engines come and go ------------------------------------------------------------------------
 
     def _handle_changes(self) -> None:
+        """Know all who are alive before anything is started anew."""
         for link in self._links:
             row = self._table.rows[link.process]
-            up = row.life == Life.UP
-            self._lose_all(link.index, row.incarnation - up)
-            alive = row.incarnation if up else 0
+            alive = row.incarnation if row.life == Life.UP else 0
             if alive != link.incarnation:
                 link.meet(alive)
+                if self._affinity is not None:
+                    self._affinity.forget(link.index)
                 if alive:
                     self._state(link)
+        for link in self._links:
+            self._bury(link)
         self._publish()
 
-    def _state(self, link: _Link) -> None:
+    def _bury(self, link: Link) -> None:
+        """Settle what lives of the engine that are over have left. One that crashed may take the next with it, so
+        its requests end; one that was parked had nothing, so what it still owned had never reached it."""
+        row = self._table.rows[link.process]
+        dead = row.incarnation - (row.life == Life.UP)
+        left = [f for f in self._flights.values() if f.engine == link.index and f.incarnation <= dead]
+        lost = [f for f in left if f.incarnation <= row.crashed]
+        if lost:
+            log.warning("engine %d died: %d unfinished requests end with an error", link.index, len(lost))
+        for flight in left:
+            if flight.incarnation <= row.crashed:
+                self._lose(flight, "the engine that ran this request died; please send it again")
+            else:
+                owner = Owner(flight.engine, flight.incarnation)
+                self._apply(flight, ownership.engine_died(flight.custody, owner), "its engine was parked")
+
+    def _state(self, link: Link) -> None:
         """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""
         owned = [f for f in self._flights.values() if (f.engine, f.incarnation) == (link.index, link.incarnation)]
         self._send(link, Statement([f.rid for f in owned], [f.epoch for f in owned]), link.incarnation)
-
-    def _lose_all(self, engine: int, dead: int) -> None:
-        """`dead`: the engine's last incarnation that is over."""
-        lost = [f for f in self._flights.values() if f.engine == engine and f.incarnation <= dead]
-        if lost:
-            log.warning("engine %d died: %d unfinished requests end with an error", engine, len(lost))
-        for flight in lost:
-            self._lose(flight, "the engine that ran this request died; please send it again")
 
     def _lose(self, flight: Flight, reason: str) -> None:
         self._close(flight)
@@ -430,23 +369,36 @@ class Tracker:
         """Facts of each engine as last published; None of one that is not there."""
         return [link.refresh() for link in self._links]
 
+    def engine_states(self) -> list[str]:
+        """What operators call the state of each engine."""
+        found = []
+        for link in self._links:
+            facts, progress = link.refresh(), self._fabric.progress(link.process)
+            published = EngineState(facts.state) if facts is not None else progress.state
+            found.append(engine_state(self._table.rows[link.process].life, published))
+        return found
+
     def _serving(self) -> list[EngineFacts]:
         return [f for f in self.engine_facts() if f is not None and f.state == EngineState.SERVING]
 
-    def _choose(self, avoid: int = -1, high: bool = False) -> int:
-        """The freest engine; `avoid` only if there is no other."""
+    def _choose(self, avoid: int = -1, high: bool = False, names: Sequence[int] = ()) -> int:
+        """The freest engine, or one about as free that is thought to hold a beginning of the prompt, by its `names`;
+        `avoid` only if there is no other."""
         facts = self.engine_facts()
-        others = [f if i != avoid else None for i, f in enumerate(facts)]
-        if any(f is not None and f.state == EngineState.SERVING for f in others):
-            facts = others
+        if avoid >= 0:
+            others = [f if i != avoid else None for i, f in enumerate(facts)]
+            if any(f is not None and f.state == EngineState.SERVING for f in others):
+                facts = others
         frontends = [self._facts() if peer is None else peer.refresh() for peer in self._peers]
+        matched = self._affinity.matched(names) if self._affinity is not None else None
         self._turn += 1
-        engine = choose(facts, in_flight(facts, frontends), self._turn, policy=self._policy, high=high)
+        flying = in_flight(facts, frontends)
+        engine = choose(facts, flying, self._turn, policy=self._policy, high=high, matched=matched)
         if engine is None or self.draining:
             raise NoEngine("no engine is ready")
         return engine
 
-    def _refuse_oversized(self, link: _Link, prompt_len: int) -> None:
+    def _refuse_oversized(self, link: Link, prompt_len: int) -> None:
         assert link.facts is not None
         room = min(link.facts.max_model_len, link.facts.total_blocks * link.facts.block_size)
         if prompt_len >= room:
@@ -467,7 +419,7 @@ class Tracker:
     def _publish(self) -> None:
         self._board.publish(encode(self._facts()))
 
-    def _send(self, link: _Link, message: ToEngine, receiver: int) -> None:
+    def _send(self, link: Link, message: ToEngine, receiver: int) -> None:
         """To that life of the engine, be it known here yet or not: another one drops it."""
         blob = encode(message)
         if link.backlog or not link.commands.put(blob, receiver):
@@ -475,7 +427,7 @@ class Tracker:
             asyncio.get_running_loop().call_later(_FULL_RETRY, self._flush, link)
         self._fabric.ring_bell(link.process)
 
-    def _flush(self, link: _Link) -> None:
+    def _flush(self, link: Link) -> None:
         while link.backlog and link.commands.put(link.backlog[0][1], link.backlog[0][0]):
             link.backlog.popleft()
         self._fabric.ring_bell(link.process)

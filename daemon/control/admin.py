@@ -10,20 +10,30 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from daemon.control.balancer import Balancer, Refusal
+from daemon.control.event_stream import OVERVIEW, add_events
+from daemon.control.events import Ordered
+from daemon.control.messages import EngineState
 from daemon.control.overview import Overview
+from daemon.control.priority import parse_priority
 
 log = logging.getLogger(__name__)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_OVERVIEW = web.AppKey("overview", Overview)
 _BALANCER = web.AppKey("balancer", Balancer)
+_STATES = {
+    "drain": EngineState.DRAINING,
+    "undrain": EngineState.SERVING,
+    "park": EngineState.PARKED,
+    "wake": EngineState.SERVING,
+}
 
 
 def build_admin(overview: Overview, balancer: Balancer) -> web.Application:
-    """Routes: GET /v1/status, /v1/requests, /v1/config, /v1/rebalance; DELETE /v1/requests/{id};
-    POST /v1/requests/{id}/migrate/{engine}, /v1/engines/{engine}/drain, /v1/engines/{engine}/undrain."""
-    app = web.Application(middlewares=[_no_browsers, _refusals])
-    app[_OVERVIEW] = overview
+    """Routes: GET /v1/status, /v1/requests, /v1/config, /v1/rebalance, /v1/events; DELETE /v1/requests/{id};
+    POST /v1/requests/{id}/migrate/{engine}, /v1/requests/{id}/priority/{value},
+    /v1/engines/{engine}/drain|undrain|park|wake."""
+    app = web.Application(middlewares=[_no_browsers, _refusals, _on_record])
+    app[OVERVIEW] = overview
     app[_BALANCER] = balancer
     app.router.add_get("/v1/status", _status)
     app.router.add_get("/v1/requests", _requests)
@@ -31,7 +41,9 @@ def build_admin(overview: Overview, balancer: Balancer) -> web.Application:
     app.router.add_get("/v1/config", _config)
     app.router.add_get("/v1/rebalance", _rebalance)
     app.router.add_post(r"/v1/requests/{id}/migrate/{engine:-?\d{1,18}}", _migrate)
-    app.router.add_post(r"/v1/engines/{engine:-?\d{1,18}}/{verb:drain|undrain}", _drain)
+    app.router.add_post("/v1/requests/{id}/priority/{value}", _priority)
+    app.router.add_post(r"/v1/engines/{engine:-?\d{1,18}}/{verb:drain|undrain|park|wake}", _set_state)
+    add_events(app)
     return app
 
 
@@ -51,34 +63,52 @@ async def _refusals(request: web.Request, handler: _Handler) -> web.StreamRespon
         return web.json_response({"error": str(e)}, status=409)
 
 
+@web.middleware
+async def _on_record(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Whatever an operator orders, and is not refused, is an event."""
+    response = await handler(request)
+    if request.method != "GET" and response.status < 400:
+        request.app[_BALANCER].log.write(_ordered(request))
+    return response
+
+
+def _ordered(request: web.Request) -> Ordered:
+    """From the route: its verb, or its last word, is the action, and its parameters are what that is about."""
+    given, resource = request.match_info, request.match_info.route.resource
+    words = [part for part in (resource.canonical if resource else "").split("/") if "{" not in part]
+    action = "cancel" if request.method == "DELETE" else given.get("verb", words[-1])
+    detail = given.get("value") or request.query.get("how", "")
+    return Ordered(action, given.get("id", ""), int(given.get("engine", "-1")), detail, _who(request))
+
+
 async def _status(request: web.Request) -> web.Response:
-    return web.json_response(request.app[_OVERVIEW].status())
+    return web.json_response(request.app[OVERVIEW].status())
 
 
 async def _requests(request: web.Request) -> web.Response:
-    return web.json_response({"requests": request.app[_OVERVIEW].requests()})
+    return web.json_response({"requests": request.app[OVERVIEW].requests()})
 
 
 async def _config(request: web.Request) -> web.Response:
-    return web.json_response({"options": request.app[_OVERVIEW].config()})
+    return web.json_response({"options": request.app[OVERVIEW].config()})
 
 
 async def _cancel(request: web.Request) -> web.Response:
     name = request.match_info["id"]
-    asked = request.app[_OVERVIEW].cancel(name)
+    asked = request.app[OVERVIEW].cancel(name)
     if not asked:
-        return web.json_response({"error": f"no unfinished request is called {name!r}"}, status=404)
+        return _unknown(name)
     log.info("request %s cancelled by %s", name, _who(request))
     return web.json_response({"cancelled": asked})
 
 
 async def _rebalance(request: web.Request) -> web.Response:
-    overview = request.app[_OVERVIEW]
+    overview = request.app[OVERVIEW]
     return web.json_response({"explanation": request.app[_BALANCER].explain(overview.facts())})
 
 
 async def _migrate(request: web.Request) -> web.Response:
-    overview, balancer = request.app[_OVERVIEW], request.app[_BALANCER]
+    overview, balancer = request.app[OVERVIEW], request.app[_BALANCER]
     name, engine = request.match_info["id"], int(request.match_info["engine"])
     found = overview.find(name)
     if not found:
@@ -89,12 +119,30 @@ async def _migrate(request: web.Request) -> web.Response:
     return web.json_response({"ordered": [row["id"] for row in found], "engine": engine})
 
 
-async def _drain(request: web.Request) -> web.Response:
-    overview, balancer = request.app[_OVERVIEW], request.app[_BALANCER]
+async def _priority(request: web.Request) -> web.Response:
+    name = request.match_info["id"]
+    try:
+        priority = parse_priority(request.match_info["value"])
+    except ValueError as e:
+        raise Refusal(str(e)) from None
+    changed = request.app[OVERVIEW].reprioritise(name, priority)
+    if not changed:
+        return _unknown(name)
+    log.info("request %s given priority %d by %s", name, priority, _who(request))
+    return web.json_response({"changed": changed, "priority": priority})
+
+
+async def _set_state(request: web.Request) -> web.Response:
+    overview, balancer = request.app[OVERVIEW], request.app[_BALANCER]
     engine, verb = int(request.match_info["engine"]), request.match_info["verb"]
-    balancer.set_serving(overview.facts(), engine, verb == "undrain")
+    state = _STATES[verb]
+    balancer.set_state(overview.facts(), engine, state)
     log.info("engine %d: %s by %s", engine, verb, _who(request))
-    return web.json_response({"engine": engine, "serving": verb == "undrain"})
+    return web.json_response({"engine": engine, "wished": state.name.lower()})
+
+
+def _unknown(name: str) -> web.Response:
+    return web.json_response({"error": f"no unfinished request is called {name!r}"}, status=404)
 
 
 def _who(request: web.Request) -> str:

@@ -10,10 +10,13 @@ import time
 from collections.abc import Sequence
 
 from daemon.config import Config
+from daemon.control.eventlog import EventLog
+from daemon.control.events import Ordered
 from daemon.control.fabric import Fabric
 from daemon.control.load import POLICIES
-from daemon.control.messages import EngineFacts, EngineState, MigrateTo, SetServing, ToLlumlet, encode
+from daemon.control.messages import EngineFacts, EngineState, MigrateTo, ToLlumlet, encode
 from daemon.control.rebalance import Pair, Reason, Rebalance, explain, pair
+from daemon.control.wishes import WishWriter, served_without
 
 _LEASE_PERIODS = 2
 HOW = ("live", "blocking", "recompute")
@@ -24,7 +27,7 @@ class Refusal(Exception):
 
 
 class Balancer:
-    """Pairs engines once a period. `draining` engines are always sources."""
+    """Pairs engines once a period, and says which are to serve."""
 
     def __init__(self, fabric: Fabric, config: Config) -> None:
         topology = fabric.topology
@@ -33,14 +36,20 @@ class Balancer:
         self._rules = Rebalance.of(POLICIES[config.policy])
         self._lanes = [fabric.writer(topology.engine(i)) for i in range(topology.engines)]
         self._pairs: list[Pair] = []
+        self.wishes = WishWriter(fabric.wishes())
+        self.log = EventLog(fabric.events(fabric.process))  # the coordinator's
 
     def cycle(self, facts: Sequence[EngineFacts | None]) -> None:
         """One period: renew and make pairs, and tell their sources."""
         made = pair(facts, self._rules, self._pairs)
         # Of those that nobody acts upon none is held: it would keep its engines from those that drain.
+        held = {(p.source, p.destination) for p in self._pairs}
         self._pairs = [p for p in made if self._config.rebalance or p.reason == Reason.DRAINING]
         for each in self._pairs:
-            order = self._order(each.destination, drain=each.reason == Reason.DRAINING)
+            if (each.source, each.destination) not in held:
+                detail = f"to engine {each.destination} for {each.reason}"
+                self.log.write(Ordered("rebalance", "", each.source, detail, "the scheduler"))
+            order = self._order(each.destination, drain=each.reason == Reason.DRAINING, reason=each.reason)
             self._tell(facts, each.source, order)
 
     def explain(self, facts: Sequence[EngineFacts | None]) -> str:
@@ -58,24 +67,33 @@ class Balancer:
         if source == destination:
             raise Refusal(f"the request is on engine {destination} already")
         if there.state != EngineState.SERVING:
-            raise Refusal(f"engine {destination} takes nothing: it is draining")
+            raise Refusal(f"engine {destination} takes nothing: it is {EngineState(there.state).name.lower()}")
         if there.kv_format != self._engine(facts, source).kv_format:
             raise Refusal(f"engines {source} and {destination} keep their KV in different formats")
         if not self._tell(facts, source, self._order(destination, rid=rid, how=how)):
             raise Refusal(f"engine {source} does not listen; try again")
 
-    def set_serving(self, facts: Sequence[EngineFacts | None], engine: int, serving: bool) -> None:
-        """Drain an engine, or take it back. Raises Refusal where nobody would be left to serve."""
-        self._engine(facts, engine)
-        others = [f for i, f in enumerate(facts) if i != engine and f is not None]
-        if not serving and not any(f.state == EngineState.SERVING for f in others):
-            raise Refusal(f"engine {engine} is the last that serves; nobody could take its requests")
-        if not self._tell(facts, engine, SetServing(serving)):
-            raise Refusal(f"engine {engine} does not listen; try again")
+    def set_state(self, facts: Sequence[EngineFacts | None], engine: int, state: EngineState) -> None:
+        """An operator wants the engine in that state. Raises Refusal where nobody would be left to serve."""
+        if not 0 <= engine < len(facts):
+            raise Refusal(f"there is no engine {engine}")
+        if state != EngineState.SERVING:
+            self._engine(facts, engine)
+            serving = self.wishes.of(engine) == EngineState.SERVING
+            if serving and not served_without(engine, facts, self.wishes):
+                raise Refusal(f"engine {engine} is the last that serves; nobody could take its requests")
+        self.wish(engine, state)
 
-    def _order(self, destination: int, *, rid: int = 0, drain: bool = False, how: str = "live") -> MigrateTo:
+    def wish(self, engine: int, state: EngineState) -> None:
+        """The engine sees it at once; the supervisor, which wakes one that sleeps, at its next tick."""
+        self.wishes.put(engine, state)
+        self._fabric.ring_bell(self._fabric.topology.engine(engine))
+
+    def _order(
+        self, destination: int, *, rid: int = 0, drain: bool = False, how: str = "live", reason: str = "operator"
+    ) -> MigrateTo:
         lease = time.monotonic() + _LEASE_PERIODS * self._config.rebalance_period
-        return MigrateTo(destination, lease, rid, self._config.migrate_choice, drain, how)
+        return MigrateTo(destination, lease, rid, self._config.migrate_choice, drain, how, reason)
 
     def _tell(self, facts: Sequence[EngineFacts | None], engine: int, message: ToLlumlet) -> bool:
         """False if the ring is full: that engine has not looked for long."""

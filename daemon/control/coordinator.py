@@ -1,10 +1,14 @@
-"""The coordinator process: pairs engines for migration and answers the admin socket. No request waits on it."""
+"""The coordinator process: pairs engines for migration, wakes and parks them, and answers the admin socket.
+
+No request waits on it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import socket
+import time
 
 from aiohttp import web
 
@@ -13,9 +17,11 @@ from daemon.child import LEAVE, Birth
 from daemon.control import doorbell
 from daemon.control.admin import build_admin
 from daemon.control.balancer import Balancer
+from daemon.control.events import Ordered
 from daemon.control.fabric import Fabric
 from daemon.control.messages import EngineState
 from daemon.control.overview import Overview
+from daemon.control.scaler import Scaler
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +40,13 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
     loop.add_signal_handler(LEAVE, stop.set)
     loop.add_reader(fabric.bell, lambda: doorbell.answer(fabric.bell))
     overview, balancer = Overview(fabric, birth), Balancer(fabric, birth.config)
+
+    def scale(engine: int, state: EngineState) -> None:
+        verb = "park" if state == EngineState.PARKED else "wake"
+        balancer.log.write(Ordered(verb, "", engine, "", "auto-scaling"))
+        balancer.wish(engine, state)
+
+    scaler = Scaler(balancer.wishes, scale, birth.config, fabric.topology.engines)
     runner = web.AppRunner(build_admin(overview, balancer), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=birth.listener)).start()
@@ -41,7 +54,9 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
     progress.enter(EngineState.SERVING, fabric.incarnation, _BEAT_DEADLINE)
     while not stop.is_set():
         progress.beat(_BEAT_DEADLINE)
-        balancer.cycle(overview.facts())
+        facts = overview.facts()
+        balancer.cycle(facts)
+        scaler.cycle(facts, overview.outlook(), time.monotonic())
         try:
             await asyncio.wait_for(stop.wait(), birth.config.rebalance_period)
         except TimeoutError:

@@ -22,6 +22,7 @@ OUTPUT_RING = 1 << 20  # engine -> frontend: a step's tokens and logprobs
 ADVICE_RING = 64 << 10  # coordinator -> frontend and engine
 PEER_RING = 256 << 10  # engine -> engine: a reservation names a block for each 16 tokens
 STATS_BYTES = 16 << 10  # statistics page of one process
+EVENT_BYTES = 64 << 10  # event log of one process
 
 
 class Topology(NamedTuple):
@@ -75,7 +76,9 @@ class Layout:
         self.table = _page_up(self.progress + n * PROGRESS_BYTES)
         self.boards = self.table + n * SLOT_BYTES
         self.stats = self.boards + n * SLOT_BYTES
-        end = _page_up(self.stats + n * STATS_BYTES)
+        self.wishes = _page_up(self.stats + n * STATS_BYTES)
+        self.events = _page_up(self.wishes + topology.engines * 8)
+        end = _page_up(self.events + n * EVENT_BYTES)
         self.lanes: dict[tuple[int, int], tuple[int, int]] = {}
         for pair, capacity in topology.lanes().items():
             self.lanes[pair] = (end, ring_bytes(capacity))
@@ -141,6 +144,14 @@ class Fabric:
     def stats(self, process: int) -> memoryview:
         """The statistics page of a process."""
         return self._at(self._layout.stats + process * STATS_BYTES, STATS_BYTES)
+
+    def wishes(self) -> memoryview:
+        """One u64 an engine: the state that the coordinator wants it in."""
+        return self._at(self._layout.wishes, self.topology.engines * 8)
+
+    def events(self, process: int) -> memoryview:
+        """The event log of a process."""
+        return self._at(self._layout.events + process * EVENT_BYTES, EVENT_BYTES)
 
     def writer(self, to: int) -> RingWriter:
         """The producing end of the lane to process `to`."""

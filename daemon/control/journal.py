@@ -4,7 +4,7 @@ Written only by the owning frontend, mapped read-only by engines and the coordin
 needed to run a request again from where its client stands: parameters, prompt, seed, epoch, owner and the
 output accepted so far with its logprobs. Space for the whole of max_tokens is reserved at admission.
 
-A slot is eight u64 words:
+A slot is nine u64 words:
 
     0  request id
     1  epoch << 32 | owner << 16 | state      (one aligned store commits all three)
@@ -14,6 +14,7 @@ A slot is eight u64 words:
     5  output offset << 32 | output capacity, tokens
     6  logprobs offset << 32 | bytes of one token's logprob record (0: none)
     7  incarnation of the owner
+    8  priority as it is now, two's complement (params hold what it was at admission)
 
 Offsets count from the start of the segment, in bytes. Prompt and output are u32 arrays. A logprob record is
 f32 of the chosen token, then (u32 id, f32 logprob) for each alternative; unused alternatives have id 2^32-1.
@@ -29,8 +30,9 @@ from enum import IntEnum
 from daemon.control.extents import ALIGN, Extents, rounded
 from daemon.control.messages import RequestParams, TokenLogprobs, decode_params, encode
 
-SLOT_WORDS = 8
+SLOT_WORDS = 9
 _NO_TOKEN = 0xFFFFFFFF
+_U64 = (1 << 64) - 1
 
 
 class SlotState(IntEnum):
@@ -80,6 +82,11 @@ class JournalView:
 
     def num_output(self, slot: int) -> int:
         return int(self._words[slot * SLOT_WORDS + 2])
+
+    def priority(self, slot: int) -> int:
+        """The request's class as it is now; `params` has the one it came with."""
+        word = int(self._words[slot * SLOT_WORDS + 8])
+        return word - (word >> 63 << 64)
 
     def prompt_len(self, slot: int) -> int:
         return int(self._words[slot * SLOT_WORDS + 4]) & 0xFFFFFFFF
@@ -143,7 +150,8 @@ class Journal(JournalView):
         slot, start = self._reserve(size)
         at = self._arena + start
         self._view[at : at + len(blob)] = blob
-        self._view[at + tokens_at : at + output_at] = array("I", prompt).tobytes()
+        packed = prompt if isinstance(prompt, array) and prompt.typecode == "I" else array("I", prompt)
+        self._view[at + tokens_at : at + output_at] = packed.tobytes()
         base = slot * SLOT_WORDS
         self._words[base] = rid
         self._words[base + 2] = 0
@@ -152,6 +160,7 @@ class Journal(JournalView):
         self._words[base + 5] = at + output_at << 32 | sampling.max_tokens
         self._words[base + 6] = at + logprobs_at << 32 | record
         self._words[base + 7] = 0
+        self._words[base + 8] = params.priority & _U64
         self._words[base + 1] = 0xFFFF << 16 | SlotState.LIVE
         return slot
 
@@ -160,6 +169,10 @@ class Journal(JournalView):
         base = slot * SLOT_WORDS
         self._words[base + 7] = incarnation
         self._words[base + 1] = epoch << 32 | engine << 16 | SlotState.LIVE
+
+    def reprioritise(self, slot: int, priority: int) -> None:
+        """Give the request another class, with one store."""
+        self._words[slot * SLOT_WORDS + 8] = priority & _U64
 
     def append(self, slot: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None] | None) -> None:
         """Accept output tokens: written first, then counted with one store. ValueError past the reservation."""

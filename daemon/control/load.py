@@ -12,6 +12,10 @@ Freeness = (capacity - virtual usage) / batch size, in tokens a request, that is
 capacity is spent. Engines publish facts alone; what was dispatched and is not in them yet is added here.
 A request of priority below 0 is of high priority.
 
+What "nearly its ideal speed" and the knee of an engine's steps are, an engine measures when it starts
+(`EngineFacts.ideal_tokens`, which an operator may set instead, and `EngineFacts.knee`); a policy goes by its own
+figures only where the facts have none.
+
 `POLICIES` holds the variants: `paper` to the letter, `artifact` as its published experiments ran it, and `llumd`,
 the default, which also judges compute: a pool of a million tokens is hardly ever what an engine runs out of.
 """
@@ -95,7 +99,8 @@ class Policy(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Paper(Policy):
-    """Section 4.4 to the letter; one freeness for everything. `ideal_tokens` sets the headroom."""
+    """Section 4.4 to the letter; one freeness for everything. `ideal_tokens` sets the headroom of an engine that
+    has not measured its own."""
 
     name = "paper"
     marks = PUBLISHED
@@ -131,7 +136,7 @@ class Artifact(Policy):
     - draining is a lack of 1000 blocks, not of infinitely many;
     - an instance with a preempted request in its queue always gives away and never takes.
 
-    Without `defrag`, migration looks at free blocks and running requests alone.
+    Without `defrag`, migration looks at free blocks and running requests alone. `ideal_tokens`: as in `Paper`.
     """
 
     name = "artifact"
@@ -181,10 +186,11 @@ class Artifact(Policy):
 class Llumd(Policy):
     """The scarcer of memory and compute.
 
-    Compute is put in the form of memory. Within a horizon of so many decode steps an engine computes
-    ``knee * horizon`` tokens before its steps take twice their ideal time; of these a running request will use
-    ``horizon`` and a prompt its uncomputed tokens. What remains, divided by the batch, is again tokens a
-    request: 0 when the batch stands at the knee, less with prompts pending, large when there is little to do.
+    Compute is put in the form of memory. The knee is the engine's own (not measured: the size of its batch).
+    Within a horizon of so many decode steps it computes ``knee * horizon`` tokens before its steps take twice
+    their ideal time; of these a running request will use ``horizon`` and a prompt its uncomputed tokens. What
+    remains, divided by the batch, is again tokens a request: 0 when the batch stands at the knee, less with
+    prompts pending, large when there is little to do.
     Steps longer than `step_target` shorten the horizon in proportion: who misses the pace has less to give
     (below the knee alone: beyond it a shorter horizon would make the lack look smaller).
 
@@ -284,8 +290,9 @@ def freeness(facts: EngineFacts, in_flight: InFlight = NOTHING, policy: Policy =
 
 
 def headroom(facts: EngineFacts, ideal_tokens: float) -> float:
-    """Blocks beyond those with which a request of high priority still decodes at nearly its ideal speed."""
-    return max(0.0, facts.total_blocks - ideal_tokens / facts.block_size)
+    """Blocks beyond those with which a request of high priority still decodes at nearly its ideal speed: as the
+    engine has measured it, else `ideal_tokens`."""
+    return max(0.0, facts.total_blocks - (facts.ideal_tokens or ideal_tokens) / facts.block_size)
 
 
 def holds_high(facts: EngineFacts) -> bool:

@@ -108,7 +108,15 @@ class Release(Struct, tag=5, array_like=True, frozen=True):
     epoch: int
 
 
-ToEngine = Start | Cancel | Statement | Grant | Release
+class Reprioritise(Struct, tag=6, array_like=True, frozen=True):
+    """`rid`, held at `epoch`, has this priority from now on."""
+
+    rid: int
+    epoch: int
+    priority: int
+
+
+ToEngine = Start | Cancel | Statement | Grant | Release | Reprioritise
 
 
 # -- coordinator -> engine -----------------------------------------------------------------------
@@ -123,15 +131,10 @@ class MigrateTo(Struct, tag=1, array_like=True, frozen=True):
     choice: str = "shortest"  # among equals in class: "shortest", "longest" or "last" (admitted)
     drain: bool = False  # the engine is to become empty: urgent and waiting requests leave as well
     how: str = "live"  # of one request: "live", "blocking" (frozen for the whole copy) or "recompute" (no KV moves)
+    reason: str = "operator"  # why, for the record: a `rebalance.Reason`, or an operator
 
 
-class SetServing(Struct, tag=2, array_like=True, frozen=True):
-    """Take new work (again), or none: a draining engine gives away what it has."""
-
-    serving: bool
-
-
-ToLlumlet = MigrateTo | SetServing
+ToLlumlet = MigrateTo
 
 
 # -- engine -> engine ----------------------------------------------------------------------------
@@ -268,7 +271,14 @@ class CancelRequest(Struct, tag=1, array_like=True, frozen=True):
     rid: int
 
 
-FromCoordinator = CancelRequest
+class SetPriority(Struct, tag=2, array_like=True, frozen=True):
+    """An operator gives a request another priority."""
+
+    rid: int
+    priority: int
+
+
+FromCoordinator = CancelRequest | SetPriority
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
@@ -289,7 +299,7 @@ class EngineState(IntEnum):
     LOADING = 1
     SERVING = 2
     DRAINING = 3  # takes nothing new and gives away what it has: by an operator, or at shutdown
-    PARKED = 4  # the same by the scaling policy, which may wake it; asleep once it is empty
+    PARKED = 4  # the same, and its process ends once it is empty, until it is woken
 
 
 class Demand(Struct, array_like=True, frozen=True):
@@ -331,6 +341,9 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     outgoing: int = 0  # requests it is copying away, still in `running`
     knee: int = 0  # tokens in a step at which it takes twice its ideal time; 0: not measured
     ideal_tokens: int = 0  # KV up to which a decode step takes nearly its ideal time; 0: not measured
+    measured_knee: int = 0  # by this engine alone; `knee` is what engines of its make agree on
+    measured_ideal_tokens: int = 0
+    make: str = ""  # device and model: engines of one make take equally long for a step
     kv_format: str = ""  # shape and dtype of a KV block; blocks move between equal ones only
 
 

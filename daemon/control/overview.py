@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from daemon import __version__
 from daemon.child import Birth
 from daemon.config import options
 from daemon.control import stats
+from daemon.control.chronicle import Chronicle
 from daemon.control.dispatch import in_flight
 from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView, SlotState
@@ -18,16 +20,20 @@ from daemon.control.messages import (
     CancelRequest,
     EngineFacts,
     EngineState,
+    FromCoordinator,
     FrontendFacts,
+    SetPriority,
     decode_engine_facts,
     decode_frontend_facts,
     encode,
 )
-from daemon.control.processes import Life, ProcessFacts
+from daemon.control.outlook import emptied, outlook
+from daemon.control.processes import Life, ProcessFacts, engine_state
+from daemon.control.wishes import WishReader
 
 
 class Overview:
-    """A reader of everything shared; its one deed is to pass on a cancellation."""
+    """A reader of everything shared; its only deeds are to pass on cancellations and priorities."""
 
     def __init__(self, fabric: Fabric, birth: Birth) -> None:
         topology = fabric.topology
@@ -35,15 +41,26 @@ class Overview:
         self._birth = birth
         self._topology = topology
         self._table = fabric.table()
+        self._wishes = WishReader(fabric.wishes())
         self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
         self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
         self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
         self._advice = [fabric.writer(topology.frontend(k)) for k in range(topology.frontends)]
 
     def facts(self) -> list[EngineFacts | None]:
-        """Each engine's facts as last published; None of one that is not there."""
+        """Each engine's facts as last published, a parked one's as of an empty one; None of one that is not there."""
         self._table.refresh()
         return [self._engine_facts(i) for i in range(self._topology.engines)]
+
+    def outlook(self) -> list[EngineFacts | None]:
+        """Each engine's facts as they will be once it has done as wished."""
+        engines = range(self._topology.engines)
+        starting = [self._last(i) if self._row(i).life == Life.UP else None for i in engines]
+        return outlook(self.facts(), starting, [self._wishes.of(i) for i in engines])
+
+    def chronicle(self) -> Chronicle:
+        """A reader of everybody's events."""
+        return Chronicle(self._fabric)
 
     def find(self, name: str) -> list[dict[str, Any]]:
         """Unfinished requests called `name`: all choices of an answer, or one by its own id."""
@@ -77,13 +94,21 @@ class Overview:
 
     def cancel(self, name: str) -> list[str]:
         """Ask the owners to cancel the request called `name` (all its choices). Returns what was asked for."""
+        return self._ask(name, CancelRequest)
+
+    def reprioritise(self, name: str, priority: int) -> list[str]:
+        """Ask the owners to give the request called `name` (all its choices) this priority. Returns what was asked
+        for."""
+        return self._ask(name, lambda rid: SetPriority(rid, priority))
+
+    def _ask(self, name: str, message: Callable[[int], FromCoordinator]) -> list[str]:
         asked = []
         for row in self.find(name):
             k = row["frontend"]
             process = self._topology.frontend(k)
             self._table.refresh()
             receiver = self._table.rows[process].incarnation
-            if self._advice[k].put(encode(CancelRequest(row["rid"])), receiver):
+            if self._advice[k].put(encode(message(row["rid"])), receiver):
                 self._fabric.ring_bell(process)
                 asked.append(row["id"])
         return asked
@@ -105,12 +130,14 @@ class Overview:
     def _engine(self, i: int, facts: EngineFacts | None, flying: InFlight) -> dict[str, Any]:
         process = self._process(self._topology.engine(i))
         row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
-        if facts is None:
+        row["wished"] = self._wishes.of(i).name.lower()
+        life = self._row(i).life
+        if facts is None or life != Life.UP:
             return row
         free = freeness(facts, flying)
         page = stats.snapshot(self._fabric.stats(self._topology.engine(i)), stats.ENGINE)
         return row | {
-            "state": EngineState(facts.state).name.lower(),
+            "state": engine_state(life, EngineState(facts.state)),
             "running": facts.running,
             "waiting": facts.waiting,
             "kv_used_blocks": facts.used_blocks,
@@ -136,10 +163,9 @@ class Overview:
     def _process(self, process: int) -> dict[str, Any]:
         row: ProcessFacts = self._table.rows[process]
         progress = self._fabric.progress(process)
-        state = progress.state.name.lower() if row.life == Life.UP else Life(row.life).name.lower()
         return {
-            "state": state,
-            "pid": row.pid,
+            "state": engine_state(row.life, progress.state),
+            "pid": row.pid if row.life == Life.UP else None,
             "incarnation": row.incarnation,
             "uptime_seconds": time.monotonic() - row.born if row.life == Life.UP else 0.0,
             "restarts": row.restarts,
@@ -149,7 +175,7 @@ class Overview:
     def _request(self, k: int, journal: JournalView, slot: int) -> dict[str, Any] | None:
         rid, output = journal.rid(slot), journal.num_output(slot)
         engine, _ = journal.owner(slot)
-        prompt_len = journal.prompt_len(slot)
+        prompt_len, priority = journal.prompt_len(slot), journal.priority(slot)
         try:
             params = journal.params(slot)
         except ValueError:
@@ -166,17 +192,23 @@ class Overview:
             "prompt_tokens": prompt_len,
             "output_tokens": output,
             "max_tokens": params.sampling.max_tokens,
-            "priority": params.priority,
+            "priority": priority,
             "age_seconds": time.monotonic() - params.arrival,
         }
 
     def _engine_facts(self, i: int) -> EngineFacts | None:
+        last, row = self._last(i), self._row(i)
+        if last is not None and row.life == Life.PARKED:
+            return emptied(last, EngineState.PARKED)
+        return last if last is not None and row.life == Life.UP and last.incarnation == row.incarnation else None
+
+    def _last(self, i: int) -> EngineFacts | None:
+        """What engine i has published last, in this life or an earlier one."""
         found = self._engines[i].read()
-        row = self._table.rows[self._topology.engine(i)]
-        if found is None or row.life != Life.UP:
-            return None
-        facts = decode_engine_facts(found[1])
-        return facts if facts.incarnation == row.incarnation else None
+        return decode_engine_facts(found[1]) if found is not None else None
+
+    def _row(self, i: int) -> ProcessFacts:
+        return self._table.rows[self._topology.engine(i)]
 
     def _frontend_facts(self, k: int) -> FrontendFacts | None:
         found = self._frontends[k].read()

@@ -6,6 +6,12 @@ present one, or for a request that has ended, is stale: its sender is told to le
 verdict's output, then its custody with one store, then sends its orders: whatever is lost by dying in between is
 made good by the statement of the next frontend.
 
+A change of priority reaches the owner as `Reprioritise` at the epoch at which the owner holds the request. Epochs
+rise by messages on that same lane alone (Start, Grant), so when it is read the engine holds the request at exactly
+that epoch or not at all: never at a newer one; what it may still hold at an older one is never granted. A Start reads
+the priority in the journal. The winner of an award has read it at the epoch before, perhaps ahead of a change: then
+it is told after its Grant.
+
 An engine's death is an event only after all that the engine had written has been judged.
 """
 
@@ -13,7 +19,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from daemon.control.messages import AskBack, Cancel, Grant, HandBack, Release, Takeover, TokenLogprobs
+from daemon.control.messages import (
+    AskBack,
+    Cancel,
+    Grant,
+    HandBack,
+    Release,
+    Reprioritise,
+    Takeover,
+    TokenLogprobs,
+)
 
 
 class Owner(NamedTuple):
@@ -30,13 +45,15 @@ class Custody(NamedTuple):
     epoch: int
     owner: Owner | None  # None: no engine has it at this epoch, it is to be started
     accepted: int  # output tokens journaled
+    priority: int = 0  # as it is now
+    changed: bool = False  # its priority, since this epoch began
 
 
 class Order(NamedTuple):
     """A message to that life of an engine; void if it is over."""
 
     to: Owner
-    message: Grant | Release | Cancel
+    message: Grant | Release | Cancel | Reprioritise
 
 
 class Output(NamedTuple):
@@ -104,7 +121,7 @@ def disown(custody: Custody) -> Verdict:
 
 def started(custody: Custody, owner: Owner) -> Custody:
     """Custody with the request given anew to `owner`, which is to be sent a Start at that epoch."""
-    return custody._replace(epoch=custody.epoch + 1, owner=owner)
+    return custody._replace(epoch=custody.epoch + 1, owner=owner, changed=False)
 
 
 def cancel(custody: Custody) -> tuple[Order, ...]:
@@ -112,6 +129,12 @@ def cancel(custody: Custody) -> tuple[Order, ...]:
     if custody.owner is None:
         return ()
     return (Order(custody.owner, Cancel(custody.rid, custody.epoch)),)
+
+
+def reprioritise(custody: Custody, priority: int) -> Verdict:
+    """The request has another priority from now on."""
+    changed = custody._replace(priority=priority, changed=True)
+    return Verdict(changed, orders=(_priority(changed, custody.owner),) if custody.owner else ())
 
 
 def _award(custody: Custody, winner: Owner, claim: Takeover | AskBack) -> Verdict:
@@ -122,8 +145,10 @@ def _award(custody: Custody, winner: Owner, claim: Takeover | AskBack) -> Verdic
         return verdict._replace(orders=(*verdict.orders, _release(custody, winner)), fault=True)
     tokens = claim.tokens[known:]
     logprobs = None if claim.logprobs is None else claim.logprobs[known:]
-    awarded = Custody(custody.rid, custody.epoch + 1, winner, custody.accepted + len(tokens))
+    awarded = started(custody, winner)._replace(accepted=custody.accepted + len(tokens))
     orders = [Order(winner, Grant(custody.rid, custody.epoch, awarded.epoch))]
+    if custody.changed:
+        orders.append(_priority(awarded, winner))
     if custody.owner not in (None, winner):
         orders.append(_release(custody, custody.owner))
     return Verdict(awarded, Output(tokens, logprobs) if tokens else None, tuple(orders))
@@ -131,6 +156,10 @@ def _award(custody: Custody, winner: Owner, claim: Takeover | AskBack) -> Verdic
 
 def _orphan(custody: Custody) -> Verdict:
     return Verdict(custody._replace(owner=None), redispatch=True)
+
+
+def _priority(custody: Custody, owner: Owner) -> Order:
+    return Order(owner, Reprioritise(custody.rid, custody.epoch, custody.priority))
 
 
 def _release(custody: Custody, holder: Owner) -> Order:

@@ -1,8 +1,8 @@
 """Who is alive: the process table (the supervisor writes, all read) and progress words (each its own).
 
 The table has one board slot a process and one *generation* word, raised after each change, so that a
-reader learns with one load whether anything changed. Progress is four fixed words, the only shared data
-that the supervisor reads: silence past the deadline is suspicion, death comes from the kernel.
+reader learns with one load whether anything changed. Progress is four fixed words, with the wish words the only
+shared data that the supervisor reads: silence past the deadline is suspicion, death comes from the kernel.
 """
 
 from __future__ import annotations
@@ -26,6 +26,21 @@ class Life(IntEnum):
     DEAD = 2  # died; a successor comes after a back-off
     FAILED = 3  # will not be started again
     STOPPED = 4  # ended on request
+    PARKED = 5  # engines: asleep, that is ended with nothing left to do, until the coordinator wishes it back
+
+
+# What operators call the state of an engine: see `engine_state`.
+ENGINE_STATES = (
+    *("absent", "starting", "loading", "serving", "draining", "parking", "parked"),
+    *("dead", "failed", "stopped"),
+)
+
+
+def engine_state(life: int, published: EngineState) -> str:
+    """One of ENGINE_STATES. An engine that publishes PARKED is only on its way: parked is who has gone."""
+    if life != Life.UP:
+        return Life(life).name.lower()
+    return "parking" if published == EngineState.PARKED else published.name.lower()
 
 
 class ProcessFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -39,6 +54,7 @@ class ProcessFacts(msgspec.Struct, array_like=True, frozen=True):
     last_exit: str = ""  # how the predecessor ended
     pool_fd: int = -1  # engines: the supervisor's descriptor of the KV pool of this incarnation
     pool_bytes: int = 0  # engines: size of that pool
+    crashed: int = 0  # last incarnation that did not end empty: a later one that is over took nobody's work with it
 
 
 _decode = msgspec.msgpack.Decoder(ProcessFacts).decode

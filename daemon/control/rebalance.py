@@ -4,7 +4,8 @@ Once a period: sources are engines below the low mark, destinations those above 
 source is paired with the freest destination, and so on. The source picks the requests (section 4.4.2) and moves
 one after another for as long as the pair holds. A pair, once made, holds until one side has left its mark by
 `delta` or the two have met, so that noise about a mark makes no pair come and go, nor turn round where both
-marks are one, as in the published runs.
+marks are one, as in the published runs. An engine that drains has to get rid of all it has: it goes first, and
+where nobody is above a mark it gives to the freest.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ class _Board:
         """Pair the least free source with the freest destination, as long as there are any."""
         low = self.config.low
         for i in sorted((i for i in self._idle() if self._gives(i, low)), key=lambda i: self.free[i]):
-            takers = sorted(
-                (j for j in self._idle() if self._takes(j, low)), key=lambda j: (self.taking[j], -self.free[j])
-            )
+            takers = sorted((j for j in self._idle() if self._open(j)), key=lambda j: (self.taking[j], -self.free[j]))
             made = (self._judge(i, j, held=False) for j in takers if self._may(i, j))
             best = next((p for p in made if p is not None), None)
             if best is not None:
@@ -154,15 +153,25 @@ class _Board:
         """The pair of source `i` and destination `j`: to be made where their difference is worth it and both
         are within their marks, to be held until they meet or one is out of its mark by delta."""
         delta, worth = (self.config.delta, 0.0) if held else (0.0, self.config.delta)
-        source, destination = self.facts[i], self.facts[j]
-        if source is None or destination is None or source.block_size != destination.block_size:
-            return None
-        if self.taking[i] or self.giving[j] or self.free[i] + worth >= self.free[j]:
+        if not self._alike(i, j) or self.taking[i] or self.giving[j]:
             return None
         reason = self._gives(i, self.config.low + delta)
-        # What drains has to go somewhere: whoever is not short itself will do.
-        mark = self.config.low if reason == Reason.DRAINING else self.config.high
-        return Pair(i, j, reason) if reason and self._takes(j, mark - delta) else None
+        if reason == Reason.DRAINING:
+            return Pair(i, j, reason) if self._takes_in(i, j, delta) else None
+        better = self.free[i] + worth < self.free[j]
+        return Pair(i, j, reason) if reason and better and self._takes(j, self.config.high - delta) else None
+
+    def _alike(self, i: int, j: int) -> bool:
+        source, destination = self.facts[i], self.facts[j]
+        return source is not None and destination is not None and source.block_size == destination.block_size
+
+    def _takes_in(self, i: int, j: int, delta: float) -> bool:
+        """Whether `j` takes what `i` has to get rid of: who is not short itself, and if all are short the freest;
+        it will refuse what does not fit."""
+        if self._takes(j, self.config.low - delta):
+            return True
+        open_kin = [self.free[k] for k in range(len(self.facts)) if self._alike(i, k) and self._open(k)]
+        return self._open(j) and self.free[j] >= max(open_kin) - delta
 
     def _gives(self, i: int, mark: float) -> Reason | None:
         facts = self.facts[i]
@@ -178,7 +187,11 @@ class _Board:
         return Reason.MEMORY if shortest is Resource.MEMORY else Reason.COMPUTE
 
     def _takes(self, j: int, mark: float) -> bool:
+        return self._open(j) and self.free[j] > mark
+
+    def _open(self, j: int) -> bool:
+        """Whether it may be given anything at all."""
         facts = self.facts[j]
         assert facts is not None
         shedding = self.config.policy.sheds_preempted and facts.preempted_waiting
-        return facts.state == SERVING and not shedding and self.free[j] > mark
+        return facts.state == SERVING and not shedding

@@ -4,8 +4,8 @@ The measure is the average freeness for normal requests over all engines, that i
 room over all requests, so that an idle engine counts as its capacity and not as infinity. If it stays below the
 low mark for a period, engines are woken until the average would be back above it; if it would stay above the high
 mark without the engine that runs the fewest requests, that one is parked: it drains by migration and sleeps when
-empty. Waking takes back an engine that still drains first. Engines say themselves that they are parked, so that a
-restarted coordinator goes on where its predecessor stopped; what an operator drains is never woken here.
+empty. Waking takes back an engine that still drains first. The facts hold who is parked, so that a restarted
+coordinator goes on where its predecessor stopped; what an operator drains is never woken here.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Scaling:
             raise ValueError(f"the low mark {self.low:g} does not lie below the high mark {self.high:g}")
 
     @classmethod
-    def of(cls, policy: Policy, max_engines: int, min_engines: int = 1) -> Scaling:
+    def of(cls, policy: Policy, max_engines: int, min_engines: int = 1, period: float = 10.0) -> Scaling:
         """With the policy's own marks."""
-        return cls(max_engines, min_engines, policy, policy.marks.scale_low, policy.marks.scale_high)
+        return cls(max_engines, min_engines, policy, policy.marks.scale_low, policy.marks.scale_high, period)
 
 
 def decide(

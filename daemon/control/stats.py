@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from daemon.control.rebalance import Reason
+
 CELL = 8  # bytes
 
 
@@ -124,12 +126,20 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 1
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _BATCH = tuple(float(1 << k) for k in range(15))
+_MOVES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PAUSES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
 
 # Label values.
 FINISHED = ("stop", "length", "abort", "error")
 REJECTED = ("overloaded", "no_engine", "too_long", "invalid")
 HANDLERS = ("chat", "completions", "models", "tokenize", "detokenize", "health", "metrics", "unknown")
 STATUSES = ("2xx", "4xx", "5xx", "disconnect")
+DISPATCHES = ("first", "again")
+MOVE_REASONS = (*(reason.value for reason in Reason), "operator")
+MOVE_RESULTS = (  # `llumlet.Result`
+    *("moved", "handed_back", "declined", "finished", "preempted", "cancelled"),
+    *("copy_failed", "peer_died", "taken_back"),
+)
 
 FRONTEND = Table(
     counters=(
@@ -139,6 +149,7 @@ FRONTEND = Table(
         Counter("generation_tokens", "Output tokens delivered."),
         Counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache."),
         Counter("resumes", "Requests that went on elsewhere after their engine was lost."),
+        Counter("dispatches", "Requests given to an engine, first or anew.", (("kind", DISPATCHES),)),
         Counter("takeovers", "Requests that went on elsewhere after a live migration."),
         Counter("stale_tokens", "Output tokens dropped as duplicate or of a former owner."),
         Counter("http_requests", "HTTP requests answered.", (("handler", HANDLERS), ("status", STATUSES))),
@@ -153,6 +164,7 @@ FRONTEND = Table(
         Histogram("request_generation_tokens", "Output tokens of a request.", _TOKENS),
         Histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS),
         Histogram("request_params_n", "n of an HTTP request.", (1.0, 2.0, 5.0, 10.0, 20.0)),
+        Histogram("migration_pause_seconds", "Between the outputs before and after a takeover.", _PAUSES),
     ),
 )
 
@@ -165,11 +177,20 @@ ENGINE = Table(
         Counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
         Counter("steps", "Steps with work in them."),
         Counter("migrated_bytes", "KV bytes copied to other engines."),
+        Counter(
+            "migrations",
+            "Moves of requests away from here that are over, by why they were ordered and how they ended.",
+            (("reason", MOVE_REASONS), ("result", MOVE_RESULTS)),
+        ),
     ),
     histograms=(
         Histogram("step_seconds", "Duration of a step with work in it.", _GAPS),
         Histogram("iteration_tokens", "Tokens computed in a step.", _BATCH),
         Histogram("request_queue_time_seconds", "From arrival to first entering a batch.", _SECONDS),
         Histogram("request_prefill_time_seconds", "From entering a batch to the first output token.", _SECONDS),
+        Histogram("migration_stages", "Copies that moved a request.", tuple(float(n) for n in range(1, 9))),
+        Histogram("migration_blocks", "KV blocks copied to move a request.", _BATCH),
+        Histogram("migration_seconds", "From choosing a request to its being moved.", _MOVES),
+        Histogram("migration_frozen_seconds", "Time that a moved request spent in no batch here.", _PAUSES),
     ),
 )

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from daemon.control.fabric import Fabric
 from daemon.control.messages import encode
 from daemon.control.ring import RingWriter
-from daemon.engine.llumlet import Action, Copy, Send, Tell
+from daemon.engine.llumlet import Action, Copy, Report, Send, Tell
+from daemon.engine.logbook import Logbook
 from daemon.engine.outbox import Outbox
 from daemon.kvpool.peers import Peers
 from daemon.kvpool.transfer import Outcome, Transport
@@ -49,7 +50,13 @@ class Hands:
     """The I/O of one llumlet. `outboxes`: one a frontend, flushed by the worker."""
 
     def __init__(
-        self, fabric: Fabric, outboxes: Sequence[Outbox], peers: Peers, transport: Transport, block_bytes: int
+        self,
+        fabric: Fabric,
+        outboxes: Sequence[Outbox],
+        peers: Peers,
+        transport: Transport,
+        block_bytes: int,
+        logbook: Logbook,
     ) -> None:
         topology = fabric.topology
         _, me = topology.role(fabric.process)
@@ -58,6 +65,7 @@ class Hands:
         self._peers = peers
         self._transport = transport
         self._block_bytes = block_bytes
+        self._logbook = logbook
         self._lines = {i: _Line(fabric.writer(topology.engine(i))) for i in range(topology.engines) if i != me}
         self._failed: list[int] = []  # moves whose copy could not even begin
 
@@ -70,6 +78,8 @@ class Hands:
                     self._outboxes[frontend].tell(message)
                 case Copy():
                     self._copy(action)
+                case Report():
+                    self._logbook.move(action)
 
     def flush(self) -> None:
         """Put on the rings what they take, and wake who got something."""

@@ -11,6 +11,7 @@ from daemon.control.messages import (
     Grant,
     Refused,
     Release,
+    Reprioritise,
     Start,
     Statement,
     ToEngine,
@@ -73,10 +74,15 @@ class Inbox:
         match message:
             case Start():
                 return self._start(message, now)
-            case Cancel(rid=rid, epoch=epoch) | Release(rid=rid, epoch=epoch):
+            case Cancel(rid=rid, epoch=epoch):
+                return self._llumlet.on_release(rid, epoch, now, cancelled=True)
+            case Release(rid=rid, epoch=epoch):
                 return self._llumlet.on_release(rid, epoch, now)
             case Grant(rid=rid, epoch=epoch, new_epoch=new_epoch):
                 return self._llumlet.on_grant(rid, epoch, new_epoch, now)
+            case Reprioritise(rid=rid, epoch=epoch, priority=priority):
+                self._llumlet.on_reprioritise(rid, epoch, priority)
+                return []
             case Statement(rids=rids, epochs=epochs):
                 return self._llumlet.on_statement(self._frontend, dict(zip(rids, epochs, strict=True)), now)
 

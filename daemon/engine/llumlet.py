@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 from typing import NamedTuple, Protocol
 
 from daemon.control.messages import (
@@ -78,7 +78,36 @@ class Copy(NamedTuple):
     pairs: list[tuple[int, int]]
 
 
-Action = Send | Tell | Copy
+class Result(StrEnum):
+    """How a move ended. From all but MOVED the request goes on here, unless it is over."""
+
+    MOVED = "moved"
+    HANDED_BACK = "handed_back"  # its frontend starts it elsewhere: there was no KV worth moving
+    DECLINED = "declined"
+    FINISHED = "finished"  # before it could be moved
+    PREEMPTED = "preempted"
+    CANCELLED = "cancelled"
+    COPY_FAILED = "copy_failed"
+    PEER_DIED = "peer_died"
+    TAKEN_BACK = "taken_back"  # its frontend gave it back: the destination did not claim it in time
+
+
+class Report(NamedTuple):
+    """For the record: a move, or an order to move, is over. Times in seconds."""
+
+    request: Request
+    to: int  # engine; -1: wherever its frontend likes
+    reason: str  # of the order
+    result: Result
+    detail: str = ""
+    stages: int = 0  # copies begun
+    blocks: int = 0  # copied
+    skipped: int = 0  # blocks that the destination had
+    seconds: float = 0.0
+    frozen_seconds: float = 0.0
+
+
+Action = Send | Tell | Copy | Report
 
 
 class Journals(Protocol):
@@ -125,6 +154,8 @@ class Outgoing:
     request: Request
     preemptions: int  # of the request when the move began: one more and its KV is gone
     first: int  # output position from which on `logprobs` is kept
+    reason: str  # of the order
+    began: float  # seconds
     blocking: bool = False  # freeze first and copy then: what live migration is compared with
     stage: Stage = Stage.RESERVING
     round: int = 0  # the protocol's stage number
@@ -134,10 +165,20 @@ class Outgoing:
     since: float = 0.0  # start of the stage, seconds
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     records: Records = Records(0, [], None)  # settled at the freeze
+    stages: int = 0  # copies begun
+    copied: int = 0  # blocks
+    skipped: int = 0  # blocks that were there
+    froze: float = -1.0  # when, seconds
+    fate: tuple[Result, str] = (Result.TAKEN_BACK, "")  # how it will end, and why: the first cause counts
 
     @property
     def frozen(self) -> bool:
         return self.stage in FROZEN
+
+    def settle(self, result: Result, detail: str = "") -> None:
+        """Note what its end will be; a second cause changes nothing."""
+        if self.fate[0] is Result.TAKEN_BACK:
+            self.fate = result, detail
 
 
 @dataclass(slots=True, eq=False)
@@ -150,8 +191,16 @@ class Incoming:
     request: Request | None = None  # pending
 
 
+def _always(peer: Peer) -> bool:
+    return True
+
+
 class Llumlet:
-    """The moves of one engine. Set `accepting` to False to take in no more."""
+    """The moves of one engine. Set `accepting` to False to take in no more.
+
+    `busier_than` tells whether this engine still has more to do than a peer; asked before each move of a standing
+    order that is no drain, so that a source does not give away more than evens them out before its lease ends.
+    """
 
     def __init__(
         self,
@@ -161,12 +210,14 @@ class Llumlet:
         max_outgoing: int = MAX_OUTGOING,
         max_incoming: int = MAX_INCOMING,
         patience: float = PATIENCE,
+        busier_than: Callable[[Peer], bool] = _always,
     ) -> None:
         self.scheduler = scheduler
         self.journals = journals
         self.max_outgoing = max_outgoing
         self.max_incoming = max_incoming
         self.patience = patience
+        self.busier_than = busier_than
         self.accepting = True
         self.outgoing: dict[int, Outgoing] = {}  # by move
         self.incoming: dict[tuple[Peer, int], Incoming] = {}  # by source and its move
@@ -209,7 +260,7 @@ class Llumlet:
             request = self.scheduler.get(order.rid)
             if request is None or self._moves_already(request):
                 return []
-            return self._send_off(request, peer, now, order.how)
+            return self._send_off(request, peer, now, order)
         self.orders[peer] = order
         return self._pursue(now)
 
@@ -223,14 +274,18 @@ class Llumlet:
         self.orders = {peer: order for peer, order in self.orders.items() if now < order.lease}
         for peer, order in self.orders.items():
             if order.drain:
-                actions += self._hand_back_all()
+                actions += self._hand_back_all(order)
             while self._may_begin(peer, order) and (request := self._choose(order)):
-                actions += self._send_off(request, peer, now)
+                if not (order.drain or self.busier_than(peer)):
+                    break
+                actions += self._send_off(request, peer, now, order)
         return actions
 
     def _may_begin(self, peer: Peer, order: MigrateTo) -> bool:
+        if len(self.outgoing) >= self.max_outgoing:
+            return False
         busy = any(o.peer == peer for o in self.outgoing.values())
-        return len(self.outgoing) < self.max_outgoing and (order.drain or not busy)
+        return order.drain or not busy
 
     def _moves_already(self, request: Request) -> bool:
         return any(o.request is request for o in self.outgoing.values())
@@ -252,24 +307,37 @@ class Llumlet:
             case _:
                 return min(fit, key=lambda r: len(r.tokens))
 
-    def _hand_back_all(self) -> list[Action]:
+    def _hand_back_all(self, order: MigrateTo) -> list[Action]:
         """Let the frontends start elsewhere whatever waits here."""
-        return [self._hand_back(request) for request in list(self.scheduler.waiting)]
+        waiting = list(self.scheduler.waiting)
+        return [action for request in waiting for action in self._hand_back(request, order, "it waited")]
 
-    def _hand_back(self, request: Request) -> Action:
+    def _hand_back(self, request: Request, order: MigrateTo, why: str) -> list[Action]:
         self.scheduler.cancel(request.rid, request.epoch)
-        return Tell(request.frontend, HandBack(request.rid, request.epoch))
+        told = Tell(request.frontend, HandBack(request.rid, request.epoch))
+        return [told, Report(request, -1, order.reason, Result.HANDED_BACK, why)]
 
     # -- source --------------------------------------------------------------------------------
 
-    def _send_off(self, request: Request, peer: Peer, now: float, how: str = "live") -> list[Action]:
+    def _send_off(self, request: Request, peer: Peer, now: float, order: MigrateTo) -> list[Action]:
         """Move a request, or hand it back where there is no KV worth moving."""
-        waits = request.rid not in self.scheduler.running
-        barely = request.pending > 1 and request.num_computed < self.scheduler.blocks.block_size
-        if waits or barely or how == "recompute":
-            return [self._hand_back(request)]
+        if request.rid not in self.scheduler.running:
+            return self._hand_back(request, order, "it waited")
+        if request.pending > 1 and request.num_computed < self.scheduler.blocks.block_size:
+            return self._hand_back(request, order, "its prefill had barely begun")
+        if order.how == "recompute":
+            return self._hand_back(request, order, "to be computed anew")
         self._moves += 1
-        outgoing = Outgoing(self._moves, peer, request, request.preemptions, request.num_output, how == "blocking")
+        outgoing = Outgoing(
+            self._moves,
+            peer,
+            request,
+            request.preemptions,
+            request.num_output,
+            order.reason,
+            now,
+            order.how == "blocking",
+        )
         self.outgoing[outgoing.move] = outgoing
         return [self._reserve(outgoing, now)]
 
@@ -296,10 +364,10 @@ class Llumlet:
         if outgoing is None or outgoing.stage is not Stage.RESERVING or outgoing.round != answer.stage:
             return []
         if not self._intact(outgoing):
-            return self._abort(outgoing)
+            return self._abort(outgoing, now)
         if answer.stage == 0:
             outgoing.table = [ABSENT] * answer.skip
-            outgoing.sent = answer.skip
+            outgoing.sent = outgoing.skipped = answer.skip
         outgoing.table += answer.blocks
         outgoing.round += 1
         outgoing.stage = Stage.READY
@@ -317,6 +385,7 @@ class Llumlet:
             outgoing.request.block_table[outgoing.sent : upto], outgoing.table[outgoing.sent : upto], strict=True
         )
         outgoing.stage, outgoing.copying, outgoing.since = stage, upto, now
+        outgoing.stages += 1
         return [Copy(outgoing.peer, outgoing.move, list(pairs))]
 
     def copied(self, move: int, now: float) -> list[Action]:
@@ -326,11 +395,12 @@ class Llumlet:
             return []
         match outgoing.stage:
             case Stage.DOOMED:
-                return self._end(outgoing)
+                outgoing.copied += outgoing.copying - outgoing.sent
+                return self._end(outgoing, now)
             case Stage.COPYING:
                 self._note_copy(outgoing, now)
                 outgoing.stage = Stage.READY
-                return [] if self._intact(outgoing) else self._abort(outgoing)
+                return [] if self._intact(outgoing) else self._abort(outgoing, now)
             case Stage.TAIL:
                 self._note_copy(outgoing, now)
                 return self._hand_over(outgoing, now)
@@ -342,13 +412,16 @@ class Llumlet:
         if outgoing is None or outgoing.stage not in (Stage.COPYING, Stage.TAIL, Stage.DOOMED):
             return []
         self.stop(outgoing.peer)
+        outgoing.settle(Result.COPY_FAILED)
         if outgoing.stage is not Stage.TAIL:
-            return self._end(outgoing)
+            return self._end(outgoing, now)
         return [self._aborted(outgoing), *self._ask_back(outgoing)]
 
     def _note_copy(self, outgoing: Outgoing, now: float) -> None:
-        self._block_seconds = (now - outgoing.since) / (outgoing.copying - outgoing.sent)
+        blocks = outgoing.copying - outgoing.sent
+        self._block_seconds = (now - outgoing.since) / blocks
         outgoing.sent = outgoing.copying
+        outgoing.copied += blocks
 
     def after_step(self, emissions: Iterable[Emission], now: float, step_seconds: float = 0.0) -> list[Action]:
         """A step has ended, its emissions are queued for the frontends, and no other has begun.
@@ -356,15 +429,15 @@ class Llumlet:
         `step_seconds`: what a step takes; a rest that copies faster is small enough to freeze for.
         """
         self._keep_logprobs(emissions)
-        actions = self._abort_broken()
+        actions = self._abort_broken(now)
         for outgoing in [o for o in self.outgoing.values() if o.stage is Stage.READY]:
             actions += self._proceed(outgoing, now, step_seconds)
         return actions + self._pursue(now)
 
-    def _abort_broken(self) -> list[Action]:
-        """Give up the moves whose request has ended or lost its KV."""
+    def _abort_broken(self, now: float, ended: Result = Result.FINISHED) -> list[Action]:
+        """Give up the moves whose request has ended, how says `ended`, or lost its KV."""
         going = [o for o in self.outgoing.values() if not o.frozen and o.stage is not Stage.DOOMED]
-        return [action for o in going if not self._intact(o) for action in self._abort(o)]
+        return [action for o in going if not self._intact(o) for action in self._abort(o, now, ended)]
 
     def _keep_logprobs(self, emissions: Iterable[Emission]) -> None:
         """Logprobs are in no request: keep those that the journal may lack at the freeze."""
@@ -384,7 +457,9 @@ class Llumlet:
     def _proceed(self, outgoing: Outgoing, now: float, step_seconds: float) -> list[Action]:
         """Freeze, copy another stage, or ask for more room."""
         blocks, request = self.scheduler.blocks, outgoing.request
-        if blocks.blocks_for(len(request.tokens)) > len(outgoing.table):
+        if request.held:  # settled already; nothing but the step that has just been folded held it up
+            return self._freeze(outgoing, now)
+        if blocks.blocks_for(request.length) > len(outgoing.table):
             return [self._reserve(outgoing, now)]
         left = blocks.blocks_for(request.num_computed) - outgoing.sent
         small = left <= 1 or left * self._block_seconds < step_seconds
@@ -395,14 +470,19 @@ class Llumlet:
 
     def _freeze(self, outgoing: Outgoing, now: float) -> list[Action]:
         """Take the request out of the batch and send the rest. Not before the journal holds what it had emitted
-        when the move began: of that no logprobs were kept."""
+        when the move began: of that no logprobs were kept. Nor while a step in flight contains it: then it is left
+        out of the next, and frozen when that one is folded."""
         request = outgoing.request
         start = self.journals.accepted(request)
         if start < outgoing.first:
             return []
+        if request.in_flight:
+            self.scheduler.hold(request)
+            return []
         logprobs = outgoing.logprobs[start - outgoing.first :] if request.sampling.logprobs >= 0 else None
         outgoing.records = Records(start, request.tokens[request.prompt_len + start :], logprobs)
         self.scheduler.detach(request)
+        outgoing.froze = now
         tail = self._copy(outgoing, self.scheduler.blocks.blocks_for(request.num_computed), Stage.TAIL, now)
         return tail or self._hand_over(outgoing, now)
 
@@ -424,29 +504,47 @@ class Llumlet:
         request = outgoing.request
         return [Tell(request.frontend, AskBack(request.rid, request.epoch, *outgoing.records))]
 
-    def _declined(self, answer: Declined) -> list[Action]:
+    def _declined(self, answer: Declined, now: float) -> list[Action]:
         """The destination has no room, or nothing to put what was handed over into. The order is void with it."""
         outgoing = self.outgoing.get(answer.move)
         if outgoing is None:
             return []
         self.stop(outgoing.peer)
+        outgoing.settle(Result.DECLINED, answer.reason)
         match outgoing.stage:
             case Stage.RESERVING:
-                return self._abort(outgoing)
+                return self._end(outgoing, now)
             case Stage.HANDED:
                 return self._ask_back(outgoing)
         return []
 
-    def _abort(self, outgoing: Outgoing) -> list[Action]:
+    def _abort(self, outgoing: Outgoing, now: float, ended: Result = Result.FINISHED) -> list[Action]:
         """Give up a move; the destination hears it once nothing is written there any more."""
+        lost = outgoing.request.preemptions != outgoing.preemptions
+        outgoing.settle(Result.PREEMPTED if lost else ended)
         if outgoing.stage in (Stage.COPYING, Stage.TAIL):
             outgoing.stage = Stage.DOOMED
             return []
-        return self._end(outgoing)
+        return self._end(outgoing, now)
 
-    def _end(self, outgoing: Outgoing) -> list[Action]:
+    def _end(self, outgoing: Outgoing, now: float) -> list[Action]:
+        return [self._aborted(outgoing), self._close(outgoing, now)]
+
+    def _close(self, outgoing: Outgoing, now: float) -> Action:
+        """The move is over."""
         del self.outgoing[outgoing.move]
-        return [self._aborted(outgoing)]
+        self.scheduler.release(outgoing.request)  # if it was about to be frozen
+        return Report(
+            outgoing.request,
+            outgoing.peer.engine,
+            outgoing.reason,
+            *outgoing.fate,
+            outgoing.stages,
+            outgoing.copied,
+            outgoing.skipped,
+            now - outgoing.began,
+            now - outgoing.froze if outgoing.froze >= 0 else 0.0,
+        )
 
     def _aborted(self, outgoing: Outgoing) -> Action:
         return Send(outgoing.peer, Aborted(outgoing.move, outgoing.request.rid, outgoing.request.epoch))
@@ -476,7 +574,7 @@ class Llumlet:
         if not self.scheduler.reserve():
             return "the batch is full"
         blocks.acquire(matched)
-        granted = blocks.allocate(fresh)
+        granted = self.scheduler.allocate_settled(fresh)
         self.incoming[peer, reserve.move] = Incoming(peer, reserve, matched + granted)
         return Reserved(reserve.move, reserve.rid, reserve.epoch, 0, len(matched), granted)
 
@@ -485,14 +583,15 @@ class Llumlet:
         fresh = max(0, blocks.blocks_for(reserve.num_tokens) - len(incoming.table))
         if not self._has_room(fresh):
             return "no KV blocks to spare"
-        granted = blocks.allocate(fresh)
+        granted = self.scheduler.allocate_settled(fresh)
         incoming.table += granted
         return Reserved(reserve.move, reserve.rid, reserve.epoch, reserve.stage, 0, granted)
 
     def _has_room(self, fresh: int) -> bool:
         """Whether so many blocks can go, and each running request still has one to grow into and 1% stays free."""
-        blocks = self.scheduler.blocks
-        return blocks.can_allocate(fresh + len(self.scheduler.running) + blocks.capacity // 100)
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        kept = len(scheduler.running) + blocks.capacity // 100 + scheduler.num_unsettled
+        return blocks.can_allocate(fresh + kept)
 
     def _take(self, peer: Peer, handover: Handover) -> list[Action]:
         """All is here: hold the request pending and ask for it. What does not fit the journal is turned away."""
@@ -537,7 +636,7 @@ class Llumlet:
             case Reserved():
                 return self._reserved(message, now)
             case Declined():
-                return self._declined(message)
+                return self._declined(message, now)
             case Handover():
                 return self._take(peer, message)
             case Aborted(move=move):
@@ -556,8 +655,9 @@ class Llumlet:
             self._free(incoming.peer, incoming.reserve.move)
         actions: list[Action] = []
         for outgoing in [o for o in self.outgoing.values() if dead(o.peer)]:
+            outgoing.settle(Result.PEER_DIED)
             if not outgoing.frozen:
-                del self.outgoing[outgoing.move]
+                actions.append(self._close(outgoing, now))
             elif outgoing.stage is not Stage.ASKING:
                 actions += self._ask_back(outgoing)
         return actions
@@ -577,9 +677,8 @@ class Llumlet:
         """What is frozen or pending at `epoch` runs from now on, at `new_epoch`."""
         for outgoing in self.outgoing.values():
             if outgoing.frozen and outgoing.request.rid == rid and outgoing.request.epoch == epoch:
-                del self.outgoing[outgoing.move]
                 self._run(outgoing.request, new_epoch, now)
-                return []
+                return [self._close(outgoing, now)]
         for key, incoming in self.incoming.items():
             request = incoming.request
             if request is not None and request.rid == rid and request.epoch == epoch:
@@ -594,44 +693,56 @@ class Llumlet:
             request.admitted = now
         self.scheduler.attach(request)
 
-    def on_release(self, rid: int, epoch: int, now: float) -> list[Action]:
-        """Release or Cancel: drop `rid` at `epoch` or older, wherever it is. Of a reservation its source hears."""
-        return self._drop(lambda r: r.rid == rid and r.epoch <= epoch)
+    def on_release(self, rid: int, epoch: int, now: float, *, cancelled: bool = False) -> list[Action]:
+        """Release or, if `cancelled`, Cancel: drop `rid` at `epoch` or older, wherever it is. Of a reservation its
+        source hears."""
+        return self._drop(lambda r: r.rid == rid and r.epoch <= epoch, now, moved=not cancelled)
+
+    def on_reprioritise(self, rid: int, epoch: int, priority: int) -> None:
+        """What is held at exactly `epoch`, wherever it is, has another class from now on. A copy at an older epoch
+        will never run again, and there is none at a newer one: see `control.ownership`."""
+        here = self.scheduler.get(rid)
+        for request in (*self.frozen, *self.pending, *([here] if here else [])):
+            if (request.rid, request.epoch) == (rid, epoch):
+                self.scheduler.reprioritise(request, priority)
 
     def on_statement(self, frontend: int, owned: Mapping[int, int], now: float) -> list[Action]:
         """All that a frontend has given to this engine (rid: epoch). What it omits is dropped; what it names and
         is not here is handed back; what is frozen asks again, as nobody may remember that it did."""
-        actions = self._drop(lambda r: r.frontend == frontend and r.epoch < owned.get(r.rid, r.epoch + 1))
+        actions = self._drop(
+            lambda r: r.frontend == frontend and r.epoch < owned.get(r.rid, r.epoch + 1), now, moved=False
+        )
         for outgoing in self.outgoing.values():
             if outgoing.request.frontend == frontend and outgoing.stage in (Stage.HANDED, Stage.ASKING):
                 actions += self._ask_back(outgoing)
         missing = [rid for rid, epoch in owned.items() if self.epoch_of(rid) < epoch]
         return actions + [Tell(frontend, HandBack(rid, owned[rid])) for rid in missing]
 
-    def _drop(self, doomed: Callable[[Request], bool]) -> list[Action]:
+    def _drop(self, doomed: Callable[[Request], bool], now: float, *, moved: bool) -> list[Action]:
+        """Free what is `doomed`. `moved`: of what was handed over, the destination has become the owner."""
         scheduler = self.scheduler
         actions: list[Action] = []
         for outgoing in [o for o in self.outgoing.values() if o.frozen and doomed(o.request)]:
             scheduler.discard(outgoing.request)
-            actions += self._forget(outgoing)
+            actions += self._forget(outgoing, now, moved)
         for incoming in [i for i in self.incoming.values() if i.request is not None and doomed(i.request)]:
             self._free(incoming.peer, incoming.reserve.move)
         for request in [r for r in (*scheduler.running.values(), *scheduler.waiting) if doomed(r)]:
             scheduler.cancel(request.rid, request.epoch)
-        return actions + self._abort_broken()
+        return actions + self._abort_broken(now, Result.CANCELLED)
 
-    def _forget(self, outgoing: Outgoing) -> list[Action]:
+    def _forget(self, outgoing: Outgoing, now: float, moved: bool) -> list[Action]:
         """The frozen request is gone. What was handed over the frontend will refuse; what was not is aborted."""
         if outgoing.stage is Stage.TAIL:
-            return self._abort(outgoing)
-        del self.outgoing[outgoing.move]
-        return []
+            return self._abort(outgoing, now, Result.CANCELLED)
+        outgoing.settle(Result.MOVED if moved else Result.CANCELLED)
+        return [self._close(outgoing, now)]
 
     # -- time ----------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
         """Time passes: who waits too long for a verdict asks for it. Call it now and then, idle or not."""
-        actions = self._abort_broken()
+        actions = self._abort_broken(now)
         for outgoing in self.outgoing.values():
             if outgoing.stage is Stage.HANDED and now - outgoing.since >= self.patience:
                 actions += self._ask_back(outgoing)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from daemon.control.fabric import COORDINATOR, Fabric
-from daemon.control.messages import MigrateTo, SetServing, decode_engine_facts, decode_to_llumlet, decode_to_peer
+from daemon.control.messages import EngineFacts, MigrateTo, decode_engine_facts, decode_to_llumlet, decode_to_peer
 from daemon.control.processes import Life
 from daemon.engine.llumlet import Action, Llumlet, Peer
 
@@ -30,7 +30,6 @@ class Neighbours:
         self._lanes = {i: fabric.reader(topology.engine(i)) for i in others}
         self._boards = {i: fabric.board_of(topology.engine(i)) for i in others}
         self._orders = fabric.reader(COORDINATOR)
-        self.draining = False
 
     def listen(self) -> None:
         """Take what they have written. The table is read first, deaths are handled last: all that a peer had
@@ -59,18 +58,24 @@ class Neighbours:
                 self._dead[engine] = dead
                 self._carry_out(self._llumlet.peer_died(Peer(engine, dead), time.monotonic()))
 
-    def _obey(self, order: MigrateTo | SetServing) -> None:
-        if isinstance(order, SetServing):
-            self.draining = not order.serving
-            self._llumlet.accepting = order.serving
-        elif self._fits(order.engine):
+    def _obey(self, order: MigrateTo) -> None:
+        if self._fits(order.engine):
             peer = Peer(order.engine, self._lives[order.engine])
             self._carry_out(self._llumlet.migrate_to(peer, order, time.monotonic()))
 
+    def facts_of(self, peer: Peer) -> EngineFacts | None:
+        """What that life of an engine has published last, if it is not over."""
+        found = self._boards[peer.engine].read() if peer.incarnation == self._lives[peer.engine] else None
+        facts = decode_engine_facts(found[1]) if found else None
+        return facts if facts and facts.incarnation == peer.incarnation else None
+
+    def alive(self) -> list[EngineFacts]:
+        """What each engine that lives has published last."""
+        found = (self.facts_of(Peer(engine, life)) for engine, life in self._lives.items() if life)
+        return [facts for facts in found if facts is not None]
+
     def _fits(self, engine: int) -> bool:
         """Whether it lives and its blocks are of the same make."""
-        found = self._boards[engine].read() if self._lives.get(engine) else None
-        if found is None:
-            return False
-        facts = decode_engine_facts(found[1])
-        return facts.incarnation == self._lives[engine] and facts.kv_format == self._kv_format
+        alive = self._lives.get(engine)
+        facts = self.facts_of(Peer(engine, alive)) if alive else None
+        return facts is not None and facts.kv_format == self._kv_format

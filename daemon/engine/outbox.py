@@ -22,6 +22,11 @@ class Outbox:
         self._notes: deque[Note] = deque()
         self.peer = 0  # incarnation of the frontend that owns what is in here
 
+    @property
+    def owes(self) -> bool:
+        """Whether something waits here for room on the ring."""
+        return bool(self._rows or self._notes)
+
     def emit(self, emission: Emission) -> None:
         self._rows.append(emission)
 

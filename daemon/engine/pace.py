@@ -15,6 +15,7 @@ class Pace:
         self.tokens_per_second = 0.0
         self._since = now
         self._tokens = 0
+        self.seconds = 0  # that were closed
 
     def step(self, seconds: float, tokens: int, now: float) -> None:
         """Fold one step of `seconds` that emitted `tokens`."""
@@ -27,6 +28,7 @@ class Pace:
         if now - self._since >= 1.0:
             self.tokens_per_second = self._tokens / (now - self._since)
             self._since, self._tokens = now, 0
+            self.seconds += 1
 
     @property
     def step_deadline(self) -> float:

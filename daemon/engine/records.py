@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from daemon.control.journal import JournalView, SlotState
 from daemon.engine.request import Request
 
@@ -15,7 +17,8 @@ class Records:
         self._journals = journals
 
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
-        """The request with its journaled output; None unless the slot stands for it at this very epoch."""
+        """The request with its journaled output and its present priority; None unless the slot stands for it at
+        this very epoch."""
         journal = self._journals[frontend]
         if not _stands(journal, slot, rid, epoch):
             return None
@@ -25,7 +28,7 @@ class Records:
                 rid=rid,
                 epoch=epoch,
                 frontend=frontend,
-                params=journal.params(slot),
+                params=replace(journal.params(slot), priority=journal.priority(slot)),
                 tokens=prompt + journal.output(slot),
                 prompt_len=len(prompt),
                 slot=slot,

@@ -39,6 +39,7 @@ class CpuRunner:
         if deterministic and dtype == "bf16":
             raise ModelError("deterministic needs fp32: set dtype to auto or fp32, or deterministic to false")
         _set_threads(threads)
+        self.device = f"cpu, {threads} threads"
         self.eos_token_ids = card.eos_token_ids
         self.max_model_len = min(max_model_len, card.max_position)
         self.vocab_size = card.vocab_size

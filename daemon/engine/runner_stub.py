@@ -32,6 +32,7 @@ def certain(plan: StepPlan, tokens: list[int]) -> list[TokenLogprobs | None] | N
 class StubRunner:
     """Each step sleeps `step_seconds` and draws `stub_token`s; the KV pool stays untouched."""
 
+    device = "stub"
     eos_token_ids: tuple[int, ...] = ()
 
     def __init__(

@@ -110,8 +110,8 @@ class Sampler:
         return _Batch(
             logits=values,
             block_max=np.empty((rows, self._blocks), np.float32),
-            inverse_temperature=np.array([_inverse_temperature(p) for p in params], np.float32),
-            min_p_depth=np.array([_min_p_depth(p) for p in params], np.float32),
+            inverse_temperature=np.array([inverse_temperature(p) for p in params], np.float32),
+            min_p_depth=np.array([min_p_depth(p) for p in params], np.float32),
             top_k=np.array([p.top_k for p in params], np.int64),
             top_p=np.array([p.top_p for p in params], np.float64),
             seed=np.array([p.seed & _SEED_MASK for p in params], np.uint64),
@@ -153,11 +153,13 @@ def _scratch(vocab_size: int) -> _Scratch:
     return _Scratch(np.empty(vocab_size, np.uint64), np.empty(vocab_size, np.int64), np.empty(vocab_size, np.int64))
 
 
-def _inverse_temperature(params: SamplingParams) -> float:
+def inverse_temperature(params: SamplingParams) -> float:
+    """1 / temperature, before it is rounded to float32; GREEDY for temperatures under LEAST_TEMPERATURE."""
     return 1.0 / params.temperature if params.temperature >= LEAST_TEMPERATURE else float(noise.GREEDY)
 
 
-def _min_p_depth(params: SamplingParams) -> float:
+def min_p_depth(params: SamplingParams) -> float:
+    """temperature * log(min_p): how far under the largest logit min-p reaches, before it is rounded to float32."""
     return params.temperature * math.log(min(params.min_p, 1.0)) if params.min_p > 0.0 else -math.inf
 
 

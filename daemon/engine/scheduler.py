@@ -10,6 +10,11 @@
 
 A request gets the blocks of all its known tokens when it is admitted, so a prefill once begun never waits for
 memory. Urgency is ``(class, key(request, now), rid)``; the least goes first. `fold` takes in the step's result.
+
+A step may be planned while the one before is in flight, that is planned and not folded: its decodes then compute
+tokens that nobody knows yet. Steps are folded in the order of their plans. A request that turns out to have ended
+gives one row in vain. Its blocks are free at once, for what the next steps write there is written later; only a
+peer, whose writes nothing puts in order, must not get them before that row is done (`allocate_settled`).
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from daemon.control.messages import Finish, TokenLogprobs
 from daemon.engine.request import Request
@@ -74,6 +81,8 @@ class Scheduler:
         self.prefix_hit_tokens = 0  # of those, found in the prefix cache
         self._key = key
         self._drifts = drifts
+        self._plans = 0
+        self._unsettled: dict[int, int] = {}  # block: number of the last plan that may write to it in vain
 
     # -- facts for the board -------------------------------------------------------------------
 
@@ -143,6 +152,16 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.push(request, self._urgency(request, now))
 
+    def reprioritise(self, request: Request, priority: int) -> None:
+        """Give a request another class. One that waits gets its new place in the queue, by the key it has; one that
+        runs counts in its new class from the next plan on; one that is detached or pending just keeps it."""
+        if self.waiting.get(request.rid) is not request:
+            request.params = replace(request.params, priority=priority)
+            return
+        _, key, rid = self.waiting.remove(request)
+        request.params = replace(request.params, priority=priority)
+        self.waiting.push(request, (priority, key, rid))
+
     def _end(self, request: Request, finish: Finish) -> None:
         request.finish = finish
         if request.rid in self.running:
@@ -155,9 +174,14 @@ class Scheduler:
         self._clear(request)
 
     def _clear(self, request: Request) -> None:
+        if request.in_flight:
+            first = request.num_computed // self.blocks.block_size
+            self._unsettled.update(dict.fromkeys(request.block_table[first:], self._plans))
         self.blocks.free(request.block_table)
         request.block_table = []
-        request.num_computed = 0
+        request.num_computed = request.ahead = 0
+        request.drawing = request.held = False
+
 
     # -- migration: in and out of the batch with the KV ----------------------------------------
 
@@ -168,12 +192,36 @@ class Scheduler:
         self.held_slots += 1
         return True
 
+    @property
+    def num_unsettled(self) -> int:
+        """Blocks that `allocate_settled` leaves out, at most."""
+        return len(self._unsettled)
+
+    def allocate_settled(self, n: int) -> list[int]:
+        """`n` free blocks for a peer to write to: to none of them may a step in flight still write, on behalf of a
+        request that has left. Raises PoolError, and takes none, if there are fewer."""
+        return self.blocks.allocate(n, avoid=self._unsettled)
+
     def unreserve(self) -> None:
         """Give up a place that `reserve` has kept."""
         self.held_slots -= 1
 
+    def hold(self, request: Request) -> None:
+        """Leave a running request out of the plans to come, so that it can be detached when no step has it."""
+        request.held = True
+
+    def release(self, request: Request) -> None:
+        """Take a held request into the plans again."""
+        request.held = False
+
     def detach(self, request: Request) -> None:
-        """Take a running request out of the batch: it keeps its blocks and its place, and nobody preempts it."""
+        """Take a running request out of the batch: it keeps its blocks and its place, and nobody preempts it.
+
+        Raises ValueError while a step in flight contains it.
+        """
+        if request.in_flight:
+            raise ValueError(f"request {request.rid} is in a step in flight")
+        request.held = False
         del self.running[request.rid]
         self.held_slots += 1
 
@@ -208,20 +256,34 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute. `now`: seconds, for the ordering key."""
+        """The next step, or None if there is nothing to compute. `now`: seconds, for the ordering key.
+
+        It counts as in flight from now on: `fold` it, in turn.
+        """
         if self._drifts:
             self.waiting.reorder(lambda request: self._urgency(request, now))
         # Who was preempted for want of blocks would only be in the way again.
         preempted = self._grow(now) or self._admit(now)
-        decoding, prefilling = _split(self.running.values())
-        rows = [Row(request, request.num_computed, 1, True) for request in decoding]
+        decoding, prefilling = _split(r for r in self.running.values() if not self._rests(r))
+        rows = [_row(request, 1) for request in decoding]
         rows += self._chunks(prefilling, self.max_batch_tokens - len(decoding), now)
-        return StepPlan(rows, len(decoding), preempted) if rows else None
+        if not rows:
+            return None
+        self._plans += 1
+        for row in rows:
+            row.request.ahead += row.count
+            row.request.drawing = row.sample
+        return StepPlan(rows, len(decoding), preempted, self._plans)
+
+    def _rests(self, request: Request) -> bool:
+        """Nothing of it is to be computed: it is held, or the token being drawn is its last."""
+        output = request.length - request.prompt_len
+        return request.held or (request.drawing and self._is_last(request, output, request.length))
 
     def _grow(self, now: float) -> list[Request]:
         """Give every running request room for its known tokens; returns whom that cost its place."""
         size = self.blocks.block_size
-        growing = [r for r in self.running.values() if len(r.tokens) > len(r.block_table) * size]
+        growing = [r for r in self.running.values() if r.length > len(r.block_table) * size and not self._rests(r)]
         preempted = []
         while not self.blocks.can_allocate(len(growing)):
             victim = max(self.running.values(), key=lambda r: self._urgency(r, now))
@@ -294,7 +356,7 @@ class Scheduler:
         for request in sorted(prefilling, key=lambda r: self._urgency(r, now)):
             count = min(request.pending, budget)
             if count:
-                rows.append(Row(request, request.num_computed, count, count == request.pending))
+                rows.append(_row(request, count))
             budget -= count
         return rows
 
@@ -318,14 +380,20 @@ class Scheduler:
     def fold(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
         """Take in what the step computed; returns what the frontends must hear, in the order of the rows.
 
-        A row whose request has been cancelled or preempted since the plan is ignored.
+        A row whose request has been cancelled or preempted since the plan is ignored; one that was shed ends its
+        request, and its blocks stay unnamed.
         """
+        self._unsettled = {block: number for block, number in self._unsettled.items() if number > plan.number}
         emissions = []
         drawn = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905
-        for row in plan.rows:
+        for i, row in enumerate(plan.rows):
             request = row.request
             token, logprobs = next(drawn) if row.sample else (-1, None)
-            if self.running.get(request.rid) is not request:
+            if self.running.get(request.rid) is not request or request.preemptions != row.life:
+                continue
+            request.ahead -= row.count
+            if i in result.shed:
+                emissions.append(self._append(request, NO_TOKEN, None))
                 continue
             self._advance(request, row.start + row.count)
             if row.sample:
@@ -347,6 +415,8 @@ class Scheduler:
 
     def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Emission:
         start = request.num_output
+        if not request.in_flight:
+            request.drawing = False
         if token == NO_TOKEN:
             self._end(request, Finish.ERROR)
             return Emission(request, start, [], Finish.ERROR, None)
@@ -363,9 +433,11 @@ class Scheduler:
         length = request.num_output
         if stop and length >= sampling.min_tokens:
             return Finish.STOP
-        if length >= sampling.max_tokens or len(request.tokens) >= self.max_len:
-            return Finish.LENGTH
-        return Finish.NONE
+        return Finish.LENGTH if self._is_last(request, length, len(request.tokens)) else Finish.NONE
+
+    def _is_last(self, request: Request, num_output: int, length: int) -> bool:
+        """Whether no token may follow so many."""
+        return num_output >= request.sampling.max_tokens or length >= self.max_len
 
     # -- invariants ----------------------------------------------------------------------------
 
@@ -385,7 +457,7 @@ class Scheduler:
             return "both waits and runs"
         if waits and (request.block_table or request.num_computed):
             return "waits and holds blocks"
-        if request.num_computed > len(request.block_table) * self.blocks.block_size:
+        if request.num_computed + request.ahead > len(request.block_table) * self.blocks.block_size:
             return "has computed more tokens than its blocks hold"
         if request.pending < 1:
             return "has nothing to compute"
@@ -397,5 +469,10 @@ def _split(requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
     decoding: list[Request] = []
     prefilling: list[Request] = []
     for request in requests:
-        (decoding if len(request.tokens) - request.num_computed == 1 else prefilling).append(request)
+        (decoding if request.pending == 1 else prefilling).append(request)
     return decoding, prefilling
+
+
+def _row(request: Request, count: int) -> Row:
+    """The next `count` tokens to compute."""
+    return Row(request, request.num_computed + request.ahead, count, count == request.pending, request.preemptions)

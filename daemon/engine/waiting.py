@@ -37,11 +37,12 @@ class WaitingQueue:
         insort(self._order, entry)
         self.tokens += request.pending
 
-    def remove(self, request: Request) -> None:
-        """Take `request` out, before anything of it changes."""
+    def remove(self, request: Request) -> Urgency:
+        """Take `request` out, before anything of it changes. Returns the urgency it had."""
         entry = self._entries.pop(request.rid)
         del self._order[bisect_left(self._order, entry)]
         self.tokens -= request.pending
+        return entry[0]
 
     def reorder(self, urgency: Callable[[Request], Urgency]) -> None:
         """Take everybody's urgency anew."""

@@ -10,21 +10,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from daemon import child
-from daemon.child import EXIT_CONFIG, LEAVE, Birth
+from daemon.child import EXIT_CONFIG, EXIT_PARKED, LEAVE, Birth
+from daemon.config import Config
 from daemon.control import doorbell, segment, stats
+from daemon.control.eventlog import EventLog
 from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView
+from daemon.control.load import POLICIES, Policy
 from daemon.control.messages import EngineFacts, EngineState, encode
 from daemon.engine.build import build_runner
+from daemon.engine.calibrate import calibrate
+from daemon.engine.cost import StepCost
 from daemon.engine.hands import Hands
 from daemon.engine.inbox import Inbox
-from daemon.engine.llumlet import Llumlet
+from daemon.engine.llumlet import Llumlet, Peer
+from daemon.engine.logbook import Logbook
 from daemon.engine.neighbours import Neighbours
 from daemon.engine.outbox import Outbox
 from daemon.engine.pace import Pace
+from daemon.engine.pipeline import Pipeline, Step
 from daemon.engine.records import Records
 from daemon.engine.runner import PoolSpec, Runner, StepPlan
 from daemon.engine.scheduler import Emission, Scheduler
+from daemon.engine.standing import Standing
+from daemon.engine.yardstick import Measure, agree
 from daemon.kvpool.blocks import BlockManager
 from daemon.kvpool.peers import Peers
 from daemon.kvpool.transfer import Mover, Transport
@@ -48,8 +57,8 @@ def main(birth: Birth) -> None:
         worker = _load(birth, fabric)
     except ModelError as e:
         _give_up(str(e))
-    progress.enter(EngineState.SERVING, fabric.incarnation, IDLE_DEADLINE)
     worker.run()
+    sys.exit(EXIT_PARKED)
 
 
 def _give_up(reason: str) -> NoReturn:
@@ -69,6 +78,7 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
         raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
     runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
     blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+    cost = _measure(config, runner, num_blocks)
     scheduler = Scheduler(
         blocks,
         max_num_seqs=config.max_num_seqs,
@@ -80,18 +90,61 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
         "ready after %.1f s: %d KV blocks of %d tokens", time.monotonic() - started, num_blocks - 1, config.block_size
     )
     peers = Peers(fabric.table(), fabric.topology, birth.parent)
-    return Worker(fabric, runner, scheduler, peers, Mover(pool, fabric.bell))
+    return Worker(
+        fabric,
+        runner,
+        scheduler,
+        peers,
+        Mover(pool, fabric.bell),
+        POLICIES[config.policy],
+        overlap=config.overlap,
+        measure=Measure(cost.knee, config.ideal_tokens or cost.ideal_tokens),
+    )
+
+
+def _measure(config: Config, runner: Runner, num_blocks: int) -> StepCost:
+    """What steps cost here; all zero for the engines without a model, whose steps take what they are told to."""
+    if config.engine != "model":
+        return StepCost()
+    cost = calibrate(
+        runner,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    log.info(
+        "a step takes %.3g ms, %.3g us a token and %.3g ns a token of KV: "
+        "twice its ideal at %d tokens, near it up to %d of KV (0: no limit)",
+        cost.base * 1e3,
+        cost.per_token * 1e6,
+        cost.per_kv * 1e9,
+        cost.knee,
+        cost.ideal_tokens,
+    )
+    return cost
 
 
 class Worker:
     """The loop of one engine over its scheduler and runner."""
 
     def __init__(
-        self, fabric: Fabric, runner: Runner, scheduler: Scheduler, peers: Peers, transport: Transport
+        self,
+        fabric: Fabric,
+        runner: Runner,
+        scheduler: Scheduler,
+        peers: Peers,
+        transport: Transport,
+        policy: Policy,
+        *,
+        overlap: bool,
+        measure: Measure,
     ) -> None:
+        """`overlap`: plan the next step while one runs, if the runner can; `measure`: what was measured here."""
         topology = fabric.topology
         self._fabric = fabric
         self._runner = runner
+        self._pipeline = Pipeline(runner, overlap=overlap)
         self._scheduler = scheduler
         self._progress = fabric.progress(fabric.process)
         self._board = fabric.board()
@@ -104,9 +157,15 @@ class Worker:
         records = Records([JournalView(fabric.journal(k)) for k in range(topology.frontends)])
         spec = runner.pool_spec(1)
         self._kv_format = _kv_format(spec)
-        self._llumlet = Llumlet(scheduler, records)
+        self._policy = policy
+        self._make = f"{runner.device} {self._kv_format}"
+        self._measured = self._agreed = measure
+        self._agreed_at = -1  # second
+        self._llumlet = Llumlet(scheduler, records, busier_than=self._busier_than)
+        self._standing = Standing(fabric, self._llumlet)
         self._peers = peers
-        self._hands = Hands(fabric, self._outboxes, peers, transport, spec.block_bytes)
+        self._logbook = Logbook(EventLog(fabric.events(fabric.process)), self._stats, spec.block_bytes)
+        self._hands = Hands(fabric, self._outboxes, peers, transport, spec.block_bytes, self._logbook)
         self._neighbours = Neighbours(fabric, self._llumlet, self._kv_format, self._hands.carry_out)
         self._inboxes = [
             Inbox(
@@ -122,16 +181,29 @@ class Worker:
         ]
 
     def run(self) -> None:
-        """Serve until told to leave."""
+        """Serve until told to leave; returns once the engine is wished parked and nothing is left here."""
         while True:
+            self._standing.heed()
             self._answer()
-            plan = self._scheduler.plan(time.monotonic())
+            plan = None if self._pipeline.closed else self._scheduler.plan(time.monotonic())
             if plan is not None:
-                self._step(plan)
+                self._launch(plan)
+            step = self._pipeline.collect(leave=0 if plan is None else 1)
+            if step is not None:
+                self._fold(step)
             self._publish()  # before the bells: who is woken finds the facts fresh
             self._deliver()
-            if plan is None:
+            if plan is None and step is None:
+                if self._standing.state == EngineState.PARKED and self._vacant:
+                    return
                 self._rest()
+
+    @property
+    def _vacant(self) -> bool:
+        """Whether nobody here is owed anything. What comes from now on its sender takes back."""
+        scheduler, llumlet = self._scheduler, self._llumlet
+        held = scheduler.running or scheduler.waiting or llumlet.incoming or llumlet.outgoing
+        return not held and not any(outbox.owes for outbox in self._outboxes)
 
     def _answer(self) -> None:
         """Take what is there and answer it before the step: a request on its way stands still meanwhile.
@@ -142,9 +214,11 @@ class Worker:
         pending = len(self._llumlet.pending)
         self._listen()
         self._deliver()
-        end = time.monotonic() + GRANT_WAIT
+        # With a step in flight the next one must be launched before that has ended.
+        wait = min(GRANT_WAIT, self._pace.step_seconds / 3) if len(self._pipeline) else GRANT_WAIT
+        end = time.monotonic() + wait
         while len(self._llumlet.pending) > pending and time.monotonic() < end:
-            doorbell.wait(self._fabric.bell, GRANT_WAIT)
+            doorbell.wait(self._fabric.bell, wait)
             self._listen()
             self._deliver()
 
@@ -163,17 +237,21 @@ class Worker:
         if not self._llumlet.idle:
             self._hands.carry_out(self._llumlet.tick(time.monotonic()))
 
-    def _step(self, plan: StepPlan) -> None:
-        started = time.monotonic()
+    def _launch(self, plan: StepPlan) -> None:
         self._checked = False
         self._progress.beat(self._pace.step_deadline)
-        result = self._runner.execute(plan)
+        self._pipeline.launch(plan)
+
+    def _fold(self, step: Step) -> None:
+        """Take in a step that has ended."""
+        self._progress.beat(self._pace.step_deadline)
         now = time.monotonic()
-        emissions = self._scheduler.fold(plan, result, now)
+        emissions = self._scheduler.fold(step.plan, step.result, now)
         for emission in emissions:
             self._outboxes[emission.request.frontend].emit(emission)
         self._hands.carry_out(self._llumlet.after_step(emissions, now, self._pace.step_seconds))
-        self._account(plan, emissions, now - started, now)
+        self._logbook.preempted(step.plan.preempted)
+        self._account(step.plan, emissions, step.seconds, now)
 
     def _deliver(self) -> None:
         for k, outbox in enumerate(self._outboxes):
@@ -223,10 +301,22 @@ class Worker:
                 self._counted[name] = total
 
     def _publish(self) -> None:
+        if self._agreed_at != self._pace.seconds:
+            self._agreed_at = self._pace.seconds
+            self._agreed = agree(self._measured, self._make, self._neighbours.alive())
+        self._logbook.state(self._standing.state)
+        self._board.publish(encode(self._facts()))
+
+    def _busier_than(self, peer: Peer) -> bool:
+        """Whether a move there still evens things out; it may be that we know nothing of it any more."""
+        theirs = self._neighbours.facts_of(peer)
+        return theirs is not None and self._policy.migration(self._facts()) < self._policy.migration(theirs)
+
+    def _facts(self) -> EngineFacts:
         scheduler, blocks = self._scheduler, self._scheduler.blocks
-        facts = EngineFacts(
+        return EngineFacts(
             incarnation=self._fabric.incarnation,
-            state=EngineState.DRAINING if self._neighbours.draining else EngineState.SERVING,
+            state=self._standing.state,
             step=self._steps,
             time=time.monotonic(),
             block_size=blocks.block_size,
@@ -248,8 +338,12 @@ class Worker:
             incoming=len(self._llumlet.incoming),
             outgoing=len(self._llumlet.outgoing),
             kv_format=self._kv_format,
+            knee=self._agreed.knee,
+            ideal_tokens=self._agreed.ideal_tokens,
+            measured_knee=self._measured.knee,
+            measured_ideal_tokens=self._measured.ideal_tokens,
+            make=self._make,
         )
-        self._board.publish(encode(facts))
 
 
 def _kv_format(spec: PoolSpec) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 HASH_BYTES = 16
 
@@ -89,15 +90,17 @@ class BlockManager:
 
     # -- handing out and taking back ---------------------------------------------------------------
 
-    def allocate(self, n: int) -> list[int]:
-        """Take `n` free blocks, uncached and then least recently used first; what they cached is forgotten.
+    def allocate(self, n: int, avoid: Container[int] = ()) -> list[int]:
+        """Take `n` free blocks but those to `avoid`, uncached and then least recently used first; what they cached
+        is forgotten.
 
         Raises PoolError, and takes none, if fewer are free.
         """
-        if not self.can_allocate(n):
-            raise PoolError(f"{n} blocks wanted, {self.num_free} free")
-        blocks = [self._free.popitem(last=False)[0] for _ in range(n)]
+        blocks = list(islice((block for block in self._free if block not in avoid), n))
+        if len(blocks) < n:
+            raise PoolError(f"{n} blocks wanted, {len(blocks)} free")
         for block in blocks:
+            del self._free[block]
             self._refs[block] = 1
             self._forget(block)
         return blocks

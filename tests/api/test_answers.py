@@ -233,6 +233,29 @@ def test_parameters_reach_the_engine(world):
     with_client(world, body)
 
 
+@pytest.mark.parametrize(
+    ("line", "asked", "priority"),
+    [
+        ("k", {}, 0),
+        ("k priority=high", {}, -1),
+        ("k priority=low", {"priority": None}, 1),
+        ("k\tpriority=-7", {}, -7),
+        ("k priority=low", {"priority": "high"}, -1),
+        ("k priority=high", {"priority": 0}, 0),
+    ],
+)
+def test_a_key_gives_a_priority_to_requests_that_name_none(model, line, asked, priority):
+    world = make_world(model, keys=["other priority=100", line])
+
+    async def body(client):
+        headers = {"Authorization": "Bearer k"}
+        assert (await client.post(CHAT, json=HELLO | asked, headers=headers)).status == 200
+        assert (await client.post(TEXT, json={"prompt": ["a", "b"]} | asked, headers=headers)).status == 200
+        assert [sent.priority for sent in world.generator.submissions] == [priority] * 3
+
+    with_client(world, body)
+
+
 def test_output_fills_the_context_by_default(world):
     async def body(client):
         await client.post(CHAT, json=HELLO)

@@ -43,6 +43,15 @@ def test_gateway_sees_the_whole_box_in_one_series():
     assert series["llumd:engine_requests_running"] == [({"engine": "0"}, 3), ({"engine": "2"}, 4)]
 
 
+def test_each_engine_is_in_one_state():
+    states = ["serving", "parked", "parking"]
+    series = _series(render("m", [], [], [_facts(), None, _facts(state=EngineState.PARKED)], states))
+    current = {label["engine"]: label["state"] for label, value in series["llumd:engine_state"] if value}
+    assert current == dict(zip("012", states, strict=True))
+    assert sum(value for _, value in series["llumd:engine_state"]) == 3
+    assert [value for _, value in series["llumd:engine_serving"]] == [1, 0, 0]
+
+
 def test_totals_are_sums_over_processes():
     def frontend(page: StatsPage) -> None:
         page.inc("generation_tokens", 5)

@@ -315,6 +315,33 @@ def test_key_file(tmp_path):
             KeyRing.load(path)
 
 
+def test_key_file_with_priorities(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("one priority=high\n  two\tpriority=3  \nthree\n\none priority=-1\n")
+    ring = KeyRing.load(file)
+    assert [ring.check(f"Bearer {key}").priority for key in ("one", "two", "three")] == [-1, 3, 0]
+    with pytest.raises(Exception, match="API key"):
+        ring.check("Bearer one priority=high")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "secret priority=urgent", "secret priority=", "secret priority=101", "secret high", "secret Priority=high",
+        "secret team=a", "secret priority=high team=a", "secret priority=high priority=high",
+        "secret priority = high", "priority=high secret", "priority=high", "secret pass phrase", "known priority=low",
+    ],
+)  # fmt: skip
+def test_a_wrong_line_of_the_key_file_is_named_and_not_shown(tmp_path, line):
+    file = tmp_path / "keys"
+    file.write_text(f"# keys\n\nknown\n{line}\nlast\n")
+    with pytest.raises(ConfigError, match="api_key_file: line 4 of") as e:
+        KeyRing.load(file)
+    said = str(e.value).removeprefix(f"api_key_file: line 4 of {file}")
+    assert "priority" in said
+    assert not any(word in said for word in ("secret", "known", "phrase", "urgent", "team"))
+
+
 # -- malformed bodies
 
 

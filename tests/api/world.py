@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from daemon.api.app import build_app
-from daemon.api.auth import KeyRing
+from daemon.api.auth import KeyRing, parse_key
 from daemon.api.exposition import Fleet, FrontendMetrics
 from daemon.api.generation import Lost, NoEngine, Overloaded, Piece, TooLong
 from daemon.config import Config
@@ -155,7 +155,7 @@ def make_model(directory: Path) -> Model:
 
 
 def make_world(model: Model, *, keys: list[str] | None = None, **options: object) -> World:
-    """A fresh application; `options` are the configuration's."""
+    """A fresh application; `keys` are lines of a key file, `options` the configuration's."""
     config = Config(**options)  # type: ignore[arg-type]
     tokens = [*model.tokenizer.encode(ANSWER, False), EOS_ID]
     generator = ScriptedGenerator(reply=lambda prompt, params: tokens)
@@ -170,7 +170,7 @@ def make_world(model: Model, *, keys: list[str] | None = None, **options: object
         tokenizer=model.tokenizer,
         chat_template=model.chat,
         card=model.card,
-        keys=KeyRing(keys) if keys else None,
+        keys=KeyRing(filter(None, map(parse_key, keys))) if keys else None,
         metrics=metrics,
     )
     return World(model, generator, config, app, page)

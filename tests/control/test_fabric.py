@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from daemon.control import doorbell, stats
 from daemon.control.board import SLOT_BYTES
-from daemon.control.fabric import COORDINATOR, STATS_BYTES, Fabric, FabricHandles, Layout, Topology
+from daemon.control.fabric import COORDINATOR, EVENT_BYTES, STATS_BYTES, Fabric, FabricHandles, Layout, Topology
 from daemon.control.journal import Journal
 from daemon.control.messages import EngineState
 from daemon.control.processes import PROGRESS_BYTES, Life, ProcessFacts
@@ -27,6 +27,8 @@ def test_nothing_overlaps_and_words_are_aligned(topology: Topology):
         *((layout.table + p * SLOT_BYTES, SLOT_BYTES) for p in range(n)),
         *((layout.boards + p * SLOT_BYTES, SLOT_BYTES) for p in range(n)),
         *((layout.stats + p * STATS_BYTES, STATS_BYTES) for p in range(n)),
+        (layout.wishes, 8 * topology.engines),
+        *((layout.events + p * EVENT_BYTES, EVENT_BYTES) for p in range(n)),
         *layout.lanes.values(),
     ]
     end = 0

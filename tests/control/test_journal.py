@@ -16,12 +16,16 @@ from tests.control.stores import Died, Life, Mortal
 
 SIZE = 24 << 10
 token_ids = st.integers(0, 2**32 - 2)
+priorities = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 2)
 # Powers of two apart, so that float32 holds them: rounding has its own test.
 logs = st.integers(-800, 0).map(lambda n: n / 8)
 
 
-def params(max_tokens: int = 16, logprobs: int = -1, label: str = "", seed: int = 7) -> RequestParams:
-    return RequestParams(SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs), 1.5, label=label)
+def params(
+    max_tokens: int = 16, logprobs: int = -1, label: str = "", seed: int = 7, priority: int = 0
+) -> RequestParams:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
+    return RequestParams(sampling, 1.5, priority, label=label)
 
 
 def memory(size: int = SIZE) -> memoryview:
@@ -52,9 +56,10 @@ class JournalModel(RuleBasedStateMachine):
         max_tokens=st.integers(0, 300),
         logprobs=st.integers(-1, 3),
         label=st.text(max_size=20),
+        priority=priorities,
     )
-    def open(self, prompt: list[int], max_tokens: int, logprobs: int, label: str) -> None:
-        wanted = params(max_tokens, logprobs, label, seed=next(self.rids))
+    def open(self, prompt: list[int], max_tokens: int, logprobs: int, label: str, priority: int) -> None:
+        wanted = params(max_tokens, logprobs, label, next(self.rids), priority)
         rid = next(self.rids) << 32
         try:
             slot = self.journal.open(rid, wanted, prompt)
@@ -63,7 +68,7 @@ class JournalModel(RuleBasedStateMachine):
             return
         assert slot not in self.live
         self.live[slot] = {"rid": rid, "params": wanted, "prompt": prompt, "output": [], "logprobs": [],
-                           "epoch": 0, "owner": (0xFFFF, 0)}  # fmt: skip
+                           "epoch": 0, "owner": (0xFFFF, 0), "priority": priority}  # fmt: skip
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 1000), by=st.integers(1, 9), engine=st.integers(0, 63), incarnation=st.integers(1, 99))
@@ -72,6 +77,12 @@ class JournalModel(RuleBasedStateMachine):
         entry["epoch"] += by
         entry["owner"] = (engine, incarnation)
         self.journal.assign(self.pick(which), entry["epoch"], engine, incarnation)
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 1000), priority=priorities)
+    def reprioritise(self, which: int, priority: int) -> None:
+        self.live[self.pick(which)]["priority"] = priority
+        self.journal.reprioritise(self.pick(which), priority)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 1000), tokens=st.lists(token_ids, max_size=20), data=st.data())
@@ -105,7 +116,8 @@ class JournalModel(RuleBasedStateMachine):
         assert view.live_slots() == sorted(self.live)
         for slot, entry in self.live.items():
             assert view.rid(slot) == entry["rid"]
-            assert view.params(slot) == entry["params"]
+            assert view.params(slot) == entry["params"]  # as it was at admission
+            assert view.priority(slot) == entry["priority"]
             assert view.prompt_len(slot) == len(entry["prompt"])
             assert view.prompt(slot) == entry["prompt"]
             assert view.num_output(slot) == len(entry["output"])
@@ -197,13 +209,16 @@ def test_an_owner_that_dies_while_opening_shows_nothing_half_done():
         journal = Journal(shared)
         try:
             journal = _mortal(journal, life)
-            slot = journal.open(5, params(8, logprobs=0), [1, 2, 3])
+            slot = journal.open(5, params(8, logprobs=0, priority=-1), [1, 2, 3])
             journal.assign(slot, 1, 2, 3)
+            journal.reprioritise(slot, 1)
             journal.append(slot, [10, 11, 12], [TokenLogprobs(-1.0, [], [])] * 3)
         except Died:
             died = True
         for slot in view.live_slots():
-            assert (view.rid(slot), view.prompt(slot), view.params(slot)) == (5, [1, 2, 3], params(8, logprobs=0))
+            assert (view.rid(slot), view.prompt(slot)) == (5, [1, 2, 3])
+            assert view.params(slot) == params(8, logprobs=0, priority=-1)
+            assert view.priority(slot) in ((-1, 1) if view.epoch(slot) else (-1,))
             assert (view.epoch(slot), view.owner(slot)[0]) in ((0, 0xFFFF), (1, 2))
             output = view.output(slot)
             assert output in ([], [10, 11, 12])
@@ -211,6 +226,7 @@ def test_an_owner_that_dies_while_opening_shows_nothing_half_done():
         if not died:
             break
     assert view.output(view.live_slots()[0]) == [10, 11, 12]
+    assert view.priority(view.live_slots()[0]) == 1
     assert k > 15
 
 

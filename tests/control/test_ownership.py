@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control import ownership
-from daemon.control.messages import AskBack, Cancel, Grant, HandBack, Release, Takeover, TokenLogprobs
+from daemon.control.messages import (
+    AskBack,
+    Cancel,
+    Grant,
+    HandBack,
+    Release,
+    Reprioritise,
+    Takeover,
+    TokenLogprobs,
+)
 from daemon.control.ownership import Custody, Order, Output, Owner, Verdict, fresh
 
 A, B, C = Owner(0, 1), Owner(1, 1), Owner(2, 1)
@@ -86,6 +95,28 @@ def test_the_suspect_is_told_to_let_go():
 def test_a_cancel_goes_to_the_owner():
     assert ownership.cancel(HELD) == (Order(A, Cancel(5, 3)),)
     assert ownership.cancel(HELD._replace(owner=None)) == ()
+
+
+def test_a_priority_goes_to_the_owner_at_its_epoch():
+    urgent = HELD._replace(priority=-1, changed=True)
+    assert ownership.reprioritise(HELD, -1) == Verdict(urgent, orders=(Order(A, Reprioritise(5, 3, -1)),))
+    assert ownership.reprioritise(HELD._replace(owner=None), -1) == Verdict(urgent._replace(owner=None))
+
+
+def test_the_winner_of_an_award_hears_of_a_priority_changed_meanwhile_and_once():
+    changed = ownership.reprioritise(HELD, -1).custody
+    verdict = ownership.takeover(changed, B, takeover())
+    grant, priority, release = Grant(5, 3, 4), Reprioritise(5, 4, -1), Release(5, 3)
+    assert verdict.orders == (Order(B, grant), Order(B, priority), Order(A, release))
+    assert verdict.custody == Custody(5, 4, B, 4, -1)
+    later = ownership.takeover(verdict.custody, C, takeover(epoch=4))
+    assert later.orders == (Order(C, Grant(5, 4, 5)), Order(B, Release(5, 4)))
+    assert ownership.ask_back(changed, A, ask_back()).orders == (Order(A, grant), Order(A, priority))
+
+
+def test_a_request_started_anew_keeps_its_priority():
+    orphan = ownership.hand_back(ownership.reprioritise(HELD, -1).custody, A, HandBack(5, 3)).custody
+    assert ownership.started(orphan, C) == Custody(5, 4, C, 4, -1)
 
 
 positions = st.integers(0, 12)

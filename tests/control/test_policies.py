@@ -109,6 +109,18 @@ def test_llumd_adds_compute(fields: dict[str, float], free: float):
     assert LLUMD.migration(facts) == pytest.approx(free)
 
 
+@each_policy
+def test_headroom_is_what_the_engine_measured(policy: Policy):
+    """Or was told; only without either a policy goes by a figure of its own."""
+    facts = engine(**A10, used_blocks=40, running=4, high_running=1, knee=8192)  # so much that memory is scarcer
+    measured = but(facts, ideal_tokens=4800)  # 300 blocks; 8 are the artifact's watermark
+    room = (300 - 40 - (8 if policy is ARTIFACT else 0)) * 16
+    for judge in (policy.dispatch, policy.migration):
+        assert judge(measured) == room / 4
+        assert judge(facts) < judge(measured) < judge(but(facts, high_running=0))
+        assert judge(but(facts, ideal_tokens=10**6)) == judge(but(facts, high_running=0))
+
+
 # -- what must hold of any policy ------------------------------------------------------------------
 
 

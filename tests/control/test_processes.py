@@ -6,7 +6,16 @@ import pytest
 
 from daemon.control.board import SLOT_BYTES
 from daemon.control.messages import EngineState
-from daemon.control.processes import PROGRESS_BYTES, Life, ProcessFacts, Progress, TableReader, TableWriter
+from daemon.control.processes import (
+    ENGINE_STATES,
+    PROGRESS_BYTES,
+    Life,
+    ProcessFacts,
+    Progress,
+    TableReader,
+    TableWriter,
+    engine_state,
+)
 from tests.control.stores import Died, Mortal
 from tests.control.stores import Life as Stores
 
@@ -81,3 +90,11 @@ def test_progress_words():
     assert progress.overdue(now + 100) == pytest.approx(95, abs=5)
     progress.enter(EngineState.SERVING, 13, within=1)
     assert (progress.state, progress.incarnation) == (EngineState.SERVING, 13)
+
+
+def test_every_state_of_an_engine_has_a_name():
+    names = {engine_state(life, state) for life in Life for state in EngineState}
+    assert names == set(ENGINE_STATES)
+    assert engine_state(Life.UP, EngineState.PARKED) == "parking"
+    assert engine_state(Life.PARKED, EngineState.PARKED) == "parked"
+    assert engine_state(Life.DEAD, EngineState.SERVING) == "dead"

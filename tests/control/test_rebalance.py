@@ -52,8 +52,9 @@ def check(pairs: list[Pair], facts: list[EngineFacts | None], config: Rebalance)
         assert source is not None and source.running + source.waiting
         assert destination is not None and destination.state == EngineState.SERVING
         assert source.block_size == destination.block_size
-        assert config.policy.migration(source) < config.policy.migration(destination)
         assert (p.reason == Reason.DRAINING) == (source.state != EngineState.SERVING)
+        if p.reason != Reason.DRAINING:
+            assert config.policy.migration(source) < config.policy.migration(destination)
         if config.policy.sheds_preempted:
             assert not destination.preempted_waiting
 
@@ -69,6 +70,26 @@ def test_pairs_are_well_formed_whatever_the_facts(policy, facts, held, per_engin
         assert source.incoming == 0 or source.state != EngineState.SERVING
         assert destination.outgoing == 0 or (new.source, new.destination) in {(p[0], p[1]) for p in held}
     assert pair(facts, config, pairs) == pairs  # nothing changes while nothing changes
+
+
+@each_policy
+@given(facts=boxes)
+def test_a_drain_goes_on_wherever_somebody_can_take(policy: Policy, facts: list[EngineFacts | None]):
+    """Of the engines still free, none drains while another of its kind serves, unless the freest is taken."""
+    config = Rebalance(policy, 48, 96)
+    taken = {i for p in pair(facts, config) for i in p[:2]}
+    serving = [
+        (i, f) for i, f in enumerate(facts) if f is not None and f.state == EngineState.SERVING
+        if not (policy.sheds_preempted and f.preempted_waiting)
+    ]  # fmt: skip
+    for i, source in enumerate(facts):
+        if source is None or source.state == EngineState.SERVING or i in taken or source.incoming + source.outgoing:
+            continue
+        kin = [(policy.migration(f), j) for j, f in serving if f.block_size == source.block_size]
+        if kin and source.running + source.waiting:
+            freest = max(free for free, _ in kin)
+            moving = {j for j, f in serving if f.incoming + f.outgoing}
+            assert all(j in taken | moving for free, j in kin if free == freest)
 
 
 @each_policy
@@ -111,17 +132,32 @@ def test_normal_requests_leave_an_urgent_one():
 
 
 @pytest.mark.parametrize("state", [EngineState.DRAINING, EngineState.PARKED])
-def test_what_drains_goes_first_and_to_whoever_is_not_short(state: EngineState):
+def test_what_drains_goes_first_and_to_the_freest(state: EngineState):
     draining = roomy(900, running=1, state=state)
     assert pair([roomy(10), draining, roomy(300)], DEFAULT) == [Pair(1, 2, Reason.DRAINING)]
     assert pair([draining, roomy(52)], DEFAULT) == [Pair(0, 1, Reason.DRAINING)]
-    assert pair([draining, roomy(40)], DEFAULT) == []
-    assert pair([draining, roomy(40)], DEFAULT, [Pair(0, 1, Reason.DRAINING)]) == [Pair(0, 1, Reason.DRAINING)]
     assert pair([roomy(900, running=0, state=state), roomy(60)], DEFAULT) == []  # it is empty
     wide = Rebalance(per_engine=2)
     arriving = roomy(900, running=1, state=state, incoming=1)  # what arrives is sent on
     assert pair([arriving, roomy(300)], wide) == [Pair(0, 1, Reason.DRAINING)]
     assert {p.destination for p in pair([draining, roomy(300), roomy(200)], wide)} == {1, 2}
+
+
+def test_what_drains_is_given_even_to_who_is_short():
+    draining = roomy(900, running=1, state=EngineState.DRAINING)
+    assert pair([draining, roomy(5), roomy(40), roomy(-90)], DEFAULT) == [Pair(0, 2, Reason.DRAINING)]
+    assert pair([draining, roomy(-90)], DEFAULT) == [Pair(0, 1, Reason.DRAINING)]
+    shedding = roomy(40, waiting=1, preempted_waiting=1)
+    assert pair([draining, shedding], DEFAULT) == []
+    assert pair([draining, roomy(40, block_size=32)], DEFAULT) == []
+
+
+def test_what_drains_turns_to_another_only_where_that_is_freer_by_far():
+    draining = roomy(900, running=1, state=EngineState.DRAINING)
+    held = [Pair(0, 1, Reason.DRAINING)]
+    assert pair([draining, roomy(5), roomy(20)], DEFAULT, held) == held
+    assert pair([draining, roomy(5), roomy(40)], DEFAULT, held) == [Pair(0, 2, Reason.DRAINING)]
+    assert pair([draining, roomy(40), roomy(300)], DEFAULT, held) == held  # who is not short keeps it
 
 
 def test_a_preempted_request_makes_a_source():

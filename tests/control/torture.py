@@ -2,6 +2,7 @@
 
     torture.py ring  SEGMENT KILLS   producer and consumer, killed in turn; prints what was seen, as JSON
     torture.py board SEGMENT SECONDS a writer that is killed again and again; prints the kills
+    torture.py events SEGMENT SECONDS a writer of events that is killed again and again; prints the kills
     torture.py word  SEGMENT SECONDS HOW  one that alternates two patterns in a word, by `cast` or `pack_into`
     torture.py bell  SEGMENT BELL SECONDS a producer that rings after each record
 
@@ -23,6 +24,8 @@ from typing import NoReturn
 
 from daemon.control import doorbell, segment
 from daemon.control.board import BoardWriter
+from daemon.control.eventlog import EventLog
+from daemon.control.events import Preempted
 from daemon.control.ring import PAGE, RingReader, RingWriter
 
 PR_SET_PDEATHSIG = 1
@@ -118,10 +121,22 @@ def publish(slot: memoryview) -> NoReturn:
         writer.publish(facts(word[0] + 1))
 
 
-def torture_board(slot: memoryview, seconds: float) -> dict[str, int]:
+def happening(number: int) -> Preempted:
+    """Event `number`, of varying size."""
+    return Preempted(number, chr(97 + number % 26) * (1 + number * 31 % 150), number % 7)
+
+
+def happen(memory: memoryview) -> NoReturn:
+    log = EventLog(memory)
+    word = memory[:8].cast("Q")
+    while True:
+        log.write(happening(word[0]))
+
+
+def torture_writer(body: Callable[..., object], memory: memoryview, seconds: float) -> dict[str, int]:
     kills, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        victim = spawn(publish, slot)
+        victim = spawn(body, memory)
         time.sleep(random.uniform(0.002, 0.02))
         slay(victim)
         kills += 1
@@ -167,7 +182,9 @@ def main(what: str, fd: str, *args: str) -> None:
         case "ring":
             seen = torture_ring(memory, int(args[0]))
         case "board":
-            seen = torture_board(memory, float(args[0]))
+            seen = torture_writer(publish, memory, float(args[0]))
+        case "events":
+            seen = torture_writer(happen, memory, float(args[0]))
         case "word":
             seen = alternate(memory, float(args[0]), args[1])
         case "bell":

@@ -52,8 +52,12 @@ class Outcome:
 class Swarm:
     """Requests running in a thread of their own. A context: leaving it hangs up on all of them."""
 
-    def __init__(self, daemon: Daemon, bodies: Sequence[dict[str, Any]], path: str = "/v1/completions") -> None:
+    def __init__(
+        self, daemon: Daemon, bodies: Sequence[dict[str, Any]], path: str = "/v1/completions", at_once: int = 1000
+    ) -> None:
+        """`at_once`: requests in flight; the others are sent as these end."""
         self.outcomes = [Outcome() for _ in bodies]
+        self._turn = asyncio.Semaphore(at_once)
         self._url = daemon.url + path
         self._bodies = bodies
         self._loop = asyncio.new_event_loop()
@@ -63,7 +67,7 @@ class Swarm:
 
     async def _run(self) -> None:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
             pairs = zip(self._bodies, self.outcomes, strict=True)
             self._tasks = [asyncio.create_task(self._request(session, body, outcome)) for body, outcome in pairs]
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -71,7 +75,7 @@ class Swarm:
 
     async def _request(self, session: aiohttp.ClientSession, body: dict[str, Any], outcome: Outcome) -> None:
         try:
-            async with session.post(self._url, json=body) as response:
+            async with self._turn, session.post(self._url, json=body) as response:
                 outcome.status = response.status
                 if response.content_type == "text/event-stream":
                     async for line in response.content:

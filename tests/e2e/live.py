@@ -199,14 +199,16 @@ class Daemon:
 
 
 @contextmanager
-def running(home: Path, *flags: str, **options: Any) -> Iterator[Daemon]:
-    """A daemon that is ready, and that must end well: exit code 0, no process left, no traceback logged.
+def running(home: Path, *flags: str, whole: bool = True, **options: Any) -> Iterator[Daemon]:
+    """A daemon that is ready (`whole`: with every engine), and that must end well: exit code 0, no process left,
+    no traceback logged.
 
     A test that ends the daemon itself judges the exit code itself.
     """
     daemon = Daemon(home, *flags, **options)
     try:
-        yield daemon.await_ready()
+        daemon.await_announced()
+        yield daemon.await_whole() if whole else daemon
         if daemon.process.poll() is None:
             daemon.family()
             assert daemon.terminate() == 0, daemon.log

@@ -17,9 +17,15 @@ TAKEOVERS = "llumd:takeovers_total"
 class Shuffler:
     """Orders random requests to random engines until it is left. A context."""
 
-    def __init__(self, daemon: Daemon, seed: int, *, engines: int, pause: float = 0.005) -> None:
-        """`pause`: seconds between two rounds of orders."""
+    def __init__(
+        self, daemon: Daemon, seed: int, *, engines: int, pause: float = 0.005, most: int | None = None
+    ) -> None:
+        """`pause`: seconds between two rounds of orders. `most`: each request is moved as often as is drawn for it
+        from 0 to `most`, if it lives that long; None: no end of it."""
         self.ordered: dict[str, int] = {}  # orders by request
+        self.moves: dict[str, int] = {}  # changes of engine by request, as far as they were seen
+        self._wanted: dict[str, int] = {}  # by request
+        self._most = most
         self._daemon = daemon
         self._chance = random.Random(seed)
         self._engines = engines
@@ -40,11 +46,18 @@ class Shuffler:
             rows = self._daemon.requests()
         except (llumctl.NotRunning, llumctl.Refused, TimeoutError):
             return  # the coordinator is being replaced
+        self.moves |= {row["id"]: row["epoch"] - 1 for row in rows}
+        rows = [row for row in rows if self._to_move(row)]
         self._chance.shuffle(rows)
         rows.sort(key=lambda row: self.ordered.get(row["id"], 0))  # nobody is left out
         for row in rows[:8]:
             if not self._stop.is_set():
                 self._order(row)
+
+    def _to_move(self, row: dict[str, Any]) -> bool:
+        if self._most is None:
+            return True
+        return bool(row["epoch"] <= self._wanted.setdefault(row["id"], self._chance.randint(0, self._most)))
 
     def _order(self, row: dict[str, Any]) -> None:
         others = [e for e in range(self._engines) if e != row["engine"]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from msgspec import DecodeError
 
-from daemon.control.messages import Cancel, Demand, Refused, Start, Statement, StepOutput
+from daemon.control.messages import Cancel, Demand, Refused, Reprioritise, Start, Statement, StepOutput
 from daemon.engine.runner_hash import expected_stream
 from tests.engine.lane import ENGINE_INCARNATION, MAX_LEN, VOCAB, Lane
 
@@ -130,6 +130,25 @@ def test_cancel_frees_at_once_but_not_a_newer_epoch(lane: Lane):
     lane.tell(Cancel(new.rid, 5))
     assert lane.here() == set()
     assert lane.scheduler.blocks.num_used == 0
+
+
+def test_a_priority_counts_at_the_very_epoch_that_is_held(lane: Lane):
+    start = lane.write([1, 2, 3], epoch=2)
+    lane.tell(start, Reprioritise(start.rid, 1, 1), Reprioritise(start.rid, 3, 1), Reprioritise(12345, 2, 1))
+    request = lane.scheduler.get(start.rid)
+    assert request.params.priority == 0
+    lane.tell(Reprioritise(start.rid, 2, -1))
+    assert request.params.priority == -1
+    lane.step()
+    lane.tell(Reprioritise(start.rid, 2, 5))
+    assert lane.scheduler.running[start.rid].params.priority == 5
+
+
+def test_start_takes_the_priority_of_the_journal(lane: Lane):
+    start = lane.write([1, 2, 3])
+    lane.journal.reprioritise(start.slot, -7)
+    lane.tell(start)
+    assert lane.scheduler.get(start.rid).params.priority == -7
 
 
 def test_statement_drops_what_it_omits(lane: Lane):

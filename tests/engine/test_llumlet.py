@@ -20,7 +20,7 @@ from daemon.control.messages import (
     Takeover,
     TokenLogprobs,
 )
-from daemon.engine.llumlet import Copy, Llumlet, Peer, Send, Tell
+from daemon.engine.llumlet import Action, Copy, Llumlet, Peer, Report, Result, Send, Tell
 from daemon.engine.request import Request
 from daemon.engine.runner import StepResult
 from daemon.engine.scheduler import Scheduler
@@ -48,6 +48,29 @@ class Journal:
         return Request(rid, epoch, frontend, found.params, tokens, found.prompt_len)
 
 
+class Recorded(Llumlet):
+    """Keeps its reports apart from what it wants done."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.reports: list[Report] = []
+
+    def _part(self, actions: list[Action]) -> list[Action]:
+        self.reports += [a for a in actions if isinstance(a, Report)]
+        return [a for a in actions if not isinstance(a, Report)]
+
+
+def _parted(method: Callable) -> Callable:
+    return lambda self, *args, **options: self._part(method(self, *args, **options))
+
+
+for _event in (
+    *("migrate_to", "copied", "copy_failed", "after_step", "tick", "on_peer", "peer_died"),
+    *("on_start", "on_grant", "on_release", "on_statement"),
+):
+    setattr(Recorded, _event, _parted(getattr(Llumlet, _event)))
+
+
 class Engine:
     """A llumlet over its scheduler, and the steps that the worker would make."""
 
@@ -59,7 +82,7 @@ class Engine:
             max_model_len=1000,
             eos_token_ids=(),
         )
-        self.llumlet = Llumlet(self.scheduler, journal, **options)
+        self.llumlet = Recorded(self.scheduler, journal, **options)
         self.blocks = self.scheduler.blocks
 
     def step(self, now: float = 0.0, seconds: float = 0.0, token: int = 7) -> list:
@@ -578,6 +601,18 @@ def test_frozen_and_pending_requests_are_nobodys_victims(journal, source, make):
     assert there.llumlet.pending == [pending] and pending.block_table == table
 
 
+def test_frozen_and_pending_requests_take_another_priority(source, there, make):
+    frozen = source.run(make(), 2)
+    handed_over(source, there)
+    (pending,) = there.llumlet.pending
+    for engine in (source, there):
+        engine.llumlet.on_reprioritise(1, 2, 5)
+        engine.llumlet.on_reprioritise(1, 1, -1)
+    assert (frozen.params.priority, pending.params.priority) == (-1, -1)
+    there.llumlet.on_grant(1, 1, 2, 0.0)
+    assert there.scheduler.running[1].params.priority == -1
+
+
 def test_an_older_epoch_makes_way_for_the_grant(source, there, make, journal):
     zombie = there.run(make(epoch=1))
     source.run(make(epoch=2), 2)
@@ -585,3 +620,159 @@ def test_an_older_epoch_makes_way_for_the_grant(source, there, make, journal):
     there.llumlet.on_grant(1, 2, 3, 0.0)
     there.check()
     assert there.scheduler.get(1).epoch == 3 and zombie.block_table == []
+
+
+# -- what is reported --------------------------------------------------------------------------
+
+
+def told(engine: Engine) -> tuple[Result, str]:
+    """The result and detail of the one report."""
+    report = only(engine.llumlet.reports)
+    return report.result, report.detail
+
+
+def test_a_move_that_went_well_is_reported_once_with_all_that_it_took(source, there, make):
+    request = source.run(make(prompt=9), 2)
+    answer = relay(source.move(now=1.0, reason="memory"), HERE, there)
+    copy = only(source.llumlet.on_peer(THERE, answer[0].message, 2.0))
+    source.llumlet.copied(copy.move, 3.0)
+    tail = only(source.step(now=4.0))
+    relay(source.llumlet.copied(tail.move, 5.0), HERE, there)
+    there.llumlet.on_grant(1, 1, 2, 5.0)
+    assert source.llumlet.reports == []  # it is over when the source hears of it
+    source.llumlet.on_release(1, 1, 7.0)
+    assert only(source.llumlet.reports) == Report(
+        request, 1, "memory", Result.MOVED, stages=2, blocks=3, skipped=0, seconds=6.0, frozen_seconds=3.0
+    )
+    source.llumlet.on_release(1, 1, 8.0)
+    assert len(source.llumlet.reports) == 1 and there.llumlet.reports == []
+
+
+def test_blocks_that_were_there_are_reported_as_such(source, there, make):
+    there.run(make(rid=2, prompt=9), 1)
+    twin = make(rid=3, prompt=9)
+    twin.tokens[:] = [1002] * 9
+    source.run(twin, 1)
+    relay(relay(source.move(), HERE, there), THERE, source)
+    tail = only(source.step())
+    source.llumlet.copied(tail.move, 0.0)
+    source.llumlet.on_release(3, 1, 0.0)
+    report = only(source.llumlet.reports)
+    assert (report.result, report.stages, report.blocks, report.skipped) == (Result.MOVED, 1, 1, 2)
+
+
+def test_a_refusal_is_reported_with_its_reason(source, make):
+    source.run(make())
+    source.move()
+    source.llumlet.on_peer(THERE, Declined(1, 1, 1, "full"), 0.0)
+    assert told(source) == (Result.DECLINED, "full")
+
+
+def test_a_refusal_after_the_handover_is_reported_when_the_frontend_has_decided(source, there, make, journal):
+    source.run(make(), 2)
+    handed_over(source, there)
+    source.llumlet.on_peer(THERE, Declined(1, 1, 1, "the request has moved on"), 0.0)
+    assert source.llumlet.reports == []
+    source.llumlet.on_release(1, 1, 0.0)
+    assert told(source) == (Result.DECLINED, "the request has moved on")
+
+
+@pytest.mark.parametrize(("end", "result"), [("finish", Result.FINISHED), ("preempt", Result.PREEMPTED)])
+def test_what_becomes_of_the_request_meanwhile_is_reported(source, there, make, end, result):
+    request = source.run(make(max_tokens=3), 2)
+    copy = copying(source, there)
+    if end == "preempt":
+        source.scheduler.preempt(request, 0.0)
+    source.step()
+    assert source.llumlet.reports == []  # its copy is under way
+    source.llumlet.copied(copy.move, 0.0)
+    assert told(source) == (result, "") and source.llumlet.reports[0].blocks == len(copy.pairs)
+
+
+@pytest.mark.parametrize("when", ["reserving", "ready", "tail", "handed"])
+def test_a_cancel_is_reported(source, there, make, when):
+    source.run(make(), 2)
+    if when == "handed":
+        handed_over(source, there)
+    else:
+        answers = relay(source.move(), HERE, there)
+    if when in ("ready", "tail"):
+        source.llumlet.copied(only(relay(answers, THERE, source)).move, 0.0)
+    if when == "tail":
+        source.step()
+    source.llumlet.on_release(1, 1, 0.0, cancelled=True)
+    source.llumlet.copied(1, 0.0)
+    assert told(source) == (Result.CANCELLED, "")
+
+
+@pytest.mark.parametrize("stage", ["copying", "tail"])
+def test_a_copy_that_fails_is_reported_when_nobody_waits_for_a_verdict(source, there, make, stage):
+    source.run(make(), 2)
+    copying(source, there)
+    if stage == "tail":
+        source.llumlet.copied(1, 0.0)
+        source.step()
+    source.llumlet.copy_failed(1, 0.0)
+    if stage == "tail":
+        assert source.llumlet.reports == []
+        source.llumlet.on_grant(1, 1, 2, 0.0)
+    assert told(source) == (Result.COPY_FAILED, "")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_death_of_the_destination_is_reported(source, there, make, frozen):
+    source.run(make(), 2)
+    if frozen:
+        handed_over(source, there)
+    else:
+        copying(source, there)
+    source.llumlet.peer_died(THERE, 0.0)
+    source.llumlet.on_grant(1, 1, 2, 0.0)
+    assert told(source) == (Result.PEER_DIED, "")
+
+
+def test_a_request_given_back_to_its_source_is_reported_with_the_time_it_stood_still(source, there, make):
+    source.run(make(), 2)
+    handed_over(source, there)
+    source.llumlet.tick(2.0)
+    source.llumlet.on_grant(1, 1, 2, 3.0)
+    assert told(source) == (Result.TAKEN_BACK, "") and source.llumlet.reports[0].frozen_seconds == 3.0
+
+
+def test_what_is_handed_back_is_reported_with_the_reason_of_the_order(journal, make):
+    source = Engine(journal, seqs=1)
+    running, waiting = source.run(make(1)), source.run(make(2))
+    source.move(drain=True, reason="draining")
+    assert only(source.llumlet.reports) == Report(waiting, -1, "draining", Result.HANDED_BACK, "it waited")
+    source.move(rid=1, how="recompute")
+    assert source.llumlet.reports[1:] == []  # it is moving already
+    source.llumlet.on_peer(THERE, Declined(1, 1, 1, "full"), 0.0)
+    source.move(rid=1, how="recompute")
+    assert source.llumlet.reports[2] == Report(running, -1, "operator", Result.HANDED_BACK, "to be computed anew")
+
+
+# -- when enough is moved ----------------------------------------------------------------------
+
+
+def test_a_source_that_is_no_busier_any_more_begins_no_move(journal, make):
+    asked = []
+    busy = True
+    source = Engine(journal, busier_than=lambda peer: (asked.append(peer), busy)[1])
+    for rid in (1, 2, 3):
+        source.run(make(rid, 5))
+    assert asked == []  # no order, nothing to ask
+    assert len(source.move()) == 1 and asked == [THERE]
+    source.step()
+    assert asked == [THERE]  # not while a move is under way
+    busy = False
+    source.llumlet.on_peer(THERE, Declined(1, 1, 1, ""), 0.0)
+    assert source.move() == [] and source.llumlet.orders  # the order stands: it may get busier again
+    busy = True
+    assert len(source.step(now=1.0)) == 1
+
+
+@pytest.mark.parametrize("order", [{"drain": True}, {"rid": 1}])
+def test_drains_and_single_requests_move_however_busy_we_are(journal, make, order):
+    source = Engine(journal, busier_than=lambda peer: False)
+    source.run(make(1, 5))
+    assert len(source.move(**order)) == 1

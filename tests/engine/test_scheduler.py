@@ -201,6 +201,52 @@ def test_nobody_is_displaced_within_a_class_or_in_vain():
     assert step(s)[1] == [] and rids(s) == ([1, 2], [0])
 
 
+# -- another priority ---------------------------------------------------------------------------
+
+
+def test_who_waits_moves_in_the_queue():
+    s = scheduler(seqs=1)
+    add(s, *(request(i, 5) for i in range(1, 5)))
+    s.reprioritise(s.get(3), -1)
+    s.reprioritise(s.get(1), 1)
+    assert [r.rid for r in s.waiting] == [3, 2, 4, 1]
+    s.reprioritise(s.get(1), 0)
+    assert [r.rid for r in s.waiting] == [3, 1, 2, 4]
+    assert s.waiting_tokens == 20 and step(s)[0] == [(3, 0, 5)]
+
+
+def test_who_is_put_off_keeps_the_key_it_has_waited_by():
+    s = scheduler(seqs=1, key=lambda r, now: -now)  # who came back last goes first
+    add(s, request(2, arrival=1.0))
+    step(s)
+    add(s, request(1, arrival=2.0))
+    s.preempt(s.running[2], 9.0)
+    s.reprioritise(s.get(1), 1)
+    s.reprioritise(s.get(1), 0)
+    s.reprioritise(s.get(2), 0)
+    assert [r.rid for r in s.waiting] == [2, 1]
+
+
+def test_who_waits_and_becomes_urgent_displaces_a_running_one_at_the_next_plan():
+    s = scheduler(seqs=2)
+    add(s, *(request(i) for i in range(1, 4)))
+    step(s)
+    s.reprioritise(s.get(3), -1)
+    assert step(s)[1] == [2]
+    assert rids(s) == ([1, 3], [2])
+
+
+def test_who_runs_and_matters_less_makes_room_and_who_matters_more_stays():
+    s = scheduler(seqs=2)
+    add(s, *(request(i) for i in range(1, 4)))
+    step(s)
+    s.reprioritise(s.get(1), 1)
+    assert step(s)[1] == [1] and rids(s) == ([2, 3], [1])
+    s.reprioritise(s.get(3), -1)
+    add(s, request(4, priority=-1))
+    assert step(s)[1] == [2] and rids(s) == ([3, 4], [2, 1])
+
+
 # -- prefixes ----------------------------------------------------------------------------------
 
 
@@ -380,3 +426,65 @@ def test_a_request_without_a_drawable_token_ends_alone():
     assert (lost.request.rid, lost.tokens, lost.finish) == (1, [], Finish.ERROR)
     assert (other.request.rid, other.tokens, other.finish) == (2, [9], Finish.NONE)
     assert rids(s) == ([2], [])
+
+
+# -- steps in flight -------------------------------------------------------------------------------
+
+
+def test_the_next_step_computes_the_token_that_the_last_one_draws():
+    s = scheduler()
+    add(s, r := request(1, prompt=4))
+    first = s.plan(0.0)
+    second = s.plan(0.0)
+    assert [(row.start, row.count, row.sample) for row in second.rows] == [(4, 1, True)]
+    assert second.rows[0].start == len(r.tokens) and second.num_decodes == 1
+    s.fold(first, StepResult([9]), 0.0)
+    assert (r.num_computed, r.ahead, r.drawing) == (4, 1, True)
+    s.fold(second, StepResult([8]), 0.0)
+    assert r.tokens[4:] == [9, 8] and not r.in_flight and not r.drawing
+
+
+def test_nothing_is_computed_past_the_last_token():
+    s = scheduler()
+    add(s, request(1, max_tokens=1))
+    plan = s.plan(0.0)
+    assert s.plan(0.0) is None
+    assert s.fold(plan, StepResult([9]), 0.0)[0].finish == Finish.LENGTH
+
+
+def test_a_row_planned_before_a_preemption_is_void_though_the_request_is_back():
+    s = scheduler()
+    add(s, r := request(1, prompt=4))
+    first = s.plan(0.0)
+    s.preempt(r, 0.0)
+    second = s.plan(0.0)
+    assert s.fold(first, StepResult([9]), 0.0) == []
+    assert s.fold(second, StepResult([7]), 0.0)[0].tokens == [7]
+
+
+def test_a_peer_gets_no_block_to_which_a_step_in_flight_still_writes():
+    s = scheduler(blocks=4)
+    add(s, request(1, prompt=4))
+    plan = s.plan(0.0)
+    written = list(s.running[1].block_table)
+    assert s.cancel(1, 1) and s.num_unsettled == len(written) > 0
+    free = s.blocks.num_free - len(written)
+    assert not set(s.allocate_settled(free)) & set(written)
+    with pytest.raises(PoolError):
+        s.allocate_settled(1)
+    s.fold(plan, StepResult([9]), 0.0)
+    assert set(s.allocate_settled(1)) <= set(written)
+
+
+def test_a_held_request_is_left_out_until_it_is_released():
+    s = scheduler()
+    add(s, r := request(1))
+    step(s)
+    s.hold(r)
+    assert s.plan(0.0) is None
+    s.release(r)
+    plan = s.plan(0.0)
+    with pytest.raises(ValueError, match="in flight"):
+        s.detach(r)
+    s.fold(plan, StepResult([9]), 0.0)
+    s.detach(r)

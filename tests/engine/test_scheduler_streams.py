@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.control.messages import Finish, RequestParams, SamplingParams
+from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
 from daemon.engine.runner_hash import HashRunner, expected_stream
 from daemon.engine.scheduler import Scheduler
@@ -27,8 +28,9 @@ class Client:
     sampling: SamplingParams
     priority: int
     arrives: int
-    event: str  # "none", "cancel" or "resume", at step `at`
+    event: str  # "none", "cancel", "resume" or "reprioritise", at step `at`
     at: int
+    then: int  # the priority it gets
     stream: list[int] = field(default_factory=list)
     finish: Finish = Finish.NONE
 
@@ -45,6 +47,7 @@ class Engine:
     max_batch_tokens: int
     max_model_len: int
     prefix_caching: bool
+    overlap: bool
 
     @property
     def num_blocks(self) -> int:
@@ -91,8 +94,9 @@ clients = st.builds(
     sampling=samplings,
     priority=st.sampled_from([0, 0, 0, 1, -1]),
     arrives=st.integers(0, 20),
-    event=st.sampled_from(["none", "none", "none", "cancel", "resume"]),
+    event=st.sampled_from(["none", "none", "none", "cancel", "resume", "reprioritise", "reprioritise"]),
     at=st.integers(0, 60),
+    then=st.integers(-2, 2),
 )
 engines = st.builds(
     Engine,
@@ -102,6 +106,7 @@ engines = st.builds(
     max_batch_tokens=st.integers(1, 24),
     max_model_len=st.sampled_from([24, 60, 90]),
     prefix_caching=st.booleans(),
+    overlap=st.booleans(),
 )
 reservations = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 15)), max_size=3)
 
@@ -112,11 +117,12 @@ class Run:
     def __init__(self, engine: Engine, clients: list[Client], reservations: list[tuple[int, int, int]]):
         self.engine, self.clients = engine, clients
         self.scheduler, self.runner = engine.build()
+        self.pipeline = Pipeline(self.runner, overlap=engine.overlap)
         self.reservations, self.reserved = reservations, []
         self.step = 0
 
     def happen(self, before_plan: bool) -> None:
-        """Arrivals and reservations come before the plan, cancels and resumes between plan and fold as well."""
+        """Arrivals and reservations come before the plan, what else may happen between plan and fold as well."""
         for rid, client in enumerate(self.clients):
             if before_plan and client.arrives == self.step:
                 self.arrive(rid, client)
@@ -140,8 +146,11 @@ class Run:
         if client.event == "cancel":
             assert self.scheduler.cancel(rid, 1)
             client.finish = Finish.CANCELLED
-        else:
+        elif client.event == "resume":
             assert self.scheduler.add(client.request(rid, 2))
+        else:
+            client.priority = client.then
+            self.scheduler.reprioritise(self.scheduler.get(rid), client.then)
 
     def reserve(self) -> None:
         """Blocks that a migration holds for a while: (step, blocks, steps)."""
@@ -159,28 +168,33 @@ class Run:
         assert plan.num_tokens <= self.engine.max_batch_tokens
         assert len(self.scheduler.running) <= self.engine.max_num_seqs
         assert len({row.request.rid for row in plan.rows}) == len(plan.rows)
-        for i, (request, start, count, sample) in enumerate(plan.rows):
-            assert start == request.num_computed and count >= 1
-            assert sample == (start + count == len(request.tokens))
+        for i, (request, start, count, sample, _) in enumerate(plan.rows):
+            assert start == request.num_computed + request.ahead - count and count >= 1
+            assert sample == (start + count >= len(request.tokens))
             assert len(request.block_table) * size >= start + count
-            assert (i < plan.num_decodes) == (request.pending == 1)
-        urgency = [self.scheduler._urgency(r, self.step) for r in self.scheduler.running.values()]
-        for victim in plan.preempted:
-            assert all(u < self.scheduler._urgency(victim, self.step) for u in urgency)
+            assert (i < plan.num_decodes) <= (count == 1 and sample)
+        for victim in plan.preempted:  # it may be back at once, having found its beginning in a block of another's
+            others = [r for r in self.scheduler.running.values() if r is not victim]
+            least = self.scheduler._urgency(victim, self.step)
+            assert all(self.scheduler._urgency(r, self.step) < least for r in others)
 
     def advance(self) -> None:
         self.happen(before_plan=True)
         plan = self.scheduler.plan(float(self.step))
         idle = not self.scheduler.running and not self.scheduler.waiting
-        assert (plan is None) <= (idle or bool(self.reserved))
+        assert (plan is None) <= (idle or bool(self.reserved) or len(self.pipeline) > 0)
         if plan:
             self.check_plan(plan)
-            result = self.runner.execute(plan)
+            self.pipeline.launch(plan)
         self.happen(before_plan=False)
-        if plan:
-            self.hear(self.scheduler.fold(plan, result, float(self.step)))
+        if done := self.pipeline.collect(leave=1 if plan else 0):
+            self.hear(self.scheduler.fold(done.plan, done.result, float(self.step)))
         self.scheduler.check([table for _, table in self.reserved])
-        assert self.scheduler.waiting_tokens == sum(len(r.tokens) for r in self.scheduler.waiting)
+        waiting = list(self.scheduler.waiting)
+        assert self.scheduler.waiting_tokens == sum(len(r.tokens) for r in waiting)
+        assert waiting == sorted(waiting, key=lambda r: self.scheduler._urgency(r, self.step))
+        for request in (*self.scheduler.running.values(), *waiting):
+            assert request.params.priority == self.clients[request.rid].priority
         self.step += 1
 
     def hear(self, emissions) -> None:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from daemon.control import ownership
-from daemon.control.messages import Release, Reserve, Reserved
+from daemon.control.messages import Release, Reprioritise, Reserve, Reserved
 from daemon.engine.llumlet import Action as Deed
-from daemon.engine.llumlet import Llumlet, Outgoing, Peer, Stage
+from daemon.engine.llumlet import Llumlet, Outgoing, Peer, Result, Stage
 from daemon.engine.request import Request
 from tests.protocol.world import Action, Journals, World
 
@@ -22,10 +22,11 @@ class UnfreezesItself(Llumlet):
     """Out of patience, it runs the frozen request again without asking."""
 
     def tick(self, now: float) -> list[Deed]:
+        reports = []
         for outgoing in [o for o in self.outgoing.values() if o.stage is Stage.HANDED and now]:
-            del self.outgoing[outgoing.move]
+            reports.append(self._close(outgoing, now))
             self.scheduler.attach(outgoing.request)
-        return []
+        return reports
 
 
 class LocalUnfreeze(World):
@@ -52,8 +53,8 @@ class ReservationTimeout(World):
 class AbortsAtOnce(Llumlet):
     """It does not wait for its copies to end before it lets the destination free the blocks."""
 
-    def _abort(self, outgoing: Outgoing) -> list[Deed]:
-        return self._end(outgoing)
+    def _abort(self, outgoing: Outgoing, now: float, ended: Result = Result.FINISHED) -> list[Deed]:
+        return self._end(outgoing, now)
 
 
 class AbortBeforeDrain(World):
@@ -82,7 +83,7 @@ class EndsWithItsCopy(Llumlet):
         outgoing = self.outgoing.get(move)
         if outgoing is None or outgoing.stage is Stage.TAIL:
             return super().copy_failed(move, now)
-        return self._end(outgoing)
+        return self._end(outgoing, now)
 
 
 class LostFrozen(World):
@@ -182,6 +183,33 @@ class SilentTakeover(World):
     """The loser is not told."""
 
     verdicts = verdicts(takeover=_without_release)
+
+
+def _award_alone(judge: Any) -> Any:
+    def judged(*args: Any) -> ownership.Verdict:
+        verdict = judge(*args)
+        return verdict._replace(orders=tuple(o for o in verdict.orders if not isinstance(o.message, Reprioritise)))
+
+    return judged
+
+
+class LostPriority(World):
+    """The winner of an award is not told the priority, which may have changed since it read the journal."""
+
+    verdicts = verdicts(takeover=_award_alone(ownership.takeover))
+
+
+class ThawsOnly(Llumlet):
+    """Only what runs or waits takes another priority."""
+
+    def on_reprioritise(self, rid: int, epoch: int, priority: int) -> None:
+        request = self.scheduler.get(rid)
+        if request is not None and request.epoch == epoch:
+            self.scheduler.reprioritise(request, priority)
+
+
+class FrozenPriority(World):
+    llumlet_class = ThawsOnly
 
 
 def _at_once(custody: ownership.Custody, owner: ownership.Owner) -> ownership.Custody:

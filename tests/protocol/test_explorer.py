@@ -34,6 +34,11 @@ SCENES = {
     "a copy that fails": (
         MOVED | {"Aborted", "AskBack"}, dict(budget=Budget(moves=2, failures=1), requests=[([1, 2, 3], 4)])
     ),
+    "another priority": (MOVED | {"AskBack", "Reprioritise"}, dict(budget=Budget(moves=1, changes=2))),
+    "another priority where two compete": (
+        MOVED | {"Reprioritise"},
+        dict(budget=Budget(moves=1, changes=1), requests=[([1, 2, 3], 3), ([4, 5, 6], 1)], homes=[0, 0], pool=3),
+    ),
     "a crash": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1))),
     "frozen for the whole copy": (
         MOVED | {"AskBack", "Aborted"}, dict(budget=Budget(moves=1, crashes=1, cancels=1), how="blocking")
@@ -57,6 +62,8 @@ LARGE_SCENES = {
     "a crash and a suspicion": (MOVED, dict(budget=Budget(moves=1, crashes=1, suspicions=1))),
     "two moves and a crash": (MOVED, dict(budget=Budget(moves=2, crashes=1), requests=FOUR)),
     "two moves and a suspicion": (MOVED, dict(budget=Budget(moves=2, suspicions=1))),
+    "another priority and a crash": (MOVED, dict(budget=Budget(moves=1, changes=1, crashes=1))),
+    "another priority and a suspicion": (MOVED, dict(budget=Budget(moves=1, changes=1, suspicions=1))),
     "a crash and a restart": (MOVED, dict(budget=Budget(moves=1, crashes=1, restarts=1))),
     "two in a pool too small and a crash": (
         MOVED, dict(budget=Budget(moves=1, crashes=1), requests=RIVALS, homes=[0, 1], pool=4)
@@ -79,6 +86,8 @@ FAULTS = {
     faults.NoCarry: ("output is missing", "a move"),
     faults.StaleGrant: ("two owners", "a move"),
     faults.SilentTakeover: ("stuck", "a move"),
+    faults.LostPriority: ("priority", "another priority"),
+    faults.FrozenPriority: ("priority", "another priority"),
     faults.SameEpoch: ("two owners", "a false suspicion"),
 }
 
@@ -92,6 +101,38 @@ def told(outcome: Outcome) -> str:
 def test_every_state_is_sound_and_can_end(scene):
     expected, box = SCENES[scene]
     outcome = explore(World(**box))
+    print(f"{scene}: {outcome.states} states, {outcome.edges} transitions")
+    assert outcome.flaw is None, told(outcome)
+    assert outcome.complete
+    assert expected <= outcome.said, f"never heard {expected - outcome.said}: the scene shows less than it should"
+
+
+LATE = [([1, 2, 3], 4)]  # with a step in flight it takes one more to freeze a request
+STRANGERS = [([1, 2, 3], 4), ([4, 5], 2)]
+OVERLAPPED = {
+    "a move": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1), requests=LATE)),
+    "in the middle of a prefill": (
+        MOVED, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 4)], batch_tokens=2)
+    ),
+    "a preemption": (MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=LATE)),
+    "a copy that fails": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, failures=1), requests=LATE)),
+}  # fmt: skip
+LARGE_OVERLAPPED = {
+    "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)])),
+    "a crash": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1), requests=LATE)),
+    "into blocks of a request that left": (
+        MOVED | {"Cancel"}, dict(budget=Budget(moves=1, cancels=1), requests=STRANGERS, homes=[0, 1], pool=7)
+    ),
+}  # fmt: skip
+if os.environ.get("LLUMD_EXPLORE"):
+    OVERLAPPED |= LARGE_OVERLAPPED
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scene", OVERLAPPED)
+def test_every_state_is_sound_and_can_end_with_a_step_in_flight(scene):
+    expected, box = OVERLAPPED[scene]
+    outcome = explore(World(**box, overlap=True))
     print(f"{scene}: {outcome.states} states, {outcome.edges} transitions")
     assert outcome.flaw is None, told(outcome)
     assert outcome.complete

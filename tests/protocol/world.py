@@ -24,6 +24,7 @@ from daemon.control.messages import (
     HandBack,
     MigrateTo,
     Release,
+    Reprioritise,
     RequestParams,
     Reserved,
     SamplingParams,
@@ -33,9 +34,9 @@ from daemon.control.messages import (
     Takeover,
 )
 from daemon.control.ownership import Custody, Owner, Verdict
-from daemon.engine.llumlet import Copy, Llumlet, Peer, Send, Stage, Tell
+from daemon.engine.llumlet import Copy, Llumlet, Peer, Report, Result, Send, Stage, Tell
 from daemon.engine.request import Request
-from daemon.engine.runner import StepPlan, StepResult
+from daemon.engine.runner import Row, StepPlan, StepResult
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.kvpool.blocks import BlockManager
 
@@ -74,6 +75,25 @@ class Rows(NamedTuple):
     rows: tuple[tuple[int, int, int, tuple[int, ...], Finish], ...]
 
 
+class Line(NamedTuple):
+    """A row of a step in flight. The last token may be missing: the step before draws it."""
+
+    row: Row
+    tokens: list[int]
+    table: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.row.start + self.row.count
+
+
+class Flight(NamedTuple):
+    """A step that is launched. It reads and writes the memory as late as it may: just before the next one."""
+
+    plan: StepPlan
+    lines: list[Line]
+
+
 class Record(NamedTuple):
     sender: int  # incarnation
     receiver: int  # incarnation
@@ -105,7 +125,7 @@ class Journals:
         entry = self.entries[slot]
         if not entry.open or entry.custody.epoch != epoch:
             return None
-        params = RequestParams(SamplingParams(entry.max_tokens, 0), float(rid))
+        params = RequestParams(SamplingParams(entry.max_tokens, 0), float(rid), entry.custody.priority)
         return Request(rid, epoch, frontend, params, entry.prompt + entry.output, len(entry.prompt), slot=slot)
 
 
@@ -119,6 +139,8 @@ class Engine:
         self.frontend = world.incarnation  # of the frontend, as this one knows it
         self.memory: list[list[int]] = [[GARBAGE] * SIZE for _ in range(world.pool + 1)]
         self.copies: list[Copy] = []
+        self.reports = 0  # of moves
+        self.flying: Flight | None = None
         self.scheduler = Scheduler(
             BlockManager(world.pool + 1, SIZE, world.prefix_caching),
             max_num_seqs=2,
@@ -132,25 +154,37 @@ class Engine:
     def life(self) -> Peer:
         return Peer(self.index, self.incarnation)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Flight:
+        lines = [Line(r, r.request.tokens[: r.start + r.count], r.request.block_table) for r in plan.rows]
+        return Flight(plan, lines)
+
+    def execute(self, flight: Flight) -> StepResult:
         drawn = []
-        for row in plan.rows:
-            request = row.request
-            for i in range(row.start, row.start + row.count):
-                before = self._read(request, i)
-                here = GARBAGE if before == GARBAGE else name("kv", before, request.tokens[i])
-                self.memory[request.block_table[i // SIZE]][i % SIZE] = here
-            if row.sample:
-                cell = self._read(request, row.start + row.count)
+        for line in flight.lines:
+            for i in range(line.row.start, line.end):
+                before = self._read(line, i)
+                here = GARBAGE if before == GARBAGE else name("kv", before, line.tokens[i])
+                self.memory[line.table[i // SIZE]][i % SIZE] = here
+            if line.row.sample:
+                cell = self._read(line, line.end)
                 drawn.append(GARBAGE if cell == GARBAGE else name("token", self.index, self.incarnation, cell))
+        self._feed(flight, drawn)
         return StepResult(drawn)
 
-    def _read(self, request: Request, count: int) -> int:
+    def _feed(self, flight: Flight, drawn: list[int]) -> None:
+        """Give the tokens to the next step, where that is launched."""
+        tokens = zip((line.row.request for line in flight.lines if line.row.sample), drawn, strict=True)
+        given = [(request, token) for request, token in tokens]
+        for line in self.flying.lines if self.flying else []:
+            if len(line.tokens) < line.end:
+                line.tokens.append(next(token for request, token in given if request is line.row.request))
+
+    def _read(self, line: Line, count: int) -> int:
         """Attend to the first `count` positions: the cell of the last, or garbage if any of them is not sound."""
         cell = name("begin")
         for i in range(count):
-            cell = name("kv", cell, request.tokens[i])
-            if self.memory[request.block_table[i // SIZE]][i % SIZE] != cell:
+            cell = name("kv", cell, line.tokens[i])
+            if self.memory[line.table[i // SIZE]][i % SIZE] != cell:
                 return GARBAGE
         return cell
 
@@ -173,6 +207,7 @@ class Budget(NamedTuple):
     restarts: int = 0  # of the frontend, whose journal survives
     losses: int = 0  # of the frontend and its journal
     failures: int = 0  # of a copy
+    changes: int = 0  # of a priority
 
 
 Action = tuple[Any, ...]
@@ -197,8 +232,11 @@ class World:
         batch_tokens: int = 8,
         prefix_caching: bool = True,
         how: str = "live",
+        overlap: bool = False,
     ) -> None:
-        """`requests`: (prompt, max_tokens) each; `homes`: the engines they start on; `pool`: blocks of an engine."""
+        """`requests`: (prompt, max_tokens) each; `homes`: the engines they start on; `pool`: blocks of an engine;
+        `overlap`: a step is launched before the one before it is folded."""
+        self.overlap = overlap
         self.prefix_caching = prefix_caching
         self.how = how  # requests move
         self.said = ""  # what was read last
@@ -246,7 +284,7 @@ class World:
 
     def _engine_actions(self, engine: Engine) -> Iterator[Action]:
         x, scheduler = engine.index, engine.scheduler
-        if scheduler.running or scheduler.waiting:
+        if scheduler.running or scheduler.waiting or engine.flying:
             yield "step", x
         for i in range(len(engine.copies)):
             yield "copy", x, i
@@ -272,6 +310,8 @@ class World:
             yield "suspect", rid
         if self.budget.cancels:
             yield "cancel", rid
+        if self.budget.changes:
+            yield "prioritise", rid
 
     def may_notice(self, observer: int, dead: Peer) -> bool:
         """A death counts once all that the dead had written is taken."""
@@ -287,10 +327,14 @@ class World:
     def step(self, x: int) -> None:
         engine = self.engines[x]
         plan = engine.scheduler.plan(0.0)
-        if plan is None:
+        launched = engine.launch(plan) if plan else None
+        ended = launched
+        if self.overlap:
+            ended, engine.flying = engine.flying, launched
+        if ended is None:
             self._do(engine, engine.llumlet.tick(0.0))
             return
-        emissions = engine.scheduler.fold(plan, engine.execute(plan), 0.0)
+        emissions = engine.scheduler.fold(ended.plan, engine.execute(ended), 0.0)
         self._emit(engine, emissions)
         self._do(engine, engine.llumlet.after_step(emissions, 0.0))
 
@@ -355,6 +399,8 @@ class World:
                     self._put(engine.index, F, engine.incarnation, engine.frontend, message)
                 case Copy():
                     engine.copies.append(action)
+                case Report():
+                    engine.reports += action.result is not Result.HANDED_BACK
 
     def _put(self, a: int, b: int, sender: int, receiver: int, message: Any) -> None:
         """What is meant for a life that is over would be dropped by its successor: drop it here."""
@@ -383,10 +429,13 @@ class World:
                 request = self.journals.load(0, slot, rid, epoch)
                 self._do(engine, llumlet.on_start(request, 0.0) if request else [])
             case Cancel(rid, epoch) | Release(rid, epoch):
-                self._do(engine, llumlet.on_release(rid, epoch, 0.0))
+                cancelled = isinstance(record.message, Cancel)
+                self._do(engine, llumlet.on_release(rid, epoch, 0.0, cancelled=cancelled))
             case Grant(rid, epoch, new_epoch):
                 self.said = f"Grant {new_epoch}"
                 self._do(engine, llumlet.on_grant(rid, epoch, new_epoch, 0.0))
+            case Reprioritise(rid, epoch, priority):
+                llumlet.on_reprioritise(rid, epoch, priority)
             case Statement(rids, epochs):
                 self._do(engine, llumlet.on_statement(0, dict(zip(rids, epochs, strict=True)), 0.0))
 
@@ -469,6 +518,12 @@ class World:
         self._spend("suspicions")
         self._act(self.entries[rid], self.verdicts.disown(self.entries[rid].custody))
 
+    def prioritise(self, rid: int) -> None:
+        """An operator makes the request urgent, or normal again."""
+        self._spend("changes")
+        entry = self.entries[rid]
+        self._act(entry, self.verdicts.reprioritise(entry.custody, -1 - entry.custody.priority))
+
     def cancel(self, rid: int) -> None:
         self._spend("cancels")
         for order in self.verdicts.cancel(self.entries[rid].custody):
@@ -528,15 +583,23 @@ class World:
             engine.sweep()
             engine.scheduler.check(engine.llumlet.tables())
             self._check_slots(engine)
+            self._check_reports(engine)
             for copy in engine.copies:
                 self._check_copy(engine, copy)
         for rid, entry in self.entries.items():
             self._check_owner(rid, entry)
+            self._check_priority(entry.custody)
 
     def _check_slots(self, engine: Engine) -> None:
         held = len(engine.llumlet.frozen) + len(engine.llumlet.incoming)
         if engine.scheduler.held_slots != held:
             raise Violation(f"leaked: {engine.scheduler.held_slots} places are kept, for {held} requests")
+
+    def _check_reports(self, engine: Engine) -> None:
+        """Every move is reported when it is over, and once."""
+        over = engine.llumlet._moves - len(engine.llumlet.outgoing)
+        if engine.reports != over:
+            raise Violation(f"unreported: {over} moves are over, {engine.reports} were reported")
 
     def _check_copy(self, engine: Engine, copy: Copy) -> None:
         there = self.engines[copy.peer.engine]
@@ -553,13 +616,26 @@ class World:
         if len(set(epochs)) < len(epochs) or max(epochs, default=0) > entry.custody.epoch:
             raise Violation(f"two owners: running at epochs {epochs}, journaled {entry.custody.epoch}")
 
+    def _check_priority(self, custody: Custody) -> None:
+        """Once its owner has read everything, it runs (or waits, or is frozen) there in the class journaled."""
+        if custody.owner is None or self.rings[F, custody.owner.engine]:
+            return
+        engine = self.engines[custody.owner.engine]
+        if engine.incarnation != custody.owner.incarnation:
+            return
+        here = engine.scheduler.get(custody.rid)
+        for request in (*engine.llumlet.frozen, *([here] if here else [])):
+            held = (request.rid, request.epoch) == (custody.rid, custody.epoch)
+            if held and request.params.priority != custody.priority:
+                raise Violation(f"priority: {request.params.priority} where {custody.priority} is journaled")
+
     def finished(self) -> bool:
         """Every request has ended, and nothing is left of any."""
         if any(e.open for e in self.entries.values()) or any(self.rings.values()) or self.notices:
             return False
         return not any(
-            e.scheduler.running or e.scheduler.waiting or e.copies or e.llumlet.outgoing or e.llumlet.incoming
-            or e.scheduler.blocks.num_used or e.scheduler.held_slots
+            e.scheduler.running or e.scheduler.waiting or e.flying or e.copies
+            or e.llumlet.outgoing or e.llumlet.incoming or e.scheduler.blocks.num_used or e.scheduler.held_slots
             for e in self.engines
         )  # fmt: skip
 
@@ -630,13 +706,23 @@ def _engine_key(engine: Engine, order: dict[int, int], block: Any) -> tuple[Any,
         engine.incarnation, engine.frontend, tuple(engine.known), memory, copies, scheduler.held_slots,
         len(blocks._free), tuple(_request_key(r, order) for r in scheduler.running.values()),
         tuple(_request_key(r, order) for r in scheduler.waiting), llumlet._moves, outgoing, incoming,
+        tuple(_line_key(line, scheduler, order) for line in (engine.flying.lines if engine.flying else ())),
+        tuple(sorted(order[b] for b in scheduler._unsettled)),
     )  # fmt: skip
+
+
+def _line_key(line: Line, scheduler: Scheduler, order: dict[int, int]) -> tuple[Any, ...]:
+    row = line.row
+    counts = scheduler.running.get(row.request.rid) is row.request and row.request.preemptions == row.life
+    table = tuple(order[b] for b in line.table)
+    return row.request.rid, row.request.epoch, row.start, row.count, row.sample, counts, tuple(line.tokens), table
 
 
 def _request_key(request: Request, order: dict[int, int]) -> tuple[Any, ...]:
     table = tuple(order[b] for b in request.block_table)
     output = tuple(request.tokens[request.prompt_len :])
-    return request.rid, request.epoch, output, table, request.num_computed
+    going = (request.num_computed, request.ahead, request.drawing, request.held)
+    return request.rid, request.epoch, request.params.priority, output, table, going
 
 
 def _freeze(value: Any) -> Any:

@@ -1,0 +1,110 @@
+"""Times a few steps of a freshly loaded runner, so that policies know what its steps cost.
+
+Every row is a request of its own that writes the dummy block alone and reads blocks that nobody holds yet. Steps
+come in rounds, smallest first; whatever is slow to run for the first time, or is disturbed, is better in the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from daemon.control.messages import RequestParams, SamplingParams
+from daemon.engine.cost import Observation, StepCost, fit
+from daemon.engine.request import Request
+from daemon.engine.runner import Row, Runner, StepPlan
+
+BUDGET = 0.2  # seconds; only a runner so slow that even the indispensable steps take longer exceeds it
+_ROUNDS = 5  # at most
+_INDISPENSABLE = 3  # steps: the least that tell the three terms of the cost apart
+_BATCH, _GROWTH = 16, 4  # rows of the first batch beyond 1, and from one batch to the next
+_SHORT, _LONG = 8, 256  # tokens of context of a decode row
+_CHUNK = 64  # tokens of a prefill row: so few that attention hardly counts
+
+
+def calibrate(
+    runner: Runner,
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepCost:
+    """What a step of `runner` costs. For use before the first request: of the pool's `num_blocks` blocks the dummy
+    is written, and any is read."""
+    end = clock() + BUDGET
+    steps: list[_Step] = []
+    seen: list[Observation] = []
+    for step in _steps(runner.max_model_len, num_blocks, block_size, max_num_seqs, max_batch_tokens):
+        seen.append(step.time(runner, clock))
+        steps.append(step)
+        if len(steps) >= _INDISPENSABLE and clock() > end - BUDGET * 2 / 3:  # the rest is for rounds of these
+            break
+    for step in (step for _ in range(_ROUNDS - 1) for step in steps):
+        if clock() > end:
+            break
+        seen.append(step.time(runner, clock))
+    return fit(seen)
+
+
+class _Step:
+    """A plan and its size."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._plan = plan
+        self._kv = sum(row.start + row.count for row in plan.rows)
+
+    def time(self, runner: Runner, clock: Callable[[], float]) -> Observation:
+        start = clock()
+        runner.execute(self._plan)
+        return Observation(self._plan.num_tokens, self._kv, clock() - start)
+
+
+def _steps(
+    max_model_len: int, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int
+) -> Iterator[_Step]:
+    """Decode batches with short and with long context, then prefill chunks, each larger than the one before."""
+    longest = min(max_model_len, (num_blocks - 1) * block_size)
+    pool = _Pool(num_blocks, block_size)
+    most = min(max_num_seqs, max_batch_tokens)
+    yield _Step(_decodes(pool, 1, min(_SHORT, longest)))
+    for batch in _growing(min(_BATCH, most), most):
+        for length in (_SHORT, _LONG):
+            yield _Step(_decodes(pool, batch, min(length, longest)))
+    chunk = min(_CHUNK, longest)
+    for count in _growing(1, min(max_batch_tokens // chunk, max_num_seqs)):
+        yield _Step(StepPlan([pool.row(0, chunk) for _ in range(count)], 0))
+
+
+def _decodes(pool: _Pool, batch: int, length: int) -> StepPlan:
+    return StepPlan([pool.row(length - 1, 1) for _ in range(batch)], batch)
+
+
+def _growing(first: int, last: int) -> Iterator[int]:
+    """first, 4 * first, ..., and last; nothing if that is less."""
+    while first < last:
+        yield first
+        first *= _GROWTH
+    if last:
+        yield last
+
+
+class _Pool:
+    """Makes rows that spread over the pool, so that KV comes from memory and not from a cache."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._next = 0
+
+    def row(self, start: int, count: int) -> Row:
+        """One that reads any blocks and, from position `start` on, writes the dummy."""
+        reads = start // self._block_size
+        writes = -(-(start + count) // self._block_size) - reads
+        table = [1 + (self._next + i) % (self._num_blocks - 1) for i in range(reads)] + [0] * writes
+        self._next += reads
+        params = RequestParams(SamplingParams(max_tokens=1, seed=0), arrival=0.0)
+        length = start + count
+        request = Request(-1, 0, 0, params, tokens=[0] * length, prompt_len=length, block_table=table)
+        return Row(request, start, count, True)

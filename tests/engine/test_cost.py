@@ -1,0 +1,145 @@
+"""The cost of a step: what is fitted, what it says of knee and headroom, and the steps it is fitted to."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.engine.calibrate import BUDGET, calibrate
+from daemon.engine.cost import Observation, StepCost, fit
+from daemon.engine.runner import PoolSpec, StepPlan, StepResult
+
+CPU = StepCost(base=0.012, per_token=0.75e-3, per_kv=3e-6)
+SIZES = [(1, 8), (16, 128), (16, 4096), (64, 512), (256, 256)]
+
+
+def observed(cost: StepCost, sizes: list[tuple[int, int]] = SIZES) -> list[Observation]:
+    return [Observation(tokens, kv, cost.seconds(tokens, kv)) for tokens, kv in sizes]
+
+
+# -- the fit -------------------------------------------------------------------------------------
+
+
+@given(base=st.floats(1e-4, 1.0), token=st.floats(0.01, 1.0), kv=st.floats(0.0001, 0.01))
+def test_a_linear_engine_is_found_exactly(base: float, token: float, kv: float):
+    cost = StepCost(base, base * token, base * kv)
+    found = fit(observed(cost))
+    assert (found.base, found.per_token, found.per_kv) == pytest.approx(
+        (cost.base, cost.per_token, cost.per_kv), rel=1e-3
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 9000), st.floats(1e-4, 3.0)), max_size=12))
+def test_no_cost_is_negative_whatever_was_seen(rows: list[tuple[int, int, float]]):
+    cost = fit(Observation(*row) for row in rows)
+    assert min(cost.base, cost.per_token, cost.per_kv) >= 0
+    assert min(cost.knee, cost.ideal_tokens) >= 0
+    assert (cost.ideal > 0) == bool(rows)
+
+
+@given(st.lists(st.sampled_from(SIZES), max_size=20), st.floats(1.01, 50))
+def test_a_disturbed_repeat_changes_nothing(disturbed: list[tuple[int, int]], factor: float):
+    late = [Observation(tokens, kv, factor * CPU.seconds(tokens, kv)) for tokens, kv in disturbed]
+    assert fit(late + observed(CPU)) == fit(observed(CPU) + late) == fit(observed(CPU))
+
+
+def test_constant_steps_have_no_limit():
+    """What rises by less than a twentieth has not risen."""
+    for rise in (0.0, 0.01):
+        times = [0.01 * (1 + rise * i) for i in range(len(SIZES))]
+        cost = fit(Observation(*size, seconds) for size, seconds in zip(SIZES, times, strict=True))
+        assert (cost.knee, cost.ideal_tokens) == (0, 0)
+        assert cost.ideal == pytest.approx(0.01, rel=0.05)
+
+
+def test_what_cannot_be_told_apart_is_base():
+    assert fit([Observation(1, 8, 0.02)]) == StepCost(pytest.approx(0.02))
+    assert fit([]) == StepCost()
+
+
+# -- knee and headroom -----------------------------------------------------------------------------
+
+
+def test_at_the_knee_a_step_takes_twice_its_ideal():
+    assert CPU.knee == 18
+    assert CPU.seconds(CPU.knee, 0) == pytest.approx(2 * CPU.seconds(1, 0))
+
+
+def test_up_to_ideal_tokens_a_decode_step_takes_at_most_a_fifth_more():
+    assert CPU.ideal_tokens == pytest.approx(850, abs=1)
+    assert CPU.seconds(1, CPU.ideal_tokens) <= 1.2 * CPU.ideal < CPU.seconds(1, CPU.ideal_tokens + 2)
+
+
+# -- calibration ---------------------------------------------------------------------------------
+
+
+class Timed:
+    """A runner that takes exactly what a cost says, by a clock of its own, and looks at what it is given."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    vocab_size = 100
+
+    def __init__(self, cost: StepCost, *, first_run: float = 1.0, max_model_len: int = 4096) -> None:
+        self.max_model_len = max_model_len
+        self.now = 0.0
+        self.plans: list[StepPlan] = []
+        self._cost = cost
+        self._first_run = first_run  # factor on the first step of a shape
+
+    def pool_spec(self, num_blocks: int) -> PoolSpec:
+        raise NotImplementedError
+
+    def load(self, pool: memoryview) -> None:
+        raise NotImplementedError
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        kv = sum(row.start + row.count for row in plan.rows)
+        self.now += self._cost.seconds(plan.num_tokens, kv) * (1.0 if plan in self.plans else self._first_run)
+        self.plans.append(plan)
+        return StepResult([0] * len(plan.rows))
+
+    def calibrate(self, **limits: int) -> StepCost:
+        usual = {"num_blocks": 1000, "block_size": 16, "max_num_seqs": 64, "max_batch_tokens": 256}
+        return calibrate(self, **(usual | limits), clock=lambda: self.now)
+
+
+limits = st.fixed_dictionaries({
+    "num_blocks": st.integers(2, 300), "block_size": st.sampled_from([8, 16, 128]),
+    "max_num_seqs": st.integers(1, 300), "max_batch_tokens": st.integers(1, 3000),
+})  # fmt: skip
+
+
+@given(limits, st.integers(1, 600), st.sampled_from([1e-5, 1e-3, 0.1]))
+def test_every_plan_is_one_that_a_scheduler_could_make(limits: dict[str, int], longest: int, base: float):
+    """And none writes a block but the dummy, which is what makes it safe to try."""
+    runner = Timed(StepCost(base, base / 50, base / 9000), max_model_len=longest)
+    runner.calibrate(**limits)
+    assert runner.plans
+    size = limits["block_size"]
+    for plan in runner.plans:
+        assert plan.num_tokens <= limits["max_batch_tokens"]
+        assert len(plan.rows) <= limits["max_num_seqs"]
+        assert all(row.count == 1 for row in plan.rows[: plan.num_decodes])
+        for row in plan.rows:
+            request, start, end = row.request, row.start, row.start + row.count
+            assert end == len(request.tokens) <= longest
+            assert len(request.block_table) == -(-end // size) < limits["num_blocks"] + 1
+            assert all(0 <= block < limits["num_blocks"] for block in request.block_table)
+            assert not any(request.block_table[start // size :])
+
+
+@pytest.mark.parametrize("base", [0.0005, 0.002, 0.012, 0.3])
+def test_it_finds_the_cost_within_its_time(base: float):
+    cost = StepCost(base, base / 16, base / 4000)
+    runner = Timed(cost)
+    found = runner.calibrate()
+    assert found.knee == pytest.approx(cost.knee, abs=1)
+    assert found.ideal_tokens == pytest.approx(cost.ideal_tokens, rel=0.01)
+    largest = cost.seconds(256, 256)
+    indispensable = cost.seconds(1, 8) + cost.seconds(16, 128) + cost.seconds(16, 4096)
+    assert runner.now <= max(BUDGET + largest, indispensable + 1e-9)
+
+
+def test_what_is_slow_the_first_time_does_not_count():
+    assert Timed(CPU, first_run=1.5).calibrate().knee == pytest.approx(CPU.knee, abs=1)
