@@ -114,6 +114,11 @@ class Config:
     prefix_affinity: bool = _opt(
         True, "scheduling", "among engines about equally free prefer one that holds the prompt's beginning"
     )
+    headroom: bool = _opt(
+        True,
+        "scheduling",
+        "keep an engine with a request of high priority lightly loaded; else such requests only go first",
+    )
     ideal_tokens: int = _opt(
         0,
         "scheduling",

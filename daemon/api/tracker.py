@@ -24,7 +24,7 @@ from daemon.control.eventlog import EventLog
 from daemon.control.events import Dispatched, TakenOver
 from daemon.control.fabric import COORDINATOR, Fabric
 from daemon.control.journal import Journal, JournalFull, JournalTooSmall
-from daemon.control.load import POLICIES
+from daemon.control.load import policy_of
 from daemon.control.messages import (
     AskBack,
     CancelRequest,
@@ -76,7 +76,7 @@ class Tracker:
         self._reserved = 0  # admitted and not submitted yet
         self._next_rid = self._index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self._turn = self._index
-        self._policy = POLICIES[config.policy]
+        self._policy = policy_of(config.policy, config.headroom)
         self._affinity: Affinity | None = None
         if config.prefix_affinity and config.prefix_caching and topology.engines > 1:
             self._affinity = Affinity(topology.engines, config.block_size)

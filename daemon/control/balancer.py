@@ -13,7 +13,7 @@ from daemon.config import Config
 from daemon.control.eventlog import EventLog
 from daemon.control.events import Ordered
 from daemon.control.fabric import Fabric
-from daemon.control.load import POLICIES
+from daemon.control.load import policy_of
 from daemon.control.messages import EngineFacts, EngineState, MigrateTo, ToLlumlet, encode
 from daemon.control.rebalance import Pair, Reason, Rebalance, explain, pair
 from daemon.control.wishes import WishWriter, served_without
@@ -33,7 +33,7 @@ class Balancer:
         topology = fabric.topology
         self._fabric = fabric
         self._config = config
-        self._rules = Rebalance.of(POLICIES[config.policy])
+        self._rules = Rebalance.of(policy_of(config.policy, config.headroom))
         self._lanes = [fabric.writer(topology.engine(i)) for i in range(topology.engines)]
         self._pairs: list[Pair] = []
         self.wishes = WishWriter(fabric.wishes())

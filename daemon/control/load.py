@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar, NamedTuple
 
@@ -107,10 +107,11 @@ class Paper(Policy):
     sheds_preempted = False
 
     ideal_tokens: int = IDEAL_TOKENS
+    headroom: bool = True
 
     def dispatch(self, facts: EngineFacts, in_flight: InFlight = NOTHING, high: bool = False) -> float:
         batch = facts.running + facts.incoming + in_flight.requests
-        usage = virtual_usage(facts, in_flight, self.ideal_tokens)
+        usage = virtual_usage(facts, in_flight, self.ideal_tokens, self.headroom)
         if usage == math.inf:
             return -math.inf
         if not batch and not facts.waiting:
@@ -144,12 +145,13 @@ class Artifact(Policy):
     sheds_preempted = True
 
     ideal_tokens: int = IDEAL_TOKENS
+    headroom: bool = True
     defrag: bool = True
 
     def dispatch(self, facts: EngineFacts, in_flight: InFlight = NOTHING, high: bool = False) -> float:
         if facts.state != SERVING:
             return -1000.0 * facts.block_size
-        charged = holds_high(facts) != high
+        charged = self.headroom and holds_high(facts) != high
         batch = facts.running + facts.incoming + facts.waiting + in_flight.requests
         if not batch and not charged:
             return math.inf
@@ -169,7 +171,7 @@ class Artifact(Policy):
         if not batch:
             return math.inf
         room = self._available(facts)
-        if holds_high(facts):
+        if self.headroom and holds_high(facts):
             room -= headroom(facts, self.ideal_tokens)
         return room * facts.block_size / batch
 
@@ -207,6 +209,7 @@ class Llumd(Policy):
     horizon: int = 64  # decode steps
     step_target: float = 0.05  # seconds
     ideal_share: float = 0.125
+    headroom: bool = True
 
     def dispatch(self, facts: EngineFacts, in_flight: InFlight = NOTHING, high: bool = False) -> float:
         # Written out, for it runs once an engine and request: every call costs.
@@ -214,7 +217,7 @@ class Llumd(Policy):
             return -math.inf
         requests, tokens = in_flight
         batch = facts.running + facts.waiting + facts.incoming + requests
-        charged = (facts.high_running > 0 or facts.high_waiting > 0) is not high
+        charged = self.headroom and (facts.high_running > 0 or facts.high_waiting > 0) is not high
         if not batch and not charged:
             return math.inf
         size = facts.block_size
@@ -239,13 +242,13 @@ class Llumd(Policy):
             return -math.inf
         if not facts.running + facts.waiting + facts.incoming:
             return math.inf
-        return min(_share(term) for term in self._terms(facts, holds_high(facts)))
+        return min(_share(term) for term in self._terms(facts, self.headroom and holds_high(facts)))
 
     def terms(self, facts: EngineFacts) -> tuple[Term, ...]:
         return self._terms(facts, False)
 
     def shortest(self, facts: EngineFacts) -> Resource:
-        return min(self._terms(facts, holds_high(facts)), key=_share).resource
+        return min(self._terms(facts, self.headroom and holds_high(facts)), key=_share).resource
 
     def _terms(self, facts: EngineFacts, charged: bool) -> tuple[Term, Term]:
         """Memory and compute, with the headroom taken from both if it is `charged`."""
@@ -272,21 +275,25 @@ class Llumd(Policy):
 
 
 LLUMD = Llumd()
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (LLUMD, Paper(), Artifact())}
+POLICIES: dict[str, Llumd | Paper | Artifact] = {p.name: p for p in (LLUMD, Paper(), Artifact())}
 
 
-def virtual_usage(facts: EngineFacts, in_flight: InFlight = NOTHING, ideal_tokens: int = IDEAL_TOKENS) -> float:
-    """Blocks (Algorithm 1); infinite unless serving. In-flight prompts count in full: they are admitted together."""
+def policy_of(name: str, headroom: bool = True) -> Policy:
+    """The policy of that name. Without `headroom` high priority orders queues alone, and keeps no engine lightly
+    loaded."""
+    return replace(POLICIES[name], headroom=headroom)
+
+
+def virtual_usage(
+    facts: EngineFacts, in_flight: InFlight = NOTHING, ideal_tokens: int = IDEAL_TOKENS, charged: bool = True
+) -> float:
+    """Blocks (Algorithm 1); infinite unless serving. In-flight prompts count in full: they are admitted together.
+    `charged`: with the headroom of requests of high priority."""
     if facts.state != SERVING:
         return math.inf
     queued = facts.head_demand_blocks + in_flight.tokens / facts.block_size
-    reserved = headroom(facts, ideal_tokens) if facts.high_running else 0.0
+    reserved = headroom(facts, ideal_tokens) if charged and facts.high_running else 0.0
     return facts.used_blocks + queued + reserved
-
-
-def freeness(facts: EngineFacts, in_flight: InFlight = NOTHING, policy: Policy = LLUMD) -> float:
-    """What a new request of normal priority compares engines by: tokens a request, see `Policy`."""
-    return policy.dispatch(facts, in_flight)
 
 
 def headroom(facts: EngineFacts, ideal_tokens: float) -> float:

@@ -15,7 +15,7 @@ from daemon.control.chronicle import Chronicle
 from daemon.control.dispatch import in_flight
 from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView, SlotState
-from daemon.control.load import InFlight, freeness
+from daemon.control.load import InFlight, policy_of
 from daemon.control.messages import (
     CancelRequest,
     EngineFacts,
@@ -39,6 +39,7 @@ class Overview:
         topology = fabric.topology
         self._fabric = fabric
         self._birth = birth
+        self._policy = policy_of(birth.config.policy, birth.config.headroom)
         self._topology = topology
         self._table = fabric.table()
         self._wishes = WishReader(fabric.wishes())
@@ -134,7 +135,7 @@ class Overview:
         life = self._row(i).life
         if facts is None or life != Life.UP:
             return row
-        free = freeness(facts, flying)
+        free = self._policy.dispatch(facts, flying)
         page = stats.snapshot(self._fabric.stats(self._topology.engine(i)), stats.ENGINE)
         return row | {
             "state": engine_state(life, EngineState(facts.state)),

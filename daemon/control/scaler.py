@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from daemon.config import Config
-from daemon.control.load import POLICIES
+from daemon.control.load import policy_of
 from daemon.control.messages import EngineFacts, EngineState
 from daemon.control.scaling import Action, Park, Scaling, ScalingState, Wake, average, decide
 from daemon.control.wishes import WishReader, served_without
@@ -26,7 +26,8 @@ class Scaler:
         self._rules: Scaling | None = None
         if config.min_engines:
             most = config.max_engines or engines
-            self._rules = Scaling.of(POLICIES[config.policy], most, config.min_engines, config.scale_period)
+            judge = policy_of(config.policy, config.headroom)
+            self._rules = Scaling.of(judge, most, config.min_engines, config.scale_period)
 
     def cycle(
         self, facts: Sequence[EngineFacts | None], expected: Sequence[EngineFacts | None], now: float

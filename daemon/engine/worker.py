@@ -16,7 +16,7 @@ from daemon.control import doorbell, segment, stats
 from daemon.control.eventlog import EventLog
 from daemon.control.fabric import Fabric
 from daemon.control.journal import JournalView
-from daemon.control.load import POLICIES, Policy
+from daemon.control.load import Policy, policy_of
 from daemon.control.messages import EngineFacts, EngineState, encode
 from daemon.engine.build import build_runner
 from daemon.engine.calibrate import calibrate
@@ -96,7 +96,7 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
         scheduler,
         peers,
         Mover(pool, fabric.bell),
-        POLICIES[config.policy],
+        policy_of(config.policy, config.headroom),
         overlap=config.overlap,
         measure=Measure(cost.knee, config.ideal_tokens or cost.ideal_tokens),
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control.dispatch import choose, in_flight
-from daemon.control.load import NOTHING, POLICIES, InFlight, Policy, freeness, virtual_usage
+from daemon.control.load import LLUMD, NOTHING, POLICIES, InFlight, Policy, virtual_usage
 from daemon.control.messages import Demand, EngineFacts, EngineState
 from tests.control.facts import engine, frontend
 
@@ -32,7 +32,7 @@ from tests.control.facts import engine, frontend
 )
 def test_worked_examples(facts: EngineFacts, flying: InFlight, usage: float, free: float):
     assert virtual_usage(facts, flying) == usage
-    assert freeness(facts, flying) == free
+    assert LLUMD.dispatch(facts, flying) == free
 
 
 loads = {"used_blocks": st.integers(0, 100), "running": st.integers(0, 9), "waiting": st.integers(0, 9),
@@ -43,7 +43,8 @@ loads = {"used_blocks": st.integers(0, 100), "running": st.integers(0, 9), "wait
 @given(st.builds(engine, **loads), st.integers(0, 9), st.integers(0, 5000), st.integers(1, 5000))
 def test_one_more_in_flight_is_one_more_reason_against(facts: EngineFacts, requests: int, tokens: int, more: int):
     """Also of an engine that lacks memory already."""
-    assert freeness(facts, InFlight(requests + 1, tokens + more)) < freeness(facts, InFlight(requests, tokens))
+    fewer, further = InFlight(requests, tokens), InFlight(requests + 1, tokens + more)
+    assert LLUMD.dispatch(facts, further) < LLUMD.dispatch(facts, fewer)
 
 
 # -- choice ------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_the_freest_of_those_that_serve(box: list[tuple[EngineFacts | None, InFl
         assert chosen is None
     else:
         assert chosen in serving
-        free = {i: freeness(engines[i], flying[i], policy) for i in serving}
+        free = {i: policy.dispatch(engines[i], flying[i]) for i in serving}
         assert free[chosen] == max(free.values())
 
 

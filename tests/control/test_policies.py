@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control.dispatch import AFFINITY_BOUND, REQUEST_WORTH, choose
-from daemon.control.load import NOTHING, POLICIES, InFlight, Policy, Resource, virtual_usage
+from daemon.control.load import NOTHING, POLICIES, InFlight, Policy, Resource, policy_of, virtual_usage
 from daemon.control.messages import EngineFacts, EngineState
 from tests.control.facts import engine
 
@@ -261,3 +261,13 @@ def test_in_flight_counts_against_a_prefix():
     engines = [engine(**LARGE, running=1)] * 2
     assert choose(engines, [NOTHING, InFlight(1, 16)], 0, matched=[0, 1000]) == 1
     assert choose(engines, [NOTHING, InFlight(4, 64)], 0, matched=[0, 1000]) == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_without_headroom_high_priority_weighs_like_any_other(name):
+    judge, plain = policy_of(name), policy_of(name, headroom=False)
+    normal = engine(running=2, used_blocks=10, knee=24, ideal_tokens=400)
+    urgent = engine(running=2, used_blocks=10, knee=24, ideal_tokens=400, high_running=1)
+    assert plain.dispatch(urgent) == plain.dispatch(normal) == judge.dispatch(normal) > judge.dispatch(urgent)
+    assert plain.migration(urgent) == plain.migration(normal) == judge.migration(normal) > judge.migration(urgent)
+    assert plain.dispatch(normal, high=True) == plain.dispatch(normal)
