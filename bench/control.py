@@ -6,6 +6,8 @@ Dispatch is timed from a parsed request (token ids in hand) to its `Start` commi
 boards of 8 engines and 2 frontends read, engine chosen, 1,000-token prompt journaled. The doorbell is an
 eventfd nobody sleeps on here; waking a sleeper costs the kernel's wake-up on top. Two cases: the frontend was
 woken by its engines' last steps and read their boards then (the usual), or all have published since (the worst).
+All cases take turns: few and many requests an engine, with prefix_affinity and without, each in a world of its own.
+Where Ray is installed its actor makes the same choice.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import actor
 from bench.machine import describe
+from daemon.api.flight import Flight
 from daemon.api.tracker import Tracker
 from daemon.child import Birth
 from daemon.config import Config
@@ -48,6 +52,7 @@ from daemon.control.ring import RingReader, RingWriter, ring_bytes
 
 ENGINES, FRONTENDS, PROMPT = 8, 2, 1000
 _ROUND_TRIPS = 5000
+BY_ACTOR = "choice by a Ray actor, round trip"
 
 
 def main() -> None:
@@ -58,7 +63,13 @@ def main() -> None:
     rows = asyncio.run(measure_dispatch(args.rounds))
     rows |= {"board read": measure_board(args.rounds), "coordinator cycle, 64 engines": measure_cycle(300)}
     rows |= measure_round_trips()
+    boards = [encode(facts(1, 100 * i, [])) for i in range(ENGINES)]
+    by_actor = actor.measure(boards, args.rounds)
+    if by_actor:
+        rows[BY_ACTOR] = summary(by_actor)
     _print(rows)
+    if not by_actor:
+        print(f"{BY_ACTOR:42}  ray: not installed")
     if args.json:
         record = {"command": "python -m bench.control", "machine": describe(), "microseconds": rows}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
@@ -70,7 +81,8 @@ def main() -> None:
 class Engines:
     """Both ends' worth of engines without a process: they publish facts and empty their rings."""
 
-    def __init__(self, handles: FabricHandles) -> None:
+    def __init__(self, handles: FabricHandles, running: int) -> None:
+        self._running = running
         self._fabrics = [Fabric(handles, handles.topology.engine(i), 1) for i in range(ENGINES)]
         self._boards = [f.board() for f in self._fabrics]
         self._rings = [f.reader(handles.topology.frontend(0)) for f in self._fabrics]
@@ -81,7 +93,7 @@ class Engines:
         self._step += 1
         for i, board in enumerate(self._boards):
             consumed = [Demand(1, *self._taken[i]), Demand(1, 0, 0)]
-            board.publish(encode(_facts(self._step, random.randrange(100, 4000), consumed)))
+            board.publish(encode(facts(self._step, random.randrange(100, 4000), consumed, self._running)))
 
     def take(self) -> None:
         for i, ring in enumerate(self._rings):
@@ -91,7 +103,8 @@ class Engines:
             ring.ack()
 
 
-def _facts(step: int, used: int, consumed: list[Demand]) -> EngineFacts:
+def facts(step: int, used: int, consumed: list[Demand], running: int = 64) -> EngineFacts:
+    """What a busy engine publishes."""
     return EngineFacts(
         incarnation=1,
         state=EngineState.SERVING,
@@ -100,12 +113,12 @@ def _facts(step: int, used: int, consumed: list[Demand]) -> EngineFacts:
         block_size=16,
         total_blocks=50_000,
         used_blocks=used,
-        running=64,
+        running=running,
         waiting=3,
         head_demand_blocks=40,
         pending_prefill_tokens=900,
         waiting_tokens=2000,
-        max_num_seqs=256,
+        max_num_seqs=1024,
         max_model_len=8192,
         step_seconds=0.02,
         tokens_per_second=3000.0,
@@ -113,56 +126,90 @@ def _facts(step: int, used: int, consumed: list[Demand]) -> EngineFacts:
     )
 
 
-async def measure_dispatch(rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds from token ids to a committed Start."""
-    handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20)
-    table = Fabric(handles, -1, 0).table_writer()
-    for process in range(handles.topology.processes):
-        table.publish(process, ProcessFacts(life=Life.UP, incarnation=1))
-    engines = Engines(handles)
-    engines.publish()
-    tracker = Tracker(Fabric(handles, handles.topology.frontend(0), 1), Config(max_queued=10_000))
-    sibling = Tracker(Fabric(handles, handles.topology.frontend(1), 1), Config())
-    prompt = [random.randrange(50_000) for _ in range(PROMPT)]
-    params = SamplingParams(max_tokens=256, seed=1)
-    gc.collect()
-    gc.disable()
+class _Stamped(Fabric):
+    """Notes when it last rang a bell, which is when a Start has been committed. What follows nobody waits for."""
 
-    def dispatch(woken: bool) -> float:
-        engines.publish()
+    rung = 0
+
+    def ring_bell(self, process: int) -> None:
+        super().ring_bell(process)
+        self.rung = time.perf_counter_ns()
+
+
+class Dispatching:
+    """A frontend that dispatches to engines of `running` requests each, with as many of its own unfinished."""
+
+    def __init__(self, running: int, *, affinity: bool = True) -> None:
+        handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20)
+        table = Fabric(handles, -1, 0).table_writer()
+        for process in range(handles.topology.processes):
+            table.publish(process, ProcessFacts(life=Life.UP, incarnation=1))
+        self._engines = Engines(handles, running)
+        self._engines.publish()
+        config = Config(max_queued=10_000, prefix_affinity=affinity)
+        self._fabric = _Stamped(handles, handles.topology.frontend(0), 1)
+        self._tracker = Tracker(self._fabric, config)
+        self._sibling = Tracker(Fabric(handles, handles.topology.frontend(1), 1), Config())
+        self._prompt = [random.randrange(50_000) for _ in range(PROMPT)]
+        self._params = SamplingParams(max_tokens=256, seed=1)
+        self._unfinished = [self._submit() for _ in range(running)]
+
+    def _submit(self) -> Flight:
+        flight = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
+        self._engines.take()
+        return flight
+
+    def once(self, woken: bool) -> float:
+        """Microseconds from token ids to a committed Start, its engine rung."""
+        self._engines.publish()
         if woken:
-            tracker.on_doorbell()
+            self._tracker.on_doorbell()
         start = time.perf_counter_ns()
-        flight = tracker.submit(prompt, params, label="chatcmpl-0")
-        end = time.perf_counter_ns()
+        flight = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
+        end = self._fabric.rung
         if random.random() < 0.3:
-            sibling.submit(prompt[:8], params, label="s").cancel()
+            self._sibling.submit(self._prompt[:8], self._params, label="s").cancel()
         flight.cancel()
-        engines.take()
+        self._engines.take()
         return (end - start) / 1e3
 
-    for _ in range(300):
-        dispatch(True)
-    usual = [dispatch(True) for _ in range(rounds)]
-    worst = [dispatch(False) for _ in range(rounds)]
+
+async def measure_dispatch(rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds from token ids to a committed Start."""
+    usual, plain = Dispatching(64), Dispatching(64, affinity=False)
+    cases = {
+        "dispatch": (usual, True),
+        "dispatch, every board changed since": (usual, False),
+        "dispatch, 10 requests an engine": (Dispatching(10), True),
+        "dispatch, 1000 requests an engine": (Dispatching(1000), True),
+        "dispatch, without prefix affinity": (plain, True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    gc.collect()
+    gc.disable()
+    for i in range(300 + rounds):
+        for name, (frontend, woken) in cases.items():
+            took = frontend.once(woken)
+            if i >= 300:
+                times[name].append(took)
     gc.enable()
-    return {"dispatch": _summary(usual), "dispatch, every board changed since": _summary(worst)}
+    return {name: summary(found) for name, found in times.items()}
 
 
 def measure_board(rounds: int) -> dict[str, float]:
     """Microseconds to read and decode one changed slot."""
     view = segment.attach(segment.create(4096))
     writer, reader = BoardWriter(view), BoardReader(view)
-    facts = encode(_facts(1, 100, [Demand(1, 5, 500)] * FRONTENDS))
+    published = encode(facts(1, 100, [Demand(1, 5, 500)] * FRONTENDS))
     times = []
     for _ in range(rounds):
-        writer.publish(facts)
+        writer.publish(published)
         start = time.perf_counter_ns()
         found = reader.read()
         assert found is not None
         decode_engine_facts(found[1])
         times.append((time.perf_counter_ns() - start) / 1e3)
-    return _summary(times)
+    return summary(times)
 
 
 def measure_cycle(rounds: int) -> dict[str, float]:
@@ -182,7 +229,7 @@ def measure_cycle(rounds: int) -> dict[str, float]:
     times = []
     for step in range(rounds):
         for board in boards:
-            board.publish(encode(_facts(step, random.randrange(100, 50_000), [Demand(1, 0, 0)])))
+            board.publish(encode(facts(step, random.randrange(100, 50_000), [Demand(1, 0, 0)])))
         start = time.perf_counter_ns()
         balancer.cycle(overview.facts())
         times.append((time.perf_counter_ns() - start) / 1e3)
@@ -190,7 +237,7 @@ def measure_cycle(rounds: int) -> dict[str, float]:
             while ring.read() is not None:
                 pass
             ring.ack()
-    return _summary(times)
+    return summary(times)
 
 
 # -- round trips ------------------------------------------------------------------------------------
@@ -271,13 +318,13 @@ def _ping_pong(here: End, there: End) -> dict[str, float]:
         if i >= 200:
             times.append((time.perf_counter_ns() - start) / 2e3)
     os.waitpid(pid, 0)
-    return _summary(times)
+    return summary(times)
 
 
 # -- report -----------------------------------------------------------------------------------------
 
 
-def _summary(times: list[float]) -> dict[str, float]:
+def summary(times: list[float]) -> dict[str, float]:
     cuts = statistics.quantiles(times, n=1000)
     return {"p50": round(cuts[499], 2), "p90": round(cuts[899], 2), "p99": round(cuts[989], 2), "min": min(times)}
 

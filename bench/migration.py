@@ -9,32 +9,26 @@ each number means.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import http.client
 import itertools
 import json
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from bench.live import PATIENCE, Daemon, serving
 from bench.machine import describe
-from daemon.llumctl import call
 
 WAYS = ("live", "blocking", "recompute")
 POLL = 0.015  # seconds between looks at who owns a request; each costs everybody a millisecond or two
 SETTLE = 8  # tokens between two moves: the same stream's undisturbed gaps come from there
-PATIENCE = 90.0  # seconds for a move or a prefill
 BAR = 2.0  # decode steps that a live move may pause its request
+# A prefix found at the destination would not be copied: moves back and forth would cost nothing.
+FLAGS = ("--no-rebalance", "--no-prefix-caching", "--kv-memory", "512MiB", "--journal-memory", "64MiB")
 TEXT = "The river rose for three days before anybody in the valley thought of counting the boats. "
 
 
@@ -61,80 +55,6 @@ class Move:
     nbytes: int  # of KV, copied by the source
 
 
-# -- the daemon --------------------------------------------------------------------------------
-
-
-class Daemon:
-    """Two engines that move nothing by themselves."""
-
-    def __init__(self, address: tuple[str, int], model: str, run_dir: str) -> None:
-        self.address = address
-        self.model = model
-        self._socket = Path(run_dir) / "admin.sock"
-
-    def call(self, method: str, route: str) -> dict[str, Any]:
-        return call(self._socket, method, route)
-
-    def engines(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.call("GET", "/v1/status")["engines"]
-        return found
-
-    def engine_of(self, name: str) -> int:
-        rows = self.call("GET", "/v1/requests")["requests"]
-        return next(int(row["engine"]) for row in rows if row["id"].startswith(name))
-
-    def migrated_bytes(self) -> int:
-        return sum(engine["migrated_bytes"] for engine in self.engines())
-
-    def tokenize(self, text: str) -> list[int]:
-        body = self._post("/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False})
-        tokens: list[int] = json.loads(body.read())["tokens"]
-        return tokens
-
-    def stream(self, prompt: list[int]) -> http.client.HTTPResponse:
-        return self._post(
-            "/v1/completions",
-            {
-                "model": self.model,
-                "prompt": prompt,
-                "max_tokens": 3000,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-            },
-        )
-
-    def _post(self, route: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
-        connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise SystemExit(f"{route}: {response.status} {response.read()!r}")
-        return response
-
-
-@contextlib.contextmanager
-def serving(extra: Sequence[str]) -> Iterator[Daemon]:
-    """A daemon for the time of the measurement."""
-    with tempfile.TemporaryDirectory() as run_dir:
-        # A prefix found at the destination would not be copied: moves back and forth would cost nothing.
-        flags = ["--devices", "cpu,cpu", "--no-rebalance", "--no-prefix-caching", "--kv-memory", "512MiB"]
-        flags += ["--journal-memory", "64MiB", "--port", "0", "--run-dir", run_dir]
-        flags += ["--drain-timeout", "1s", "--log-level", "warning", *extra]
-        command = [sys.executable, "-m", "daemon.cli", "serve", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            found = re.search(r"serves (\S+) at http://([\d.]+):(\d+)", line)
-            if not found:
-                raise SystemExit(f"the daemon did not start: {line!r}")
-            yield Daemon((found[2], int(found[3])), found[1], run_dir)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
-
-
 # -- a client ----------------------------------------------------------------------------------
 
 
@@ -145,7 +65,8 @@ class Stream:
         self.times: list[float] = []
         self.name = ""
         self.ended = ""
-        self._response = daemon.stream(prompt)
+        asked = {"prompt": prompt, "max_tokens": 3000, "temperature": 0, "ignore_eos": True, "stream": True}
+        self._response = daemon.post("/v1/completions", asked)
         self._leaving = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -200,9 +121,9 @@ def gap_around(times: Sequence[float], start: float, end: float) -> float:
 
 def move(daemon: Daemon, stream: Stream, how: str) -> Move:
     """Order the stream's request to the other engine and wait until it decodes there."""
-    here, before = daemon.engine_of(stream.name), daemon.migrated_bytes()
+    here, before = daemon.engine_of(stream.name), daemon.total("migrated_bytes")
     ordered = asked = perf_counter()
-    daemon.call("POST", f"/v1/requests/{stream.name}/migrate/{1 - here}?how={how}")
+    daemon.migrate(stream.name, 1 - here, how)
     while True:
         look = perf_counter()
         if daemon.engine_of(stream.name) != here:
@@ -214,7 +135,7 @@ def move(daemon: Daemon, stream: Stream, how: str) -> Move:
     seen = perf_counter()
     stream.wait(lambda: stream.times[-1] > seen)
     stream.wait_tokens(2)
-    return Move(gap_around(stream.times, asked, seen), seen - ordered, daemon.migrated_bytes() - before)
+    return Move(gap_around(stream.times, asked, seen), seen - ordered, daemon.total("migrated_bytes") - before)
 
 
 def measure_length(daemon: Daemon, plan: Plan, prompt: list[int]) -> dict[str, Any]:
@@ -351,7 +272,7 @@ def main() -> None:
     figures: dict[str, Any] = {"command": "python -m bench.migration", "machine": describe()}
     figures["options"] = args.option
     print("tokens  way       moves  pause ms    max ms  st.p25   steps     max       MB  order ms  ITL ms")
-    with serving(args.option) as daemon:
+    with serving(*FLAGS, *args.option) as daemon:
         text = daemon.tokenize(TEXT * (max(plan.lengths) // 15))
         figures["lengths"] = []
         for length in plan.lengths:
