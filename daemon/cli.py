@@ -1,4 +1,4 @@
-"""The `llumd` command: serve, check, options."""
+"""The `llumd` command: serve, check, options, kernels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,22 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     table = commands.add_parser("options", help="list every option as a Markdown table")
     table.set_defaults(run=_options)
+    _add_kernels(commands.add_parser("kernels", help="compile and list the kernels that GPUs need"))
     return parser
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="compile what a model needs, with nvcc; no GPU is needed")
+    build.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="as for serve (default: demo)")
+    build.add_argument("--arch", metavar="9.0a", help="compute capability; default: of the GPUs in this machine")
+    build.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="arithmetic (default: bf16)")
+    build.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="KV cache (default: as --dtype)")
+    build.add_argument("--prefill", choices=("fa2", "fa3"), default="fa2", help="prefill kernel (default: fa2)")
+    build.add_argument("--jobs", type=int, default=0, metavar="N", help="compilers at a time; default: what fits")
+    build.set_defaults(run=_build_kernels)
+    listing = commands.add_parser("list", help="list compiled kernels")
+    listing.set_defaults(run=_list_kernels)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +120,40 @@ def _options(_args: argparse.Namespace) -> int:
         shown = _default(getattr(defaults, option.name), option.metadata["unit"])
         meaning = option.metadata["meaning"].replace("|", "\\|")
         print(f"| `{option.name}` | {f'`{shown}`' if shown else ''} | {option.metadata['unit']} | {meaning} |")
+    return 0
+
+
+def _build_kernels(args: argparse.Namespace) -> int:
+    from daemon.engine.cuda import compile as kernel_compiler
+    from daemon.engine.cuda import kernels
+
+    try:
+        archs = {kernels.parse_arch(args.arch)} if args.arch else set(kernels.gpu_archs())
+        if not archs:
+            raise kernels.KernelError("no GPU is seen here; name the architecture to compile for: --arch 9.0a")
+        model_dir = store.resolve(args.model, "auto", _say)
+        card = read_card(model_dir, load_format="dummy")  # what is compiled depends on no weight
+        for arch in sorted(archs):
+            specs = kernels.required(card, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill)
+            kernel_compiler.build(specs, arch, kernels.directory(arch), _say, jobs=args.jobs)
+            print(f"{len(specs)} kernels for {card.name} on {arch} are in {kernels.directory(arch)}")
+    except (kernels.KernelError, ModelError) as e:
+        print(f"llumd: {e}", file=sys.stderr)
+        return EXIT_CONFIG
+    return 0
+
+
+def _list_kernels(_args: argparse.Namespace) -> int:
+    from daemon.engine.cuda import kernels
+
+    root = kernels.kernels_dir()
+    found = kernels.listing(root)
+    if not found:
+        print(f"no compiled kernels in {root}; llumd kernels build makes them")
+    for where, modules in found.items():
+        print(where)
+        for built in modules:
+            print(f"  {built.size / 2**20:6.1f} MiB  nvcc {built.nvcc}  {built.name}")
     return 0
 
 

@@ -98,7 +98,7 @@ def test_the_first_start_sets_up_and_the_second_only_starts(checkout):
 def test_the_tests_need_more_than_serving_does_and_serving_is_content_with_it(checkout):
     checkout.run("serve", "--port", "1")
     status, _, calls = checkout.run("test", "tests/x.py", "-k", "y")
-    assert status == 0 and "[convert,test]" in installs(calls)[-1]
+    assert status == 0 and "[convert,cuda,test]" in installs(calls)[-2]
     assert calls[-1] == "python -m pytest tests/x.py -k y"
     assert checkout.run("serve", "--port", "1")[2] == [SERVE]
 
@@ -114,6 +114,14 @@ def test_a_change_of_pyproject_updates_the_environment_in_place(checkout):
         f.write("# changed\n")
     _, _, calls = checkout.run("serve")
     assert not any("-m venv" in c for c in calls) and len(installs(calls)) == 1
+
+
+def test_on_a_cpu_flashinfer_comes_with_the_tests_alone_and_without_what_it_names_as_needed(checkout):
+    assert not any("flashinfer-python" in c for c in checkout.run("serve")[2])
+    _, _, calls = checkout.run("test", "x")
+    (flashinfer,) = [c for c in installs(calls) if "flashinfer-python" in c]
+    assert "--no-deps flashinfer-python==" in flashinfer
+    assert any("import flashinfer" in c for c in calls)
 
 
 @pytest.mark.parametrize("only_the_shell", [False, True])

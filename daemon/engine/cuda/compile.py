@@ -1,0 +1,284 @@
+"""Compile kernels ahead of time, with nvcc and ninja and no GPU.
+
+One kernel after the other, each with as many compilers as fit. A kernel is compiled beside its place and renamed into
+it when it is whole: a build that was killed leaves nothing that is later taken for a kernel, and the next one, which
+waits for the last orphaned compiler, carries on behind the kernels already in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.engine.cuda import generate, kernels
+from daemon.engine.cuda.kernels import RECORD, KernelError, KernelSpec
+
+Progress = Callable[[str], None]
+
+_UNFINISHED = ".unfinished"
+_COMPILER_BYTES = 3 << 30  # memory of one nvcc at FlashInfer's attention templates
+_UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h", "curand_kernel.h")  # the norm includes them, for nothing
+_FULL = "No space left on device"
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """What compiles: `home` is the toolkit's own folder, also where the nvcc found is a wrapper elsewhere."""
+
+    nvcc: Path
+    home: Path
+    version: str  # "13.0"
+    ninja: Path
+    cxx: str
+
+
+def build(
+    specs: Sequence[KernelSpec], arch: str, where: Path, progress: Progress, *, jobs: int = 0
+) -> list[KernelSpec]:
+    """Compile those of `specs` that `where` does not hold, or holds from another nvcc or tvm-ffi; returns them.
+
+    `jobs`: compilers at a time, 0 for as many as processors and memory allow. What was finished before a failure
+    stays. Raises KernelError.
+    """
+    tools = toolchain()
+    check_arch(tools, arch)
+    tvm_ffi = kernels.package_version("apache-tvm-ffi")
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with _lock(where / ".lock", progress) as lock:
+            wanted = [s for s in specs if not _current(where, s, tools, tvm_ffi)]
+            progress(
+                f"{len(wanted)} of {len(specs)} kernels to compile for {arch} with nvcc {tools.version} in {where}"
+            )
+            if wanted:
+                _build_all(wanted, arch, where, tools, tvm_ffi, lock, progress, jobs or _fitting_jobs())
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise KernelError(_disk_full(where)) from None
+        raise KernelError(
+            f"cannot keep kernels in {where}: {e.strerror or e}; $LLUMD_KERNELS names another place"
+        ) from None
+    return wanted
+
+
+def toolchain() -> Toolchain:
+    """nvcc (of $CUDA_HOME, on PATH, or in /usr/local/cuda), ninja and a C++ compiler. Raises KernelError."""
+    nvcc = _find_nvcc()
+    said = _ask(nvcc, "--version")
+    version = re.search(r"release (\d+\.\d+),", said)
+    if version is None:
+        raise KernelError(f"{nvcc} does not work: {said.strip()[-300:]}")
+    # pip puts it beside Python, which need not be on PATH.
+    ninja = shutil.which("ninja", path=f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}")
+    if ninja is None:
+        raise KernelError(
+            "ninja is not on PATH; install it: `pip install ninja`, or the system's package ninja-build"
+        )
+    cxx = shutil.which(os.environ.get("CXX", "c++"))
+    if cxx is None:
+        raise KernelError(f"no C++ compiler: {os.environ.get('CXX', 'c++')} is not on PATH; install g++, or set CXX")
+    return Toolchain(nvcc, _home(nvcc), version[1], Path(ninja), cxx)
+
+
+def check_arch(tools: Toolchain, arch: str) -> None:
+    """Raises KernelError unless this nvcc compiles for `arch`."""
+    known = re.findall(r"compute_(\d+)(\d)\b", _ask(tools.nvcc, "--list-gpu-arch"))
+    major, minor = arch.rstrip("af").split(".")
+    if known and (major, minor) not in known:
+        names = ", ".join(f"{a}.{b}" for a, b in sorted(known, key=lambda k: (int(k[0]), k[1])))
+        raise KernelError(f"nvcc {tools.version} does not compile for {arch}; it knows {names}")
+
+
+def _named_home() -> Path | None:
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return Path(named) if named else None
+
+
+def _home(nvcc: Path) -> Path:
+    """A wrapper on PATH says nothing of the toolkit's place; nvcc itself does."""
+    here = re.search(r"_HERE_=(\S+)", _ask(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"))
+    return _named_home() or (Path(here[1]).parent if here else nvcc.resolve().parent.parent)
+
+
+def _find_nvcc() -> Path:
+    if home := _named_home():
+        if not (home / "bin" / "nvcc").is_file():
+            raise KernelError(f"CUDA_HOME is {home}, which holds no bin/nvcc")
+        return home / "bin" / "nvcc"
+    on_path = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if Path(on_path).is_file():
+        return Path(on_path)
+    raise KernelError(
+        "no nvcc on PATH or in /usr/local/cuda. Install the CUDA toolkit (no GPU and no driver are needed) or "
+        "name its folder with CUDA_HOME; or build on another machine and copy the directory here"
+    )
+
+
+def _ask(program: Path, *args: str) -> str:
+    try:
+        done = subprocess.run(
+            [program, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise KernelError(f"cannot run {program}: {e}") from None
+    return done.stdout
+
+
+def _current(where: Path, spec: KernelSpec, tools: Toolchain, tvm_ffi: str) -> bool:
+    built = kernels.find(where, spec.name)
+    return built is not None and (built.nvcc, built.tvm_ffi) == (tools.version, tvm_ffi)
+
+
+def _fitting_jobs() -> int:
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // _COMPILER_BYTES))
+
+
+@contextmanager
+def _lock(file: Path, progress: Progress) -> Iterator[int]:
+    """Compilers inherit the descriptor: it is free only when the last one of a killed build is gone."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another build of these kernels")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _build_all(
+    specs: list[KernelSpec], arch: str, where: Path, tools: Toolchain, tvm_ffi: str, lock: int, progress: Progress,
+    jobs: int,
+) -> None:  # fmt: skip
+    scratch = where / _UNFINISHED
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        ninja_files = _generate(specs, scratch, _environment(tools, arch, scratch), lock)
+        for i, spec in enumerate(specs, 1):
+            title = f"[{i}/{len(specs)}] {spec.purpose}"
+            progress(f"{title}: compiling {spec.name}")
+            began = time.monotonic()
+            log = where / f"{spec.name}.log"
+            library = _compile(spec, Path(ninja_files[spec.name]), log, tools, jobs, scratch, lock)
+            size = _install(spec, library, where, scratch, {"nvcc": tools.version, "tvm_ffi": tvm_ffi})
+            log.unlink()
+            progress(f"{title}: {time.monotonic() - began:.0f} s, {size / 2**20:.1f} MiB")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _environment(tools: Toolchain, arch: str, scratch: Path) -> dict[str, str]:
+    """For FlashInfer's import: of its own settings only ours, so that the flags do not depend on who builds."""
+    links = scratch / "lib"
+    _make_links(tools, links)
+    _make_headers(tools, scratch / generate.EMPTY_HEADERS)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FLASHINFER_")}
+    folders = [tools.home / "lib64", tools.home / "lib", links]
+    return env | {
+        "CUDA_HOME": str(tools.home),
+        "FLASHINFER_NVCC": str(tools.nvcc),
+        "FLASHINFER_CUDA_ARCH_LIST": arch,
+        "FLASHINFER_WORKSPACE_BASE": str(scratch),
+        "FLASHINFER_EXTRA_LDFLAGS": " ".join(f"-L{folder}" for folder in folders),
+        "TMPDIR": str(scratch),
+    }
+
+
+def _make_links(tools: Toolchain, links: Path) -> None:
+    """Something to link with: an empty libcuda for want of a driver; libcudart where only the versioned one is."""
+    links.mkdir()
+    stub = str(links / "libcuda.so")
+    command = [tools.cxx, "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c++", "/dev/null", "-o", stub]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelError(_disk_full(links) if _FULL in done.stderr else f"{tools.cxx} does not work: {done.stderr}")
+    for folder in (tools.home / "lib64", tools.home / "lib"):
+        for versioned in sorted(folder.glob("libcudart.so.*")):
+            (links / "libcudart.so").unlink(missing_ok=True)
+            (links / "libcudart.so").symlink_to(versioned)
+
+
+def _make_headers(tools: Toolchain, headers: Path) -> None:
+    """Empty ones for libraries of which nothing is used, where the toolkit is the compiler alone."""
+    headers.mkdir()
+    for name in _UNUSED_HEADERS:
+        if not (tools.home / "include" / name).exists():
+            (headers / name).touch()
+
+
+def _generate(specs: list[KernelSpec], scratch: Path, env: dict[str, str], lock: int) -> dict[str, str]:
+    """Have FlashInfer write sources and ninja files; name -> ninja file."""
+    request = json.dumps([[s.name, s.generator, s.args] for s in specs])
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "daemon.engine.cuda.generate"],
+        input=request, env=env, cwd=scratch, capture_output=True, text=True, check=False, pass_fds=(lock,),
+    )  # fmt: skip
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise KernelError(_disk_full(scratch) if _FULL in done.stderr else f"FlashInfer cannot prepare them: {why}")
+    answer: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _compile(
+    spec: KernelSpec, ninja_file: Path, log: Path, tools: Toolchain, jobs: int, scratch: Path, lock: int
+) -> Path:
+    """Run ninja; returns the library it made."""
+    command = [str(tools.ninja), "-v", "-C", str(ninja_file.parent), "-f", str(ninja_file), "-j", str(jobs)]
+    with log.open("wb") as out:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            env=os.environ | {"TMPDIR": str(scratch)}, check=False, pass_fds=(lock,),
+        )  # fmt: skip
+    if done.returncode:
+        raise KernelError(_why_not(spec, log))
+    return ninja_file.parent / f"{spec.name}.so"
+
+
+def _why_not(spec: KernelSpec, log: Path) -> str:
+    text = log.read_text(errors="replace")
+    if _FULL in text or "Disk quota exceeded" in text:
+        return _disk_full(log.parent)
+    if re.search(r"\bKilled\b|signal 9", text):
+        return f"{spec.name}: the compiler was killed, most likely for want of memory; try --jobs 1 ({log})"
+    if lacking := re.search(r"fatal error: (\S+): No such file", text):
+        return f"{spec.name}: the CUDA toolkit lacks {lacking[1]}; install the whole toolkit ({log})"
+    errors = [line for line in text.splitlines() if re.search(r"\berror\b", line)]
+    first = f": {errors[0].strip()[:300]}" if errors else ""
+    return f"{spec.name} does not compile{first}\nall the compiler said is in {log}"
+
+
+def _install(spec: KernelSpec, library: Path, where: Path, scratch: Path, versions: dict[str, str]) -> int:
+    """Put the library in its place, whole or not at all; returns its bytes."""
+    fresh = scratch / "fresh" / spec.name
+    fresh.mkdir(parents=True)
+    shutil.copyfile(library, fresh / library.name)
+    size = library.stat().st_size
+    (fresh / RECORD).write_text(json.dumps({"size": size} | versions))
+    for file in fresh.iterdir():
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(where / spec.name, ignore_errors=True)
+    fresh.rename(where / spec.name)
+    shutil.rmtree(library.parent)
+    return size
+
+
+def _disk_full(where: Path) -> str:
+    free = shutil.disk_usage(where).free >> 20 if where.exists() else 0
+    return f"the disk of {where} is full ({free} MiB free); make room, or name another place with $LLUMD_KERNELS"

@@ -1,0 +1,95 @@
+"""A child process of `compile.py`: has FlashInfer write sources and ninja files of some kernels, compiles nothing.
+
+FlashInfer reads folder, architecture and flags from the environment when it is imported, hence a process of its own.
+Standard input: a JSON list of [name, generator, args]. Standard output: a JSON object, name -> ninja file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from daemon.engine.cuda.kernels import SAMPLER_NVCC_FLAGS
+
+EMPTY_HEADERS = "empty"  # folder beside FlashInfer's own
+
+
+def _attention(_name: str, backend: str, q: str, kv: str, head_dim: int) -> Any:
+    import torch
+    from flashinfer.jit import gen_batch_prefill_module
+
+    dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn}
+    no_position, sliding_window, soft_cap, fp16_reduction = 0, False, False, False
+    return gen_batch_prefill_module(
+        backend, dtypes[q], dtypes[kv], dtypes[q], torch.int32, head_dim, head_dim,
+        no_position, sliding_window, soft_cap, fp16_reduction,
+    )  # fmt: skip
+
+
+def _activation(_name: str, function: str) -> Any:
+    from flashinfer.jit.activation import gen_act_and_mul_module
+
+    return gen_act_and_mul_module(function)
+
+
+def _norm(_name: str) -> Any:
+    from flashinfer.jit.norm import gen_norm_module
+
+    spec = gen_norm_module()
+    # It includes headers of cuBLAS and cuRAND and uses nothing of them.
+    spec.extra_include_dirs = [Path(os.environ["FLASHINFER_WORKSPACE_BASE"]) / EMPTY_HEADERS]
+    return spec
+
+
+def _page(_name: str) -> Any:
+    from flashinfer.jit.page import gen_page_module
+
+    return gen_page_module()
+
+
+def _rope(_name: str) -> Any:
+    from flashinfer.jit.rope import gen_rope_module
+
+    return gen_rope_module()
+
+
+def _sampler(name: str, *sources: str) -> Any:
+    # Not gen_jit_spec, which adds -use_fast_math.
+    from flashinfer.jit.core import JitSpec
+
+    return JitSpec(
+        name=name,
+        sources=[Path(s) for s in sources],
+        extra_cflags=["-std=c++17", "-O3"],
+        extra_cuda_cflags=list(SAMPLER_NVCC_FLAGS),
+        extra_ldflags=None,
+        extra_include_dirs=None,
+    )
+
+
+GENERATORS: dict[str, Callable[..., Any]] = {
+    "attention": _attention,
+    "activation": _activation,
+    "norm": _norm,
+    "page": _page,
+    "rope": _rope,
+    "sampler": _sampler,
+}
+
+
+def generate(name: str, generator: str, args: list[str | int]) -> str:
+    """Write sources and ninja file of one kernel; returns the ninja file's path."""
+    spec = GENERATORS[generator](name, *args)
+    if spec.name != name:
+        raise ValueError(f"this FlashInfer calls the kernel {spec.name}, not {name}")
+    spec.write_ninja()
+    return str(spec.ninja_path)
+
+
+if __name__ == "__main__":
+    answer = {name: generate(name, generator, args) for name, generator, args in json.load(sys.stdin)}
+    print(json.dumps(answer))

@@ -1,0 +1,106 @@
+"""The model's tensors on its device, in the shapes the forward pass multiplies with."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from daemon.engine.weights import Checkpoint, Dummy, Weights
+from daemon.models import checkpoint
+from daemon.models.card import ModelCard
+
+
+class Linear(NamedTuple):
+    """weight [out, in], bias [out] or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Layer(NamedTuple):
+    """One decoder layer; query, key and value are one product, gate and up another."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    out: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class DeviceWeights(NamedTuple):
+    """All of a model."""
+
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: torch.Tensor  # [vocab, hidden]; the embedding itself where they are tied
+
+
+class DeviceDummy:
+    """Random weights made on the device, where 8 billion take a second or so: the same on every engine with such a
+    device, by the tensor's name alone."""
+
+    def __init__(self, card: ModelCard, device: torch.device, dtype: torch.dtype) -> None:
+        self._shapes = checkpoint.expected_tensors(card)
+        self._device = device
+        self._dtype = dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        values = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return values.uniform_(-0.03, 0.03, generator=generator)
+
+
+def load_weights(card: ModelCard, load_format: str, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
+    """Read or make all weights. Raises ModelError for a checkpoint that is not whole."""
+    return _fuse(card, _source(card, load_format, device, dtype), device, dtype)
+
+
+def _source(card: ModelCard, load_format: str, device: torch.device, dtype: torch.dtype) -> Weights:
+    if load_format != "dummy":
+        return Checkpoint(card)
+    return Dummy(card) if device.type == "cpu" else DeviceDummy(card, device, dtype)
+
+
+def _fuse(card: ModelCard, source: Weights, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
+    def tensor(*names: str) -> torch.Tensor:
+        """The tensors `names`, one under the other. Each is freed before the next is read."""
+        if len(names) == 1:
+            return source.get(names[0]).to(device=device, dtype=dtype)
+        shapes = [shape_of(name) for name in names]
+        out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=dtype, device=device)
+        for name, part in zip(names, out.split([shape[0] for shape in shapes]), strict=True):
+            part.copy_(source.get(name))
+        return out
+
+    shape_of: Callable[[str], tuple[int, ...]] = checkpoint.expected_tensors(card).__getitem__
+
+    def linear(at: str, *names: str, bias: bool) -> Linear:
+        return Linear(tensor(*(f"{at}.{name}.weight" for name in names)),
+                      tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None)
+
+    def layer(at: str) -> Layer:
+        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        return Layer(
+            attention_norm=tensor(f"{at}.input_layernorm.weight"),
+            qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=card.attention_bias),
+            out=linear(attention, "o_proj", bias=card.attention_bias),
+            mlp_norm=tensor(f"{at}.post_attention_layernorm.weight"),
+            gate_up=linear(mlp, "gate_proj", "up_proj", bias=card.mlp_bias),
+            down=linear(mlp, "down_proj", bias=card.mlp_bias),
+        )
+
+    embedding = tensor("model.embed_tokens.weight")
+    return DeviceWeights(
+        embedding=embedding,
+        layers=[layer(f"model.layers.{i}") for i in range(card.num_layers)],
+        norm=tensor("model.norm.weight"),
+        head=embedding if card.tie_embeddings else tensor("lm_head.weight"),
+    )

@@ -1,0 +1,54 @@
+"""Graph batch sizes, and the pool beside the model."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
+from daemon.engine.cuda.memory import pool_blocks
+from daemon.models.card import ModelError
+
+
+@given(st.integers(1, 1500))
+def test_every_batch_finds_the_least_bucket_that_holds_it(largest):
+    buckets = graph_buckets(largest)
+    assert list(buckets) == sorted(set(buckets)) and buckets[-1] == largest
+    for rows in range(1, largest + 1):
+        assert choose_bucket(buckets, rows) == min(b for b in buckets if b >= rows)
+    assert widest_gap(buckets) == max(choose_bucket(buckets, rows) - rows for rows in range(1, largest + 1))
+
+
+def test_256_rows_take_few_graphs_and_little_padding():
+    assert len(graph_buckets(256)) <= 40
+    assert widest_gap(graph_buckets(256)) == 15
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_no_bucket(rows):
+    with pytest.raises(ValueError, match="bucket"):
+        choose_bucket(graph_buckets(8), rows)
+
+
+def test_no_graph_of_nothing():
+    with pytest.raises(ValueError):
+        graph_buckets(0)
+
+
+BYTES = st.integers(0, 10**5)
+
+
+@given(st.integers(0, 10**6), BYTES, BYTES, BYTES, st.integers(1, 5000))
+def test_the_pool_takes_what_is_left_and_no_more(free, weights, peak, reserve, block):
+    try:
+        blocks = pool_blocks(free, weights=weights, activation_peak=peak, reserve=reserve, block_bytes=block)
+    except ModelError:
+        assert free - weights - peak - reserve < 2 * block
+    else:
+        assert blocks >= 2
+        assert 0 <= free - weights - peak - reserve - blocks * block < block
+
+
+def test_an_h200_holds_the_tokens_of_an_8b():
+    gb = 10**9
+    blocks = pool_blocks(127 * gb, weights=16 * gb, activation_peak=1 * gb, reserve=2 * gb, block_bytes=2 << 20)
+    assert blocks * 16 == pytest.approx(820_000, rel=0.01)

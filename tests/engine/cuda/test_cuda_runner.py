@@ -1,0 +1,475 @@
+"""The CUDA engine's path on the CPU: the tokens of Transformers and the CPU engine, in whatever order of steps."""
+
+import random
+from collections import deque
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from daemon.control.messages import Finish, RequestParams, SamplingParams
+from daemon.engine.cuda.runner import CudaRunner
+from daemon.engine.pipeline import Pipeline
+from daemon.engine.request import Request
+from daemon.engine.runner import NO_TOKEN, Row, StepPlan
+from daemon.engine.scheduler import Scheduler
+from daemon.kvpool.blocks import BlockManager
+from daemon.models.card import ModelError, read_card
+from tests.engine.cuda.driving import make_cuda_runner
+from tests.engine.driving import generate, is_greedy, make_runner, reference_logits, request, step, transformers_model
+from tests.models.tiny import make_tiny_llama
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+FAMILY = {
+    "grouped": {"heads": 6, "kv_heads": 2, "hidden": 96},
+    "multi-head, untied": {"heads": 4, "kv_heads": 4, "tie": False},
+    "multi-query, biases": {"heads": 4, "kv_heads": 1, "attention_bias": True, "mlp_bias": True},
+    "llama3 rope, sharded": {"rope_scaling": LLAMA3, "shards": 3, "rope_theta": 500.0},
+    "wide heads": {"hidden": 128, "heads": 2, "kv_heads": 1, "head_dim": 128, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILY, ids=str)
+def any_model(request, tmp_path_factory):
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), **FAMILY[request.param])
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), **FAMILY["grouped"])
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    return transformers_model(model_dir)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["prompt", "late"])
+def runner(request, model_dir):
+    return make_cuda_runner(model_dir, late=request.param, max_num_seqs=24, max_batch_tokens=128)
+
+
+def tokens(rng, n):
+    return [rng.randrange(3, 380) for _ in range(n)]
+
+
+def test_every_family_agrees_with_transformers(any_model):
+    runner = make_cuda_runner(any_model, blocks=300)
+    rng, blocks = random.Random(0), count(1)
+    requests = [request(tokens(rng, rng.randint(1, 120)), blocks, 128) for _ in range(10)]
+    generate(runner, requests, output=8, chunk=50, budget=200)
+    reference = transformers_model(any_model)
+    for r in requests:
+        assert is_greedy(reference, r)
+
+
+@pytest.mark.parametrize("block_size", [8, 128])
+def test_block_sizes(model_dir, reference, block_size):
+    runner = make_cuda_runner(model_dir, blocks=100, block_size=block_size)
+    rng, blocks = random.Random(1), count(1)
+    requests = [request(tokens(rng, rng.randint(1, 200)), blocks, 208, block_size) for _ in range(3)]
+    generate(runner, requests, output=6, chunk=70)
+    for r in requests:
+        assert is_greedy(reference, r)
+
+
+def scheduled(runner, requests, num_blocks, budget=96):
+    """Run `requests` through a real scheduler whose pool is too small for all."""
+    blocks = BlockManager(num_blocks, 16)
+    scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=())
+    for r in requests:
+        scheduler.add(r)
+    now = 0.0
+    while plan := scheduler.plan(now):
+        scheduler.fold(plan, runner.execute(plan), now)
+        scheduler.check()
+        now += 1.0
+    return scheduler
+
+
+def batch(rng, n, output, **sampling):
+    beginnings = [tokens(rng, 40), tokens(rng, 17), []]
+    requests = []
+    for rid in range(n):
+        prompt = rng.choice(beginnings) + tokens(rng, rng.randint(1, 60))
+        params = SamplingParams(max_tokens=output, seed=rid, **sampling)
+        requests.append(Request(rid, 1, 0, RequestParams(params, float(rid)), prompt, len(prompt)))
+    return requests
+
+
+def test_scheduled_requests_agree_with_transformers(runner, reference):
+    requests = batch(random.Random(3), 40, 48, temperature=0.0)
+    scheduler = scheduled(runner, requests, 40)
+    assert scheduler.num_preemptions > 0
+    assert scheduler.prefix_hit_tokens > 0
+    for r in requests:
+        assert r.num_output == 48
+        assert is_greedy(reference, r)
+
+
+@pytest.mark.parametrize("sampling", [
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40}, {"min_p": 0.05, "temperature": 1.2},
+    {"repetition_penalty": 1.3, "min_tokens": 5}, {"frequency_penalty": 0.7, "logit_bias": ((7, 4.0),)},
+], ids=str)
+def test_sampled_requests_agree_with_the_cpu_engine(runner, model_dir, sampling):
+    outputs = []
+    for engine in (runner, make_runner(model_dir)):
+        requests = batch(random.Random(4), 16, 24, **sampling)
+        scheduled(engine, requests, 60)
+        outputs.append([r.tokens[r.prompt_len :] for r in requests])
+    assert outputs[0] == outputs[1]
+
+
+def test_rows_of_all_kinds_in_one_step_get_their_own_tokens_and_logprobs(runner, model_dir):
+    """Greedy, drawn and adjusted rows, decodes and chunks, mixed: each as if alone."""
+    kinds = [{"temperature": 0.0}, {}, {"logprobs": 2}, {"presence_penalty": 1.0}, {"top_k": 5, "logprobs": 0}]
+    results = []
+    for engine in (runner, make_runner(model_dir)):
+        rng, blocks = random.Random(5), count(1)
+        rows = []
+        for i in range(15):
+            params = RequestParams(SamplingParams(max_tokens=9, seed=i, **kinds[i % 5]), 0.0)
+            prompt = tokens(rng, rng.randint(2, 12))
+            table = [next(blocks)]
+            rows.append(Row(Request(i, 1, 0, params, prompt, len(prompt), block_table=table), 0, len(prompt), True))
+        first = engine.execute(StepPlan(rows, 0))
+        for row, token in zip(rows, first.tokens, strict=True):
+            row.request.tokens.append(token)
+        decodes = [Row(r.request, len(r.request.tokens) - 1, 1, True) for r in rows[:7]]
+        chunks = [Row(r.request, 0, len(r.request.tokens), i % 2 == 0) for i, r in enumerate(rows[7:])]
+        results += [first, engine.execute(StepPlan([*decodes, *chunks], 7))]
+    for mine, expected in zip(results[:2], results[2:], strict=True):
+        assert mine.tokens == expected.tokens
+        for a, b in zip(mine.logprobs, expected.logprobs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+                assert a.top_ids == b.top_ids
+                assert a.top_logprobs == pytest.approx(b.top_logprobs, abs=1e-4)
+
+
+class Overlap:
+    """Drives a runner by hand with the next step launched before the last is collected.
+
+    Requests come at random times, their prompts in random chunks. A request decodes on while its last token is
+    known to the device alone, and takes one step too many, as one that ends by a stop token does.
+    """
+
+    def __init__(self, runner, requests, output, rng):
+        self.runner, self.rng, self.output = runner, rng, output
+        self.waiting = deque(requests)
+        self.running = []
+        self.flying = deque()
+        self.unknowns = 0
+
+    def run(self):
+        while self.waiting or self.running or self.flying:
+            while self.waiting and len(self.running) < 20 and self.rng.random() < 0.6:
+                self.running.append(self.waiting.popleft())
+            plan = self.plan()
+            if plan.rows:
+                self.launch(plan)
+            if self.flying and (len(self.flying) == 2 or not plan.rows or self.rng.random() < 0.2):
+                self.collect()
+
+    def plan(self):
+        live = [r for r in self.running if self.rng.random() < 0.9]
+        decodes = [Row(r, r.num_computed + r.ahead, 1, True) for r in live if r.pending == 1]
+        chunks, left = [], 128 - len(decodes)
+        for r in live:
+            n = min(self.rng.randint(1, 40), r.pending, left)
+            if r.pending > 1 and n > 0:
+                chunks.append(Row(r, r.num_computed + r.ahead, n, n == r.pending))
+                left -= n
+        return StepPlan([*decodes, *chunks], len(decodes))
+
+    def launch(self, plan):
+        self.flying.append(self.runner.launch(plan))
+        for row in plan.rows:
+            self.unknowns += row.start == len(row.request.tokens)
+            row.request.ahead += row.count
+            row.request.drawing = row.sample
+
+    def collect(self):
+        ticket = self.flying.popleft()
+        drawn = iter(self.runner.collect(ticket).tokens)
+        for row in ticket.plan.rows:
+            r = row.request
+            r.ahead -= row.count
+            r.num_computed += row.count
+            if row.sample:
+                r.tokens.append(next(drawn))
+                r.drawing = r.in_flight
+                if r.num_output >= self.output and r in self.running:
+                    self.running.remove(r)
+
+
+PROMPTS = [tokens(random.Random(i), 1 + 7 * i % 60) for i in range(40)]
+OUTPUT = 14
+DRAWS = {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 1.0, "top_p": 0.95}}
+
+
+def overlapping(draws, blocks):
+    made = []
+    for i, prompt in enumerate(PROMPTS):
+        params = RequestParams(SamplingParams(max_tokens=99, seed=i, **DRAWS[draws]), 0.0)
+        table = [next(blocks) for _ in range(6)]
+        made.append(Request(i, 1, 0, params, list(prompt), len(prompt), block_table=table))
+    return made
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model_dir):
+    """The tokens of each request computed in steps that do not overlap, by way of drawing."""
+    plain, outputs = make_runner(model_dir), {}
+    for draws in DRAWS:
+        requests = overlapping(draws, count(1))
+        generate(plain, requests, OUTPUT)
+        outputs[draws] = [r.tokens for r in requests]
+    return outputs
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("draws", DRAWS)
+def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(runner, one_by_one, draws, seed):
+    requests = overlapping(draws, count(10))
+    overlap = Overlap(runner, requests, OUTPUT, random.Random(seed))
+    overlap.run()
+    assert overlap.unknowns > 100
+    for r, whole in zip(requests, one_by_one[draws], strict=True):
+        assert r.tokens[: len(whole)] == whole
+
+
+def test_overlapped_steps_of_a_scheduler_agree_with_transformers(runner, reference):
+    """The real scheduler and the real pipeline, with a pool too small for all."""
+    blocks = BlockManager(40, 16)
+    scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=96, max_model_len=512, eos_token_ids=())
+    requests = batch(random.Random(11), 30, 30, temperature=0.0)
+    for r in requests[::7]:
+        logprobs = replace(r.sampling, logprobs=1)  # its steps are the host's to end
+        r.params = replace(r.params, sampling=logprobs)
+    for r in requests:
+        scheduler.add(r)
+    pipeline, now, depth = Pipeline(runner), 0.0, 0
+    while True:
+        plan = None if pipeline.closed else scheduler.plan(now)
+        if plan is not None:
+            pipeline.launch(plan)
+        depth = max(depth, len(pipeline))
+        ended = pipeline.collect(leave=1 if plan is not None else 0)
+        if ended is not None:
+            scheduler.fold(ended.plan, ended.result, now)
+            scheduler.check()
+        elif plan is None:
+            break
+        now += 1.0
+    assert depth == 2
+    assert scheduler.num_preemptions > 0
+    for r in requests:
+        assert r.num_output == 30
+        assert is_greedy(reference, r)
+
+
+def test_a_slot_passes_on_only_when_no_step_uses_it(runner):
+    """Twice as many requests as slots take turns, and the next come while tokens of the last wait on the device."""
+    rng, blocks = random.Random(9), count(1)
+    groups = [[request(tokens(rng, 4), blocks, 16) for _ in range(24)] for _ in range(4)]
+    prompts = [list(r.tokens) for group in groups for r in group]
+    flying = deque()
+    for group in groups:
+        for start, n in ((0, 4), (4, 1)):
+            rows = [Row(r, start, n, True) for r in group]
+            flying.append((runner.launch(StepPlan(rows, 24 if n == 1 else 0)), group))
+            if len(flying) == 2:
+                append(runner, *flying.popleft())
+    append(runner, *flying.popleft())
+    again = [request(prompt, count(200 + i), 16) for i, prompt in enumerate(prompts)]
+    for i in range(0, len(again), 24):
+        generate(runner, again[i : i + 24], 2, budget=96)
+    assert [r.tokens for group in groups for r in group] == [r.tokens for r in again]
+
+
+def append(runner, ticket, group):
+    for r, token in zip(group, runner.collect(ticket).tokens, strict=True):
+        r.tokens.append(token)
+
+
+def test_what_may_not_overlap_is_refused(runner):
+    blocks = count(1)
+    a, b, c = (request([5, 6, 7], blocks, 16) for _ in range(3))
+    adjusted = Request(99, 1, 0, RequestParams(SamplingParams(max_tokens=5, seed=0, logprobs=0), 0.0), [4, 5], 2,
+                       block_table=[next(blocks)])
+    plan = StepPlan([Row(a, 0, 3, True)], 0)
+    assert not runner.stands_alone(plan)
+    first = runner.launch(plan)
+    second = runner.launch(StepPlan([Row(b, 0, 3, True)], 0))
+    with pytest.raises(ValueError, match="in flight"):
+        runner.launch(StepPlan([Row(c, 0, 3, True)], 0))
+    with pytest.raises(ValueError, match="order"):
+        runner.collect(second)
+    assert not runner.stands_alone(plan)
+    runner.collect(first)
+    runner.collect(second)
+    plan = StepPlan([Row(adjusted, 0, 2, True)], 0)
+    assert runner.stands_alone(plan)
+    third = runner.launch(plan)
+    assert runner.stands_alone(plan)
+    with pytest.raises(ValueError, match="host"):
+        runner.launch(StepPlan([Row(c, 0, 3, True)], 0))
+    runner.collect(third)
+    with pytest.raises(ValueError, match="collect before"):
+        runner.launch(StepPlan([Row(c, 3, 1, True)], 1))
+    c.tokens.append(9)
+    runner.execute(StepPlan([Row(c, 0, 4, True)], 0))
+
+
+def test_a_refused_step_leaves_the_one_in_flight_alone(runner, reference):
+    blocks = count(1)
+    a, b, lost = (request(tokens(random.Random(i), 9), blocks, 16) for i in range(3))
+    lost.block_table = []
+    first = runner.launch(StepPlan([Row(a, 0, 9, True)], 0))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no room"):
+            runner.launch(StepPlan([Row(b, 8, 1, True), Row(lost, 0, 9, True)], 1))
+    second = runner.launch(StepPlan([Row(b, 0, 9, True)], 0))
+    for r, ticket in ((a, first), (b, second)):
+        r.tokens += runner.collect(ticket).tokens
+        assert is_greedy(reference, r)
+
+
+def test_more_than_the_engine_was_made_for_is_refused(runner):
+    blocks = count(1)
+    many = [request([5], blocks, 16) for _ in range(25)]
+    with pytest.raises(ValueError, match="max_num_seqs"):
+        runner.launch(StepPlan([Row(r, 0, 1, True) for r in many], 25))
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        runner.launch(StepPlan([Row(request([5] * 130, blocks, 130), 0, 130, True)], 0))
+
+
+@pytest.fixture
+def cramped(runner, monkeypatch):
+    """A runner whose device has no memory for chunks of more than 40 tokens together."""
+    compute = runner._passes._model.logits
+
+    def limited(inputs, last_token, out, *, decode):
+        if not decode and len(inputs.tokens) > 40:
+            raise torch.OutOfMemoryError("no memory")
+        compute(inputs, last_token, out, decode=decode)
+
+    monkeypatch.setattr(runner._passes._model, "logits", limited)
+    return runner
+
+
+def test_out_of_memory_costs_the_largest_chunk_and_nobody_else(cramped, reference):
+    rng, blocks = random.Random(6), count(1)
+    decoding = request(tokens(rng, 10), blocks, 64)
+    generate(cramped, [decoding], 2)
+    small, big, middle = (request(tokens(rng, n), blocks, 112) for n in (15, 100, 20))
+    rows = [Row(decoding, decoding.num_computed, 1, True)]
+    rows += [Row(small, 0, 15, True), Row(big, 0, 60, False), Row(middle, 0, 20, True)]
+    result = cramped.execute(StepPlan(rows, 1))
+    assert result.shed == (2,)
+    for r, token in zip((decoding, small, middle), result.tokens, strict=True):
+        r.tokens.append(token)
+        assert is_greedy(reference, r)
+    alone = cramped.execute(StepPlan([Row(big, 0, 100, True)], 0))
+    assert (alone.tokens, alone.shed) == ([NO_TOKEN], (0,))
+    generate(cramped, [decoding], 6)
+    assert is_greedy(reference, decoding)
+
+
+def test_a_shed_request_ends_and_its_blocks_are_not_found_by_others(cramped, reference):
+    blocks = BlockManager(40, 16)
+    scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=60, max_model_len=512, eos_token_ids=())
+    prompt = tokens(random.Random(7), 100)
+    greedy = SamplingParams(max_tokens=4, seed=0, temperature=0.0)
+    big = Request(1, 1, 0, RequestParams(greedy, 0.0), list(prompt), 100)
+    scheduler.add(big)
+    plan = scheduler.plan(0.0)
+    [emission] = scheduler.fold(plan, cramped.execute(plan), 0.0)
+    assert (emission.request, emission.tokens, emission.finish) == (big, [], Finish.ERROR)
+    assert blocks.num_used == 0
+    twin = Request(2, 1, 0, RequestParams(greedy, 1.0), prompt[:35], 35)
+    scheduler.add(twin)
+    while plan := scheduler.plan(1.0):
+        scheduler.fold(plan, cramped.execute(plan), 1.0)
+    assert twin.num_cached == 0
+    assert is_greedy(reference, twin)
+
+
+def test_e4m3_kv_follows_fp32(model_dir, reference):
+    runner = make_cuda_runner(model_dir, kv_dtype="fp8")
+    assert (runner.pool_spec(1).dtype, runner.pool_spec(1).item_bytes) == ("float8_e4m3fn", 1)
+    r = request(tokens(random.Random(8), 90), count(1), 128)
+    step(runner, [], [(r, 50)])
+    step(runner, [], [(r, 40)])
+    logits = [runner._passes.logits[0].clone()]
+    for _ in range(4):
+        step(runner, [r])
+        logits.append(runner._passes.logits[0].clone())
+    close = torch.nn.functional.cosine_similarity(torch.stack(logits), reference_logits(reference, r))
+    assert close.min() > 0.99
+    assert close.max() < 0.9999999  # it did round
+
+
+def test_large_keys_are_cut_off_in_e4m3_and_no_nan_arises():
+    from daemon.engine.cuda.attention import pool_entries
+
+    kept = pool_entries(torch.tensor([1000.0, -1e30, 3.0, 448.0]), torch.float8_e4m3fn).float()
+    assert kept.tolist() == [448.0, -448.0, 3.0, 448.0]
+
+
+def test_bf16_follows_fp32(model_dir, reference):
+    runner = make_cuda_runner(model_dir, dtype="bf16")
+    assert runner.pool_spec(1).dtype == "bfloat16"
+    r = request(tokens(random.Random(10), 60), count(1), 128)
+    step(runner, [], [(r, 60)])
+    got = runner._passes.logits[:1].clone()
+    assert torch.nn.functional.cosine_similarity(got, reference_logits(reference, r)).min() > 0.998
+
+
+def test_dummy_weights_are_the_cpu_engines(tmp_path):
+    path = make_tiny_llama(tmp_path, weights=False, tokenizer=False)
+    outputs = []
+    for engine in (make_cuda_runner(path, load_format="dummy"), make_runner(path, load_format="dummy")):
+        r = request([4, 5, 6], count(1), 40)
+        generate(engine, [r], output=20)
+        outputs.append(r.tokens)
+    assert outputs[0] == outputs[1]
+
+
+def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
+    card = read_card(model_dir)
+    options = {"device": "cpu", "load_format": "auto", "block_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64,
+               "max_model_len": 128}
+    runner = CudaRunner(card, **options, kv_memory=10 * CudaRunner(card, **options).pool_spec(1).block_bytes + 5)
+    runner.load()
+    assert runner.num_blocks == 10
+    memory = runner.pool_memory
+    assert len(memory) == runner.pool_spec(10).nbytes
+    before = memory.clone()
+    r = request([5, 6, 7], iter([9]), 16)
+    generate(runner, [r], 2)
+    changed = (memory != before).view(10, -1).any(1)
+    assert changed.tolist() == [i == 9 for i in range(10)]
+    assert np.shares_memory(memory.numpy(), runner._pool.numpy())
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"device": "cuda:0", "dtype": "fp32"}, "bf16"), ({"device": "cuda:0", "deterministic": True}, "deterministic"),
+    ({"device": "cpu", "kv_dtype": "fp4"}, "kv_dtype"),
+])
+def test_what_cannot_work_is_refused_at_once(model_dir, options, reason):
+    with pytest.raises(ModelError, match=reason):
+        CudaRunner(read_card(model_dir), load_format="auto", block_size=16, max_num_seqs=8, max_batch_tokens=64,
+                   max_model_len=128, **options)
+
+
+def test_a_pool_of_no_block_is_refused(model_dir):
+    runner = CudaRunner(read_card(model_dir), device="cpu", load_format="auto", block_size=16, max_num_seqs=8,
+                        max_batch_tokens=64, max_model_len=128, kv_memory=100)
+    with pytest.raises(ModelError, match="kv_memory"):
+        runner.load()

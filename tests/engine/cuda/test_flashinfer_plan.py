@@ -1,0 +1,144 @@
+"""Our own calls into FlashInfer's modules against those that its wrappers make. Nothing is computed: no GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from daemon.engine.cuda.arrays import DrawParams, Inputs, Size, StepArrays, input_fields
+from daemon.engine.cuda.attention import FlashInferAttention, Heads
+from daemon.engine.request import Request
+from daemon.engine.runner import Row
+from tests.engine.cuda.test_arrays import make_request
+
+flashinfer = pytest.importorskip("flashinfer")
+SHAPE = Heads(8, 2, 64, 16)
+BF16 = torch.bfloat16
+
+
+class Module:
+    """Stands where a compiled module would, and keeps what it is called with."""
+
+    def __init__(self):
+        self.plans, self.runs = [], []
+
+    def plan(self, *args):
+        self.plans.append(args)
+        return [7, 8, 9]
+
+    def paged_run(self, *args):
+        self.runs.append(args)
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """FlashInfer with one compiled module, and host memory in place of pinned."""
+    module = Module()
+    for room in (flashinfer.decode, flashinfer.prefill):
+        monkeypatch.setattr(room, "get_batch_prefill_module", lambda *args: module)
+        monkeypatch.setattr(room, "device_support_pdl", lambda device: True)
+    for name in ("empty", "zeros"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, pin_memory=False, **k: make(*a, **k))
+    monkeypatch.setattr(flashinfer, "append_paged_kv_cache", lambda **arguments: None)
+    return module
+
+
+@pytest.fixture
+def attention(module):
+    made = FlashInferAttention(SHAPE, dtype=BF16, kv_dtype=BF16, device=torch.device("cpu"), turns=2)
+    made.adopt(torch.zeros(50, 3, 2, 16, 2, 64, dtype=BF16))
+    return made
+
+
+def step(decode):
+    """Inputs of four rows, three of them requests' and one padding where they decode."""
+    arrays = StepArrays(8, 512, 16)
+    room = Size(256, 4, 4, 4 * 32)
+    host = Inputs(*(np.zeros(length, dtype) for _, dtype, length in input_fields(room)))
+    rows = []
+    for i, n in enumerate((40, 16, 17)):
+        request: Request = make_request(list(range(n)), list(range(1 + 3 * i, 4 + 3 * i)), rid=i)
+        arrays.adopt(i + 1, request, DrawParams(0.0, -np.inf, 0, 1.0, 0))
+        rows.append(Row(request, n - 1, 1, True) if decode else Row(request, n // 2, n - n // 2, True))
+    slots = [1, 2, 3]
+    size = arrays.decodes(rows, slots, 4, host) if decode else arrays.chunks(rows, slots, host)
+    whole = Inputs(*(torch.from_numpy(array) for array in host))
+    return whole, whole.cut(size), size
+
+
+def same(ours, theirs):
+    """Equal arguments in equal places; workspaces, the first three, are each side's own."""
+    assert len(ours) == len(theirs) == 19
+    for mine, expected in zip(ours[3:], theirs[3:], strict=True):
+        assert type(mine) is type(expected)
+        assert torch.equal(mine, expected) if torch.is_tensor(mine) else mine == expected
+
+
+def test_a_decode_plan_is_what_the_wrapper_would_have_asked_for(module, attention):
+    whole, cut, size = step(decode=True)
+    attention.prepare(4, whole, whole)
+    [theirs] = module.plans
+    attention.plan(cut, cut, size, decode=True, turn=1)
+    same(module.plans[1], theirs)
+    assert module.plans[1][2] is attention._decode.pinned[1]
+
+
+def test_a_decode_reads_the_static_arrays_and_the_shared_workspace(module, attention):
+    whole, cut, _ = step(decode=True)
+    attention.prepare(4, whole, whole)
+    q, k, v = torch.zeros(4, 8, 64, dtype=BF16), *torch.zeros(2, 4, 2, 64, dtype=BF16)
+    out = attention.attend(1, q, k, v, cut, decode=True)
+    [run] = module.runs
+    assert out.shape == q.shape
+    assert run[1] is attention._decode.workspace
+    for given, array in zip(run[7:10], (whole.kv_indptr[:5], whole.kv_indices, whole.last_page_len[:4]), strict=True):
+        assert given.data_ptr() == array.data_ptr() and given.shape == array.shape
+    assert run[4].data_ptr() == attention._layers[1][0].data_ptr()
+
+
+def test_a_chunk_plan_is_what_the_wrapper_would_have_asked_for(module, attention):
+    _, cut, size = step(decode=False)
+    attention.plan(cut, cut, size, decode=False, turn=0)  # the wrapper's own, then ours
+    theirs, ours = module.plans
+    same(ours, theirs)
+    assert ours[14] is True  # causal
+
+
+def test_later_chunks_run_with_their_own_arrays(module, attention):
+    _, first, size = step(decode=False)
+    attention.plan(first, first, size, decode=False, turn=0)
+    _, second, size = step(decode=False)
+    attention.plan(second, second, size, decode=False, turn=1)
+    q, k, v = torch.zeros(size.tokens, 8, 64, dtype=BF16), *torch.zeros(2, size.tokens, 2, 64, dtype=BF16)
+    attention.attend(2, q, k, v, second, decode=False)
+    [run] = module.runs
+    assert len(module.plans) == 3
+    assert run[2] == [7, 8, 9]
+    for given, array in zip(run[6:10], (second.qo_indptr, second.kv_indptr, second.kv_indices, second.last_page_len),
+                            strict=True):
+        assert given.data_ptr() == array.data_ptr() and given.shape == array.shape
+
+
+def test_a_layout_other_than_the_graphs_is_not_replayed(module, attention):
+    whole, cut, size = step(decode=True)
+    attention.prepare(4, whole, whole)
+    module.plan = lambda *args: [7, 8, 10]
+    with pytest.raises(RuntimeError, match="captured"):
+        attention.plan(cut, cut, size, decode=True, turn=0)
+
+
+@pytest.mark.parametrize(("name", "used"), [
+    ("append_paged_kv_cache", "append_key append_value batch_indices positions paged_kv_cache kv_indices kv_indptr "
+                              "kv_last_page_len kv_layout"),
+    ("rmsnorm", "input weight eps"),
+    ("fused_add_rmsnorm", "input residual weight eps"),
+    ("apply_rope_with_cos_sin_cache_inplace", "positions query key head_size cos_sin_cache is_neox"),
+    ("silu_and_mul", "input"),
+])
+def test_functions_take_the_arguments_we_pass(name, used):
+    import inspect
+
+    parameters = inspect.signature(getattr(flashinfer, name)).parameters
+    assert set(used.split()) <= set(parameters)
+
+

@@ -1,0 +1,454 @@
+"""Kernels ahead of time: the right ones, compiled whole or not at all, found by FlashInfer without a compiler."""
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from daemon import cli
+from daemon.engine.cuda import compile as compiler
+from daemon.engine.cuda import kernels
+from daemon.engine.cuda.kernels import KernelError, KernelSpec
+from daemon.models.card import read_card
+from tests.models.tiny import make_tiny_llama
+
+SILU = KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",))
+
+# Answers what is asked of an nvcc; compiles everything to an empty object. FAKE says what goes wrong.
+NVCC = r"""#!/usr/bin/env bash
+case "$*" in
+*--version*) echo "Cuda compilation tools, release ${NVCC_VERSION:-13.0}, V13.0.88"; exit ;;
+*--list-gpu-arch*) printf 'compute_80\ncompute_90\ncompute_100\n'; exit ;;
+*--dryrun*) echo "#$ _HERE_=$(dirname "$0")"; exit ;;
+esac
+echo "$*" >>"$CALLS"
+case "$FAKE" in
+broken) echo "silu_and_mul.cu(7): error: identifier \"silo\" is undefined"; exit 2 ;;
+full) echo "fatal error: error writing to /tmp/x: No space left on device"; exit 1 ;;
+killed) echo "sh: line 1: 99 Killed  cicc"; exit 137 ;;
+blocked) read -r <"$GATE" ;;
+esac
+while [[ $1 != -o ]]; do shift; done
+c++ -fPIC -x c++ -c /dev/null -o "$2"
+"""
+
+
+@pytest.fixture
+def card(tmp_path):
+    return read_card(make_tiny_llama(tmp_path / "tiny", head_dim=64, weights=False), load_format="dummy")
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A toolkit with a stand-in for nvcc; returns the file that gets its calls."""
+    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    home, calls = tmp_path / "toolkit", tmp_path / "calls"
+    (home / "bin").mkdir(parents=True)
+    (home / "lib").mkdir()
+    (home / "bin" / "nvcc").write_text(NVCC)
+    (home / "bin" / "nvcc").chmod(0o755)
+    library = ["c++", "-shared", "-x", "c++", "/dev/null", "-o", home / "lib" / "libcudart.so.13"]
+    subprocess.run(library, check=True)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setenv("FAKE", "")
+    return calls
+
+
+def build(where, specs=(SILU,), arch="9.0a"):
+    said = []
+    made = compiler.build(specs, arch, where, said.append, jobs=1)
+    return [spec.name for spec in made], "\n".join(said)
+
+
+def put(where, name="silu_and_mul", nvcc="13.0"):
+    """A module in its place, as after a build."""
+    (where / name).mkdir(parents=True)
+    (where / name / f"{name}.so").write_bytes(b"library")
+    record = {"size": 7, "nvcc": nvcc, "tvm_ffi": importlib.metadata.version("apache-tvm-ffi")}
+    (where / name / kernels.RECORD).write_text(json.dumps(record))
+
+
+def names(specs):
+    return [spec.name for spec in specs]
+
+
+def attention(specs):
+    return [spec.args for spec in specs if spec.generator == "attention"]
+
+
+# -- what is needed
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options", "expected"),
+    [
+        (64, {}, [("fa2", "bf16", "bf16", 64)]),
+        (128, {"dtype": "fp16"}, [("fa2", "f16", "f16", 128)]),
+        (128, {"kv_dtype": "fp8"}, [("fa2", "bf16", "e4m3", 128)]),
+        (256, {"prefill": "fa3"}, [("fa2", "bf16", "bf16", 256), ("fa3", "bf16", "bf16", 256)]),
+    ],
+)
+def test_attention_is_compiled_for_the_dtypes_and_head_dim_at_hand(card, head_dim, options, expected):
+    specs = kernels.required(replace(card, head_dim=head_dim), arch="9.0a", **options)
+    assert attention(specs) == expected
+    assert {"silu_and_mul", "norm", "page", "rope", kernels.sampler().name} < set(names(specs))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "arch", "options", "words"),
+    [
+        (80, "9.0a", {}, "head_dim 64, 128, 256, not 80"),
+        (64, "8.9", {"prefill": "fa3"}, "not for 8.9"),
+        (64, "10.0a", {"prefill": "fa3"}, "9.0a alone"),
+        (64, "9.0a", {"prefill": "fa3", "kv_dtype": "fp8"}, "cannot read an fp8"),
+    ],
+)
+def test_what_no_kernel_exists_for_is_refused(card, head_dim, arch, options, words):
+    with pytest.raises(KernelError, match=words):
+        kernels.required(replace(card, head_dim=head_dim), arch=arch, **options)
+
+
+def test_flashinfer_calls_all_of_them_by_the_same_names(card, toolkit, tmp_path):
+    specs = kernels.required(card, arch="9.0a", prefill="fa3")
+    specs += [s for s in kernels.required(card, arch="9.0a", kv_dtype="fp8") if s not in specs]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    env = compiler._environment(compiler.toolchain(), "9.0a", scratch)
+    with (tmp_path / "lock").open("w") as lock:
+        files = compiler._generate(specs, scratch, env, lock.fileno())
+    assert list(files) == names(specs) and len(set(names(specs))) == len(specs)
+    # The noise is exact only without contraction and without the fast approximations that FlashInfer asks for.
+    flags = Path(files[kernels.sampler().name]).read_text()
+    assert "-fmad=false" in flags and "fast_math" not in flags and "code=sm_90a" in flags
+
+
+def test_the_samplers_name_changes_with_its_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_SOURCES", tmp_path)
+    with pytest.raises(KernelError, match="install llumd again"):
+        kernels.sampler()
+    seen = set()
+    for file, text in [("sampler.cu", "a"), ("sampler.cu", "b"), ("draw.h", "c"), ("draw.h", "d")]:
+        (tmp_path / file).write_text(text)
+        seen.add(kernels.sampler().name)
+    assert len(seen) == 4 and kernels.sampler().args == (str(tmp_path / "sampler.cu"),)
+    (tmp_path / "notes.txt").write_text("no source")
+    assert kernels.sampler().name in seen
+
+
+@pytest.mark.parametrize(
+    ("text", "arch"),
+    [("9.0", "9.0a"), ("9.0a", "9.0a"), ("8.9", "8.9"), ("10.0", "10.0a"), ("12.0", "12.0f"), (" 12.1 ", "12.1a")],
+)
+def test_an_architecture_is_written_as_flashinfer_writes_it(text, arch):
+    assert kernels.parse_arch(text) == arch
+
+
+@pytest.mark.parametrize("text", ["", "90", "sm_90a", "9.0b", "9", "hopper", "7.5"])
+def test_what_is_no_architecture_is_refused(text):
+    with pytest.raises(KernelError):
+        kernels.parse_arch(text)
+
+
+# -- compiling
+
+
+def test_a_kernel_is_compiled_once(toolkit, tmp_path):
+    where = tmp_path / "kernels"
+    made, said = build(where)
+    assert made == ["silu_and_mul"] and "[1/1] SiLU and product" in said and "MiB" in said
+    assert kernels.missing([SILU], where) == []
+    assert "code=sm_90a" in toolkit.read_text()
+    toolkit.write_text("")
+    assert build(where)[0] == [] and toolkit.read_text() == ""
+    assert sorted(f.name for f in where.iterdir()) == [".lock", "silu_and_mul"]
+
+
+def test_another_nvcc_compiles_again(toolkit, tmp_path, monkeypatch):
+    put(tmp_path / "kernels")
+    assert build(tmp_path / "kernels")[0] == []
+    monkeypatch.setenv("NVCC_VERSION", "13.1")
+    assert build(tmp_path / "kernels")[0] == ["silu_and_mul"]
+    assert kernels.find(tmp_path / "kernels", "silu_and_mul").nvcc == "13.1"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no record", "broken record", "old record", "no library"])
+def test_what_is_not_whole_is_missing(tmp_path, damage):
+    where = tmp_path / "kernels"
+    put(where)
+    assert kernels.missing([SILU], where) == []
+    library, record = where / "silu_and_mul" / "silu_and_mul.so", where / "silu_and_mul" / kernels.RECORD
+    match damage:
+        case "truncated":
+            os.truncate(library, 6)
+        case "no record":
+            record.unlink()
+        case "broken record":
+            record.write_text('{"size": ')
+        case "old record":
+            record.write_text('{"size": 7}')
+        case "no library":
+            library.unlink()
+    assert kernels.missing([SILU], where) == [SILU]
+
+
+def test_what_is_damaged_is_compiled_again(toolkit, tmp_path):
+    where = tmp_path / "kernels"
+    put(where)
+    (where / "silu_and_mul" / kernels.RECORD).unlink()
+    assert build(where)[0] == ["silu_and_mul"] and kernels.missing([SILU], where) == []
+
+
+def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(toolkit, tmp_path, monkeypatch):
+    where, gate = tmp_path / "kernels", tmp_path / "gate"
+    os.mkfifo(gate)
+    program = (
+        "import sys; from pathlib import Path; from daemon.engine.cuda import compile, kernels\n"
+        f"compile.build([kernels.{SILU}], '9.0a', Path(sys.argv[1]), print)"
+    )
+    env = os.environ | {"FAKE": "blocked", "GATE": str(gate)}
+    first = subprocess.Popen([sys.executable, "-c", program, where], env=env, stdout=subprocess.DEVNULL)
+    release = gate.open("w")  # returns when the compiler reads
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert kernels.missing([SILU], where) == [SILU]
+    said = []
+
+    def go_on(text):
+        said.append(text)
+        if "waiting for another build" in text:
+            release.close()
+
+    compiler.build([SILU], "9.0a", where, go_on, jobs=1)
+    assert "waiting for another build" in said[0]
+    assert kernels.missing([SILU], where) == []
+
+
+@pytest.mark.parametrize(
+    ("fake", "words"),
+    [("broken", 'error: identifier "silo" is undefined'), ("full", "is full"), ("killed", "try --jobs 1")],
+)
+def test_a_failed_compilation_says_why(toolkit, tmp_path, monkeypatch, fake, words):
+    monkeypatch.setenv("FAKE", fake)
+    where = tmp_path / "kernels"
+    with pytest.raises(KernelError, match=words) as caught:
+        build(where)
+    assert kernels.missing([SILU], where) == [SILU] and not (where / ".unfinished").exists()
+    if fake == "broken":
+        assert str(where / "silu_and_mul.log") in str(caught.value)
+        assert "silo" in (where / "silu_and_mul.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        ("nvcc", "CUDA_HOME is"),
+        ("ninja", "pip install ninja"),
+        ("c++", "install g"),
+        ("arch", "it knows 8.0, 9.0, 10.0"),
+    ],
+)
+def test_what_is_lacking_is_named_before_anything_is_compiled(toolkit, tmp_path, monkeypatch, lacking, words):
+    arch = "8.6" if lacking == "arch" else "9.0a"
+    if lacking == "nvcc":
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    elif lacking != "arch":
+        found = shutil.which
+        monkeypatch.setattr(shutil, "which", lambda cmd, *a, **k: None if cmd == lacking else found(cmd, *a, **k))
+        monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(KernelError, match=words):
+        build(tmp_path / "kernels", arch=arch)
+    assert not (tmp_path / "kernels").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_named(toolkit, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(KernelError, match="LLUMD_KERNELS"):
+        build(tmp_path / "file" / "kernels")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_while_installing_is_said_to_be_one(toolkit, tmp_path, monkeypatch):
+    def no_room(_source, _target):
+        with open("/dev/full", "wb", buffering=0) as f:
+            f.write(b"x")
+
+    monkeypatch.setattr(shutil, "copyfile", no_room)
+    with pytest.raises(KernelError, match=r"is full .* another place"):
+        build(tmp_path / "kernels")
+    assert kernels.missing([SILU], tmp_path / "kernels") == [SILU]
+
+
+# -- the command
+
+
+def test_the_command_builds_what_a_model_needs_and_lists_it(card, toolkit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path / "kernels"))
+    command = ["kernels", "build", str(card.path), "--arch", "9.0"]
+    with pytest.raises(SystemExit) as done:
+        cli.main(command)
+    assert done.value.code == 0
+    specs = kernels.required(card, arch="9.0a")
+    assert kernels.check(specs, "9.0a") == kernels.directory("9.0a")
+    with pytest.raises(SystemExit):
+        cli.main(["kernels", "list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names(specs))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [([], "name the architecture"), (["--arch", "sm_90"], "not a GPU architecture"), (["--arch", "7.0"], "8.0")],
+)
+def test_the_command_says_what_is_wrong(card, monkeypatch, capsys, args, words):
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi, no GPU seen
+    with pytest.raises(SystemExit) as done:
+        cli.main(["kernels", "build", str(card.path), *args])
+    assert done.value.code == cli.EXIT_CONFIG and words in capsys.readouterr().err
+
+
+def test_gpus_are_seen_through_the_driver(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '9.0\\n8.9\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels.gpu_archs() == ["9.0a", "8.9"]
+
+
+def test_missing_kernels_are_named_with_the_command_that_makes_them(card, tmp_path, monkeypatch):
+    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path))
+    specs = kernels.required(card, arch="9.0a")
+    with pytest.raises(KernelError) as caught:
+        kernels.check(specs, "9.0a")
+    said = str(caught.value)
+    assert all(name in said for name in names(specs)) and "llumd kernels build --arch 9.0a" in said
+
+
+# -- FlashInfer
+
+LOAD = """
+import ctypes, sys
+from pathlib import Path
+from daemon.engine.cuda import kernels
+kernels.use(Path(sys.argv[1]))
+from flashinfer.jit.activation import gen_act_and_mul_module
+from flashinfer.jit.core import MissingJITCacheError
+spec = gen_act_and_mul_module("silu")
+print(spec.is_aot, spec.get_library_path())
+try:
+    gen_act_and_mul_module("gelu").build_and_load()
+except MissingJITCacheError:
+    print("not compiled")
+if "load" in sys.argv:
+    print("loaded", callable(spec.build_and_load().silu_and_mul))
+"""
+
+
+def load(where, tmp_path, *args):
+    """In a process without a compiler within reach, as on a machine that only serves."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
+    env |= {"PATH": "", "LLUMD_CACHE": str(tmp_path / "cache"), "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
+    command = [sys.executable, "-c", LOAD, where, *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_flashinfer_takes_what_is_compiled_and_compiles_nothing(tmp_path):
+    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    where = tmp_path / "kernels"
+    put(where)
+    assert load(where, tmp_path) == [f"True {where}/silu_and_mul/silu_and_mul.so", "not compiled"]
+
+
+def test_kernels_for_another_cuda_are_refused(tmp_path, monkeypatch):
+    put(tmp_path / "kernels")
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    with pytest.raises(KernelError, match=r"CUDA 13\.0, PyTorch here has 12\.8"):
+        kernels.use(tmp_path / "kernels")
+
+
+def has_nvcc():
+    try:
+        compiler.toolchain()
+    except KernelError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_nvcc(), reason="no nvcc")
+def test_a_real_kernel_is_compiled_without_a_gpu_and_loaded(tmp_path):
+    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    where = tmp_path / "kernels"
+    build(where)
+    library = where / "silu_and_mul" / "silu_and_mul.so"
+    assert b"act_and_mul_kernel" in library.read_bytes() and b"sm_90a" in library.read_bytes()
+    missing_runtime = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
+    if "libcudart.so.13 => not found" not in missing_runtime:
+        assert load(where, tmp_path, "load")[-1] == "loaded True"
+
+
+# -- what attention.py and ops.py call of FlashInfer
+
+WRAPPER_CALLS = {
+    "BatchDecodeWithPagedKVCacheWrapper.plan": "indptr indices last_page_len num_qo_heads num_kv_heads head_dim "
+    "page_size q_data_type kv_data_type o_data_type non_blocking",
+    "BatchDecodeWithPagedKVCacheWrapper.run": "q paged_kv_cache out",
+    "BatchPrefillWithPagedKVCacheWrapper.plan": "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len "
+    "num_qo_heads num_kv_heads head_dim_qk page_size causal q_data_type kv_data_type o_data_type non_blocking",
+    "BatchPrefillWithPagedKVCacheWrapper.run": "q paged_kv_cache out",
+}
+
+
+def source(module):
+    return (Path(kernels.__file__).parent / f"{module}.py").read_text()
+
+
+def flashinfer_calls():
+    """(name, positional arguments, names of the others) of each call `self._fi.NAME(...)`."""
+    for module in ("attention", "ops"):
+        for node in ast.walk(ast.parse(source(module))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self._fi."):
+                keywords = [k.arg for k in node.keywords if k.arg]
+                yield pytest.param(node.func.attr, len(node.args), keywords, id=node.func.attr)
+
+
+@pytest.mark.parametrize(("name", "positional", "keywords"), list(flashinfer_calls()))
+def test_flashinfer_accepts_the_calls(name, positional, keywords):
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    inspect.signature(getattr(flashinfer, name)).bind(*[None] * positional, **dict.fromkeys(keywords))
+
+
+@pytest.mark.parametrize("method", WRAPPER_CALLS)
+def test_flashinfers_wrappers_know_the_arguments(method):
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    wrapper, name = method.split(".")
+    parameters = inspect.signature(getattr(getattr(flashinfer, wrapper), name)).parameters
+    assert [p for p in WRAPPER_CALLS[method].split() if p not in parameters] == []
+
+
+def test_flashinfers_wrappers_have_the_private_parts_that_are_used():
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    inside = inspect.getsource(flashinfer.BatchPrefillWithPagedKVCacheWrapper)
+    used = set(re.findall(r"wrapper\.(_\w+)", source("attention")))
+    assert "_cached_module" in used
+    assert [name for name in used if f"self.{name}" not in inside] == []
+
+
+def test_the_native_plan_takes_as_many_arguments_as_it_is_given():
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    binding = Path(flashinfer.__file__).parent / "data" / "csrc" / "batch_prefill_jit_binding.cu"
+    plan = re.search(r"BatchPrefillWithKVCachePlan\(([^)]*)\);", binding.read_text())
+    given = 0
+    for node in ast.walk(ast.parse(source("attention"))):
+        if isinstance(node, ast.Assign | ast.AugAssign) and "arguments = [" in ast.unparse(node).replace("+=", "="):
+            given += len(node.value.elts)
+    assert given == plan[1].count(",") + 1
