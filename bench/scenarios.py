@@ -21,14 +21,14 @@ Scenario = tuple[Callable[[bool], Awaitable[dict[str, Any]]], Callable[[dict[str
 
 SCENARIOS: dict[str, Scenario] = {
     "defragmentation": (lambda quick: defragmentation.measure(2 if quick else 6), defragmentation.lines),
-    "priority": (lambda quick: priority.measure(1, 12.0) if quick else priority.measure(3, 18.0), priority.lines),
+    "priority": (lambda quick: priority.measure(1, 18.0) if quick else priority.measure(3, 36.0), priority.lines),
     "drain": (lambda quick: drain.measure(1 if quick else 3), drain.lines),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: about two minutes instead of six")
+    parser.add_argument("--quick", action="store_true", help="few rounds: about three minutes instead of ten")
     parser.add_argument("--only", choices=sorted(SCENARIOS), help="one scenario")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from daemon.config import Config
 from daemon.control.fabric import Fabric, FabricHandles
 
 PR_SET_PDEATHSIG = 1
+EXIT_FAILED = 1
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_PARKED = 79  # an engine that is wished parked and has nothing left to do
 LEAVE = signal.SIGUSR1  # the supervisor's word to finish and exit

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from daemon import __version__
+from daemon import __version__, devices
 from daemon import config as settings
 from daemon.child import EXIT_CONFIG, start_logging
 from daemon.config import Config, ConfigError
@@ -109,7 +109,9 @@ def _check(args: argparse.Namespace) -> int:
     except (ConfigError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
-    print(f"{card.name}: {len(config.devices)} engines, {pool >> 20} MiB of KV each; settings are fine")
+    n = len(config.devices)
+    kv = "KV in what their GPUs have free" if config.on_gpus else f"{pool >> 20} MiB of KV each"
+    print(f"{card.name}: {n} engine{'s' if n > 1 else ''}, {kv}; settings are fine")
     return 0
 
 
@@ -117,9 +119,13 @@ def _options(_args: argparse.Namespace) -> int:
     print("| option | default | unit | meaning |\n|---|---|---|---|")
     defaults = Config()
     for option in settings.options():
-        shown = _default(getattr(defaults, option.name), option.metadata["unit"])
+        unit, gpu = option.metadata["unit"], option.metadata["gpu"]
+        shown = _default(getattr(defaults, option.name), unit)
+        default = f"`{shown}`" if shown else ""
+        if gpu is not None:
+            default += f"; GPUs: `{_default(gpu, unit)}`"
         meaning = option.metadata["meaning"].replace("|", "\\|")
-        print(f"| `{option.name}` | {f'`{shown}`' if shown else ''} | {option.metadata['unit']} | {meaning} |")
+        print(f"| `{option.name}` | {default} | {unit} | {meaning} |")
     return 0
 
 
@@ -169,13 +175,9 @@ def _default(value: object, unit: str) -> str:
 
 def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:
     """Everything that can be refused is refused here, before a process or a segment exists."""
-    devices = config.devices or _find_devices()
-    config = dataclasses.replace(config, devices=devices)
+    config = dataclasses.replace(config, devices=config.devices or devices.find(config, _say))
+    config = config.for_gpus() if config.on_gpus else config
     config.check()
-    if config.engine == "model" and any(d != "cpu" for d in devices):
-        raise ConfigError(
-            f"devices: {','.join(devices)}: this version serves on the CPU only; name `cpu` once an engine"
-        )
     if config.api_key_file:
         from daemon.api.auth import KeyRing
 
@@ -185,20 +187,14 @@ def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:
     load_format = config.load_format if config.engine == "model" else "dummy"
     card = read_card(model_dir, config.served_name, load_format)
     check_tokenizer(model_dir)
+    if config.on_gpus:
+        devices.check_gpus(config, card)
     config = dataclasses.replace(config, served_name=card.name)
-    return config, card, model_dir, kv_pool_bytes(config, card, len(devices), _available_memory())
+    return config, card, model_dir, kv_pool_bytes(config, card, len(config.devices), _available_memory())
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _find_devices() -> list[str]:
-    """Two engines on the CPU; GPUs cannot be used yet, and whoever has some is told so."""
-    gpus = Path("/proc/driver/nvidia/gpus")
-    if gpus.is_dir() and any(gpus.iterdir()):
-        _say("llumd: this version does not use GPUs yet; serving on the CPU")
-    return ["cpu", "cpu"]
 
 
 def _available_memory() -> int:

@@ -47,8 +47,11 @@ def parse_seconds(text: str | float) -> float:
     return float(m[1]) * _SECONDS[m[2]]
 
 
-def _opt(default: Any, group: str, meaning: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
-    meta = {"group": group, "meaning": meaning, "unit": unit, "choices": choices}
+def _opt(
+    default: Any, group: str, meaning: str, unit: str = "", choices: tuple[str, ...] = (), gpu: Any = None
+) -> Any:
+    """`gpu`: the default where engines compute on GPUs, if it is another one there."""
+    meta = {"group": group, "meaning": meaning, "unit": unit, "choices": choices, "gpu": gpu}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -73,24 +76,49 @@ class Config:
         "both without a model, for benchmarks and fault tests",
         choices=("model", "stub", "hash"),
     )
-    devices: list[str] = _opt([], "engine", "one engine each; a device may be named twice; default: `cpu,cpu`")
+    devices: list[str] = _opt(
+        [],
+        "engine",
+        "one engine each: all `cpu` or all `cuda:N`; a device may be named twice; "
+        "default: every GPU there is, else `cpu,cpu`",
+    )
     threads: int = _opt(0, "engine", "compute threads of one CPU engine; 0: cores shared out evenly")
     dtype: str = _opt(
         "auto",
         "engine",
-        "arithmetic of the linear layers; auto: whichever a self-test finds faster",
+        "arithmetic of the linear layers; auto: whichever a self-test finds faster (CPU), bf16 (GPU)",
         choices=("auto", "bf16", "fp32"),
     )
-    deterministic: bool = _opt(False, "engine", "same bits whatever else is in the batch (fp32, slower)")
+    deterministic: bool = _opt(False, "engine", "same bits whatever else is in the batch (CPU, fp32, slower)")
     kv_memory: int = _opt(
         0,
         "engine",
-        "KV pool of one engine; 0: a quarter of the free memory, shared out, at most 2 GiB each (CPU)",
+        "KV pool of one engine; 0: a quarter of the free memory, shared out, at most 2 GiB each (CPU), "
+        "or what `memory_share` leaves (GPU)",
         "bytes",
     )
+    kv_dtype: str = _opt(
+        "auto",
+        "engine",
+        "how KV is kept; auto: as the engine computes; fp8: e4m3, twice the tokens in a GPU's memory",
+        choices=("auto", "fp8"),
+    )
+    memory_share: float = _opt(
+        0.9, "engine", "share of a GPU's memory that its engines take together, for weights, activations and KV"
+    )
     block_size: int = _opt(16, "engine", "tokens in a KV block", "tokens")
-    max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests")
-    max_batch_tokens: int = _opt(256, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens")
+    max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests", gpu=256)
+    max_batch_tokens: int = _opt(
+        256, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens", gpu=8192
+    )
+    itl_target: float = _opt(
+        0.0,
+        "engine",
+        "longest that a step should take which decodes for some requests and prefills for others: "
+        "its chunks shrink to fit; 0: no limit",
+        "seconds",
+        gpu=0.05,
+    )
     prefix_caching: bool = _opt(True, "engine", "reuse the KV blocks of equal prompt beginnings")
     overlap: bool = _opt(
         True, "engine", "launch the next step before the last one's tokens are known, where a device can (no CPU)"
@@ -171,6 +199,16 @@ class Config:
                 raise ConfigError(f"{name} ({origin}): {e}") from None
         return dataclasses.replace(self, **parsed, origin=self.origin | dict.fromkeys(parsed, origin))
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether engines compute on GPUs; engines without a model compute nothing on whatever is named."""
+        return self.engine == "model" and any(d != "cpu" for d in self.devices)
+
+    def for_gpus(self) -> Config:
+        """The same with GPUs' own defaults for what nobody has set."""
+        own = {o.name: o.metadata["gpu"] for o in options() if o.metadata["gpu"] is not None}
+        return dataclasses.replace(self, **{name: v for name, v in own.items() if name not in self.origin})
+
     def check(self) -> None:
         """Refuse what cannot work, before anything starts."""
         _require(self.block_size in (8, 16, 32, 64, 128), "block_size", "must be 8, 16, 32, 64 or 128")
@@ -190,8 +228,7 @@ class Config:
         self._check_scaling()
         _require(self.max_body >= 1024, "max_body", "must be at least 1 KiB")
         _require(1 << 20 <= self.journal_memory < 4 << 30, "journal_memory", "must be from 1 MiB to below 4 GiB")
-        for d in self.devices:
-            _require(bool(re.fullmatch(r"cpu|cuda:\d+", d)), "devices", f"{d!r} is neither `cpu` nor `cuda:N`")
+        self._check_devices()
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key_file:
             _require(
                 self.allow_unauthenticated,
@@ -199,6 +236,18 @@ class Config:
                 f"{self.host} is reachable from other machines: set api_key_file, "
                 "or allow_unauthenticated if anyone who can connect may use the model",
             )
+
+    def _check_devices(self) -> None:
+        for d in self.devices:
+            _require(bool(re.fullmatch(r"cpu|cuda:\d+", d)), "devices", f"{d!r} is neither `cpu` nor `cuda:N`")
+        mixed = "cpu" in self.devices and any(d != "cpu" for d in self.devices)
+        _require(not mixed, "devices", "`cpu` and `cuda:N` do not go together: no request could move between them")
+        _require(0 < self.memory_share <= 1, "memory_share", "must be above 0 and at most 1")
+        if self.on_gpus:
+            _require(self.dtype != "fp32", "dtype", "GPUs compute in bf16: choose auto or bf16")
+            _require(not self.deterministic, "deterministic", "is for the CPU: a GPU's rounding depends on the batch")
+        elif self.devices and self.engine == "model":
+            _require(self.kv_dtype == "auto", "kv_dtype", "fp8 is for GPUs; on the CPU choose auto")
 
     def _check_scaling(self) -> None:
         """`devices` may be empty before the default is known; then the rest is checked once more."""

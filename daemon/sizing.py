@@ -6,7 +6,7 @@ from daemon.config import Config, ConfigError
 from daemon.engine.footprint import activation_bytes, embedding_bytes, weights_bytes
 from daemon.models.card import ModelCard
 
-MODELLESS_POOL = 1 << 20  # bytes, for engines without a model
+MODELLESS_POOL = 1 << 20  # bytes, for engines without a model, or whose pool is on a GPU
 _LARGEST_DEFAULT = 2 << 30
 _LEAST_TOKENS = 256  # a pool below this serves nobody
 _KV_ITEM_BYTES = 4  # the CPU pool holds fp32
@@ -14,12 +14,15 @@ _ENGINE_OVERHEAD = 400 << 20  # interpreter and libraries of one engine
 
 
 def kv_pool_bytes(config: Config, card: ModelCard, engines: int, available: int) -> int:
-    """Bytes of one engine's pool. `available`: free memory of the machine in bytes.
+    """Bytes of one engine's pool in the machine's memory. `available`: what of that is free, in bytes.
 
+    An engine on a GPU finds out for itself what fits there.
     Raises ConfigError, saying what to change, if weights and pools do not fit.
     """
     if config.engine != "model":
         return config.kv_memory or MODELLESS_POOL
+    if config.on_gpus:
+        return MODELLESS_POOL
     token_bytes = 2 * card.num_layers * card.num_kv_heads * card.head_dim * _KV_ITEM_BYTES
     arithmetic = "fp32" if config.dtype == "fp32" or config.deterministic else "bf16"
     weights = _ENGINE_OVERHEAD + weights_bytes(card, arithmetic) + embedding_bytes(card)

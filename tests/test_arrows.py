@@ -48,7 +48,12 @@ LIGHT = [
     "daemon.api.frontend",
     "daemon.engine.worker",
 ]
-TORCHLESS = ["daemon.engine.cuda.arrays", "daemon.engine.cuda.kernels", "daemon.engine.cuda.compile"]
+TORCHLESS = [
+    "daemon.engine.cuda.arrays",
+    "daemon.engine.cuda.kernels",
+    "daemon.engine.cuda.compile",
+    "daemon.kvpool.cuda_ipc",
+]
 # Who may name FlashInfer and what comes with it; generate.py is a process of its own.
 FLASHINFER = {"attention.py", "ops.py", "kernels.py", "compile.py", "generate.py"}
 

@@ -13,7 +13,7 @@ from daemon.config import Config, ConfigError, load, options, parse_seconds, par
 
 PARSES = {"bytes", "seconds"}
 UNITS = PARSES | {"tokens", "requests", "choices", "engines", ""}
-BARE = {"threads", "port", "frontends"}  # numbers that are counts of what their name says
+BARE = {"threads", "port", "frontends", "memory_share"}  # numbers whose name says what they count
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -118,7 +118,7 @@ def test_sizes_scale(number: int, unit: str):
 
 
 def test_lists_and_booleans(tmp_path: Path):
-    assert load({"devices": " cpu, cuda:1 ,"}, None, {}).devices == ["cpu", "cuda:1"]
+    assert load({"devices": " cuda:0, cuda:1 ,"}, None, {}).devices == ["cuda:0", "cuda:1"]
     assert load({}, toml(tmp_path, 'devices = ["cpu", "cpu"]'), {}).devices == ["cpu", "cpu"]
     for word, value in (("yes", True), ("ON", True), ("1", True), (True, True), ("false", False), ("0", False)):
         assert load({"prefix_caching": word}, None, {}).prefix_caching is value
@@ -134,11 +134,14 @@ REFUSED = [
     ("threads", "-1"), ("max_model_len", "-1"), ("max_prompt_tokens", "-2"),
     ("kv_memory", -1), ("kv_memory", "lots"), ("kv_memory", True), ("kv_memory", "5i"), ("kv_memory", [1]),
     ("max_body", "10"), ("journal_memory", "1000"), ("journal_memory", "4GiB"),
-    ("devices", "gpu0"), ("devices", "cpu,cuda"), ("devices", 3), ("devices", ",".join(["cpu"] * 65)),
+    ("devices", "gpu0"), ("devices", "cpu,cuda"), ("devices", "cpu,cuda:0"), ("devices", 3),
+    ("devices", ",".join(["cpu"] * 65)),
     ("prefix_caching", "perhaps"), ("prefix_caching", 2),
     ("drain_timeout", "soon"), ("drain_timeout", -1), ("load_timeout", float("inf")), ("hang_timeout", float("nan")),
     ("request_deadline", True), ("request_deadline", [1]),
     ("min_engines", "-1"), ("max_engines", "some"), ("scale_period", -1),
+    ("memory_share", 0), ("memory_share", "1.1"), ("memory_share", "nan"), ("kv_dtype", "int8"),
+    ("itl_target", -0.1),
 ]  # fmt: skip
 
 
@@ -160,6 +163,31 @@ def test_scaling_keeps_to_the_engines_there_are(settings: dict[str, object], nam
     with pytest.raises(ConfigError, match=naming):
         load(settings, None, {})
     assert load({"min_engines": 2, "max_engines": 2}, None, {}).devices == []  # which are to be found yet
+
+
+@pytest.mark.parametrize(
+    ("settings", "naming"),
+    [
+        ({"devices": "cuda:0", "dtype": "fp32"}, "dtype: GPUs compute in bf16"),
+        ({"devices": "cuda:0", "deterministic": True}, "deterministic: is for the CPU"),
+        ({"devices": "cpu", "kv_dtype": "fp8"}, "kv_dtype: fp8 is for GPUs"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused(settings: dict[str, object], naming: str):
+    with pytest.raises(ConfigError, match=naming):
+        load(settings, None, {})
+    assert load(settings | {"devices": ""}, None, {}).devices == []  # they are to be found yet
+    assert load(settings | {"engine": "stub"}, None, {}).engine == "stub"  # which uses none of this
+
+
+def test_gpus_have_defaults_of_their_own_for_what_nobody_has_set():
+    settings = load({"max_num_seqs": "64"}, None, {"LLUMD_ITL_TARGET": "0"}).for_gpus()
+    assert (settings.max_num_seqs, settings.itl_target) == (64, 0)
+    assert settings.max_batch_tokens == 8192
+    everything = load({}, None, {}).for_gpus()
+    changed = {o.name for o in options() if getattr(everything, o.name) != getattr(Config(), o.name)}
+    assert changed == {"max_num_seqs", "max_batch_tokens", "itl_target"}
+    everything.check()
 
 
 def test_refusals_name_the_source(tmp_path: Path):

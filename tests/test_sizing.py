@@ -39,6 +39,11 @@ def test_engines_without_a_model_need_little(engine: str):
     assert kv_pool_bytes(Config(engine=engine, kv_memory=5), CARD, 64, 0) == 5
 
 
+def test_an_engine_on_a_gpu_sizes_its_own_pool():
+    on_gpus = Config(devices=["cuda:0", "cuda:1"], kv_memory=100 * GIB)
+    assert kv_pool_bytes(on_gpus, CARD, 2, 1 * GIB) == MODELLESS_POOL
+
+
 def test_a_pool_for_nobody_is_refused():
     least = 256 * TOKEN
     assert kv_pool_bytes(Config(kv_memory=least), CARD, 1, 8 * GIB) == least

@@ -345,6 +345,7 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     measured_ideal_tokens: int = 0
     make: str = ""  # device and model: engines of one make take equally long for a step
     kv_format: str = ""  # shape and dtype of a KV block; blocks move between equal ones only
+    pool_handle: bytes = b""  # how to open a KV pool in a GPU's memory: see kvpool/cuda_ipc.py
 
 
 class FrontendFacts(Struct, array_like=True, frozen=True):

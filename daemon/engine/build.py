@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 
 from daemon.config import Config
-from daemon.engine.runner import Runner
+from daemon.engine.runner import DeviceRunner, Runner
 from daemon.models.card import ModelCard
 
 
-def build_runner(config: Config, card: ModelCard) -> Runner:
-    """The runner that `config.engine` asks for. Raises ModelError for a model that cannot run here."""
+def build_runner(config: Config, card: ModelCard, device: str = "cpu") -> Runner:
+    """The runner that `config.engine` asks for, on that device. Raises ModelError for a model that cannot run here.
+
+    One on a GPU is a `DeviceRunner`.
+    """
     length = min(config.max_model_len or card.max_position, card.max_position)
     if config.engine == "stub":
         from daemon.engine.runner_stub import StubRunner
@@ -25,6 +28,8 @@ def build_runner(config: Config, card: ModelCard) -> Runner:
         from daemon.engine.runner_hash import HashRunner
 
         return HashRunner(card.vocab_size, length, config.block_size, step_seconds=config.stub_step)
+    if config.on_gpus:
+        return _build_cuda(config, card, device, length)
     from daemon.engine.runner_cpu import CpuRunner
 
     return CpuRunner(
@@ -38,6 +43,32 @@ def build_runner(config: Config, card: ModelCard) -> Runner:
         max_batch_tokens=config.max_batch_tokens,
         max_model_len=length,
     )
+
+
+def _build_cuda(config: Config, card: ModelCard, device: str, length: int) -> DeviceRunner:
+    from daemon.engine.cuda import numa
+    from daemon.engine.cuda.runner import CudaRunner
+    from daemon.kvpool.cudart import CudaRuntime
+
+    sharing = config.devices.count(device)
+    runner = CudaRunner(
+        card,
+        device=device,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        deterministic=config.deterministic,
+        load_format=config.load_format,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_model_len=length,
+        kv_memory=config.kv_memory,
+        memory_share=config.memory_share / sharing,
+    )
+    if sharing > 1:
+        runner.device += f", shared by {sharing}"  # its steps take as long as those of the others leave it
+    numa.stay_near(CudaRuntime().pci_address(int(device.removeprefix("cuda:"))))  # before memory is taken
+    return runner
 
 
 def cores() -> int:

@@ -14,7 +14,10 @@ from daemon.engine.cost import Observation, StepCost, fit
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, Runner, StepPlan
 
-BUDGET = 0.2  # seconds; only a runner so slow that even the indispensable steps take longer exceeds it
+BUDGET = 0.2  # seconds
+DEVICE_BUDGET = 2.0
+"""Seconds for a GPU: its largest steps are so large, and cost so much more a token than those that wait for the
+weights alone, that they must be among the timed ones."""
 _ROUNDS = 5  # at most
 _INDISPENSABLE = 3  # steps: the least that tell the three terms of the cost apart
 _BATCH, _GROWTH = 16, 4  # rows of the first batch beyond 1, and from one batch to the next
@@ -29,17 +32,21 @@ def calibrate(
     block_size: int,
     max_num_seqs: int,
     max_batch_tokens: int,
+    budget: float = BUDGET,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCost:
     """What a step of `runner` costs. For use before the first request: of the pool's `num_blocks` blocks the dummy
-    is written, and any is read."""
-    end = clock() + BUDGET
+    is written, and any is read.
+
+    It takes at most `budget` seconds, longer only with a runner so slow that even the indispensable steps do.
+    """
+    end = clock() + budget
     steps: list[_Step] = []
     seen: list[Observation] = []
     for step in _steps(runner.max_model_len, num_blocks, block_size, max_num_seqs, max_batch_tokens):
         seen.append(step.time(runner, clock))
         steps.append(step)
-        if len(steps) >= _INDISPENSABLE and clock() > end - BUDGET * 2 / 3:  # the rest is for rounds of these
+        if len(steps) >= _INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for rounds of these
             break
     for step in (step for _ in range(_ROUNDS - 1) for step in steps):
         if clock() > end:

@@ -8,7 +8,7 @@ The ideal time is that of a step with one token and no KV: the model's weights a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -37,6 +37,9 @@ class StepCost:
     base: float = 0.0
     per_token: float = 0.0
     per_kv: float = 0.0
+    at_scale: float = field(default=0.0, compare=False)
+    """Seconds a token, beyond `base`, in the largest step timed: on a GPU, where small steps wait for the weights
+    alone, it is more than `per_token`, which is to fit them all."""
 
     def seconds(self, tokens: int, kv: int) -> float:
         """Time of a step that computes `tokens` and reads `kv` tokens of KV."""
@@ -46,6 +49,11 @@ class StepCost:
     def ideal(self) -> float:
         """Seconds of the smallest step."""
         return self.base + self.per_token
+
+    def tokens_within(self, seconds: float) -> int:
+        """Most tokens that a step computes in `seconds`, KV aside, but one at least; 0: no limit was found."""
+        each = max(self.per_token, self.at_scale)
+        return max(1, int((seconds - self.base) / each)) if each else 0
 
     @property
     def knee(self) -> int:
@@ -74,7 +82,13 @@ def fit(observations: Iterable[Observation]) -> StepCost:
     shows = [1]
     shows += [2] if cost.per_kv * max(o.kv for o in seen) >= _NOTICEABLE * cost.ideal else []
     shows = shows if cost.per_token * max(o.tokens for o in seen) >= _NOTICEABLE * cost.ideal else shows[1:]
-    return _least_squares(seen, (0, *shows))
+    cost = _least_squares(seen, (0, *shows))
+    return replace(cost, at_scale=_at_scale(cost, seen[-1])) if cost.per_token else cost
+
+
+def _at_scale(cost: StepCost, largest: Observation) -> float:
+    tokens, kv, seconds = largest
+    return max(0.0, seconds - cost.base - cost.per_kv * kv) / tokens
 
 
 def _least_squares(seen: Sequence[Observation], terms: tuple[int, ...]) -> StepCost:

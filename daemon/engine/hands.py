@@ -13,7 +13,7 @@ from daemon.control.ring import RingWriter
 from daemon.engine.llumlet import Action, Copy, Report, Send, Tell
 from daemon.engine.logbook import Logbook
 from daemon.engine.outbox import Outbox
-from daemon.kvpool.peers import Peers
+from daemon.kvpool.peers import Pools
 from daemon.kvpool.transfer import Outcome, Transport
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Hands:
         self,
         fabric: Fabric,
         outboxes: Sequence[Outbox],
-        peers: Peers,
+        peers: Pools,
         transport: Transport,
         block_bytes: int,
         logbook: Logbook,

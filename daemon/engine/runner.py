@@ -128,6 +128,11 @@ class DeviceRunner(Runner, Overlapping, Protocol):
 
     num_blocks: int  # of the pool, the dummy among them; known after `load`
 
+    @property
+    def pool_memory(self) -> Any:
+        """The pool's bytes as one tensor on the device, an allocation of its own; after `load`."""
+        ...
+
     def load(self, pool: memoryview | None = None) -> None:
         """As `Runner.load`; without `pool` the runner measures what is free, and allocates the pool itself."""
         ...

@@ -6,7 +6,8 @@
    urgent request is preempted: its blocks are freed, its tokens kept, and it is computed anew later;
 2. *admit*: from the head of the queue while batch slots, blocks and tokens last. A request of a more urgent
    class may displace those of less urgent ones. Nobody overtakes the head, so a big request is not starved;
-3. *rows*: all decodes, then prefill chunks by urgency.
+3. *rows*: all decodes, then prefill chunks by urgency. Beside decodes chunks may be held smaller
+   (`max_mixed_tokens`), for whoever decodes waits for them.
 
 A request gets the blocks of all its known tokens when it is admitted, so a prefill once begun never waits for
 memory. Urgency is ``(class, key(request, now), rid)``; the least goes first. `fold` takes in the step's result.
@@ -64,11 +65,15 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
+        max_mixed_tokens: int = 0,
         key: Key = fcfs,
         drifts: bool = False,
     ) -> None:
+        """`max_mixed_tokens`: most tokens of a step with decodes and chunks, but that a block's worth of chunks may
+        always go beside the decodes; 0: `max_batch_tokens`."""
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
+        self.max_mixed_tokens = max_mixed_tokens or max_batch_tokens
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)  # a step has a token for everyone in the batch
         self.max_model_len = max_model_len
         self.max_len = min(max_model_len, blocks.capacity * blocks.block_size)  # prompt and output, tokens
@@ -266,7 +271,7 @@ class Scheduler:
         preempted = self._grow(now) or self._admit(now)
         decoding, prefilling = _split(r for r in self.running.values() if not self._rests(r))
         rows = [_row(request, 1) for request in decoding]
-        rows += self._chunks(prefilling, self.max_batch_tokens - len(decoding), now)
+        rows += self._chunks(prefilling, self._budget(len(decoding)) - len(decoding), now)
         if not rows:
             return None
         self._plans += 1
@@ -274,6 +279,12 @@ class Scheduler:
             row.request.ahead += row.count
             row.request.drawing = row.sample
         return StepPlan(rows, len(decoding), preempted, self._plans)
+
+    def _budget(self, decodes: int) -> int:
+        """Tokens of a step with so many decodes."""
+        if not decodes:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, max(self.max_mixed_tokens, decodes + self.blocks.block_size))
 
     def _rests(self, request: Request) -> bool:
         """Nothing of it is to be computed: it is held, or the token being drawn is its last."""
@@ -298,7 +309,7 @@ class Scheduler:
         """Fill the batch from the queue; returns whom a more urgent class displaced."""
         if not self.waiting:
             return []
-        budget = self.max_batch_tokens
+        budget = self._budget(sum(r.pending == 1 for r in self.running.values()))
         ahead = sorted(self.running.values(), key=lambda r: -r.params.priority)
         preempted: list[Request] = []
         while head := self.waiting.head:

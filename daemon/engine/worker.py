@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 from daemon import child
-from daemon.child import EXIT_CONFIG, EXIT_PARKED, LEAVE, Birth
+from daemon.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, LEAVE, Birth
 from daemon.config import Config
 from daemon.control import doorbell, segment, stats
 from daemon.control.eventlog import EventLog
@@ -19,7 +20,7 @@ from daemon.control.journal import JournalView
 from daemon.control.load import Policy, policy_of
 from daemon.control.messages import EngineFacts, EngineState, encode
 from daemon.engine.build import build_runner
-from daemon.engine.calibrate import calibrate
+from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
 from daemon.engine.cost import StepCost
 from daemon.engine.hands import Hands
 from daemon.engine.inbox import Inbox
@@ -30,12 +31,12 @@ from daemon.engine.outbox import Outbox
 from daemon.engine.pace import Pace
 from daemon.engine.pipeline import Pipeline, Step
 from daemon.engine.records import Records
-from daemon.engine.runner import PoolSpec, Runner, StepPlan
+from daemon.engine.runner import DeviceRunner, PoolSpec, Runner, StepPlan
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.engine.standing import Standing
 from daemon.engine.yardstick import Measure, agree
 from daemon.kvpool.blocks import BlockManager
-from daemon.kvpool.peers import Peers
+from daemon.kvpool.peers import Peers, Pools
 from daemon.kvpool.transfer import Mover, Transport
 from daemon.models.card import ModelError, read_card
 
@@ -54,16 +55,24 @@ def main(birth: Birth) -> None:
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.LOADING, fabric.incarnation, birth.config.load_timeout)
     try:
-        worker = _load(birth, fabric)
-    except ModelError as e:
-        _give_up(str(e))
-    worker.run()
+        _load_or_give_up(birth, fabric).run()
+    except Exception as e:
+        _fail(e)
     sys.exit(EXIT_PARKED)
 
 
-def _give_up(reason: str) -> NoReturn:
-    log.error("%s", reason)
-    sys.exit(EXIT_CONFIG)
+def _load_or_give_up(birth: Birth, fabric: Fabric) -> Worker:
+    try:
+        return _load(birth, fabric)
+    except ModelError as e:
+        log.error("%s", e)
+        sys.exit(EXIT_CONFIG)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """End for another to begin anew. At once: on a device that has failed, whatever tidies up may fail or hang."""
+    log.critical("this engine ends, it will be started again: %s", error, exc_info=error)
+    os._exit(EXIT_FAILED)
 
 
 def _load(birth: Birth, fabric: Fabric) -> Worker:
@@ -71,35 +80,66 @@ def _load(birth: Birth, fabric: Fabric) -> Worker:
     started = time.monotonic()
     load_format = config.load_format if config.engine == "model" else "dummy"
     card = read_card(Path(birth.model_dir), config.served_name, load_format)
-    runner = build_runner(config, card)
-    pool = segment.attach(birth.pool)
-    num_blocks = len(pool) // runner.pool_spec(1).block_bytes
-    if num_blocks < 2:
-        raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
-    runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
-    blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
-    cost = _measure(config, runner, num_blocks)
+    _, index = fabric.topology.role(fabric.process)
+    runner = build_runner(config, card, config.devices[index])
+    if config.on_gpus:
+        kv = _load_on_device(fabric, cast(DeviceRunner, runner))
+    else:
+        kv = _load_on_host(birth, fabric, runner)
+    blocks = BlockManager(kv.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+    cost = _measure(config, runner, kv.num_blocks)
     scheduler = Scheduler(
         blocks,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         max_model_len=runner.max_model_len,
         eos_token_ids=runner.eos_token_ids,
+        max_mixed_tokens=cost.tokens_within(config.itl_target) if config.itl_target else 0,
     )
     log.info(
-        "ready after %.1f s: %d KV blocks of %d tokens", time.monotonic() - started, num_blocks - 1, config.block_size
+        "ready after %.1f s: %d KV blocks of %d tokens",
+        time.monotonic() - started,
+        kv.num_blocks - 1,
+        config.block_size,
     )
-    peers = Peers(fabric.table(), fabric.topology, birth.parent)
     return Worker(
         fabric,
         runner,
         scheduler,
-        peers,
-        Mover(pool, fabric.bell),
+        kv,
         policy_of(config.policy, config.headroom),
         overlap=config.overlap,
         measure=Measure(cost.knee, config.ideal_tokens or cost.ideal_tokens),
     )
+
+
+class _Kv(NamedTuple):
+    """What became of the pool: its blocks, the dummy among them, those of the others, and the way there."""
+
+    num_blocks: int
+    peers: Pools
+    transport: Transport
+    handle: bytes = b""  # by which others open it, if they must be told
+
+
+def _load_on_host(birth: Birth, fabric: Fabric, runner: Runner) -> _Kv:
+    """The model, and the pool that the supervisor has made."""
+    pool = segment.attach(birth.pool)
+    num_blocks = len(pool) // runner.pool_spec(1).block_bytes
+    if num_blocks < 2:
+        raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
+    runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
+    peers = Peers(fabric.table(), fabric.topology, birth.parent)
+    return _Kv(num_blocks, peers, Mover(pool, fabric.bell))
+
+
+def _load_on_device(fabric: Fabric, runner: DeviceRunner) -> _Kv:
+    """The model, and a pool of the runner's own in the GPU's memory."""
+    from daemon.kvpool.cuda_ipc import for_runner
+
+    runner.load()
+    kv = for_runner(fabric, runner.pool_memory)
+    return _Kv(runner.num_blocks, kv.peers, kv.mover, kv.handle)
 
 
 def _measure(config: Config, runner: Runner, num_blocks: int) -> StepCost:
@@ -112,6 +152,7 @@ def _measure(config: Config, runner: Runner, num_blocks: int) -> StepCost:
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
+        budget=DEVICE_BUDGET if config.on_gpus else BUDGET,
     )
     log.info(
         "a step takes %.3g ms, %.3g us a token and %.3g ns a token of KV: "
@@ -133,8 +174,7 @@ class Worker:
         fabric: Fabric,
         runner: Runner,
         scheduler: Scheduler,
-        peers: Peers,
-        transport: Transport,
+        kv: _Kv,
         policy: Policy,
         *,
         overlap: bool,
@@ -163,9 +203,10 @@ class Worker:
         self._agreed_at = -1  # second
         self._llumlet = Llumlet(scheduler, records, busier_than=self._busier_than)
         self._standing = Standing(fabric, self._llumlet)
-        self._peers = peers
+        self._peers = kv.peers
+        self._pool_handle = kv.handle
         self._logbook = Logbook(EventLog(fabric.events(fabric.process)), self._stats, spec.block_bytes)
-        self._hands = Hands(fabric, self._outboxes, peers, transport, spec.block_bytes, self._logbook)
+        self._hands = Hands(fabric, self._outboxes, kv.peers, kv.transport, spec.block_bytes, self._logbook)
         self._neighbours = Neighbours(fabric, self._llumlet, self._kv_format, self._hands.carry_out)
         self._inboxes = [
             Inbox(
@@ -338,6 +379,7 @@ class Worker:
             incoming=len(self._llumlet.incoming),
             outgoing=len(self._llumlet.outgoing),
             kv_format=self._kv_format,
+            pool_handle=self._pool_handle,
             knee=self._agreed.knee,
             ideal_tokens=self._agreed.ideal_tokens,
             measured_knee=self._measured.knee,

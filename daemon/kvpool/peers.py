@@ -10,13 +10,26 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from daemon.control import segment
 from daemon.control.fabric import Topology
 from daemon.control.processes import Life, ProcessFacts, TableReader
 
 log = logging.getLogger(__name__)
+
+
+class Pools(Protocol):
+    """The pools of all engines, as one of them sees them, whatever memory they are in."""
+
+    def pool(self, engine: int, incarnation: int = 0) -> Any:
+        """What a `Transport` of the same backend takes for the pool of `engine`, as it is in that incarnation; None
+        if it cannot be had."""
+        ...
+
+    def refresh(self) -> None:
+        """Let go of the pools of the dead."""
+        ...
 
 
 class _Mapping(NamedTuple):

@@ -118,8 +118,8 @@ def copy(
         raise ValueError("the peer's pool is mapped read-only")
     runs = merge(pairs)
     for run in runs:
-        _check_bounds("source", run.source, run.length, block_bytes, len(here))
-        _check_bounds("destination", run.destination, run.length, block_bytes, len(there))
+        check_bounds("source", run.source, run.length, block_bytes, len(here))
+        check_bounds("destination", run.destination, run.length, block_bytes, len(there))
     budget, copied = slice_bytes, 0
     for run in runs:
         at, shift = run.source * block_bytes, (run.destination - run.source) * block_bytes
@@ -140,7 +140,8 @@ def _bytes(pool: memoryview) -> npt.NDArray[np.uint8]:
     return np.frombuffer(pool, np.uint8)
 
 
-def _check_bounds(what: str, block: int, length: int, block_bytes: int, size: int) -> None:
+def check_bounds(what: str, block: int, length: int, block_bytes: int, size: int) -> None:
+    """ValueError unless the `length` blocks from `block` on lie in a pool of `size` bytes."""
     if block_bytes < 1 or block < 0 or (block + length) * block_bytes > size:
         where = f"{what} blocks {block} to {block + length - 1} of {block_bytes} bytes"
         raise ValueError(f"{where} are not in a pool of {size} bytes")

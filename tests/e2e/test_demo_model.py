@@ -28,7 +28,7 @@ NEW = 24  # tokens
 
 @pytest.fixture(scope="module")
 def daemon(start_shared: Start) -> Daemon:
-    return start_shared("--deterministic", "--kv-memory", "256MiB", engine="model")
+    return start_shared("--devices", "cpu,cpu", "--deterministic", "--kv-memory", "256MiB", engine="model")
 
 
 @pytest.fixture(scope="module")

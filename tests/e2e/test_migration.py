@@ -168,7 +168,8 @@ def various(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(4000 if LONG else 180)
 def test_a_models_answers_are_the_same_moved_and_unmoved(start: Start) -> None:
-    daemon = start("--deterministic", "--no-rebalance", "--kv-memory", "512MiB", engine="model")
+    flags = ("--devices", "cpu,cpu", "--deterministic", "--no-rebalance", "--kv-memory", "512MiB")
+    daemon = start(*flags, engine="model")
     count, most = (200, 10) if LONG else (24, None)
     asked = various(count)
     with Swarm(daemon, asked, at_once=AT_ONCE) as swarm:

@@ -88,7 +88,7 @@ def test_second_signal_hurries(start: Start, number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("terminate", [to_supervisor, to_group])
 def test_a_daemon_that_still_loads_leaves_at_once(home: Path, terminate: Callable[[Daemon], None]) -> None:
-    daemon = Daemon(home, "--kv-memory", "256MiB", "--drain-timeout", "10m", engine="model")
+    daemon = Daemon(home, "--devices", "cpu,cpu", "--kv-memory", "256MiB", "--drain-timeout", "10m", engine="model")
     try:
         wait_for("its children", lambda: len(daemon.family()) > 3)
         terminate(daemon)

@@ -39,6 +39,8 @@ def model_dir(path: Path, config: str | None) -> str:
         (["--kv-memory", "much"], "kv_memory"),
         (["--engine", "steam"], "engine"),
         (["--devices", "gpu"], "devices"),
+        (["--devices", "cpu,cuda:0"], "devices"),
+        (["--devices", "cuda:63"], "there is no cuda:63"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
         (["/nowhere/model"], "/nowhere/model"),
         (["someone/some-model"], "hub"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.engine.calibrate import BUDGET, calibrate
+from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
 from daemon.engine.cost import Observation, StepCost, fit
 from daemon.engine.runner import PoolSpec, StepPlan, StepResult
 
@@ -71,6 +71,18 @@ def test_up_to_ideal_tokens_a_decode_step_takes_at_most_a_fifth_more():
     assert CPU.seconds(1, CPU.ideal_tokens) <= 1.2 * CPU.ideal < CPU.seconds(1, CPU.ideal_tokens + 2)
 
 
+@given(st.floats(1e-4, 1.0), st.floats(1e-6, 1e-2), st.floats(1e-3, 2.0))
+def test_the_most_tokens_within_a_time_are_the_most(base: float, per_token: float, seconds: float):
+    cost = StepCost(base, per_token)
+    tokens = cost.tokens_within(seconds)
+    assert tokens == 1 or cost.seconds(tokens, 0) <= seconds * (1 + 1e-9)
+    assert cost.seconds(tokens + 1, 0) > seconds * (1 - 1e-9)
+
+
+def test_steps_that_take_as_long_however_large_have_no_limit():
+    assert StepCost(0.01).tokens_within(0.001) == 0
+
+
 # -- calibration ---------------------------------------------------------------------------------
 
 
@@ -99,9 +111,9 @@ class Timed:
         self.plans.append(plan)
         return StepResult([0] * len(plan.rows))
 
-    def calibrate(self, **limits: int) -> StepCost:
+    def calibrate(self, budget: float = BUDGET, **limits: int) -> StepCost:
         usual = {"num_blocks": 1000, "block_size": 16, "max_num_seqs": 64, "max_batch_tokens": 256}
-        return calibrate(self, **(usual | limits), clock=lambda: self.now)
+        return calibrate(self, **(usual | limits), budget=budget, clock=lambda: self.now)
 
 
 limits = st.fixed_dictionaries({
@@ -139,6 +151,21 @@ def test_it_finds_the_cost_within_its_time(base: float):
     largest = cost.seconds(256, 256)
     indispensable = cost.seconds(1, 8) + cost.seconds(16, 128) + cost.seconds(16, 4096)
     assert runner.now <= max(BUDGET + largest, indispensable + 1e-9)
+
+
+class Roofline(StepCost):
+    """A GPU's steps: they wait for the weights up to some hundred tokens, and compute beyond that."""
+
+    def seconds(self, tokens: int, kv: int) -> float:
+        return max(0.005, 21e-6 * tokens) + 4e-8 * kv
+
+
+def test_on_a_gpu_the_large_steps_tell_how_many_tokens_go_into_a_time():
+    gpu = Roofline()
+    found = Timed(gpu, first_run=1.5).calibrate(max_num_seqs=256, max_batch_tokens=8192, budget=DEVICE_BUDGET)
+    assert gpu.seconds(found.tokens_within(0.05), 0) == pytest.approx(0.05, rel=0.2)
+    hasty = Timed(gpu, first_run=1.5).calibrate(max_num_seqs=256, max_batch_tokens=8192)
+    assert gpu.seconds(hasty.tokens_within(0.05), 0) > 0.075  # what that budget is for
 
 
 def test_what_is_slow_the_first_time_does_not_count():

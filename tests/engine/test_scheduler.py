@@ -68,6 +68,33 @@ def test_decodes_come_first_and_chunks_fill_the_budget():
     assert s.plan(0).num_decodes == 3 and s.pending_prefill_tokens == 0
 
 
+def test_chunks_shrink_beside_decodes_alone():
+    s = scheduler(tokens=64, max_mixed_tokens=10)
+    add(s, request(1, 40))
+    assert step(s)[0] == [(1, 0, 40)]
+    add(s, request(2, 30))
+    assert step(s)[0] == [(1, 40, 1), (2, 0, 9)]
+    s.cancel(1, 1)
+    assert step(s)[0] == [(2, 9, 21)]
+
+
+def test_a_block_goes_beside_decodes_however_small_the_limit():
+    s = scheduler(tokens=64, max_mixed_tokens=2)
+    add(s, request(1, 1), request(2, 1))
+    step(s)
+    add(s, request(3, 30))
+    assert step(s)[0] == [(1, 1, 1), (2, 1, 1), (3, 0, SIZE)]
+
+
+def test_nobody_is_admitted_for_whom_a_mixed_step_has_no_token():
+    s = scheduler(tokens=64, max_mixed_tokens=10)
+    add(s, request(1, 1))
+    step(s)
+    add(s, request(2, 9), request(3, 9))
+    assert step(s)[0] == [(1, 1, 1), (2, 0, 9)]
+    assert rids(s) == ([1, 2], [3])
+
+
 def test_nothing_to_do_is_no_plan():
     assert scheduler().plan(0.0) is None
 

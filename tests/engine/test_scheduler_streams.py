@@ -48,6 +48,7 @@ class Engine:
     max_model_len: int
     prefix_caching: bool
     overlap: bool
+    max_mixed_tokens: int
 
     @property
     def num_blocks(self) -> int:
@@ -61,6 +62,7 @@ class Engine:
             max_batch_tokens=self.max_batch_tokens,
             max_model_len=self.max_model_len,
             eos_token_ids=(EOS,),
+            max_mixed_tokens=self.max_mixed_tokens,
         )
         runner = HashRunner(VOCAB, self.max_model_len, self.block_size)
         garbage = random.Random(0).randbytes(runner.pool_spec(self.num_blocks).nbytes)
@@ -107,6 +109,7 @@ engines = st.builds(
     max_model_len=st.sampled_from([24, 60, 90]),
     prefix_caching=st.booleans(),
     overlap=st.booleans(),
+    max_mixed_tokens=st.sampled_from([0, 0, 1, 5, 12]),
 )
 reservations = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 15)), max_size=3)
 
@@ -166,6 +169,8 @@ class Run:
     def check_plan(self, plan) -> None:
         size = self.engine.block_size
         assert plan.num_tokens <= self.engine.max_batch_tokens
+        if self.engine.max_mixed_tokens and 0 < plan.num_decodes < len(plan.rows):
+            assert plan.num_tokens <= max(self.engine.max_mixed_tokens, plan.num_decodes + size)
         assert len(self.scheduler.running) <= self.engine.max_num_seqs
         assert len({row.request.rid for row in plan.rows}) == len(plan.rows)
         for i, (request, start, count, sample, _) in enumerate(plan.rows):

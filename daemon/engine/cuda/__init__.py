@@ -13,6 +13,7 @@ weights     the model's tensors on its device
 model       the Llama forward over ops and attention
 passes      the two passes of a step, decodes and chunks, over the device's static buffers
 sampler     the draw: a kernel (sampler.cu, row.h, draw.h), or torch on any device
+numa        keeps threads on the processors near the GPU
 memory      how many KV blocks a device holds beside the model (pure)
 graphs      capture and replay of decode steps
 runner      CudaRunner: launches a step, collects its tokens one step later

@@ -1,0 +1,370 @@
+"""The CUDA engine on one machine: every figure of it in one command, with the bars it is to reach.
+
+    python -m bench.gpu --out DIR [--only decode,prefill] [--limit SECONDS] [--dry-run]
+
+A Llama of 8 billion random weights, one GPU unless a section needs more. Sections are processes of their own:
+bench/README.md says what each measures. `--dry-run` takes a tiny model on the CPU, to find the command's own faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import machine, roofline
+from bench.gpu_model import LLAMA_8B, TINY, card_of, write_model
+from bench.sections import Figure, Outcome, append_figure, run_all, run_section, table
+from daemon.models.card import ModelCard
+
+BARS = {1: 240.0, 64: 9500.0, 256: 17500.0}  # tokens/s of decodes, by batch, at a context of 1024
+PREFILL_BAR = 0.70  # of the measured matmul rate, at 2048 tokens
+IDLE_BAR = 0.05  # of a step
+PAUSE_BAR = 2.0  # decode steps
+PACKAGES = ("torch", "flashinfer-python", "apache-tvm-ffi", "transformers", "numpy")
+
+
+class Scale(NamedTuple):
+    """How large everything is."""
+
+    config: dict[str, Any]
+    device: str
+    batches: tuple[int, ...]
+    steps: int
+    context: int
+    prompts: tuple[int, ...]  # of prefill
+    some: tuple[int, ...]  # batches where options are compared
+    matrix: int
+    copy_bytes: int
+    kv_blocks: int  # of the CPU's pool, which is not measured; 0: what is free
+    offline: tuple[int, int, int]  # prompts, their tokens, output tokens
+    loads: tuple[tuple[int, int], ...]  # of HTTP: in flight, requests
+    served: tuple[int, int]  # prompt and output tokens
+    moved: tuple[int, ...]  # tokens of what moves
+    moves: int
+    pushes: tuple[int, ...]  # blocks
+
+
+FULL = Scale(LLAMA_8B, "cuda:0", (1, 8, 32, 64, 128, 256), 60, 1024, (512, 2048, 8192), (1, 64, 256), 8192, 4 << 30,
+             0, (64, 1024, 128), ((1, 8), (64, 192), (256, 512)), (512, 128), (1024, 4096), 6, (64, 512, 4096))
+DRY = Scale(TINY, "cpu", (1, 8), 6, 64, (64, 200), (1, 4), 256, 1 << 20, 200, (4, 40, 6), ((1, 2), (4, 8)), (20, 8),
+            (64,), 2, (4,))
+
+
+class Section(NamedTuple):
+    budget: float  # seconds
+    run: Callable[[Context], None]
+
+
+class Context(NamedTuple):
+    """What a section has: the scale, where to tell figures, and what earlier sections found."""
+
+    name: str
+    scale: Scale
+    out: Path
+    tell: Callable[[Figure], None]
+
+    def figure(self, what: str, value: float, unit: str, bar: float | None = None, *, at_most: bool = False,
+               **more: Any) -> None:
+        bar = None if self.scale.device == "cpu" else bar  # none is for a dry run
+        self.tell(Figure(self.name, what, value, unit, bar, at_most, more))
+
+    @property
+    def card(self) -> ModelCard:
+        return card_of(self.scale.config, self.out / "shape")
+
+    def model(self) -> Path:
+        """The model as a daemon serves it."""
+        return write_model(self.scale.config, self.out / "model")
+
+    def peak(self, what: str) -> float:
+        """bytes/s or FLOP/s as the section `device` found them. RuntimeError if it has not."""
+        file = self.out / "peaks.json"
+        if not file.exists():
+            raise RuntimeError("the section `device` must run before: shares need its figures")
+        return float(json.loads(file.read_text())[what])
+
+
+# -- sections
+
+
+def device_facts(c: Context) -> None:
+    import torch
+
+    device, n = c.scale.device, c.scale.matrix
+    source = torch.zeros(c.scale.copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * c.scale.copy_bytes / _best(lambda: target.copy_(source), device)
+    c.figure("copy on the device, read and write", bandwidth / 1e9, "GB/s")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    rate = 2 * n**3 / _best(lambda: a @ b, device)
+    c.figure(f"matrix product, {n} cubed", rate / 1e12, "TFLOP/s")
+    (c.out / "peaks.json").write_text(json.dumps({"bandwidth": bandwidth, "rate": rate}))
+
+
+def _best(work: Callable[[], Any], device: str) -> float:
+    """Median seconds of `work`, many times over without a rest."""
+    from bench.gpu_steps import settle
+
+    times = []
+    for _ in range(6):
+        settle(device)
+        began = time.perf_counter()
+        for _ in range(5):
+            work()
+        settle(device)
+        times.append((time.perf_counter() - began) / 5)
+    return sorted(times[1:])[2]
+
+
+def decode(c: Context, **options: Any) -> None:
+    """Every batch with graphs and overlap; some with either off."""
+    from bench import gpu_steps
+
+    made = _made(c, **options)
+    began = time.perf_counter()
+    runner = gpu_steps.make(c.card, made)
+    c.figure("loaded and captured in", time.perf_counter() - began, "s", blocks=runner.num_blocks)
+    batches = c.scale.some if options else c.scale.batches
+    for batch in batches:
+        _decode(c, runner, made, batch, overlap=True, graphs=True)
+    for batch in () if options else c.scale.some:
+        for overlap, graphs in ((False, True), (True, False), (False, False)):
+            _decode(c, runner, made, batch, overlap=overlap, graphs=graphs)
+
+
+def _decode(c: Context, runner: Any, made: Any, batch: int, *, overlap: bool, graphs: bool) -> None:
+    from bench import gpu_steps
+
+    scale = c.scale
+    steps = gpu_steps.decode(runner, made, batch, scale.context, scale.steps, overlap=overlap, graphs=graphs)
+    least = roofline.decode_seconds(c.card, batch, scale.context, bandwidth=c.peak("bandwidth"), rate=c.peak("rate"),
+                                    kv_item_bytes=1 if made.kv_dtype == "fp8" else roofline.BF16)
+    best = overlap and graphs
+    idle = steps.idle / (steps.idle + steps.busy)
+    name = f"batch {batch}" + ("" if overlap else ", no overlap") + ("" if graphs else ", no graphs")
+    c.figure(name, batch / steps.step, "tok/s", BARS.get(batch) if best else None, ms=steps.step * 1e3,
+             roofline=least / steps.step, device_ms=steps.busy * 1e3, idle_us=steps.idle * 1e6)
+    if best:
+        c.figure(f"{name}: device idle between steps", idle, "of step", IDLE_BAR, at_most=True)
+
+
+def prefill(c: Context, **options: Any) -> None:
+    from bench import gpu_steps
+
+    made = _made(c, **options)
+    runner = gpu_steps.make(c.card, made._replace(max_num_seqs=8))
+    for tokens in c.scale.prompts:
+        seconds = gpu_steps.prefill(runner, made, tokens, 7)
+        share = roofline.prefill_flop(c.card, tokens) / seconds / c.peak("rate")
+        c.figure(f"{tokens} tokens", share, "of rate", PREFILL_BAR if tokens == 2048 else None, ms=seconds * 1e3,
+                 tokens_per_second=tokens / seconds)
+
+
+def offline(c: Context) -> None:
+    """Prompts through the real scheduler and pipeline, all there at the start."""
+    from bench import gpu_steps
+
+    made, (count, length, output) = _made(c), c.scale.offline
+    runner = gpu_steps.make(c.card, made._replace(max_num_seqs=count))
+    prompts = gpu_steps.random_prompts(count, length, c.card.vocab_size)
+    for overlap in (True, False):
+        gpu_steps.offline(runner, made, prompts[:2], 4, overlap=overlap)
+        served = gpu_steps.offline(runner, made, prompts, output, overlap=overlap)
+        name = f"{count} x {length}+{output}" + ("" if overlap else ", no overlap")
+        c.figure(name, served.output_tokens / served.seconds, "tok/s", seconds=served.seconds)
+        c.figure(f"{name}: device idle", served.idle_share, "of step", IDLE_BAR if overlap else None, at_most=True)
+
+
+def transformers(c: Context) -> None:
+    """The same prompts as `offline`."""
+    from bench import gpu_peer, gpu_steps
+
+    count, length, output = c.scale.offline
+    model = gpu_peer.model_of(c.scale.config, c.scale.device)
+    prompts = gpu_steps.random_prompts(count, length, c.card.vocab_size)
+    failures = []
+    for name, run in (("static batch", gpu_peer.static), ("continuous batching", gpu_peer.continuous)):
+        try:
+            seconds, tokens = run(model, prompts, output)
+        except Exception as e:
+            failures.append(f"{name}: {e!r}")
+        else:
+            c.figure(f"{name}, {count} x {length}+{output}", tokens / seconds, "tok/s", seconds=seconds)
+    if failures:
+        raise RuntimeError("; ".join(failures))
+
+
+def copies(c: Context) -> None:
+    from bench.gpu_live import copy_rates
+
+    if c.scale.device == "cpu":
+        raise RuntimeError("pools in a GPU's memory need one")
+    block = 16 * roofline.kv_bytes(c.card)
+    for there in [c.scale.device, *_gpus()[1:2]]:
+        for found in copy_rates(c.scale.device, there, block, c.scale.pushes):
+            c.figure(f"{found['blocks']} {found['how']} blocks to {there}", found["gb_per_second"], "GB/s",
+                     ms=found["seconds"] * 1e3)
+
+
+def moves(c: Context) -> None:
+    from bench.gpu_live import moves as measure
+
+    for row in measure(c.model(), _daemon_flags(c, two=True), c.scale.moved, c.scale.moves, c.card.vocab_size):
+        for how in ("live", "blocking", "recompute"):
+            found = row[how]
+            c.figure(f"{how}, {row['prompt_tokens']} tokens: pause", found["pause_steps"], "steps",
+                     PAUSE_BAR if how == "live" else None, at_most=True, ms=found["pause"] * 1e3,
+                     worst_ms=found["pause_max"] * 1e3, itl_ms=row["itl"] * 1e3, mb=found["bytes"] / 1e6)
+
+
+def served(c: Context) -> None:
+    from bench.gpu_live import served as measure
+
+    def tell(run: dict[str, Any]) -> None:
+        times = {f"{name}_{p}_ms": run[name][p] * 1e3 for name in ("ttft", "itl_token") for p in ("p50", "p99")}
+        c.figure(run["load"], run["output_tokens_per_second"], "tok/s", **times)
+
+    prompt, output = c.scale.served
+    measure(c.model(), _daemon_flags(c, two=False), c.scale.loads, prompt, output, c.card.vocab_size, tell)
+
+
+SECTIONS: dict[str, Section] = {
+    "device": Section(40, device_facts),
+    "decode": Section(110, decode),
+    "prefill": Section(45, prefill),
+    "offline": Section(60, offline),
+    "copies": Section(40, copies),
+    "moves": Section(100, moves),
+    "http": Section(110, served),
+    "transformers": Section(90, transformers),
+    "page32": Section(45, partial(decode, block_size=32)),
+    "e4m3": Section(45, partial(decode, kv_dtype="fp8")),
+    "fa3": Section(45, partial(prefill, prefill="fa3")),
+}
+
+
+def _made(c: Context, **options: Any) -> Any:
+    from bench.gpu_steps import Made
+
+    scale = c.scale
+    longest = max(*scale.prompts, scale.context + scale.steps, sum(scale.offline[1:])) + 16
+    made = Made(scale.device, max(scale.batches), max(scale.prompts), longest, kv_blocks=scale.kv_blocks)
+    return made._replace(**options)
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def _daemon_flags(c: Context, *, two: bool) -> list[str]:
+    """Every GPU there is for serving; two engines, on two GPUs or on the one, for moves."""
+    if c.scale.device == "cpu":
+        return ["--devices", "cpu,cpu" if two else "cpu", "--kv-memory", "16MiB"]
+    gpus = _gpus()
+    chosen = (gpus * 2 if len(gpus) == 1 else gpus)[:2] if two else gpus
+    memory = ["--kv-memory", "12GiB", "--max-num-seqs", "32"] if two else []
+    length = max(c.scale.moved) + 3100 if two else sum(c.scale.served) + 16
+    return ["--devices", ",".join(chosen), "--max-model-len", str(length), *memory]
+
+
+# -- the command
+
+
+def _facts() -> dict[str, Any]:
+    """The machine, and versions of what computes."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return {"machine": machine.describe(), "versions": versions}
+
+
+def _run_one(name: str, dry: bool, out: Path) -> None:
+    """A section, in the process made for it."""
+    file = out / f"{name}.figures"
+
+    def tell(figure: Figure) -> None:
+        append_figure(file, figure)
+        print(table([Outcome(name, 0.0, "", [figure])]).split("\n")[1], flush=True)
+
+    SECTIONS[name].run(Context(name, DRY if dry else FULL, out, tell))
+
+
+def _run_child(dry: bool, out: Path, name: str, budget: float) -> Outcome:
+    print(f"{name} ...", flush=True)
+    figures = out / f"{name}.figures"
+    figures.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench.gpu", "--section", name, "--out", str(out)]
+    command += ["--dry-run"] if dry else []
+    return run_section(name, command, budget, figures, out / f"{name}.log")
+
+
+def _tell(outcome: Outcome) -> None:
+    print(table([outcome]).partition("\n")[2] or "(nothing)", flush=True)
+    print(f"  {outcome.section}: {outcome.seconds:.0f} s", flush=True)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
+    p.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for gpu.json, logs and models")
+    p.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}; `device` always comes first")
+    p.add_argument("--limit", type=float, default=530.0, help="seconds for all sections together")
+    p.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    p.add_argument("--write-model", type=Path, metavar="DIR", help="only write the model, to build its kernels for")
+    p.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
+    p.add_argument("--hold-pool", nargs=2, metavar=("DEVICE", "BYTES"), help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    wanted = args.only.split(",") if args.only else list(SECTIONS)
+    if unknown := set(wanted) - set(SECTIONS):
+        p.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    args.names = [name for name in SECTIONS if name in wanted or name == "device"]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 if a section failed; missing a bar is no failure of the command."""
+    args = _arguments(argv)
+    if args.hold_pool:
+        from bench.gpu_live import hold_pool
+
+        hold_pool(args.hold_pool[0], int(args.hold_pool[1]))
+        return 0
+    if args.write_model:
+        print(write_model(LLAMA_8B, args.write_model))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out.absolute()
+    if args.section:
+        _run_one(args.section, args.dry_run, out)
+        return 0
+    facts = _facts()
+    print(json.dumps(facts["machine"] | facts["versions"]), flush=True)
+    outcomes: list[Outcome] = []
+
+    def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        result = facts | {"dry_run": args.dry_run, "sections": [asdict(o) for o in outcomes]}
+        (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        _tell(outcome)
+
+    budgets = {name: section.budget for name, section in SECTIONS.items()}
+    run_all(args.names, budgets, args.limit, partial(_run_child, args.dry_run, out), tell)
+    print("\n" + table(outcomes))
+    return int(any(outcome.error for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Real daemons and real processes on GPUs: copies between pools, moves, serving over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import migration, serve
+from bench.live import Daemon, serving
+
+READY = "ready"
+
+
+# -- copies between the pools of two processes
+
+
+def hold_pool(device: str, nbytes: int) -> None:
+    """The peer: export a pool, say its handle, and hold it until stdin ends."""
+    import torch
+
+    from daemon.kvpool.cuda_ipc import OwnPool, export
+    from daemon.kvpool.cudart import CudaRuntime
+
+    memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    runtime = CudaRuntime()
+    own = OwnPool(memory.data_ptr(), nbytes, runtime.pci_address(memory.device.index))
+    print(READY, export(runtime, own).hex(), flush=True)
+    sys.stdin.read()
+
+
+def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence[int]) -> list[dict[str, Any]]:
+    """GB/s of pushes of so many blocks, adjacent and scattered, from this process into another's pool."""
+    import torch
+
+    from daemon.control import doorbell
+    from daemon.kvpool import cuda_ipc
+    from daemon.kvpool.cudart import CudaRuntime
+
+    nbytes = (2 * max(blocks) + 1) * block_bytes
+    peer = subprocess.Popen([sys.executable, "-m", "bench.gpu", "--hold-pool", destination, str(nbytes)],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert peer.stdin and peer.stdout
+    try:
+        memory = torch.zeros(nbytes, dtype=torch.uint8, device=source)
+        torch.cuda.synchronize(source)
+        word, _, handle = peer.stdout.readline().partition(" ")
+        if word != READY or not handle.strip():
+            raise RuntimeError(f"no pool on {destination}: {word!r}")
+        runtime, device = CudaRuntime(), memory.device.index
+        runtime.set_device(device)
+        own = cuda_ipc.OwnPool(memory.data_ptr(), nbytes, runtime.pci_address(device))
+        told = cuda_ipc._decode(bytes.fromhex(handle))
+        base = runtime.open_ipc(told.handle)
+        pool = cuda_ipc.CudaPool(1, 1, base, base + told.offset, told.nbytes, told.device)
+        mover = cuda_ipc.CudaMover(runtime, own, device, doorbell.create())
+        found = []
+        for count in blocks:
+            for how, step in (("adjacent", 1), ("scattered", 2)):
+                pairs = [(1 + i * step, 1 + i * step) for i in range(count)]
+                seconds = statistics.median(_push(mover, pool, pairs, block_bytes) for _ in range(7))
+                found.append({"blocks": count, "how": how, "seconds": seconds,
+                              "gb_per_second": count * block_bytes / seconds / 1e9})
+        mover.close()
+        runtime.close_ipc(base)
+        return found
+    finally:
+        peer.stdin.close()
+        peer.wait(30)
+
+
+def _push(mover: Any, pool: Any, pairs: list[tuple[int, int]], block_bytes: int) -> float:
+    began = time.perf_counter()
+    mover.push(object(), pool, pairs, block_bytes)
+    while not (ended := mover.completed()):
+        pass
+    seconds = time.perf_counter() - began
+    if ended[0].reason or ended[0].nbytes != len(pairs) * block_bytes:
+        raise RuntimeError(f"a copy failed: {ended[0]}")
+    return seconds
+
+
+# -- daemons
+
+
+def moves(model: Path, flags: Sequence[str], lengths: Sequence[int], live: int, vocab: int) -> list[dict[str, Any]]:
+    """What moves of one request between two engines cost it, by its length, as bench.migration measures it."""
+    plan = migration.Plan(lengths, {"live": live, "blocking": live, "recompute": 1}, 1, 1.0)
+    with serving(str(model), "--load-format", "dummy", *migration.FLAGS, *flags) as daemon:
+        _await_engines(daemon)
+        return [migration.measure_length(daemon, plan, [300 + (i * 37) % (vocab - 300) for i in range(length)])
+                for length in lengths]
+
+
+def served(model: Path, flags: Sequence[str], loads: Sequence[tuple[int, int]], prompt: int, output: int, vocab: int,
+           tell: Callable[[dict[str, Any]], None]) -> None:
+    """bench.serve's client against `llumd serve`; `loads`: (requests in flight, requests)."""
+    with serving(str(model), "--load-format", "dummy", *flags) as daemon:
+        _await_engines(daemon)
+        for concurrency, requests in loads:
+            arguments = serve.parse([
+                "--url", daemon.url, "--model", daemon.model, "--label", "llumd", "--endpoint", "completions",
+                "--prompt-tokens", str(prompt), "--token-ids", "300", str(vocab), "--output-tokens", str(output),
+                "--ignore-eos", "--concurrency", str(concurrency), "--requests", str(requests),
+            ])
+            tell(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = asyncio.run(serve.benchmark(arguments, lambda line: print(line, flush=True)))
+    run: dict[str, Any] = found["runs"][0]
+    if run["failed"]:
+        raise RuntimeError(f"{run['failed']} requests failed: {run['errors']}")
+    return run
+
+
+def _await_engines(daemon: Daemon) -> None:
+    asyncio.run(daemon.until("engines that serve", lambda rows: all("running" in row for row in rows)))

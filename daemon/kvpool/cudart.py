@@ -1,0 +1,194 @@
+"""The calls of the CUDA runtime that moving KV between processes takes, by ctypes: one method each.
+
+A process has one context a device, whichever copy of the runtime library speaks to it: pointers that torch has
+allocated are good here. Still the copy that torch uses is preferred, since streams and errors are a library's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HANDLE_BYTES = 64
+
+_NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
+_DRIVER = "libcuda.so.1"
+
+_SUCCESS = 0
+_NOT_READY = 600
+_LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
+_NON_BLOCKING = 1  # cudaStreamNonBlocking: not ordered with the legacy default stream
+_BLOCKING_SYNC = 1  # cudaEventBlockingSync: who waits sleeps
+_NO_TIMING = 2  # cudaEventDisableTiming
+_BY_ADDRESS = 4  # cudaMemcpyDefault: the pointers tell where they lead
+
+
+class CudaError(RuntimeError):
+    """A call has failed; `code` is its cudaError_t (of the driver's calls: its CUresult)."""
+
+    def __init__(self, call: str, code: int, text: str) -> None:
+        super().__init__(f"{call}: {text} ({code})")
+        self.code = code
+
+
+class Allocation(NamedTuple):
+    """What one cudaMalloc has given."""
+
+    base: int
+    nbytes: int
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", c_ubyte * HANDLE_BYTES),)
+
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "cudaSetDevice": (c_int,),
+    "cudaDeviceGetPCIBusId": (c_char_p, c_int, c_int),
+    "cudaDeviceGetStreamPriorityRange": (POINTER(c_int), POINTER(c_int)),
+    "cudaIpcGetMemHandle": (POINTER(_Handle), c_void_p),
+    "cudaIpcOpenMemHandle": (POINTER(c_void_p), _Handle, c_uint),
+    "cudaIpcCloseMemHandle": (c_void_p,),
+    "cudaStreamCreateWithPriority": (POINTER(c_void_p), c_uint, c_int),
+    "cudaStreamSynchronize": (c_void_p,),
+    "cudaStreamDestroy": (c_void_p,),
+    "cudaMemcpyAsync": (c_void_p, c_void_p, c_size_t, c_int, c_void_p),
+    "cudaEventCreateWithFlags": (POINTER(c_void_p), c_uint),
+    "cudaEventRecord": (c_void_p, c_void_p),
+    "cudaEventQuery": (c_void_p,),
+    "cudaEventSynchronize": (c_void_p,),
+    "cudaEventDestroy": (c_void_p,),
+    "cudaGetLastError": (),
+}
+
+
+class CudaRuntime:
+    """The runtime library. Every method raises CudaError; streams, events and pointers are plain integers.
+
+    `library`: path or name of libcudart, by default the one this process has mapped already, such as torch's own,
+    else the loader's. Raises OSError if there is none.
+    """
+
+    def __init__(self, library: str = "", driver: str = _DRIVER) -> None:
+        self._lib = ctypes.CDLL(library) if library else _load()
+        self._driver = driver
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(self._lib, name)
+            function.argtypes = arguments
+            function.restype = c_int
+        self._lib.cudaGetErrorString.argtypes = (c_int,)
+        self._lib.cudaGetErrorString.restype = c_char_p
+
+    # -- devices
+
+    def set_device(self, device: int) -> None:
+        """For the calling thread alone."""
+        self._call("cudaSetDevice", device)
+
+    def pci_address(self, device: int) -> str:
+        """Where the device sits, such as "0000:1B:00.0": the same in every process, whatever each calls it."""
+        address = ctypes.create_string_buffer(32)
+        self._call("cudaDeviceGetPCIBusId", address, len(address), device)
+        return address.value.decode()
+
+    # -- memory of other processes
+
+    def ipc_handle(self, pointer: int) -> bytes:
+        """HANDLE_BYTES by which other processes open the whole allocation that `pointer` is in."""
+        handle = _Handle()
+        self._call("cudaIpcGetMemHandle", byref(handle), pointer)
+        return bytes(handle.reserved)
+
+    def open_ipc(self, handle: bytes) -> int:
+        """The base of an allocation of another process, mapped for the current device; access between the devices
+        is enabled with it. ValueError if `handle` is not HANDLE_BYTES long."""
+        if len(handle) != HANDLE_BYTES:
+            raise ValueError(f"an IPC handle has {HANDLE_BYTES} bytes, not {len(handle)}")
+        pointer = c_void_p()
+        self._call("cudaIpcOpenMemHandle", byref(pointer), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
+        return pointer.value or 0
+
+    def close_ipc(self, pointer: int) -> None:
+        """Unmap what `open_ipc` has returned."""
+        self._call("cudaIpcCloseMemHandle", pointer)
+
+    def allocation(self, pointer: int) -> Allocation:
+        """The allocation that `pointer` is in. OSError without a driver."""
+        driver = ctypes.CDLL(self._driver)
+        base, nbytes = c_uint64(), c_size_t()
+        # The driver's call: the runtime has none.
+        code = driver.cuMemGetAddressRange_v2(byref(base), byref(nbytes), c_uint64(pointer))
+        if code != _SUCCESS:
+            raise CudaError("cuMemGetAddressRange", code, "not a pointer to a device's memory")
+        return Allocation(base.value, nbytes.value)
+
+    # -- work in order
+
+    def create_stream(self) -> int:
+        """A stream of the lowest priority, ordered with no other."""
+        least, greatest, stream = c_int(), c_int(), c_void_p()
+        self._call("cudaDeviceGetStreamPriorityRange", byref(least), byref(greatest))
+        self._call("cudaStreamCreateWithPriority", byref(stream), _NON_BLOCKING, least.value)
+        return stream.value or 0
+
+    def synchronize_stream(self, stream: int) -> None:
+        """Wait for all work on it."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def destroy_stream(self, stream: int) -> None:
+        self._call("cudaStreamDestroy", stream)
+
+    def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
+        """Begin a copy between any two places, the host's included, whose memory must stay until it is over."""
+        self._call("cudaMemcpyAsync", destination, source, nbytes, _BY_ADDRESS, stream)
+
+    # -- events
+
+    def create_event(self) -> int:
+        """An event for which one may sleep, without a time."""
+        event = c_void_p()
+        self._call("cudaEventCreateWithFlags", byref(event), _BLOCKING_SYNC | _NO_TIMING)
+        return event.value or 0
+
+    def record(self, event: int, stream: int) -> None:
+        """Have `event` stand behind all work on `stream` so far."""
+        self._call("cudaEventRecord", event, stream)
+
+    def is_over(self, event: int) -> bool:
+        """Whether the work before `event` is done."""
+        return self._call("cudaEventQuery", event) == _SUCCESS
+
+    def synchronize_event(self, event: int) -> None:
+        """Sleep until the work before `event` is done, without the interpreter lock."""
+        self._call("cudaEventSynchronize", event)
+
+    def destroy_event(self, event: int) -> None:
+        self._call("cudaEventDestroy", event)
+
+    def _call(self, name: str, *arguments: Any) -> int:
+        code: int = getattr(self._lib, name)(*arguments)
+        if code == _SUCCESS:
+            return code
+        # The library remembers it, and the next to ask in this thread, such as torch after a launch, would take it
+        # for its own.
+        self._lib.cudaGetLastError()
+        if code == _NOT_READY:
+            return code
+        raise CudaError(name, code, self._lib.cudaGetErrorString(code).decode(errors="replace"))
+
+
+def _load() -> ctypes.CDLL:
+    for name in (*_mapped(), *_NAMES):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise OSError(f"the CUDA runtime is not to be found: none of {', '.join(_NAMES)}")
+
+
+def _mapped() -> list[str]:
+    """Paths of the CUDA runtimes in this process."""
+    fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    paths = {entry[5] for entry in fields if len(entry) == 6}
+    return sorted(path for path in paths if Path(path).name.startswith("libcudart"))

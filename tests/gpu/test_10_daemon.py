@@ -1,0 +1,126 @@
+"""The daemon with two engines on one GPU: streams that move from pool to pool by CUDA IPC, and an engine's death."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from tests.e2e.clients import Outcome, Swarm
+from tests.e2e.live import Daemon, wait_for
+from tests.e2e.moving import TAKEOVERS, Shuffler
+from tests.gpu.parts import DEVICE, judged, small_llama, transformers_bf16
+
+OUTPUT = 1200
+LOADING = 180.0  # seconds that engines may take
+FLAGS = ("--devices", f"{DEVICE},{DEVICE}", "--kv-memory", "64MiB", "--max-num-seqs", "24", "--no-rebalance",
+         "--max-batch-tokens", "256", "--dtype", "bf16")
+
+
+class Letters:
+    """A model whose every output token is one letter, so that a text tells its tokens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = small_llama(path, tie=False, seed=11)
+        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        singles = {c: tokenizer.token_to_id(c) for c in map(chr, range(33, 127))}
+        self._ids = {c: i for c, i in singles.items() if i is not None}
+        assert len(self._ids) > 50
+        self._silence_the_others()
+
+    def _silence_the_others(self) -> None:
+        """Their logits are 0, and the largest of fifty is more."""
+        file = self.path / "model.safetensors"
+        weights = load_file(file)
+        head = weights["lm_head.weight"]
+        others = torch.ones(len(head), dtype=torch.bool)
+        others[list(self._ids.values())] = False
+        head[others] = 0
+        save_file(weights, file, metadata={"format": "pt"})
+
+    def ids(self, text: str) -> list[int]:
+        return [self._ids[c] for c in text]
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Letters:
+    return Letters(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def reference(letters: Letters) -> Any:
+    return transformers_bf16(letters.path)
+
+
+@pytest.fixture(scope="module", params=["auto", "fp8"])
+def two(
+    request: pytest.FixtureRequest, letters: Letters, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Daemon]:
+    home = tmp_path_factory.mktemp("d")
+    daemon = Daemon(home, *FLAGS, "--kv-dtype", request.param, model=str(letters.path), engine="model")
+    try:
+        daemon.await_announced(LOADING)
+        yield daemon.await_whole(LOADING)
+        assert daemon.terminate(60) == 0, daemon.log
+        assert "Traceback" not in daemon.log, daemon.log
+    finally:
+        daemon.clean_up()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def bodies(count: int, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    always = {"max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True}
+    return [{"prompt": [rng.randrange(3, 250) for _ in range(rng.randint(20, 400))], **always} for _ in range(count)]
+
+
+def check(letters: Letters, reference: Any, asked: Sequence[dict[str, Any]], outcomes: Sequence[Outcome],
+          close: float) -> str:
+    """Every token that came is the reference's, but for near ties; the finding as a line."""
+    answers = [([*body["prompt"], *letters.ids(o.text)], len(body["prompt"]))
+               for body, o in zip(asked, outcomes, strict=True) if o.text]
+    found = judged(reference, answers)
+    assert found.worst <= close
+    return f"{found.other} of {found.positions} tokens differ, the reference ahead by {found.worst:.1e} at most"
+
+
+def closeness(daemon: Daemon) -> float:
+    return 3e-2 if "auto" in daemon.process.args else 0.2
+
+
+def test_streams_are_exact_over_moves(two: Daemon, letters: Letters, reference: Any, remark: Any) -> None:
+    asked, before = bodies(24, 1), two.metric(TAKEOVERS)
+    with Swarm(two, asked) as swarm, Shuffler(two, 1, engines=2):
+        outcomes = swarm.join(120)
+    assert all(o.whole and len(o.text) == OUTPUT for o in outcomes)
+    moves = two.metric(TAKEOVERS) - before
+    remark(f"{moves:.0f} moves: {check(letters, reference, asked, outcomes, closeness(two))}")
+    assert moves > 10
+    two.await_idle()
+
+
+def test_an_engine_dies_in_the_middle_of_moves(two: Daemon, letters: Letters, reference: Any) -> None:
+    asked, before = bodies(24, 2), two.metric(TAKEOVERS)
+    with Swarm(two, asked) as swarm, Shuffler(two, 2, engines=2):
+        swarm.await_tokens(20)
+        wait_for("moves", lambda: two.metric(TAKEOVERS) > before)
+        killed = two.kill("engine", 1)
+        outcomes = swarm.join(120)
+    assert all(o.whole or o.failed_cleanly for o in outcomes)
+    assert any(o.whole for o in outcomes)
+    check(letters, reference, asked, outcomes, closeness(two))
+    wait_for("a new engine 1", lambda: successor(two, killed), LOADING)
+    two.await_whole(LOADING)
+    test_streams_are_exact_over_moves(two, letters, reference, print)
+
+
+def successor(daemon: Daemon, killed: dict[str, Any]) -> bool:
+    row = daemon.child("engine", 1)
+    return bool(row["incarnation"] > killed["incarnation"] and row["state"] == "serving")

@@ -1,0 +1,90 @@
+"""FlashInfer's attention against the slow definition, over one blocks-first pool."""
+
+import pytest
+import torch
+
+from daemon.engine.cuda.attention import FlashInferAttention, Heads, TorchAttention
+from tests.gpu.parts import BF16, DEVICE, Bench, Span
+
+LAYERS, LAYER = 3, 1
+MAX_LEN = 8192
+SHAPES = [Heads(4, 2, 64, 16), Heads(9, 3, 64, 16), Heads(4, 4, 64, 32), Heads(32, 8, 128, 16), Heads(32, 8, 128, 32)]
+DECODES = {
+    "short": [1, 2, 15, 16, 17, 31, 32, 33], "one long": [6000], "mixed": [1, 700, 16, 3000, 48, 5, 129],
+}
+CHUNKS = {
+    "whole prompts": [(1, 1), (16, 16), (300, 300), (17, 17)],
+    "behind a prefix": [(700, 60), (33, 1), (2000, 128), (64, 16)],
+    "long": [(6000, 400)],
+}
+
+
+@pytest.fixture(params=[BF16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
+def kv_dtype(request):
+    return request.param
+
+
+def pools(heads, blocks, kv_dtype):
+    """Two alike, full of old KV."""
+    shape = (blocks, LAYERS, 2, heads.block_size, heads.kv_heads, heads.head_dim)
+    first = torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).to(kv_dtype)
+    return first, first.clone()
+
+
+def engines(heads, kv_dtype):
+    fast = FlashInferAttention(heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), turns=2)
+    return fast, TorchAttention(heads)
+
+
+def qkv(heads, count):
+    """Slices of one fused product, as the model has them."""
+    total = heads.heads + 2 * heads.kv_heads
+    fused = torch.randn(count, total, heads.head_dim, device=DEVICE).to(BF16)
+    return fused.split([heads.heads, heads.kv_heads, heads.kv_heads], 1)
+
+
+def compare(attentions, both, heads, inputs, *, decode, real):
+    fast, slow = attentions
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.adopt(pool)
+    q, k, v = qkv(heads, len(inputs.tokens))
+    got = fast.attend(LAYER, q, k.clone(), v.clone(), inputs, decode=decode)
+    expected = slow.attend(LAYER, q, k.clone(), v.clone(), inputs, decode=decode)
+    ours, theirs = (pool[1:].view(torch.uint8) for pool in both)  # in block 0 dummies write over one another
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(got[:real].float(), expected[:real].float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("lengths", DECODES, ids=str)
+@pytest.mark.parametrize("heads", SHAPES, ids=lambda h: "-".join(map(str, h)))
+def test_decodes(heads, lengths, kv_dtype):
+    sequences = [Span(n) for n in DECODES[lengths]]
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = engines(heads, kv_dtype), pools(heads, blocks, kv_dtype)
+    bench = Bench(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.adopt(pool)
+    bench.prepare(attentions[0], 8)
+    inputs = bench.plan_decodes(attentions[0], bench.rows(sequences, blocks), 8)
+    compare(attentions, both, heads, inputs, decode=True, real=len(sequences))
+
+
+@pytest.mark.parametrize("parts", CHUNKS, ids=str)
+@pytest.mark.parametrize("heads", SHAPES, ids=lambda h: "-".join(map(str, h)))
+def test_chunks(heads, parts, kv_dtype):
+    sequences = [Span(*part) for part in CHUNKS[parts]]
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = engines(heads, kv_dtype), pools(heads, blocks, kv_dtype)
+    bench = Bench(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    inputs = bench.plan_chunks(attentions[0], bench.rows(sequences, blocks))
+    compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens))
+
+
+def test_chunks_again_and_again(kv_dtype):
+    """Each plan replaces the one before, whatever its size."""
+    heads = SHAPES[0]
+    attentions, both = engines(heads, kv_dtype), pools(heads, 600, kv_dtype)
+    bench = Bench(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    for seed, parts in enumerate([*CHUNKS.values(), *reversed(CHUNKS.values())]):
+        inputs = bench.plan_chunks(attentions[0], bench.rows([Span(*p) for p in parts], 600, seed))
+        compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens))

@@ -1,0 +1,140 @@
+"""Greedy answers of small random bf16 models, against Transformers in float32 with the same weights.
+
+bf16 rounds: where the reference's choice leads by a few hundredths of its logit another token may come out, and
+the reference then judges what follows that.
+"""
+
+import random
+from itertools import count
+
+import pytest
+import torch
+
+from daemon.control.messages import RequestParams, SamplingParams
+from daemon.engine.pipeline import Pipeline
+from daemon.engine.request import Request
+from daemon.engine.scheduler import Scheduler
+from daemon.kvpool.blocks import BlockManager
+from tests.engine.driving import request, step
+from tests.gpu.parts import judged, logits_after, make_gpu_runner, small_llama, tokens, transformers_bf16
+
+CLOSE, RARE = 3e-2, 0.02
+CLOSE_E4M3, RARE_E4M3 = 0.2, 0.15
+FAMILY = {
+    "grouped, 64": {},
+    "three to a group, 64": {"hidden": 576, "heads": 9, "kv_heads": 3, "tie": False},
+    "grouped, 128, biases": {"hidden": 512, "heads": 8, "kv_heads": 2, "head_dim": 128, "attention_bias": True,
+                             "mlp_bias": True},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILY, ids=str)
+def model_dir(request, tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("model"), seed=5, **FAMILY[request.param])
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    return transformers_bf16(model_dir)
+
+
+@pytest.fixture(scope="module")
+def runner(model_dir):
+    return make_gpu_runner(model_dir)
+
+
+def batch(n, output):
+    """Greedy requests, many of which begin alike."""
+    rng = random.Random(3)
+    beginnings = [tokens(rng, 40), tokens(rng, 17), []]
+    made = []
+    for rid in range(n):
+        prompt = rng.choice(beginnings) + tokens(rng, rng.randint(1, 150))
+        params = RequestParams(SamplingParams(max_tokens=output, seed=rid, temperature=0.0), float(rid))
+        made.append(Request(rid, 1, 0, params, prompt, len(prompt)))
+    return made
+
+
+def served(runner, requests, *, overlap):
+    """Through a real scheduler and pipeline, with a pool too small for all."""
+    scheduler = Scheduler(BlockManager(90, 16), max_num_seqs=24, max_batch_tokens=96, max_model_len=512,
+                          eos_token_ids=())
+    for r in requests:
+        scheduler.add(r)
+    pipeline, now = Pipeline(runner, overlap=overlap), 0.0
+    while True:
+        plan = None if pipeline.closed else scheduler.plan(now)
+        if plan is not None:
+            pipeline.launch(plan)
+        ended = pipeline.collect(leave=1 if plan is not None else 0)
+        if ended is not None:
+            scheduler.fold(ended.plan, ended.result, now)
+            scheduler.check()
+        elif plan is None:
+            return scheduler
+        now += 1.0
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+def test_scheduled_requests(runner, reference, graphs, overlap, monkeypatch, remark, request):
+    if not graphs:
+        monkeypatch.setattr(runner, "_compute_decodes", runner._passes.decode)
+    requests = batch(40, 64)
+    scheduler = served(runner, requests, overlap=overlap)
+    assert scheduler.num_preemptions > 0
+    assert scheduler.prefix_hit_tokens > 0
+    assert all(r.num_output == 64 for r in requests)
+    found = judged(reference, [(r.tokens, r.prompt_len) for r in requests])
+    remark(f"{request.node.callspec.id}: {found.other} of {found.positions} greedy tokens differ, "
+           f"the reference ahead by {found.worst:.1e} of its logit at most")
+    assert found.worst <= CLOSE
+    assert found.other <= RARE * found.positions
+
+
+def test_logits(runner, reference, remark, request):
+    """Of a prompt in chunks, and of decodes behind it."""
+    worst = measured(runner, reference)
+    remark(f"{request.node.callspec.id}: logits within {worst:.1e} of their spread")
+    assert worst < 0.1
+
+
+def measured(runner, reference):
+    """The largest difference of any logit, by the standard deviation of the reference's."""
+    prompt = tokens(random.Random(8), 300)
+    r = request(prompt, count(1), 320)
+    logits = []
+    for n in (100, 120, 80):
+        step(runner, [], [(r, n)])
+    logits.append(runner._passes.logits[:1].clone())
+    for _ in range(8):
+        step(runner, [r])
+        logits.append(runner._passes.logits[:1].clone())
+    expected = logits_after(reference, r.tokens, r.prompt_len)
+    return float((torch.cat(logits) - expected).abs().amax() / expected.std())
+
+
+def test_e4m3_kv(model_dir, reference, remark, request):
+    runner = make_gpu_runner(model_dir, kv_dtype="fp8")
+    requests = batch(40, 64)
+    served(runner, requests, overlap=True)
+    found = judged(reference, [(r.tokens, r.prompt_len) for r in requests])
+    worst = measured(runner, reference)
+    remark(f"{request.node.callspec.id}, e4m3 KV: {found.other} of {found.positions} greedy tokens differ, ahead by "
+           f"{found.worst:.1e} at most; logits within {worst:.1e} of their spread")
+    assert found.worst <= CLOSE_E4M3
+    assert found.other <= RARE_E4M3 * found.positions
+
+
+def test_draws_on_the_host_beside_those_on_the_device(runner, reference):
+    """Rows that the host draws in a batch of others."""
+    requests = batch(12, 24)
+    for r in requests[::3]:
+        r.params = RequestParams(with_logprobs(r.params.sampling), r.params.arrival)
+    served(runner, requests, overlap=True)
+    found = judged(reference, [(r.tokens, r.prompt_len) for r in requests])
+    assert found.worst <= CLOSE
+
+
+def with_logprobs(sampling):
+    return SamplingParams(max_tokens=sampling.max_tokens, seed=sampling.seed, temperature=0.0, logprobs=2)

@@ -1,0 +1,78 @@
+"""Out of memory in a chunk: its request ends, all others go on as if nothing had been."""
+
+import random
+from itertools import count
+
+import pytest
+import torch
+
+from daemon.engine.runner import NO_TOKEN, Row, StepPlan
+from tests.engine.driving import generate, request
+from tests.gpu.parts import DEVICE, judged, make_gpu_runner, small_llama, tokens, transformers_bf16
+
+CHUNK = 1900  # its gate and up projection alone takes 119 MiB, a chunk of 100 tokens 6
+ROOM = 40 << 20
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("model"), intermediate=16384)
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    return transformers_bf16(model_dir)
+
+
+@pytest.fixture(scope="module")
+def runner(model_dir):
+    return make_gpu_runner(model_dir, blocks=600, max_batch_tokens=2048, max_model_len=2048)
+
+
+@pytest.fixture
+def cramped(runner):
+    """The process may have little more than it has."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(DEVICE)[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + ROOM) / total, DEVICE)
+    yield runner
+    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+
+
+def test_the_largest_chunk_ends_and_nobody_else(cramped, reference):
+    rng, blocks = random.Random(6), count(1)
+    decoding, small, big = (request(tokens(rng, n), blocks, total)
+                            for n, total in ((10, 64), (100, 128), (CHUNK, 2000)))
+    generate(cramped, [decoding], 2)
+    rows = [Row(decoding, decoding.num_computed, 1, True), Row(small, 0, 100, True), Row(big, 0, CHUNK, True)]
+    result = cramped.execute(StepPlan(rows, 1))
+    assert result.shed == (2,)
+    assert result.tokens[2] == NO_TOKEN
+    decoding.num_computed, small.num_computed = decoding.num_computed + 1, 100
+    for r, token in zip((decoding, small), result.tokens, strict=False):
+        r.tokens.append(token)
+    generate(cramped, [decoding, small], 20)
+    found = judged(reference, [(r.tokens, r.prompt_len) for r in (decoding, small)])
+    assert found.worst <= 3e-2
+
+
+def test_overlapped_steps_outlive_it(cramped, reference):
+    """A step is launched behind the one that runs out of memory, with a token of it that only the device knows."""
+    rng, blocks = random.Random(7), count(1)
+    steady, big = (request(tokens(rng, n), blocks, total) for n, total in ((10, 64), (CHUNK, 2000)))
+    generate(cramped, [steady], 2)
+    at = steady.num_computed
+    first = cramped.launch(StepPlan([Row(steady, at, 1, True), Row(big, 0, CHUNK, True)], 1))
+    second = cramped.launch(StepPlan([Row(steady, at + 1, 1, True)], 1))
+    one, two = cramped.collect(first), cramped.collect(second)
+    assert one.shed == (1,)
+    steady.tokens += [one.tokens[0], *two.tokens]
+    assert judged(reference, [(steady.tokens, steady.prompt_len)]).worst <= 3e-2
+
+
+def test_with_the_memory_back_the_same_chunk_is_computed(runner):
+    big = request(tokens(random.Random(6), CHUNK), count(1), 2000)
+    result = runner.execute(StepPlan([Row(big, 0, CHUNK, True)], 0))
+    assert result.shed == ()
+    assert result.tokens[0] != NO_TOKEN
