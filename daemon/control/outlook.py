@@ -26,6 +26,7 @@ def emptied(last: EngineFacts, state: EngineState) -> EngineFacts:
         preempted_waiting=0,
         incoming=0,
         outgoing=0,
+        pool_handle=b"",
     )
 
 

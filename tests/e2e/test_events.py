@@ -41,13 +41,20 @@ def following(daemon: Daemon, out: Path, *args: str) -> Iterator[subprocess.Pope
     command = [*PYTHON, "daemon.llumctl", "--run-dir", str(daemon.run_dir), "events", "--follow", *args]
     with (
         out.open("w") as file,
-        subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        ) as process,
     ):
         try:
             yield process
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+def hear_interrupts() -> None:
+    """What starts the tests in the background may have SIGINT ignored, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def series(daemon: Daemon, name: str) -> float:

@@ -166,7 +166,7 @@ def test_logprobs_are_of_the_raw_distribution():
     logits = random_logits(len(OPTIONS), 5003)
     options = {"repetition_penalty": 1.5, "logit_bias": ((3, 50.0),), "temperature": 0.5, "top_k": 3}
     requests = [request(logprobs=k, seed=k, rid=k, **options) for k in range(len(OPTIONS))]
-    tokens, logprobs = Sampler(5003).sample(logits, requests)
+    tokens, logprobs, _ = Sampler(5003).sample(logits, requests)
     exact = logits.double().log_softmax(-1)
     for row, (token, got) in enumerate(zip(tokens, logprobs, strict=True)):
         best = exact[row].topk(row)

@@ -8,7 +8,7 @@ import pytest
 
 from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan
+from tests.engine.cuda.driving import RandomSteps
 from tests.gpu.parts import make_gpu_runner, small_llama, tokens
 
 OUTPUT = 40
@@ -30,58 +30,28 @@ def requests(draws):
     return made
 
 
-class Drive:
+class Drive(RandomSteps):
     """Takes random steps over some of the requests: decodes, and chunks of prompts beside them.
 
     The steps depend on `seed` alone, not on `depth`, the number of steps that may be under way.
     """
 
     def __init__(self, runner, requests, seed, depth):
-        self.runner, self.depth, self.rng = runner, depth, random.Random(seed)
-        self.waiting, self.running, self.flying = deque(requests), [], deque()
-        self.unknown = 0
+        super().__init__(runner, random.Random(seed))
+        self.depth, self.waiting = depth, deque(requests)
 
     def run(self):
         while self.waiting or self.running:
             while self.waiting and len(self.running) < 20 and self.rng.random() < 0.6:
                 self.running.append(self.waiting.popleft())
             if len(self.flying) == self.depth:
-                self._collect()
-            plan = self._plan()
+                self.collect()
+            plan = self.plan()
             if plan.rows:
-                self._launch(plan)
+                self.launch(plan)
             self.running = [r for r in self.running if r.num_computed + r.ahead < r.prompt_len + OUTPUT]
         while self.flying:
-            self._collect()
-
-    def _plan(self):
-        live = [r for r in self.running if self.rng.random() < 0.9]
-        decodes = [Row(r, r.num_computed + r.ahead, 1, True) for r in live if r.pending == 1]
-        chunks, left = [], 128 - len(decodes)
-        for r in live:
-            n = min(self.rng.randint(1, 40), r.pending, left)
-            if r.pending > 1 and n > 0:
-                chunks.append(Row(r, r.num_computed + r.ahead, n, n == r.pending))
-                left -= n
-        return StepPlan([*decodes, *chunks], len(decodes))
-
-    def _launch(self, plan):
-        self.flying.append(self.runner.launch(plan))
-        for row in plan.rows:
-            self.unknown += row.start == len(row.request.tokens)
-            row.request.ahead += row.count
-            row.request.drawing = row.sample
-
-    def _collect(self):
-        ticket = self.flying.popleft()
-        drawn = iter(self.runner.collect(ticket).tokens)
-        for row in ticket.plan.rows:
-            r = row.request
-            r.ahead -= row.count
-            r.num_computed += row.count
-            if row.sample:
-                r.tokens.append(next(drawn))
-                r.drawing = r.in_flight
+            self.collect()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 
 from daemon.engine.cuda.runner import CudaRunner
+from daemon.engine.request import Request
+from daemon.engine.runner import Row, StepPlan
 from daemon.models.card import read_card
 
 
@@ -65,3 +68,47 @@ class LateMark:
 
     def wait(self) -> None:
         self._stream.catch_up(self._count)
+
+
+class RandomSteps:
+    """Steps over some of `running`, drawn by `rng`: decodes, and chunks of prompts beside them."""
+
+    def __init__(self, runner: CudaRunner, rng: Random) -> None:
+        self.runner = runner
+        self.rng = rng
+        self.running: list[Request] = []
+        self.flying: deque[Any] = deque()
+        self.unknown = 0  # rows whose token was not known at the launch
+
+    def plan(self) -> StepPlan:
+        live = [r for r in self.running if self.rng.random() < 0.9]
+        decodes = [Row(r, r.num_computed + r.ahead, 1, True) for r in live if r.pending == 1]
+        chunks, left = [], 128 - len(decodes)
+        for r in live:
+            n = min(self.rng.randint(1, 40), r.pending, left)
+            if r.pending > 1 and n > 0:
+                chunks.append(Row(r, r.num_computed + r.ahead, n, n == r.pending))
+                left -= n
+        return StepPlan([*decodes, *chunks], len(decodes))
+
+    def launch(self, plan: StepPlan) -> None:
+        self.flying.append(self.runner.launch(plan))
+        for row in plan.rows:
+            self.unknown += row.start == len(row.request.tokens)
+            row.request.ahead += row.count
+            row.request.drawing = row.sample
+
+    def collect(self) -> list[Request]:
+        """The oldest step; whom it gave a token."""
+        ticket = self.flying.popleft()
+        drawn = iter(self.runner.collect(ticket).tokens)
+        given = []
+        for row in ticket.plan.rows:
+            r = row.request
+            r.ahead -= row.count
+            r.num_computed += row.count
+            if row.sample:
+                r.tokens.append(next(drawn))
+                r.drawing = r.in_flight
+                given.append(r)
+        return given
