@@ -58,7 +58,7 @@ def main(birth: Birth) -> None:
         _load_or_give_up(birth, fabric).run()
     except Exception as e:
         _fail(e)
-    sys.exit(EXIT_PARKED)
+    os._exit(EXIT_PARKED)  # all it owed is out, and what an interpreter tidies up at its end takes seconds with torch
 
 
 def _load_or_give_up(birth: Birth, fabric: Fabric) -> Worker:
