@@ -38,23 +38,18 @@ def told(daemon: Daemon, *args: str) -> list[dict[str, Any]]:
 @contextmanager
 def following(daemon: Daemon, out: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
     """`llumctl events --follow`, writing to `out`."""
-    command = [*PYTHON, "daemon.llumctl", "--run-dir", str(daemon.run_dir), "events", "--follow", *args]
+    # What starts the tests in the background may have SIGINT ignored, and that is inherited.
+    hearing = ["env", "--default-signal=INT", *PYTHON]
+    command = [*hearing, "daemon.llumctl", "--run-dir", str(daemon.run_dir), "events", "--follow", *args]
     with (
         out.open("w") as file,
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
-        ) as process,
+        subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True) as process,
     ):
         try:
             yield process
         finally:
             if process.poll() is None:
                 process.kill()
-
-
-def hear_interrupts() -> None:
-    """What starts the tests in the background may have SIGINT ignored, and that is inherited."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def series(daemon: Daemon, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,13 @@ def test_killed_frontend_frees_what_it_owned_and_its_sibling_serves(daemon: Daem
     with Swarm(daemon, asked) as swarm:
         swarm.await_tokens(3)
         owners = {row["id"].rsplit("-", 1)[0]: row["frontend"] for row in daemon.requests()}
-        before = daemon.kill("frontend", 0)
+        victim = statistics.mode(owners.values())  # the kernel may have given all connections to one of them
+        before = daemon.kill("frontend", victim)
         assert all_exact(daemon)  # new connections meanwhile
-        daemon.await_successor("frontend", 0, before)
+        daemon.await_successor("frontend", victim, before)
         outcomes = swarm.join()
-    assert {owners[outcome.id] for outcome in outcomes} == {0, 1}
     for body, outcome in zip(asked, outcomes, strict=True):
-        if owners[outcome.id] == 0:
+        if owners[outcome.id] == victim:
             assert outcome.broken
             assert not outcome.closed
         else:
