@@ -56,7 +56,8 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
         progress.beat(_BEAT_DEADLINE)
         facts = overview.facts()
         balancer.cycle(facts)
-        scaler.cycle(facts, overview.outlook(), time.monotonic())
+        if scaler.on:
+            scaler.cycle(facts, overview.outlook(facts), time.monotonic())
         try:
             await asyncio.wait_for(stop.wait(), birth.config.rebalance_period)
         except TimeoutError:

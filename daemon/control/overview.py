@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from daemon import __version__
@@ -53,11 +53,12 @@ class Overview:
         self._table.refresh()
         return [self._engine_facts(i) for i in range(self._topology.engines)]
 
-    def outlook(self) -> list[EngineFacts | None]:
-        """Each engine's facts as they will be once it has done as wished."""
+    def outlook(self, facts: Sequence[EngineFacts | None]) -> list[EngineFacts | None]:
+        """`facts`, just read, as they will be once each engine has done as wished."""
         engines = range(self._topology.engines)
-        starting = [self._last(i) if self._row(i).life == Life.UP else None for i in engines]
-        return outlook(self.facts(), starting, [self._wishes.of(i) for i in engines])
+        loading = [facts[i] is None and self._row(i).life == Life.UP for i in engines]
+        starting = [self._last(i) if loading[i] else None for i in engines]
+        return outlook(facts, starting, [self._wishes.of(i) for i in engines])
 
     def chronicle(self) -> Chronicle:
         """A reader of everybody's events."""

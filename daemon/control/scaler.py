@@ -29,6 +29,11 @@ class Scaler:
             judge = policy_of(config.policy, config.headroom)
             self._rules = Scaling.of(judge, most, config.min_engines, config.scale_period)
 
+    @property
+    def on(self) -> bool:
+        """Whether there is anything for it to do."""
+        return self._rules is not None
+
     def cycle(
         self, facts: Sequence[EngineFacts | None], expected: Sequence[EngineFacts | None], now: float
     ) -> list[Action]:

@@ -187,7 +187,6 @@ class Scheduler:
         request.num_computed = request.ahead = 0
         request.drawing = request.held = False
 
-
     # -- migration: in and out of the batch with the KV ----------------------------------------
 
     def reserve(self) -> bool:

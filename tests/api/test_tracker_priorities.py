@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from daemon.api.flight import Flight
-from daemon.control.fabric import COORDINATOR, Fabric, FabricHandles, Topology
+from daemon.control.fabric import COORDINATOR, Fabric, FabricHandles
 from daemon.control.journal import JournalView
 from daemon.control.messages import (
     AskBack,
@@ -27,14 +25,6 @@ from daemon.control.messages import (
 from daemon.control.processes import Life, ProcessFacts
 from tests.api.test_tracker import FRONTEND, Box
 from tests.control.facts import engine
-
-
-@pytest.fixture
-def handles() -> Iterator[FabricHandles]:
-    made = Fabric.create(Topology(1, 3), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
-        os.close(fd)
 
 
 def prioritise(box: Box, rid: int, priority: int) -> None:

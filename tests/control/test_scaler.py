@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -22,14 +22,6 @@ from tests.control.facts import engine
 SERVING, DRAINING, PARKED = EngineState.SERVING, EngineState.DRAINING, EngineState.PARKED
 SCALING = Config(min_engines=1, scale_period=10.0)
 Facts = list[EngineFacts | None]
-
-
-@pytest.fixture
-def handles() -> Iterator[FabricHandles]:
-    made = Fabric.create(Topology(1, 3), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
-        os.close(fd)
 
 
 class Box:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.control.fabric import COORDINATOR, Fabric, FabricHandles, Topology
+from daemon.control.fabric import COORDINATOR, Fabric, FabricHandles
 from daemon.control.messages import EngineFacts, EngineState
 from daemon.control.wishes import WishReader, WishWriter, served_without
 from tests.control.facts import engine
 
 SERVING, DRAINING, PARKED = EngineState.SERVING, EngineState.DRAINING, EngineState.PARKED
 wishable = st.sampled_from([SERVING, DRAINING, PARKED])
-
-
-@pytest.fixture
-def handles() -> Iterator[FabricHandles]:
-    made = Fabric.create(Topology(1, 3), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
-        os.close(fd)
 
 
 def wishes(*states: EngineState) -> WishWriter:

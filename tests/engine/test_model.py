@@ -20,18 +20,7 @@ from tests.engine.driving import (
     step,
     transformers_model,
 )
-from tests.models.tiny import make_tiny_llama
-
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
-FAMILY = {
-    "grouped": {"heads": 6, "kv_heads": 2, "hidden": 96},
-    "multi-head, untied": {"heads": 4, "kv_heads": 4, "tie": False},
-    "multi-query, biases": {"heads": 4, "kv_heads": 1, "attention_bias": True, "mlp_bias": True},
-    "llama3 rope, sharded": {"rope_scaling": LLAMA3, "shards": 3, "rope_theta": 500.0},
-    "linear rope, narrow heads": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 24},
-    "wide heads": {"hidden": 128, "heads": 2, "kv_heads": 1, "head_dim": 128, "layers": 1},
-}
+from tests.models.tiny import FAMILY, make_tiny_llama
 
 
 @pytest.fixture(scope="module", params=FAMILY, ids=str)

@@ -28,6 +28,18 @@ _CORPUS = [
     'def f(x): return {"a": [1, 2, 3], "b": "c"}\n\n\tif x > 0 and x != 1: pass\n',
 ]
 
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+FAMILY: dict[str, dict[str, Any]] = {
+    "grouped": {"heads": 6, "kv_heads": 2, "hidden": 96},
+    "multi-head, untied": {"heads": 4, "kv_heads": 4, "tie": False},
+    "multi-query, biases": {"heads": 4, "kv_heads": 1, "attention_bias": True, "mlp_bias": True},
+    "llama3 rope, sharded": {"rope_scaling": LLAMA3, "shards": 3, "rope_theta": 500.0},
+    "linear rope, narrow heads": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 24},
+    "wide heads": {"hidden": 128, "heads": 2, "kv_heads": 1, "head_dim": 128, "layers": 1},
+}
+"""All sorts of Llamas, by what sets them apart: arguments of `make_tiny_llama`."""
+
 
 def demo_model_dir() -> Path:
     """The demo model, converted; fetched from the package index the first time."""
