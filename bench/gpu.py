@@ -1,9 +1,10 @@
 """The CUDA engine on one machine: every figure of it in one command, with the bars it is to reach.
 
-    python -m bench.gpu --out DIR [--only decode,prefill] [--limit SECONDS] [--dry-run]
+    python -m bench.gpu --out DIR [--only decode,prefill] [--limit SECONDS] [--dry-run [DEVICE]]
 
 A Llama of 8 billion random weights, one GPU unless a section needs more. Sections are processes of their own:
-bench/README.md says what each measures. `--dry-run` takes a tiny model on the CPU, to find the command's own faults.
+bench/README.md says what each measures. `--dry-run` takes a tiny model, on the CPU unless a device is named, to find
+the command's own faults.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Context(NamedTuple):
 
     def figure(self, what: str, value: float, unit: str, bar: float | None = None, *, at_most: bool = False,
                **more: Any) -> None:
-        bar = None if self.scale.device == "cpu" else bar  # none is for a dry run
+        bar = None if self.scale.config is TINY else bar  # none is for a dry run
         self.tell(Figure(self.name, what, value, unit, bar, at_most, more))
 
     @property
@@ -273,7 +274,8 @@ def _daemon_flags(c: Context, *, two: bool) -> list[str]:
         return ["--devices", "cpu,cpu" if two else "cpu", "--kv-memory", "16MiB"]
     gpus = _gpus()
     chosen = (gpus * 2 if len(gpus) == 1 else gpus)[:2] if two else gpus
-    memory = ["--kv-memory", "12GiB", "--max-num-seqs", "32"] if two else []
+    size = "16MiB" if c.scale.config is TINY else "12GiB"
+    memory = ["--kv-memory", size, "--max-num-seqs", "32"] if two else []
     length = max(c.scale.moved) + 3100 if two else sum(c.scale.served) + 16
     return ["--devices", ",".join(chosen), "--max-model-len", str(length), *memory]
 
@@ -292,7 +294,11 @@ def _facts() -> dict[str, Any]:
     return {"machine": machine.describe(), "versions": versions}
 
 
-def _run_one(name: str, dry: bool, out: Path) -> None:
+def _scale(dry: str) -> Scale:
+    return DRY._replace(device=dry) if dry else FULL
+
+
+def _run_one(name: str, dry: str, out: Path) -> None:
     """A section, in the process made for it."""
     file = out / f"{name}.figures"
 
@@ -300,15 +306,15 @@ def _run_one(name: str, dry: bool, out: Path) -> None:
         append_figure(file, figure)
         print(table([Outcome(name, 0.0, "", [figure])]).split("\n")[1], flush=True)
 
-    SECTIONS[name].run(Context(name, DRY if dry else FULL, out, tell))
+    SECTIONS[name].run(Context(name, _scale(dry), out, tell))
 
 
-def _run_child(dry: bool, out: Path, name: str, budget: float) -> Outcome:
+def _run_child(dry: str, out: Path, name: str, budget: float) -> Outcome:
     print(f"{name} ...", flush=True)
     figures = out / f"{name}.figures"
     figures.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.gpu", "--section", name, "--out", str(out)]
-    command += ["--dry-run"] if dry else []
+    command += ["--dry-run", dry] if dry else []
     return run_section(name, command, budget, figures, out / f"{name}.log")
 
 
@@ -322,7 +328,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for gpu.json, logs and models")
     p.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}; `device` always comes first")
     p.add_argument("--limit", type=float, default=530.0, help="seconds for all sections together")
-    p.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    p.add_argument("--dry-run", nargs="?", const="cpu", default="", metavar="DEVICE",
+                   help="a tiny model, on the CPU unless a device is named")
     p.add_argument("--write-model", type=Path, metavar="DIR", help="only write the model, to build its kernels for")
     p.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     p.add_argument("--hold-pool", nargs=2, metavar=("DEVICE", "BYTES"), help=argparse.SUPPRESS)
@@ -356,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def tell(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        result = facts | {"dry_run": args.dry_run, "sections": [asdict(o) for o in outcomes]}
+        result = facts | {"dry_run": bool(args.dry_run), "sections": [asdict(o) for o in outcomes]}
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
         _tell(outcome)
 

@@ -21,7 +21,7 @@ LLAMA_8B: dict[str, Any] = _COMMON | {
 }
 TINY: dict[str, Any] = _COMMON | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1024, "max_position_embeddings": 4096,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "max_position_embeddings": 4096,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from daemon.models.card import ModelCard, read_card
 from tests.models.tiny import make_tiny_llama
 
 DEVICE = "cuda:0"
+SIMULATED = "SIMGPU" in os.environ
+"""The device is simulated (tests.simgpu): the long tests take less of everything."""
+
 BF16 = torch.bfloat16
 
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from tests.e2e.clients import Outcome, Swarm
 from tests.e2e.live import Daemon, wait_for
 from tests.e2e.moving import TAKEOVERS, Shuffler
-from tests.gpu.parts import DEVICE, judged, small_llama, transformers_bf16
+from tests.gpu.parts import DEVICE, SIMULATED, judged, small_llama, transformers_bf16
 
-OUTPUT = 1200
+OUTPUT, STREAMS = (120, 6) if SIMULATED else (1200, 24)
 LOADING = 180.0  # seconds that engines may take
 FLAGS = ("--devices", f"{DEVICE},{DEVICE}", "--kv-memory", "64MiB", "--max-num-seqs", "24", "--no-rebalance",
          "--max-batch-tokens", "256", "--dtype", "bf16")
@@ -96,7 +96,7 @@ def closeness(daemon: Daemon) -> float:
 
 
 def test_streams_are_exact_over_moves(two: Daemon, letters: Letters, reference: Any, remark: Any) -> None:
-    asked, before = bodies(24, 1), two.metric(TAKEOVERS)
+    asked, before = bodies(STREAMS, 1), two.metric(TAKEOVERS)
     with Swarm(two, asked) as swarm, Shuffler(two, 1, engines=2):
         outcomes = swarm.join(120)
     assert all(o.whole and len(o.text) == OUTPUT for o in outcomes)
@@ -107,9 +107,9 @@ def test_streams_are_exact_over_moves(two: Daemon, letters: Letters, reference: 
 
 
 def test_an_engine_dies_in_the_middle_of_moves(two: Daemon, letters: Letters, reference: Any) -> None:
-    asked, before = bodies(24, 2), two.metric(TAKEOVERS)
+    asked, before = bodies(STREAMS, 2), two.metric(TAKEOVERS)
     with Swarm(two, asked) as swarm, Shuffler(two, 2, engines=2):
-        swarm.await_tokens(20)
+        swarm.await_tokens(OUTPUT // 60)
         wait_for("moves", lambda: two.metric(TAKEOVERS) > before)
         killed = two.kill("engine", 1)
         outcomes = swarm.join(120)

@@ -1,6 +1,7 @@
 """Out of memory in a chunk: its request ends, all others go on as if nothing had been."""
 
 import random
+from contextlib import contextmanager
 from itertools import count
 
 import pytest
@@ -29,43 +30,47 @@ def runner(model_dir):
     return make_gpu_runner(model_dir, blocks=600, max_batch_tokens=2048, max_model_len=2048)
 
 
-@pytest.fixture
-def cramped(runner):
+@contextmanager
+def cramped():
     """The process may have little more than it has."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info(DEVICE)[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(DEVICE) + ROOM) / total, DEVICE)
-    yield runner
-    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
-def test_the_largest_chunk_ends_and_nobody_else(cramped, reference):
+def test_the_largest_chunk_ends_and_nobody_else(runner, reference):
     rng, blocks = random.Random(6), count(1)
     decoding, small, big = (request(tokens(rng, n), blocks, total)
                             for n, total in ((10, 64), (100, 128), (CHUNK, 2000)))
-    generate(cramped, [decoding], 2)
+    generate(runner, [decoding], 2)
     rows = [Row(decoding, decoding.num_computed, 1, True), Row(small, 0, 100, True), Row(big, 0, CHUNK, True)]
-    result = cramped.execute(StepPlan(rows, 1))
-    assert result.shed == (2,)
-    assert result.tokens[2] == NO_TOKEN
-    decoding.num_computed, small.num_computed = decoding.num_computed + 1, 100
-    for r, token in zip((decoding, small), result.tokens, strict=False):
-        r.tokens.append(token)
-    generate(cramped, [decoding, small], 20)
+    with cramped():
+        result = runner.execute(StepPlan(rows, 1))
+        assert result.shed == (2,)
+        assert result.tokens[2] == NO_TOKEN
+        decoding.num_computed, small.num_computed = decoding.num_computed + 1, 100
+        for r, token in zip((decoding, small), result.tokens, strict=False):
+            r.tokens.append(token)
+        generate(runner, [decoding, small], 20)
     found = judged(reference, [(r.tokens, r.prompt_len) for r in (decoding, small)])
     assert found.worst <= 3e-2
 
 
-def test_overlapped_steps_outlive_it(cramped, reference):
+def test_overlapped_steps_outlive_it(runner, reference):
     """A step is launched behind the one that runs out of memory, with a token of it that only the device knows."""
     rng, blocks = random.Random(7), count(1)
     steady, big = (request(tokens(rng, n), blocks, total) for n, total in ((10, 64), (CHUNK, 2000)))
-    generate(cramped, [steady], 2)
+    generate(runner, [steady], 2)
     at = steady.num_computed
-    first = cramped.launch(StepPlan([Row(steady, at, 1, True), Row(big, 0, CHUNK, True)], 1))
-    second = cramped.launch(StepPlan([Row(steady, at + 1, 1, True)], 1))
-    one, two = cramped.collect(first), cramped.collect(second)
+    with cramped():
+        first = runner.launch(StepPlan([Row(steady, at, 1, True), Row(big, 0, CHUNK, True)], 1))
+        second = runner.launch(StepPlan([Row(steady, at + 1, 1, True)], 1))
+        one, two = runner.collect(first), runner.collect(second)
     assert one.shed == (1,)
     steady.tokens += [one.tokens[0], *two.tokens]
     assert judged(reference, [(steady.tokens, steady.prompt_len)]).worst <= 3e-2

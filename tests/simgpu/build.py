@@ -1,0 +1,147 @@
+"""Compiles the simulated libraries, once for each PyTorch: into the cache, with the system's C compiler."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from daemon.config import cache_dir
+from daemon.engine.cuda import compile as kernels_compile
+from daemon.engine.cuda.kernels import KernelError
+
+RUNTIME = Path(__file__).with_name("runtime.c")
+HOST_DRAW = Path(__file__).parents[1] / "engine" / "cuda" / "host_draw.cpp"
+KERNEL_SOURCES = Path(kernels_compile.__file__).parent
+FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-shared", "-fPIC")
+CUDART = "libcudart.so.13"
+
+# Of the stand-ins' functions, those of which a caller expects more than success.
+_HANDLE = "int {name}(void **handle) {{ *handle = (void *)16; return 0; }}"
+_ZERO = "int {name}(void *handle, int *value) {{ *value = 0; return 0; }}"
+_SPECIAL = {
+    "cublasCreate_v2": _HANDLE,
+    "cublasGetMathMode": _ZERO,
+    "cublasGetPointerMode_v2": _ZERO,
+    "cublasLtMatmulDescCreate": _HANDLE,
+    "cublasLtMatmulPreferenceCreate": _HANDLE,
+    "cublasLtMatrixLayoutCreate": _HANDLE,
+    "cublasLtGetVersion": "unsigned long {name}(void) {{ return 130000; }}",
+    "cublasLtMatmulAlgoGetHeuristic":
+        "int {name}(void *h, void *d, void *a, void *b, void *c, void *o, void *p, int n, void *r, int *found)"
+        " {{ *found = 1; return 0; }}",
+    "cuCtxGetCurrent": _HANDLE,
+    "cuMemGetAddressRange_v2":
+        "extern int sim_address_range(void *, void *, unsigned long) __attribute__((weak));\n"
+        "int {name}(void *base, void *size, unsigned long pointer)"
+        " {{ return sim_address_range ? sim_address_range(base, size, pointer) : 1; }}",
+}
+_NOT_SUPPORTED = "int {name}(void) {{ return 801; }}"
+_SUCCESS = "int {name}(void) {{ return 0; }}"
+
+
+class BuildError(Exception):
+    """The simulation cannot be made here; says why."""
+
+
+def build() -> list[Path]:
+    """The libraries to preload, in order. Raises BuildError."""
+    torch_libraries = _torch_libraries()
+    wanted = _imported(torch_libraries)
+    sources = {
+        "libcuda.so.1": [_stand_ins(wanted[""] | {"cuMemGetAddressRange_v2"}, _SUCCESS)],
+        CUDART: [RUNTIME.read_text(), _stand_ins(_missing(wanted[CUDART]), _NOT_SUPPORTED)],
+        "libcublas.so.13": [_stand_ins(wanted["libcublas.so.13"], _SUCCESS)],
+        "libcublasLt.so.13": [_stand_ins(wanted["libcublasLt.so.13"], _SUCCESS)],
+    }
+    digest = hashlib.sha256(repr((FLAGS, sorted(sources.items()))).encode()).hexdigest()[:12]
+    where = cache_dir() / "simgpu" / digest
+    if not where.exists():
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=where.parent) as scratch:
+            for name, texts in sources.items():
+                compile_library(Path(scratch), name, texts)
+            made = Path(scratch).rename(where)
+            Path(scratch).mkdir()
+            return [made / name for name in sources]
+    return [where / name for name in sources]
+
+
+def build_host_draw() -> Path:
+    """The sampler's kernel with a team of one thread for the GPU's. Raises BuildError."""
+    sources = [HOST_DRAW, *sorted(KERNEL_SOURCES.glob("*.h"))]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    library = cache_dir() / "simgpu" / f"host_draw_{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        scratch = library.with_suffix(f".{os.getpid()}")
+        _compile(["c++", "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{KERNEL_SOURCES}",
+                  str(HOST_DRAW), "-o", str(scratch), "-pthread"])
+        scratch.rename(library)
+    return library
+
+
+def compile_library(folder: Path, name: str, texts: Sequence[str]) -> Path:
+    """A shared library of these sources, whose symbols have its name as their version, as CUDA's have. Raises
+    BuildError."""
+    sources = [folder / f"{name}.{i}.c" for i in range(len(texts))]
+    for source, text in zip(sources, texts, strict=True):
+        source.write_text(text)
+    command = ["cc", *FLAGS, f"-I{_headers()}", *map(str, sources), "-o", str(folder / name), f"-Wl,-soname,{name}",
+               "-pthread"]
+    if name != "libcuda.so.1":  # the driver's have none
+        versions = folder / f"{name}.map"
+        versions.write_text(f"{name} {{ global: *; }};\n")
+        command.append(f"-Wl,--version-script={versions}")
+    _compile(command)
+    return folder / name
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{command[0]} cannot compile the simulation: {done.stderr[-2000:]}")
+
+
+def _headers() -> Path:
+    try:
+        include = kernels_compile.toolchain().home / "include"
+    except KernelError as e:
+        raise BuildError(str(e)) from None
+    if not (include / "cuda_runtime_api.h").exists():
+        raise BuildError(f"{include} holds no cuda_runtime_api.h; install the CUDA toolkit's headers")
+    return include
+
+
+def _torch_libraries() -> list[Path]:
+    found = importlib.util.find_spec("torch")
+    libraries = sorted(Path(found.origin).parent.glob("lib/*.so")) if found and found.origin else []
+    if not any(library.name == "libtorch_cuda.so" for library in libraries):
+        raise BuildError("PyTorch here is not built for CUDA; LLUMD_TORCH=cuda bin/test sets up one that is")
+    return libraries
+
+
+def _imported(libraries: Iterable[Path]) -> dict[str, set[str]]:
+    """Functions of CUDA that they need, by library; "" for those of the driver, which have no version."""
+    names: dict[str, set[str]] = {}
+    for library in libraries:
+        said = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True,
+                              check=True).stdout
+        for name, version in re.findall(r"\b((?:cu[A-Z]|cuda|cublas|__cuda)\w*)(?:@(\S+))?$", said, re.MULTILINE):
+            names.setdefault(version, set()).add(name)
+    names[""] = {name for name in names.get("", set()) if re.match(r"cu[A-Z]", name)}
+    return names
+
+
+def _missing(wanted: set[str]) -> set[str]:
+    """Functions of the runtime that nothing here calls, but that must be there for the loader."""
+    return wanted - set(re.findall(r"^EXPORT .*?(\w+)\(", RUNTIME.read_text(), re.M))
+
+
+def _stand_ins(names: set[str], otherwise: str) -> str:
+    return "".join(_SPECIAL.get(name, otherwise).format(name=name) + "\n" for name in sorted(names))

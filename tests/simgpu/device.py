@@ -1,0 +1,159 @@
+"""PyTorch's operations on the simulated device: launched as ever, then computed on the CPU in the stream's turn.
+
+Every operation on a CUDA tensor goes its own way first: memory is allocated, arguments are checked, kernels launched,
+copies put into streams. Behind its launch goes a call that computes the same operation with CPU tensors over the same
+memory and leaves the results where the kernel would have. A graph that captured the launch captures the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+DIED = 99  # exit status of a process in which a computation failed: nobody could be told in its place
+
+# They compute nothing.
+_SILENT = {
+    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten.record_stream.default, aten.resize_.default, aten.is_pinned.default,
+    aten._pin_memory.default, aten.set_.source_Storage_storage_offset, aten._local_scalar_dense.default,
+}
+_COPIES = {aten.copy_.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+           aten.to.other}
+# The CPU has no kernels of these.
+_ELSEWISE: dict[Any, Callable[..., Any]] = {
+    aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    aten.mm.dtype_out: lambda a, b, dtype, out: out.copy_(a.to(dtype) @ b.to(dtype)),
+}
+
+_calls: dict[int, Callable[[], Any]] = {}
+_numbers = itertools.count(1)
+_runtime = ctypes.CDLL("libcudart.so.13")
+_runtime.sim_call.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+_runtime.sim_finish.argtypes = (ctypes.c_void_p,)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int)
+def _on_call(number: int, again: int) -> None:
+    try:
+        compute = _calls[number] if again else _calls.pop(number)
+        with torch.inference_mode(), _disable_current_modes():
+            compute()
+    except BaseException:
+        _die(traceback.format_exc())
+
+
+def _die(text: str) -> None:
+    """Say it to whatever standard error was at first: tests catch what goes to the one of now."""
+    sys.__stderr__.write(f"simgpu: {text}")
+    sys.__stderr__.flush()
+    os._exit(DIED)
+
+
+def put_off(compute: Callable[[], Any]) -> None:
+    """Have `compute` done when the current stream gets there."""
+    number = next(_numbers)
+    _calls[number] = compute
+    _runtime.sim_call(_stream(), number)
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def on_host(t: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor over the same memory, wherever that is; it does not keep it alive."""
+    storage = t.untyped_storage()
+    if not t.numel():
+        return torch.empty(t.shape, dtype=t.dtype)
+    memory = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
+    flat = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=t.dtype).set_(flat, t.storage_offset(), t.size(), t.stride())
+
+
+class Simulation(TorchDispatchMode):
+    """Of one thread, for good."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = _tensors((args, kwargs))
+        device = kwargs.get("device")
+        if not any(t.is_cuda for t in given) and (device is None or torch.device(device).type != "cuda"):
+            return func(*args, **kwargs)
+        if func is aten.equal.default:  # it reads its answer, which no kernel has written
+            _runtime.sim_finish(_stream())
+            return func(*map(on_host, args))
+        result = func(*args, **kwargs)
+        results = _tensors(result)
+        if func in _SILENT or _is_view(func, given, results):
+            return result
+        if func in _COPIES and not all(t.is_cuda for t in (given[0], *given[1:2], *results)):
+            _copy(given[1] if func is aten.copy_.default else given[0], results[0])
+            return result
+        compute = _computation(func, args, kwargs, results)
+        if all(t.is_cuda for t in results):
+            put_off(compute)
+        else:
+            _runtime.sim_finish(_stream())
+            compute()
+        return result
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def _is_view(func: Any, given: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
+    """Some operations, such as reshape, give a view or a copy as it comes."""
+    returns = func._schema.returns
+    if not returns or not results or any(r.alias_info is None or r.alias_info.is_write for r in returns):
+        return False
+    where = results[0].untyped_storage().data_ptr()
+    return any(t.untyped_storage().data_ptr() == where for t in given)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Between the host and the device. The runtime has done it already, where no kernel is in it."""
+    if source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous():
+        return
+    _runtime.sim_finish(_stream())
+    on_host(target).copy_(on_host(source))
+
+
+def _computation(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor]) -> Callable[[], None]:
+    """The operation on CPU tensors, with the memory that arguments and results have now."""
+    args, kwargs = tree_map_only(torch.Tensor, lambda t: on_host(t) if t.is_cuda else t.clone(), (args, kwargs))
+    named = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+    if named.get("device") is not None:
+        named["device"] = torch.device("cpu")
+    if named.get("generator") is not None:
+        named["generator"] = torch.Generator().manual_seed(named["generator"].initial_seed())
+    targets = [on_host(t) if t.is_cuda else t for t in results]
+    compute = _ELSEWISE.get(func, func)
+
+    def work() -> None:
+        for target, value in zip(targets, _tensors(compute(*args, **named)), strict=True):
+            if target.data_ptr() != value.data_ptr():
+                target.copy_(value)
+
+    return work
+
+
+def install() -> None:
+    """Simulate in this process: in the thread that calls."""
+    _runtime.sim_on_call(_on_call)
+    # Attention by parts: its fused kernels exist for CUDA alone.
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    Simulation().__enter__()
