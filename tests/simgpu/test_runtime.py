@@ -1,4 +1,4 @@
-"""The simulated CUDA runtime by itself, through ctypes: late where it may be, and refusing what a GPU would refuse."""
+"""The simulated CUDA runtime by itself, through ctypes: late where it may be, refusing what a GPU would refuse."""
 
 from __future__ import annotations
 
