@@ -158,6 +158,10 @@ class Config:
         0, "scheduling", "idle engines are parked down to so many; 0: auto-scaling is off", "engines"
     )
     max_engines: int = _opt(0, "scheduling", "most engines that auto-scaling lets serve; 0: all", "engines")
+    max_resumes: int = _opt(
+        1, "scheduling", "how often a request goes on elsewhere after its engine has died; "
+        "then it ends with an error, for it may be what kills them",
+    )  # fmt: skip
     scale_period: float = _opt(
         10.0, "scheduling", "time for which load must call for an engine more or less before one is woken or parked",
         "seconds",

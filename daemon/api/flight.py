@@ -18,8 +18,8 @@ class Flight:
 
     __slots__ = (
         "_arrived", "_failure", "_finish", "_logprobs", "_tracker", "_waiter",
-        "accepted", "cached", "changed", "engine", "epoch", "heard", "incarnation", "names", "paused", "priority",
-        "rid", "slot",
+        "accepted", "cached", "changed", "crashes", "engine", "epoch", "heard", "incarnation", "names", "paused",
+        "priority", "rid", "slot",
     )  # fmt: skip
 
     def __init__(self, tracker: Tracker, rid: int, slot: int, priority: int) -> None:
@@ -33,6 +33,7 @@ class Flight:
         self.engine = -1  # its owner, and
         self.incarnation = 0  # the owner's incarnation
         self.accepted = 0  # output tokens journaled
+        self.crashes = 0  # engines that died while they had it
         self.heard = 0.0  # when output last came, CLOCK_MONOTONIC seconds
         self.paused = 0.0  # that of the last output before a takeover, while none has come since
         self._arrived: list[int] = []

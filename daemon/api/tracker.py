@@ -54,6 +54,7 @@ from daemon.control.stats import FRONTEND, StatsPage
 log = logging.getLogger(__name__)
 
 _FULL_RETRY = 0.05  # seconds until a command that found its ring full is tried again
+_RESCUE_PERIOD = 0.1  # seconds from one look for an engine to the next, while requests are without
 
 
 class Tracker:
@@ -73,6 +74,8 @@ class Tracker:
         self.stats = StatsPage(fabric.stats(fabric.process), FRONTEND)
         self._log = EventLog(fabric.events(fabric.process))
         self._flights: dict[int, Flight] = {}
+        self._stranded: dict[int, str] = {}  # requests that no engine has, and why
+        self._rescue: asyncio.TimerHandle | None = None  # the next look for an engine
         self._reserved = 0  # admitted and not submitted yet
         self._next_rid = self._index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self._turn = self._index
@@ -120,6 +123,8 @@ class Tracker:
         cache_salt: bytes = b"",
     ) -> Flight:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
+        if self.draining:
+            raise NoEngine("shutting down")
         prompt = array("I", prompt)
         names = self._affinity.names(prompt, cache_salt) if self._affinity is not None else []
         engine = self._choose(high=priority < 0, names=names)
@@ -275,23 +280,43 @@ class Tracker:
             self._order(order)
 
     def _redispatch(self, flight: Flight, verdict: Verdict, why: str) -> None:
-        """Nobody runs it now: start it where there is most room."""
+        """Nobody runs it now: start it where there is most room, as soon as there is an engine."""
         for order in verdict.orders:
             self._order(order)
-        try:
-            engine = self._choose(avoid=flight.engine, high=flight.priority < 0, names=flight.names)
-        except NoEngine as e:
-            self._lose(flight, str(e))
-            return
-        link = self._links[engine]
-        custody = ownership.started(verdict.custody, Owner(engine, link.incarnation))
-        self._assign(flight, custody)
+        self._stranded[flight.rid] = why
+        self._place_stranded()
+
+    def _place_stranded(self) -> None:
+        """Start anew what no engine has, or look again a little later; end it if none can come any more."""
+        if self._rescue is not None:
+            self._rescue.cancel()
+            self._rescue = None
+        for rid, why in list(self._stranded.items()):
+            flight = self._flights[rid]
+            try:
+                engine = self._choose(avoid=flight.engine, high=flight.priority < 0, names=flight.names)
+            except NoEngine as e:
+                if self._may_come():
+                    self._rescue = asyncio.get_running_loop().call_later(_RESCUE_PERIOD, self._place_stranded)
+                    return
+                self._lose(flight, str(e))
+            else:
+                self._restart(flight, engine, why)
+
+    def _restart(self, flight: Flight, engine: int, why: str) -> None:
+        self._assign(flight, ownership.started(flight.custody, Owner(engine, self._links[engine].incarnation)))
         prompt_len = self._journal.prompt_len(flight.slot)
         self._start(flight, prompt_len)
         self._note_dispatch(flight, prompt_len, self._journal.params(flight.slot).label, why)
 
+    def _may_come(self) -> bool:
+        """Whether an engine may serve some time, though none does now. None is started while the daemon drains."""
+        coming = (Life.UP,) if self.draining else (Life.UP, Life.DEAD, Life.ABSENT)
+        return any(self._table.rows[link.process].life in coming for link in self._links)
+
     def _assign(self, flight: Flight, custody: Custody) -> None:
         assert custody.owner is not None
+        self._stranded.pop(flight.rid, None)
         flight.epoch, flight.changed = custody.epoch, custody.changed
         flight.engine, flight.incarnation = custody.owner
         self._journal.assign(flight.slot, custody.epoch, *custody.owner)
@@ -335,20 +360,31 @@ class Tracker:
         self._publish()
 
     def _bury(self, link: Link) -> None:
-        """Settle what lives of the engine that are over have left. One that crashed may take the next with it, so
-        its requests end; one that was parked had nothing, so what it still owned had never reached it."""
+        """Have what lives of the engine that are over have left go on elsewhere. What one that was parked still owned
+        had never reached it. A request may be what made one crash, so it is not taken from engine to engine for long.
+        """
         row = self._table.rows[link.process]
         dead = row.incarnation - (row.life == Life.UP)
-        left = [f for f in self._flights.values() if f.engine == link.index and f.incarnation <= dead]
-        lost = [f for f in left if f.incarnation <= row.crashed]
-        if lost:
-            log.warning("engine %d died: %d unfinished requests end with an error", link.index, len(lost))
+        left = [f for f in self._flights.values()
+                if f.engine == link.index and f.incarnation <= dead and f.rid not in self._stranded]
+        crashed = [f for f in left if f.incarnation <= row.crashed]
+        for flight in crashed:
+            flight.crashes += 1
+        lost = [f for f in crashed if f.crashes > self._config.max_resumes]
+        if crashed:
+            log.warning("engine %d died: of its requests %d go on elsewhere, %d end with an error", link.index,
+                        len(crashed) - len(lost), len(lost))
+        for flight in lost:
+            self._lose(flight, "the engine that ran this request died; please send it again")
         for flight in left:
-            if flight.incarnation <= row.crashed:
-                self._lose(flight, "the engine that ran this request died; please send it again")
-            else:
-                owner = Owner(flight.engine, flight.incarnation)
-                self._apply(flight, ownership.engine_died(flight.custody, owner), "its engine was parked")
+            if flight.crashes <= self._config.max_resumes:
+                self._resume(flight, crashed=flight.incarnation <= row.crashed)
+
+    def _resume(self, flight: Flight, *, crashed: bool) -> None:
+        if crashed:
+            self.stats.inc("resumes")
+        verdict = ownership.engine_died(flight.custody, Owner(flight.engine, flight.incarnation))
+        self._apply(flight, verdict, "its engine died" if crashed else "its engine was parked")
 
     def _state(self, link: Link) -> None:
         """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""
@@ -361,6 +397,7 @@ class Tracker:
 
     def _close(self, flight: Flight) -> None:
         del self._flights[flight.rid]
+        self._stranded.pop(flight.rid, None)
         self._journal.close(flight.slot)
 
     # -- dispatch -----------------------------------------------------------------------------------
@@ -394,7 +431,7 @@ class Tracker:
         self._turn += 1
         flying = in_flight(facts, frontends)
         engine = choose(facts, flying, self._turn, policy=self._policy, high=high, matched=matched)
-        if engine is None or self.draining:
+        if engine is None:
             raise NoEngine("no engine is ready")
         return engine
 

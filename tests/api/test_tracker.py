@@ -14,17 +14,22 @@ from daemon.api.generation import Lost
 from daemon.api.tracker import Tracker
 from daemon.config import Config
 from daemon.control.fabric import Fabric, FabricHandles, Topology
+from daemon.control.journal import JournalView
 from daemon.control.messages import (
     EngineState,
     Finish,
     SamplingParams,
     Start,
     StepOutput,
+    Takeover,
     ToEngine,
+    ToFrontend,
     decode_to_engine,
     encode,
 )
 from daemon.control.processes import Life, ProcessFacts
+from daemon.control.stats import FRONTEND as FRONTEND_STATS
+from daemon.control.stats import snapshot
 from tests.control.facts import engine
 
 FRONTEND = 5  # its incarnation
@@ -47,15 +52,26 @@ class Box:
         self.topology = handles.topology
         self.table = Fabric(handles, -1, 0).table_writer()
         self.table.publish(self.topology.frontend(0), ProcessFacts(Life.UP, FRONTEND))
+        self.journal = JournalView(Fabric(handles, -1, 0).journal(0))
         self.tracker = Tracker(Fabric(handles, self.topology.frontend(0), FRONTEND), Config(max_queued=10))
 
     def engine(self, i: int, incarnation: int) -> Fabric:
         return Fabric(self.handles, self.topology.engine(i), incarnation)
 
-    def appear(self, i: int, incarnation: int, *, crashed: int = 0) -> None:
-        """Engine i is up and serves."""
+    def appear(
+        self, i: int, incarnation: int, *, crashed: int = 0, state: EngineState = EngineState.SERVING
+    ) -> None:
+        """Engine i is up."""
         self.table.publish(self.topology.engine(i), ProcessFacts(Life.UP, incarnation, crashed=crashed))
-        self.engine(i, incarnation).board().publish(encode(engine(incarnation=incarnation)))
+        self.engine(i, incarnation).board().publish(encode(engine(incarnation=incarnation, state=state)))
+        self.tracker.on_doorbell()
+
+    def resumes(self) -> float:
+        page = Fabric(self.handles, -1, 0).stats(self.topology.frontend(0))
+        return snapshot(page, FRONTEND_STATS).counter("resumes")
+
+    def say(self, i: int, incarnation: int, message: ToFrontend) -> None:
+        self.engine(i, incarnation).writer(self.topology.frontend(0)).put(encode(message), FRONTEND)
         self.tracker.on_doorbell()
 
     def leave(self, i: int, incarnation: int, life: Life = Life.PARKED, *, crashed: int = 0) -> None:
@@ -139,20 +155,78 @@ async def test_two_engines_parked_at_once_send_nothing_to_each_other(box: Box) -
 
 
 @pytest.mark.parametrize("life", [Life.DEAD, Life.PARKED])
-def test_a_crash_ends_its_requests(handles: FabricHandles, life: Life) -> None:
-    """Also that of an engine which was to be parked, and so is not started again."""
+def test_what_a_crashed_engine_had_goes_on_elsewhere(handles: FabricHandles, life: Life) -> None:
+    """Also what one had which was to be parked, and so is not started again. Nothing that it said is lost or asked
+    for twice."""
 
     async def body() -> None:
         box = Box(handles)
         box.appear(0, 1)
-        lost = box.submit()
+        flight = box.submit()
+        box.say(0, 1, StepOutput([flight.rid], [1], [0], [2], [7, 8], [Finish.NONE], [0]))
         box.appear(1, 1)
         box.leave(0, 1, life, crashed=1)
-        with pytest.raises(Lost, match="died"):
-            await lost.next()
-        assert box.starts(1, 1) == []
+        assert (await flight.next()).tokens == [7, 8]
+        assert box.starts(1, 1) == [(flight.rid, 2)]
+        assert box.journal.output(flight.slot) == [7, 8]
+        box.say(1, 1, StepOutput([flight.rid], [2], [2], [1], [9], [Finish.STOP], [0]))
+        assert (await flight.next()).tokens == [9]
+        assert box.resumes() == 1
 
     asyncio.run(body())
+
+
+@on_a_loop
+async def test_a_request_that_may_be_what_kills_engines_ends(box: Box) -> None:
+    box.appear(0, 1)
+    flight = box.submit()
+    box.appear(1, 1)
+    box.leave(0, 1, Life.DEAD, crashed=1)
+    younger = box.submit()
+    assert younger.engine == 1
+    box.appear(0, 2, crashed=1)
+    box.leave(1, 1, Life.DEAD, crashed=1)
+    with pytest.raises(Lost, match="died"):
+        await flight.next()
+    assert not younger.done
+    assert box.starts(0, 2) == [(younger.rid, 2)]
+
+
+@on_a_loop
+async def test_it_waits_for_the_only_engines_successor(box: Box) -> None:
+    box.appear(0, 1)
+    flights = [box.submit() for _ in range(3)]
+    box.leave(0, 1, Life.DEAD, crashed=1)
+    flights[1].cancel()
+    await asyncio.sleep(0.25)
+    assert [f.done for f in flights] == [False, True, False]
+    box.appear(0, 2, crashed=1)
+    await asyncio.sleep(0.25)
+    assert box.starts(0, 2) == [(flights[0].rid, 2), (flights[2].rid, 2)]
+
+
+@on_a_loop
+async def test_it_ends_when_no_engine_can_come_any_more(box: Box) -> None:
+    box.appear(0, 1)
+    flight = box.submit()
+    box.leave(0, 1, Life.FAILED, crashed=1)
+    box.leave(1, 0, Life.FAILED)
+    with pytest.raises(Lost, match="no engine is ready"):
+        await flight.next()
+
+
+@on_a_loop
+async def test_the_destination_of_its_move_may_still_take_it_over(box: Box) -> None:
+    """Its source died with the request frozen, and nobody else serves: that is sooner than anew."""
+    box.appear(0, 1)
+    flight = box.submit()
+    box.appear(1, 1, state=EngineState.DRAINING)
+    box.leave(0, 1, Life.DEAD, crashed=1)
+    box.say(1, 1, Takeover(flight.rid, 1, 0, [5], None))
+    assert (flight.engine, flight.epoch, flight.accepted) == (1, 2, 1)
+    box.appear(0, 2, crashed=1)
+    await asyncio.sleep(0.25)
+    assert box.starts(0, 2) == []
 
 
 @on_a_loop

@@ -1,4 +1,5 @@
-"""kill -9 and SIGSTOP under load: the healthy go on to the last token, the lost are told so, and all is freed."""
+"""kill -9 and SIGSTOP under load: requests go on to the last token wherever anybody is left to know of them, the lost
+are told so, and all is freed."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from tests.e2e import hashed
 from tests.e2e.clients import Swarm, engine_of
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
+
+RESUMES = "llumd:resumes_total"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,8 @@ def all_exact(daemon: Daemon, count: int = 12) -> bool:
         return all(map(hashed.exact, asked, swarm.join()))
 
 
-def test_killed_engine_costs_only_its_own_requests(daemon: Daemon) -> None:
-    asked = bodies(16) + bodies(8, stream=False)
+def test_a_killed_engines_requests_go_on_elsewhere(daemon: Daemon) -> None:
+    asked, resumed = bodies(16) + bodies(8, stream=False), daemon.metric(RESUMES)
     with Swarm(daemon, asked) as swarm:
         swarm.await_tokens(3)
         wait_for("everybody's start", lambda: len(daemon.requests()) == 24)
@@ -47,6 +50,53 @@ def test_killed_engine_costs_only_its_own_requests(daemon: Daemon) -> None:
         before = daemon.kill("engine", 0)
         outcomes = swarm.join()
     assert {0, 1} == set(engines)
+    assert all(map(hashed.exact, asked, outcomes))
+    assert daemon.metric(RESUMES) - resumed >= engines.count(0)
+    assert daemon.await_successor("engine", 0, before)["restarts"] == before["restarts"] + 1
+    daemon.await_whole().await_idle()
+    assert all_exact(daemon)
+
+
+def test_a_request_that_is_there_whenever_an_engine_dies_ends(daemon: Daemon) -> None:
+    """And all other choices of its answer with it, wherever they run."""
+
+    def first_choice() -> int:
+        return next(int(row["engine"]) for row in daemon.requests() if row["id"].endswith("-0"))
+
+    with Swarm(daemon, [{"prompt": "x", "n": 4, "max_tokens": 4000, "stream": True}]) as swarm:
+        wait_for("its choices on both engines", lambda: {row["engine"] for row in daemon.requests()} == {0, 1})
+        swarm.await_tokens(1)
+        one = first_choice()
+        daemon.kill("engine", one)
+        wait_for("its first choice elsewhere", lambda: first_choice() != one)
+        daemon.kill("engine", 1 - one)
+        [outcome] = swarm.join()
+    assert outcome.failed_cleanly, outcome
+    assert outcome.errors[0]["code"] == "engine_error"
+    daemon.await_whole().await_idle()
+    assert all_exact(daemon)
+
+
+def test_requests_wait_for_the_only_engines_successor(start: Start) -> None:
+    daemon = start("--stub-step", "15ms", "--devices", "cpu", engine="hash")
+    asked = bodies(8)
+    with Swarm(daemon, asked) as swarm:
+        swarm.await_tokens(2)
+        daemon.kill("engine", 0)
+        outcomes = swarm.join()
+    assert all(map(hashed.exact, asked, outcomes))
+    daemon.await_idle()
+
+
+def test_without_resumes_a_killed_engine_costs_its_own_requests(start: Start) -> None:
+    daemon = start("--stub-step", "15ms", "--max-resumes", "0", engine="hash")
+    asked = bodies(16) + bodies(8, stream=False)
+    with Swarm(daemon, asked) as swarm:
+        swarm.await_tokens(3)
+        wait_for("everybody's start", lambda: len(daemon.requests()) == 24)
+        engines = engine_of(daemon, swarm.outcomes[:16])
+        daemon.kill("engine", 0)
+        outcomes = swarm.join()
     for body, outcome, engine in zip(asked[:16], outcomes[:16], engines, strict=True):
         if engine == 1:
             assert hashed.exact(body, outcome)
@@ -59,18 +109,7 @@ def test_killed_engine_costs_only_its_own_requests(daemon: Daemon) -> None:
     assert all(a != b for a, b in zip(whole, lost, strict=True))
     assert any(whole)
     assert any(lost)
-    assert daemon.await_successor("engine", 0, before)["restarts"] == before["restarts"] + 1
-    daemon.await_whole().await_idle()
-    assert all_exact(daemon)
-
-
-def test_an_answer_of_several_choices_fails_as_one(daemon: Daemon) -> None:
-    with Swarm(daemon, [{"prompt": "x", "n": 4, "max_tokens": 4000, "stream": True}]) as swarm:
-        wait_for("its choices on both engines", lambda: {row["engine"] for row in daemon.requests()} == {0, 1})
-        swarm.await_tokens(1)
-        daemon.kill("engine", 1)
-        assert swarm.join()[0].failed_cleanly
-    daemon.await_whole().await_idle()
+    daemon.await_idle()
 
 
 def test_all_children_die_at_once(daemon: Daemon) -> None:
@@ -152,13 +191,11 @@ def test_silent_engine_is_killed_and_replaced(start: Start) -> None:
     asked = bodies(8)
     with Swarm(daemon, asked) as swarm:
         swarm.await_tokens(2)
-        engines = engine_of(daemon, swarm.outcomes)
         before = daemon.kill("engine", 1, signal.SIGSTOP)
         after = daemon.await_successor("engine", 1, before)
         outcomes = swarm.join()
     assert "SIGKILL" in after["last_exit"]
-    for body, outcome, engine in zip(asked, outcomes, engines, strict=True):
-        assert outcome.failed_cleanly if engine == 1 else hashed.exact(body, outcome)
+    assert all(map(hashed.exact, asked, outcomes))
     daemon.await_idle()
     assert all_exact(daemon)
 

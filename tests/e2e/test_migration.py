@@ -117,11 +117,7 @@ def test_death_in_the_middle_of_moves(three: Daemon, role: str, index: int) -> N
         outcomes = swarm.join()
     assert all(map(sound, asked, outcomes))
     whole = [hashed.exact(body, outcome) for body, outcome in zip(asked, outcomes, strict=True)]
-    assert any(whole)
-    if role == "coordinator":
-        assert all(whole)
-    if role == "engine":
-        assert not any(outcome.broken for outcome in outcomes)
+    assert all(whole) or (role == "frontend" and any(whole))
     three.await_whole().await_idle()
     after = bodies(12, output=20)
     assert all(map(hashed.exact, after, run_shuffled(three, after, 4, 3)))
