@@ -138,8 +138,11 @@ class Client:
 
     def send(self, prompt_tokens: int, max_tokens: int, **fields: Any) -> Outcome:
         """A greedy request under way, its prompt like no other. `fields` are added to its body."""
-        prompt = self._chance.choices(range(*TOKEN_IDS), k=prompt_tokens)
-        return self.ask({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | fields)
+        return self.ask({"prompt": self.prompt(prompt_tokens), "max_tokens": max_tokens, "temperature": 0} | fields)
+
+    def prompt(self, tokens: int) -> list[int]:
+        """One like no other."""
+        return self._chance.choices(range(*TOKEN_IDS), k=tokens)
 
     def ask(self, body: dict[str, Any]) -> Outcome:
         """A request under way."""
@@ -152,10 +155,15 @@ class Client:
 
     async def finish(self) -> list[Outcome]:
         """All that was sent, once it has ended. Nothing of it may have failed."""
-        outcomes = await asyncio.gather(*self._sent)
-        self._sent.clear()
+        outcomes = await self.settle()
         if failed := [o.error for o in outcomes if not o.ok]:
             raise SystemExit(f"{len(failed)} of {len(outcomes)} requests failed: {', '.join(sorted(set(failed)))}")
+        return outcomes
+
+    async def settle(self) -> list[Outcome]:
+        """All that was sent, once it has ended, be it well or not."""
+        outcomes = await asyncio.gather(*self._sent)
+        self._sent.clear()
         return outcomes
 
     async def until_tokens(self, outcomes: Sequence[Outcome], count: int) -> None:

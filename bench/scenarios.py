@@ -1,4 +1,4 @@
-"""What moving requests is good for, on a real daemon: de-fragmentation, priorities, draining.
+"""What moving requests is good for, on a real daemon: de-fragmentation, priorities, draining; and a death.
 
     python -m bench.scenarios [--quick] [--only NAME] [--json FILE]
 
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from bench import defragmentation, drain, priority
+from bench import death, defragmentation, drain, priority
 from bench.machine import describe
 
 Scenario = tuple[Callable[[bool], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], list[str]]]
@@ -23,6 +23,7 @@ SCENARIOS: dict[str, Scenario] = {
     "defragmentation": (lambda quick: defragmentation.measure(2 if quick else 6), defragmentation.lines),
     "priority": (lambda quick: priority.measure(1, 18.0) if quick else priority.measure(3, 36.0), priority.lines),
     "drain": (lambda quick: drain.measure(1 if quick else 3), drain.lines),
+    "death": (lambda quick: death.measure(1 if quick else 5), death.lines),
 }
 
 

@@ -52,6 +52,7 @@ class Usage(msgspec.Struct):
 
 
 class Chunk(msgspec.Struct):
+    id: str = ""
     choices: list[ChunkChoice] = []
     usage: Usage | None = None
     error: Any = None
@@ -65,6 +66,7 @@ class Outcome:
     """One request as its client saw it. Times are perf_counter seconds."""
 
     index: int
+    id: str = ""  # the server's name for it
     sent: float = 0.0
     lag: float = 0.0  # seconds it was sent after its scheduled arrival
     arrivals: list[float] = field(default_factory=list)  # of chunks with text, none before it may be read
@@ -148,6 +150,7 @@ class StreamReader:
         if chunk.error:
             out.error = "error event"
             return
+        out.id = chunk.id
         if chunk.usage is not None:
             out.usage = chunk.usage
         text = "".join(self._text_of(choice) for choice in chunk.choices)

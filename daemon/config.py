@@ -221,7 +221,7 @@ class Config:
         for name in ("max_queued", "max_choices", "max_output_tokens"):
             _require(getattr(self, name) >= 1, name, "must be at least 1")
         whole = ("threads", "kv_memory", "max_model_len", "max_prompt_tokens", "port")
-        for name in (*whole, "ideal_tokens", "min_engines", "max_engines"):
+        for name in (*whole, "ideal_tokens", "min_engines", "max_engines", "max_resumes"):
             _require(getattr(self, name) >= 0, name, "must not be negative")
         for option in options():
             if option.metadata["unit"] == "seconds":

@@ -13,7 +13,7 @@ from daemon.config import Config, ConfigError, load, options, parse_seconds, par
 
 PARSES = {"bytes", "seconds"}
 UNITS = PARSES | {"tokens", "requests", "choices", "engines", ""}
-BARE = {"threads", "port", "frontends", "memory_share"}  # numbers whose name says what they count
+BARE = {"threads", "port", "frontends", "memory_share", "max_resumes"}  # numbers whose name says what they count
 
 
 def toml(tmp_path: Path, text: str) -> Path:

@@ -109,7 +109,7 @@ def test_requests_that_arrive_while_engines_come_and_go(three: Daemon) -> None:
 
 
 def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
-    asked = bodies(3, output=400)
+    asked = bodies(9, output=400)
     before = three.child("engine", 2)
     with Swarm(three, asked) as swarm:
         wait_for("work on all engines", lambda: all(e["running"] for e in three.status()["engines"]))
