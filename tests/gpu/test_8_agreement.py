@@ -1,6 +1,6 @@
 """Greedy answers of small random bf16 models, against Transformers in float32 with the same weights.
 
-bf16 rounds: where the reference's choice leads by a few hundredths of its logit another token may come out, and
+bf16 rounds: where the reference's choice leads by a hundredth of its logit or less another token may come out, and
 the reference then judges what follows that.
 """
 
@@ -18,19 +18,19 @@ from daemon.kvpool.blocks import BlockManager
 from tests.engine.driving import request, step
 from tests.gpu.parts import judged, logits_after, make_gpu_runner, small_llama, tokens, transformers_bf16
 
-CLOSE, RARE = 3e-2, 0.02
+CLOSE, RARE = 1e-2, 0.02
 CLOSE_E4M3, RARE_E4M3 = 0.2, 0.15
 FAMILY = {
-    "grouped, 64": {},
-    "three to a group, 64": {"hidden": 576, "heads": 9, "kv_heads": 3, "tie": False},
+    "grouped, 64": {"hidden": 512, "heads": 8, "kv_heads": 2},
+    "three to a group, 64": {"hidden": 576, "heads": 9, "kv_heads": 3},
     "grouped, 128, biases": {"hidden": 512, "heads": 8, "kv_heads": 2, "head_dim": 128, "attention_bias": True,
-                             "mlp_bias": True},
+                             "mlp_bias": True, "tie": False},
 }
 
 
 @pytest.fixture(scope="module", params=FAMILY, ids=str)
 def model_dir(request, tmp_path_factory):
-    return small_llama(tmp_path_factory.mktemp("model"), seed=5, **FAMILY[request.param])
+    return small_llama(tmp_path_factory.mktemp("model"), seed=9, layers=2, **FAMILY[request.param])
 
 
 @pytest.fixture(scope="module")
