@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -55,8 +54,7 @@ def _on_call(number: int, again: int) -> None:
 
 def _die(text: str) -> None:
     """Say it to whatever standard error was at first: tests catch what goes to the one of now."""
-    sys.__stderr__.write(f"simgpu: {text}")
-    sys.__stderr__.flush()
+    os.write(_runtime.sim_stderr(), f"simgpu: {text}".encode())
     os._exit(DIED)
 
 

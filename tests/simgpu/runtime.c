@@ -170,6 +170,10 @@ static cudaError_t implicit(Stream *stream, const char *name) {
 
 /* -- for device.py */
 
+static int first_stderr; /* what tests catch later goes elsewhere */
+
+EXPORT int sim_stderr(void) { return first_stderr; }
+
 EXPORT void sim_on_call(void (*function)(uint64_t, int)) { call_python = function; }
 
 EXPORT void sim_call(void *handle, uint64_t number) {
@@ -199,6 +203,7 @@ __attribute__((constructor)) static void begin(void) {
     pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_RECURSIVE);
     pthread_mutex_init(&lock, &kind);
     kernels = calloc(KERNELS, sizeof(Kernel));
+    first_stderr = fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3);
     char file[512];
     const char *prefix = getenv("SIMGPU_LOG");
     if (prefix && snprintf(file, sizeof file, "%s.%d", prefix, getpid()) < (int)sizeof file)
