@@ -1,4 +1,4 @@
-"""The daemon with two engines on one GPU: streams that move from pool to pool by CUDA IPC, and an engine's death."""
+"""The daemon with engines on two GPUs, or both on one: moves from pool to pool by CUDA IPC, and an engine's death."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from tests.e2e.clients import Outcome, Swarm
 from tests.e2e.live import Daemon, wait_for
 from tests.e2e.moving import TAKEOVERS, Shuffler
-from tests.gpu.parts import DEVICE, SIMULATED, judged, small_llama, transformers_bf16
+from tests.gpu.parts import SIMULATED, judged, small_llama, transformers_bf16
 
 OUTPUT, STREAMS = (120, 6) if SIMULATED else (1200, 24)
 LOADING = 180.0  # seconds that engines may take
-FLAGS = ("--devices", f"{DEVICE},{DEVICE}", "--kv-memory", "64MiB", "--max-num-seqs", "24", "--no-rebalance",
+DEVICES = [f"cuda:{i % torch.cuda.device_count()}" for i in range(2)]
+FLAGS = ("--devices", ",".join(DEVICES), "--kv-memory", "64MiB", "--max-num-seqs", "24", "--no-rebalance",
          "--max-batch-tokens", "256", "--dtype", "bf16")
 
 

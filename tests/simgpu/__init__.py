@@ -1,4 +1,4 @@
-"""A simulated GPU: the CUDA engine whole, on a machine without one.
+"""Simulated GPUs: the CUDA engine whole, on a machine without one. $SIMGPU_DEVICES says how many; one if unset.
 
     LLUMD_TORCH=cuda bin/llumd kernels build ...      # as for a GPU, for 9.0a
     .venv/bin/python -m tests.simgpu -m pytest tests/gpu

@@ -58,15 +58,17 @@ def _die(text: str) -> None:
     os._exit(DIED)
 
 
-def put_off(compute: Callable[[], Any]) -> None:
-    """Have `compute` done when the current stream gets there."""
+def put_off(compute: Callable[[], Any], device: torch.device) -> None:
+    """Have `compute` done when the current stream of `device` gets there."""
     number = next(_numbers)
     _calls[number] = compute
-    _runtime.sim_call(_stream(), number)
+    with torch.cuda.device(device):
+        _runtime.sim_call(torch.cuda.current_stream().cuda_stream, number)
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+def _finish(device: torch.device) -> None:
+    with torch.cuda.device(device):
+        _runtime.sim_finish(torch.cuda.current_stream().cuda_stream)
 
 
 def on_host(t: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,7 @@ class Simulation(TorchDispatchMode):
         if not any(t.is_cuda for t in given) and (device is None or torch.device(device).type != "cuda"):
             return func(*args, **kwargs)
         if func is aten.equal.default:  # it reads its answer, which no kernel has written
-            _runtime.sim_finish(_stream())
+            _finish(given[0].device)
             return func(*map(on_host, args))
         result = func(*args, **kwargs)
         results = _tensors(result)
@@ -100,11 +102,15 @@ class Simulation(TorchDispatchMode):
             return result
         compute = _computation(func, args, kwargs, results)
         if all(t.is_cuda for t in results):
-            put_off(compute)
+            put_off(compute, _device_of(results + given))
         else:
-            _runtime.sim_finish(_stream())
+            _finish(_device_of(given))
             compute()
         return result
+
+
+def _device_of(tensors: list[torch.Tensor]) -> torch.device:
+    return next(t.device for t in tensors if t.is_cuda)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -124,7 +130,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
     """Between the host and the device. The runtime has done it already, where no kernel is in it."""
     if source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous():
         return
-    _runtime.sim_finish(_stream())
+    _finish(_device_of([source, target]))
     on_host(target).copy_(on_host(source))
 
 

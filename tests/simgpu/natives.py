@@ -230,7 +230,8 @@ class Module:
                 raise NotImplementedError(f"simgpu: {name} is not simulated")
             result = function(*args)
             held = [on_host(a) if isinstance(a, torch.Tensor) else a for a in args]
-            put_off(lambda: _COMPUTED[name](*held))
+            device = next(a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda)
+            put_off(lambda: _COMPUTED[name](*held), device)
             return result
 
         return call

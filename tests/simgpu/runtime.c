@@ -1,10 +1,13 @@
-/* A CUDA runtime (libcudart.so.13) whose one device is memory of the host and whose kernels do nothing.
+/* A CUDA runtime (libcudart.so.13) whose devices are memory of the host and whose kernels do nothing.
  *
  * What a launch would be refused for on a Hopper is checked: grid, block, shared memory, cluster, stream. Work in a
  * stream waits until something waits for it, and an event that is only asked about comes late: what is not ordered,
  * or overwritten too early, shows. The work is copies, and calls back into Python (device.py), which computes what
  * the kernels would have. A capture records it, a graph's launch does it again. Device memory is a memfd, which an
  * IPC handle names by process and descriptor; it is full of 0xFF, NaN in every format, until something is written.
+ *
+ * There are $SIMGPU_DEVICES devices, one if unset, with $SIMGPU_MIB of memory each, 3 GiB if unset. A stream and an
+ * event belong to the device that was the current one when they were made, and may be used with no other.
  *
  * Simpler than the real thing: streams of a capture do not fork, and nothing runs at the same time as anything else.
  */
@@ -26,7 +29,7 @@
 #define UNCAPTURABLE cudaErrorStreamCaptureUnsupported
 
 enum { PROCESSORS = 132, PLAIN_SHARED = 48 << 10, MOST_SHARED = 232448, MOST_CLUSTER = 8, MOST_THREADS = 1024,
-       MOST_GRID_YZ = 65535, AT_A_QUERY = 16, KERNELS = 1 << 18, PLACES = 1 << 15, STREAM_MAGIC = 0x5742 };
+       MOST_GRID_YZ = 65535, AT_A_QUERY = 16, MOST_DEVICES = 8, KERNELS = 1 << 18, PLACES = 1 << 15, STREAM_MAGIC = 0x5742 };
 
 /* -- errors and the lock */
 
@@ -76,19 +79,20 @@ struct Stream {
     int busy;
     pthread_t worker;
     Graph *capture;
-    int priority;
+    int device, priority;
     Stream *next;
 };
-typedef struct { Stream *stream; uint64_t upto; int captured; double time; } Event;
+typedef struct { Stream *stream; uint64_t upto; int captured, device; double time; } Event;
 
-static Stream legacy = {.magic = STREAM_MAGIC};
-static Stream *streams = &legacy;
+static Stream legacy[MOST_DEVICES]; /* each device's own, which has no name */
+static Stream *streams;
+static _Thread_local int current; /* device */
 static int captures; /* in the mode that forbids other threads what may synchronise */
 static _Thread_local enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 static void (*call_python)(uint64_t number, int again);
 
 static Stream *stream_of(void *handle) {
-    if ((uintptr_t)handle <= 2) return &legacy;
+    if ((uintptr_t)handle <= 2) return &legacy[current];
     Stream *stream = handle;
     if (stream->magic != STREAM_MAGIC) {
         fprintf(stderr, "simgpu: %p is not a stream\n", handle);
@@ -154,8 +158,9 @@ static void perform(Stream *stream, uint64_t upto, long most) {
     pthread_mutex_unlock(&lock);
 }
 
-static void perform_all(void) {
-    for (Stream *stream = streams; stream; stream = stream->next) perform(stream, end_of(stream), -1);
+static void perform_all(int device) {
+    for (Stream *stream = streams; stream; stream = stream->next)
+        if (device < 0 || stream->device == device) perform(stream, end_of(stream), -1);
 }
 
 /* Calls that may synchronise are forbidden while anyone captures, unless the thread says that it knows better. */
@@ -163,9 +168,11 @@ static cudaError_t forbidden(const char *name) {
     return captures && thread_mode != cudaStreamCaptureModeRelaxed ? refuse(UNCAPTURABLE, name) : OK;
 }
 
-/* The legacy stream waits for all others: what is put there while one captures would be captured with it. */
-static cudaError_t implicit(Stream *stream, const char *name) {
-    return captures && stream == &legacy ? refuse(cudaErrorStreamCaptureImplicit, name) : OK;
+/* What may not be put into a stream: work of another device's; and while anyone captures, any in the legacy stream,
+ * which waits for all others and so would be captured with them. */
+static cudaError_t misplaced(Stream *stream, const char *name) {
+    if (stream->device != current) return refuse(cudaErrorInvalidResourceHandle, name);
+    return captures && stream == &legacy[current] ? refuse(cudaErrorStreamCaptureImplicit, name) : OK;
 }
 
 /* -- for device.py */
@@ -203,6 +210,10 @@ __attribute__((constructor)) static void begin(void) {
     pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_RECURSIVE);
     pthread_mutex_init(&lock, &kind);
     kernels = calloc(KERNELS, sizeof(Kernel));
+    for (int device = 0; device < MOST_DEVICES; device++) {
+        legacy[device] = (Stream){.magic = STREAM_MAGIC, .device = device, .next = streams};
+        streams = &legacy[device];
+    }
     first_stderr = fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 3);
     char file[512];
     const char *prefix = getenv("SIMGPU_LOG");
@@ -264,7 +275,7 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const v
     if (shared > MOST_SHARED || (shared > PLAIN_SHARED && shared > (size_t)kernel->shared))
         return refuse(cudaErrorInvalidValue, kernel->name);
     if (!cluster || cluster > MOST_CLUSTER || grid.x % cluster) return refuse(cudaErrorInvalidValue, kernel->name);
-    return implicit(stream, kernel->name);
+    return misplaced(stream, kernel->name);
 }
 
 EXPORT cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
@@ -306,17 +317,30 @@ EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, co
 
 /* -- the device */
 
-static size_t total(void) {
-    const char *named = getenv("SIMGPU_MIB");
-    return (named ? strtoul(named, NULL, 10) : 3072) << 20;
+static unsigned long setting(const char *name, unsigned long otherwise) {
+    const char *text = getenv(name);
+    return text ? strtoul(text, NULL, 10) : otherwise;
 }
 
-EXPORT cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return OK; }
-EXPORT cudaError_t cudaGetDevice(int *device) { *device = 0; return OK; }
-EXPORT cudaError_t cudaSetDevice(int device) { return device ? refuse(cudaErrorInvalidDevice, "cudaSetDevice") : OK; }
+static size_t total(void) { return setting("SIMGPU_MIB", 3072) << 20; }
+
+EXPORT cudaError_t cudaGetDeviceCount(int *count) {
+    *count = setting("SIMGPU_DEVICES", 1);
+    return *count > MOST_DEVICES ? refuse(cudaErrorInvalidDevice, "too many devices") : OK;
+}
+
+EXPORT cudaError_t cudaGetDevice(int *device) { *device = current; return OK; }
+
+EXPORT cudaError_t cudaSetDevice(int device) {
+    int count;
+    cudaGetDeviceCount(&count);
+    if (device < 0 || device >= count) return refuse(cudaErrorInvalidDevice, "cudaSetDevice");
+    current = device;
+    return OK;
+}
 EXPORT cudaError_t cudaDriverGetVersion(int *version) { *version = CUDART_VERSION; return OK; }
 EXPORT cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDART_VERSION; return OK; }
-EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { *can = 0; return OK; }
+EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { *can = a != b; return OK; }
 EXPORT cudaError_t cudaDeviceEnablePeerAccess(int device, unsigned flags) { return OK; }
 EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) { *least = 0, *most = -5; return OK; }
 
@@ -357,10 +381,10 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
 
 /* -- memory */
 
-typedef struct { char *base; size_t size; int fd; int own; } Place;
+typedef struct { char *base; size_t size; int fd, own, device; } Place;
 static Place device_places[PLACES], pinned_places[PLACES];
 static int device_count, pinned_count;
-static size_t used;
+static size_t used[MOST_DEVICES];
 
 static Place *place_of(Place *places, int count, const void *pointer) {
     const char *p = pointer;
@@ -384,7 +408,7 @@ EXPORT cudaError_t cudaMalloc(void **pointer, size_t size) {
     cudaError_t code = forbidden("cudaMalloc");
     if (code) return code;
     pthread_mutex_lock(&lock);
-    if (used + size > total()) code = last_error = cudaErrorMemoryAllocation;
+    if (used[current] + size > total()) code = last_error = cudaErrorMemoryAllocation;
     else {
         if (!size) size = 512;
         int fd = memfd_create("simgpu", MFD_CLOEXEC);
@@ -393,8 +417,8 @@ EXPORT cudaError_t cudaMalloc(void **pointer, size_t size) {
         if (base == MAP_FAILED) code = last_error = cudaErrorMemoryAllocation;
         else {
             memset(base, 0xFF, size);
-            keep(device_places, &device_count, (Place){base, size, fd, 1});
-            used += size;
+            keep(device_places, &device_count, (Place){base, size, fd, 1, current});
+            used[current] += size;
             *pointer = base;
         }
     }
@@ -405,14 +429,14 @@ EXPORT cudaError_t cudaMalloc(void **pointer, size_t size) {
 static cudaError_t let_go(void *pointer, int own, const char *name) {
     cudaError_t code = forbidden(name);
     if (!pointer || code) return code;
-    perform_all();
+    perform_all(-1);
     pthread_mutex_lock(&lock);
     Place *place = on_device(pointer);
     if (!place || place->base != pointer || place->own != own) code = refuse(cudaErrorInvalidValue, name);
     else {
         munmap(place->base, place->size);
         close(place->fd);
-        if (own) used -= place->size;
+        if (own) used[place->device] -= place->size;
         place->base = NULL;
     }
     pthread_mutex_unlock(&lock);
@@ -420,11 +444,14 @@ static cudaError_t let_go(void *pointer, int own, const char *name) {
 }
 
 EXPORT cudaError_t cudaFree(void *pointer) { return let_go(pointer, 1, "cudaFree"); }
-EXPORT cudaError_t cudaMemGetInfo(size_t *free, size_t *all) { *free = total() - used, *all = total(); return OK; }
+EXPORT cudaError_t cudaMemGetInfo(size_t *free, size_t *all) {
+    *free = total() - used[current], *all = total();
+    return OK;
+}
 
 EXPORT cudaError_t cudaHostRegister(void *pointer, size_t size, unsigned flags) {
     pthread_mutex_lock(&lock);
-    keep(pinned_places, &pinned_count, (Place){pointer, size, -1, 0});
+    keep(pinned_places, &pinned_count, (Place){pointer, size, -1, 0, -1});
     pthread_mutex_unlock(&lock);
     return OK;
 }
@@ -445,7 +472,7 @@ EXPORT cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
 }
 
 EXPORT cudaError_t cudaFreeHost(void *pointer) {
-    perform_all();
+    perform_all(-1);
     cudaError_t code = cudaHostUnregister(pointer);
     free(pointer);
     return code;
@@ -453,11 +480,13 @@ EXPORT cudaError_t cudaFreeHost(void *pointer) {
 
 EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
     pthread_mutex_lock(&lock);
-    int device = on_device(pointer) != NULL, plain = pageable(pointer);
+    const Place *place = on_device(pointer);
+    int plain = pageable(pointer);
     pthread_mutex_unlock(&lock);
     *attributes = (struct cudaPointerAttributes){
-        .type = device ? cudaMemoryTypeDevice : plain ? cudaMemoryTypeUnregistered : cudaMemoryTypeHost,
-        .devicePointer = (void *)pointer, .hostPointer = device ? NULL : (void *)pointer};
+        .type = place ? cudaMemoryTypeDevice : plain ? cudaMemoryTypeUnregistered : cudaMemoryTypeHost,
+        .device = place ? place->device : current,
+        .devicePointer = (void *)pointer, .hostPointer = place ? NULL : (void *)pointer};
     return OK;
 }
 
@@ -469,7 +498,7 @@ EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum
     int reads = pageable(from), writes = pageable(to);
     pthread_mutex_unlock(&lock);
     note("copy %zu kind %d stream %p%s\n", size, kind, (void *)handle, stream->capture ? " captured" : "");
-    cudaError_t code = implicit(stream, "cudaMemcpyAsync");
+    cudaError_t code = misplaced(stream, "cudaMemcpyAsync");
     if (code) return code;
     if (stream->capture && (reads || writes)) return refuse(UNCAPTURABLE, "captured copy of pageable memory");
     if (reads) from = memcpy(malloc(size ? size : 1), from, size);
@@ -500,7 +529,7 @@ EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from
 
 EXPORT cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t handle) {
     Stream *stream = stream_of(handle);
-    cudaError_t code = implicit(stream, "cudaMemsetAsync");
+    cudaError_t code = misplaced(stream, "cudaMemsetAsync");
     if (!code) submit(stream, (Work){.kind = FILL, .to = to, .size = size, .value = value & 0xFF});
     return code;
 }
@@ -536,7 +565,7 @@ EXPORT cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t handl
     char *base = fd < 0 ? MAP_FAILED : mmap(NULL, name.size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED) return refuse(cudaErrorInvalidResourceHandle, "cudaIpcOpenMemHandle");
     pthread_mutex_lock(&lock);
-    keep(device_places, &device_count, (Place){base, name.size, fd, 0});
+    keep(device_places, &device_count, (Place){base, name.size, fd, 0, current});
     pthread_mutex_unlock(&lock);
     *pointer = base;
     return OK;
@@ -557,9 +586,9 @@ EXPORT int sim_address_range(uint64_t *base, size_t *size, uint64_t pointer) {
 
 EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *handle, unsigned flags, int priority) {
     Stream *stream = calloc(1, sizeof *stream);
-    stream->magic = STREAM_MAGIC, stream->priority = priority;
+    *stream = (Stream){.magic = STREAM_MAGIC, .device = current, .priority = priority};
     pthread_mutex_lock(&lock);
-    stream->next = legacy.next, legacy.next = stream;
+    stream->next = streams, streams = stream;
     pthread_mutex_unlock(&lock);
     *handle = (cudaStream_t)stream;
     return OK;
@@ -581,7 +610,7 @@ EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 
 EXPORT cudaError_t cudaDeviceSynchronize(void) {
     cudaError_t code = forbidden("cudaDeviceSynchronize");
-    if (!code) perform_all();
+    if (!code) perform_all(current);
     return code;
 }
 
@@ -599,6 +628,7 @@ EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function
 
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     *event = calloc(1, sizeof(Event));
+    ((Event *)*event)->device = current;
     return OK;
 }
 
@@ -609,6 +639,7 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t str
     Event *event = (Event *)handle;
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
+    if (stream_of(stream)->device != event->device) return refuse(cudaErrorInvalidResourceHandle, "cudaEventRecord");
     pthread_mutex_lock(&lock);
     event->stream = stream_of(stream);
     event->captured = event->stream->capture != NULL;
@@ -660,7 +691,7 @@ EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
 
 EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptureMode mode) {
     Stream *stream = stream_of(handle);
-    if (stream == &legacy || stream->capture) return refuse(UNCAPTURABLE, "cudaStreamBeginCapture");
+    if (stream == &legacy[current] || stream->capture) return refuse(UNCAPTURABLE, "cudaStreamBeginCapture");
     stream->capture = calloc(1, sizeof(Graph));
     if (mode == cudaStreamCaptureModeGlobal) captures++;
     return OK;
@@ -751,6 +782,6 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **fun
 }
 
 EXPORT cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *pool, int device) {
-    *pool = (cudaMemPool_t)&legacy;
+    *pool = (cudaMemPool_t)&legacy[device];
     return OK;
 }

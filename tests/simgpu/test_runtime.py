@@ -10,6 +10,7 @@ import pytest
 from tests.simgpu.build import CUDART, RUNTIME, BuildError, compile_library
 
 OUT_OF_MEMORY, INVALID_VALUE, INVALID_CONFIGURATION, UNKNOWN_KERNEL = 2, 1, 9, 98
+INVALID_DEVICE, INVALID_HANDLE = 101, 400
 NOT_READY, UNCAPTURABLE, IMPLICIT = 600, 900, 906
 GLOBAL, DEFAULT = 0, 4  # kinds of capture, of copy
 SIZE = 64
@@ -168,6 +169,19 @@ def test_launches_that_no_gpu_takes_are_refused(cuda):
     assert cuda.cudaFuncSetAttribute(kernel, most_dynamic_shared_memory, 228 << 10) == INVALID_VALUE
     assert cuda.cudaFuncSetAttribute(kernel, most_dynamic_shared_memory, 64 << 10) == 0
     assert launch(cuda, kernel, shared=64 << 10) == 0
+
+
+def test_what_belongs_to_another_device_is_refused(cuda, stream, monkeypatch):
+    monkeypatch.setenv("SIMGPU_DEVICES", "2")
+    event, source, target = made(cuda.cudaEventCreate), pinned(cuda, 10), device(cuda)
+    assert cuda.cudaSetDevice(2) == INVALID_DEVICE
+    assert cuda.cudaSetDevice(1) == 0
+    try:
+        assert copy(cuda, target, source, stream) == INVALID_HANDLE
+        assert cuda.cudaEventRecord(event, made(cuda.cudaStreamCreate)) == INVALID_HANDLE
+        assert copy(cuda, target, source, made(cuda.cudaStreamCreate)) == 0  # memory may be any device's
+    finally:
+        cuda.cudaSetDevice(0)
 
 
 def test_memory_runs_out(cuda, monkeypatch):
