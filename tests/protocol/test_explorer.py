@@ -5,8 +5,11 @@ engines run a request at one epoch, each token was drawn from exactly what its c
 by what the box does without a fault, every request can still end and leave nothing behind.
 """
 
+import multiprocessing
 import os
 import re
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -92,15 +95,40 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def explored(request):
+    """Outcomes to come, by test: all chosen are explored on all processors from the first one's start."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        chosen = [item for item in request.session.items if item.module is request.module]
+        yield {item.name: pool.submit(_explore, *_world_of(item.callspec.params)) for item in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
+def _world_of(params: dict[str, Any]) -> tuple[type[World], dict[str, Any]]:
+    if "fault" in params:
+        return params["fault"], SCENES[FAULTS[params["fault"]][1]][1]
+    if "late" in params:
+        return World, OVERLAPPED[params["late"]][1] | {"overlap": True}
+    return World, SCENES[params["scene"]][1]
+
+
+def _explore(world: type[World], box: dict[str, Any]) -> Outcome:
+    return explore(world(**box))
+
+
+@pytest.fixture
+def outcome(explored: dict[str, Future[Outcome]], request) -> Outcome:
+    return explored[request.node.name].result()
+
+
 def told(outcome: Outcome) -> str:
     return "\n".join([f"{outcome.flaw} after {outcome.states} states:", *map(str, outcome.path)])
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("scene", SCENES)
-def test_every_state_is_sound_and_can_end(scene):
-    expected, box = SCENES[scene]
-    outcome = explore(World(**box))
+def test_every_state_is_sound_and_can_end(scene, outcome):
+    expected, _ = SCENES[scene]
     print(f"{scene}: {outcome.states} states, {outcome.edges} transitions")
     assert outcome.flaw is None, told(outcome)
     assert outcome.complete
@@ -129,21 +157,18 @@ if os.environ.get("LLUMD_EXPLORE"):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("scene", OVERLAPPED)
-def test_every_state_is_sound_and_can_end_with_a_step_in_flight(scene):
-    expected, box = OVERLAPPED[scene]
-    outcome = explore(World(**box, overlap=True))
-    print(f"{scene}: {outcome.states} states, {outcome.edges} transitions")
+@pytest.mark.parametrize("late", OVERLAPPED)
+def test_every_state_is_sound_and_can_end_with_a_step_in_flight(late, outcome):
+    expected, _ = OVERLAPPED[late]
+    print(f"{late}: {outcome.states} states, {outcome.edges} transitions")
     assert outcome.flaw is None, told(outcome)
     assert outcome.complete
     assert expected <= outcome.said, f"never heard {expected - outcome.said}: the scene shows less than it should"
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_broken_rule_is_caught(fault):
+def test_a_broken_rule_is_caught(fault, outcome):
     """In a scene that is sound with every rule in place."""
-    flaw, scene = FAULTS[fault]
-    _, box = SCENES[scene]
-    outcome = explore(fault(**box))
+    flaw, _ = FAULTS[fault]
     print(told(outcome))
     assert outcome.flaw is not None and re.search(flaw, outcome.flaw), told(outcome)

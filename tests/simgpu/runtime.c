@@ -15,6 +15,7 @@
 #include <cuda_runtime_api.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,7 +30,8 @@
 #define UNCAPTURABLE cudaErrorStreamCaptureUnsupported
 
 enum { PROCESSORS = 132, PLAIN_SHARED = 48 << 10, MOST_SHARED = 232448, MOST_CLUSTER = 8, MOST_THREADS = 1024,
-       MOST_GRID_YZ = 65535, AT_A_QUERY = 16, MOST_DEVICES = 8, KERNELS = 1 << 18, PLACES = 1 << 15, STREAM_MAGIC = 0x5742 };
+       MOST_GRID_YZ = 65535, AT_A_QUERY = 16, MOST_DEVICES = 8, KERNELS = 1 << 18, PLACES = 1 << 15,
+       STREAM_MAGIC = 0x5742 };
 
 /* -- errors and the lock */
 
@@ -39,7 +41,6 @@ static _Thread_local cudaError_t last_error;
 static FILE *journal; /* what is launched and copied, where $SIMGPU_LOG names a file */
 
 static void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
-#include <stdarg.h>
 static void note(const char *format, ...) {
     if (!journal) return;
     va_list arguments;
@@ -222,7 +223,7 @@ __attribute__((constructor)) static void begin(void) {
 }
 
 EXPORT void **__cudaRegisterFatBinary(void *binary) { return malloc(sizeof(void *)); }
-EXPORT void __cudaRegisterFatBinaryEnd(void **handle) { }
+EXPORT void __cudaRegisterFatBinaryEnd(void **handle) {}
 EXPORT void __cudaUnregisterFatBinary(void **handle) { free(handle); }
 EXPORT void __cudaRegisterVar(void) {}
 EXPORT char __cudaInitModule(void **handle) { return 0; }
@@ -338,6 +339,7 @@ EXPORT cudaError_t cudaSetDevice(int device) {
     current = device;
     return OK;
 }
+
 EXPORT cudaError_t cudaDriverGetVersion(int *version) { *version = CUDART_VERSION; return OK; }
 EXPORT cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDART_VERSION; return OK; }
 EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { *can = a != b; return OK; }
@@ -444,6 +446,7 @@ static cudaError_t let_go(void *pointer, int own, const char *name) {
 }
 
 EXPORT cudaError_t cudaFree(void *pointer) { return let_go(pointer, 1, "cudaFree"); }
+
 EXPORT cudaError_t cudaMemGetInfo(size_t *free, size_t *all) {
     *free = total() - used[current], *all = total();
     return OK;
