@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from daemon.control.fabric import Fabric, FabricHandles, Topology
+from daemon.control.fabric import FabricHandles
+from tests.control.boxes import handles_of
 
 # A landing must not hang on luck: there the examples are the same each time. At a desk they differ.
 settings.register_profile("ci", derandomize=True)
@@ -17,7 +18,5 @@ if os.environ.get("CI"):
 @pytest.fixture
 def handles() -> Iterator[FabricHandles]:
     """The shared memory of one frontend and three engines."""
-    made = Fabric.create(Topology(1, 3), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
-        os.close(fd)
+    with handles_of(1, 3) as made:
+        yield made

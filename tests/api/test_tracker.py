@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from daemon.api.flight import Flight
 from daemon.api.generation import Lost
 from daemon.api.tracker import Tracker
 from daemon.config import Config
-from daemon.control.fabric import Fabric, FabricHandles, Topology
+from daemon.control.fabric import Fabric, FabricHandles
 from daemon.control.journal import JournalView
 from daemon.control.messages import (
     EngineState,
@@ -30,6 +29,7 @@ from daemon.control.messages import (
 from daemon.control.processes import Life, ProcessFacts
 from daemon.control.stats import FRONTEND as FRONTEND_STATS
 from daemon.control.stats import snapshot
+from tests.control.boxes import handles_of
 from tests.control.facts import engine
 
 FRONTEND = 5  # its incarnation
@@ -38,10 +38,8 @@ PARAMS = SamplingParams(10, 1)
 
 @pytest.fixture
 def handles() -> Iterator[FabricHandles]:
-    made = Fabric.create(Topology(1, 2), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
-        os.close(fd)
+    with handles_of(1, 2) as made:
+        yield made
 
 
 class Box:

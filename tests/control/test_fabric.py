@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +13,7 @@ from daemon.control.journal import Journal
 from daemon.control.messages import EngineState
 from daemon.control.processes import PROGRESS_BYTES, Life, ProcessFacts
 from daemon.control.ring import PAGE
+from tests.control.boxes import handles_of
 
 topologies = st.builds(Topology, st.integers(1, 16), st.integers(1, 64))
 
@@ -60,10 +60,8 @@ def test_statistics_fit_their_page():
 
 @pytest.fixture
 def handles() -> Iterator[FabricHandles]:
-    made = Fabric.create(Topology(2, 64), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
-        os.close(fd)
+    with handles_of(2, 64) as made:
+        yield made
 
 
 def test_every_lane_of_a_large_box_carries_its_own(handles: FabricHandles):

@@ -13,30 +13,28 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tvm_ffi
 
+from daemon.engine.cuda.ops import TorchOps
 from tests.simgpu.build import build_host_draw
 from tests.simgpu.device import on_host, put_off
 
 _NHD = 0
 _CAUSAL = 1
 _ALL = 1 << 30
+_OPS = TorchOps()  # the definition
 
 
 def rmsnorm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
-    wide = x.float()
-    out.copy_(wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float())
+    out.copy_(_OPS.rms_norm(x, weight, eps))
 
 
 def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
-    residual.add_(x)
-    rmsnorm(x, residual, weight, eps)
+    _OPS.add_rms_norm(x, residual, weight, eps)
 
 
 def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor, *_: Any) -> None:
-    gate, up = gate_up.float().chunk(2, -1)
-    out.copy_(F.silu(gate) * up)
+    out.copy_(_OPS.silu_mul(gate_up))
 
 
 def apply_rope_pos_ids_cos_sin_cache(
@@ -44,10 +42,8 @@ def apply_rope_pos_ids_cos_sin_cache(
     positions: torch.Tensor, interleave: bool, *_: Any,
 ) -> None:  # fmt: skip
     assert not interleave
-    cos, sin = cache[positions.long()].unsqueeze(1).chunk(2, -1)
-    for heads, out in ((q, q_out), (k, k_out)):
-        low, high = heads.float().chunk(2, -1)
-        out.copy_(torch.cat([low * cos - high * sin, high * cos + low * sin], -1))
+    assert (q.data_ptr(), k.data_ptr()) == (q_out.data_ptr(), k_out.data_ptr())  # in place
+    _OPS.rotate(positions, q_out, k_out, cache)
 
 
 def append_paged_kv_cache(
