@@ -10,6 +10,7 @@ kernel's own file to see whether it is current. So it is kept under a stamp of e
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,10 @@ def _is_writable(directory: Path) -> bool:
 
 # Without a place to keep machine code, numba refuses to cache rather than compile.
 _CACHE = _is_writable(Path(os.environ["NUMBA_CACHE_DIR"]))
+if not any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbi")):
+    # A start that takes many times as long as others should say why.
+    _kept = "once for this version" if _CACHE else f"and cannot keep them in {os.environ['NUMBA_CACHE_DIR']}"
+    logging.getLogger(__name__).info("compiling kernels for this CPU, %s: some seconds, more if it is busy", _kept)
 
 
 def kernel(*signatures: str, parallel: bool = False, fastmath: bool = False,

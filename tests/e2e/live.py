@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m"]
 HEADERS = {"Content-Type": "application/json"}
 
+READY = 150.0  # seconds that a start may take: the first on a machine compiles kernels, here beside other work
 HELD = ("running", "waiting", "incoming", "outgoing", "kv_used_blocks")  # of an engine
 
 T = TypeVar("T")
@@ -59,12 +60,12 @@ class Daemon:
 
     # -- life
 
-    def await_ready(self, timeout: float = 60.0) -> Daemon:
+    def await_ready(self, timeout: float = READY) -> Daemon:
         """Until the ready line is printed and every process serves."""
         self.await_announced(timeout)
         return self.await_whole(timeout)
 
-    def await_announced(self, timeout: float = 60.0) -> None:
+    def await_announced(self, timeout: float = READY) -> None:
         def announced() -> str | None:
             assert self.process.poll() is None, f"the daemon has ended:\n{self.log}"
             found = re.search(r"serves \S+ at (\S+)$", (self.home / "out").read_text(), re.MULTILINE)
