@@ -134,6 +134,9 @@ def decode(c: Context, **options: Any) -> None:
     began = time.perf_counter()
     runner = gpu_steps.make(c.card, made)
     c.figure("loaded and captured in", time.perf_counter() - began, "s", blocks=runner.num_blocks)
+    for rows, ways in sorted(runner.ways.items()):
+        for way, seconds in ways.items():
+            c.figure(f"{way}, {rows} of context 1", seconds * 1e3, "ms")
     batches = c.scale.some if options else c.scale.batches
     for batch in batches:
         _decode(c, runner, made, batch, overlap=True, graphs=True)

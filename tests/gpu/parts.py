@@ -152,15 +152,19 @@ class Judgement(NamedTuple):
 
 def transformers_bf16(path: Path) -> Any:
     """The model's bf16 weights in float32 arithmetic: the definition, without a rounding of its own."""
+    return transformers_on(path, DEVICE)
+
+
+def transformers_on(path: Path, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(DEVICE)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
 
 
 @torch.inference_mode()
 def logits_after(model: Any, ids: Sequence[int], prompt_len: int) -> torch.Tensor:
     """Transformers' logits for each token behind the prompt, float32[output, vocab]."""
-    return model(torch.tensor([list(ids[:-1])], device=DEVICE)).logits[0, prompt_len - 1 :].float()
+    return model(torch.tensor([list(ids[:-1])], device=model.device)).logits[0, prompt_len - 1 :].float()
 
 
 def judged(model: Any, answers: Sequence[tuple[Sequence[int], int]]) -> Judgement:
@@ -168,7 +172,7 @@ def judged(model: Any, answers: Sequence[tuple[Sequence[int], int]]) -> Judgemen
     positions, other, worst = 0, 0, 0.0
     for ids, prompt_len in answers:
         logits = logits_after(model, ids, prompt_len)
-        taken = logits.gather(1, torch.tensor(list(ids[prompt_len:]), device=DEVICE)[:, None])[:, 0]
+        taken = logits.gather(1, torch.tensor(list(ids[prompt_len:]), device=logits.device)[:, None])[:, 0]
         best = logits.amax(1)
         behind = (best - taken) / best.abs()
         positions += len(behind)

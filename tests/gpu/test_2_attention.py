@@ -44,12 +44,11 @@ def qkv(heads, count):
 
 
 def compare(attentions, both, heads, inputs, *, decode, real):
-    fast, slow = attentions
+    q, k, v = qkv(heads, len(inputs.tokens))
     for attention, pool in zip(attentions, both, strict=True):
         attention.adopt(pool)
-    q, k, v = qkv(heads, len(inputs.tokens))
-    got = fast.attend(LAYER, q, k.clone(), v.clone(), inputs, decode=decode)
-    expected = slow.attend(LAYER, q, k.clone(), v.clone(), inputs, decode=decode)
+        attention.append(LAYER, k.clone(), v.clone(), inputs)
+    got, expected = (attention.attend(LAYER, q, inputs, decode=decode) for attention in attentions)
     ours, theirs = (pool[1:].view(torch.uint8) for pool in both)  # in block 0 dummies write over one another
     assert torch.equal(ours, theirs)
     torch.testing.assert_close(got[:real].float(), expected[:real].float(), rtol=2e-2, atol=2e-2)

@@ -1,23 +1,28 @@
 """A replayed decode step against the same step without its graph, for every bucket."""
 
 import random
+from functools import partial
 from itertools import count
 
 import pytest
 import torch
 
 from daemon.engine.cuda.buckets import graph_buckets
+from daemon.engine.cuda.graphs import Graphs
+from daemon.engine.cuda.staging import CudaStream
 from daemon.engine.runner import Row, StepPlan
 from tests.engine.driving import generate, request
-from tests.gpu.parts import make_gpu_runner, small_llama, tokens
+from tests.gpu.parts import DEVICE, SIMULATED, make_gpu_runner, small_llama, tokens
 
 LARGEST = 132
 
 
-@pytest.fixture(scope="module", params=[64, 128], ids=lambda d: f"head_dim {d}")
+@pytest.fixture(scope="module", params=[(64, "on"), (128, "off")], ids=["head_dim 64, few rows", "head_dim 128"])
 def runner(request, tmp_path_factory):
-    path = small_llama(tmp_path_factory.mktemp("model"), head_dim=request.param)
-    return make_gpu_runner(path, blocks=1 + LARGEST * 16, max_num_seqs=LARGEST, max_batch_tokens=2048)
+    head_dim, few_rows = request.param
+    path = small_llama(tmp_path_factory.mktemp("model"), head_dim=head_dim)
+    return make_gpu_runner(path, blocks=1 + LARGEST * 16, max_num_seqs=LARGEST, max_batch_tokens=2048,
+                           few_rows=few_rows)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def decoded(runner, requests):
 def test_replay_gives_what_the_step_gives(runner, requests, rows, monkeypatch):
     chosen = random.Random(rows).sample(requests, rows)
     drawn, logits = decoded(runner, chosen)
-    monkeypatch.setattr(runner, "_compute_decodes", runner._passes.decode)
+    monkeypatch.setattr(runner, "_compute_decodes", runner._decode)
     expected_drawn, expected = decoded(runner, chosen)
     torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2)
     assert drawn == expected_drawn or not torch.equal(logits, expected)
@@ -53,6 +58,28 @@ def test_replays_of_all_buckets_in_any_order(runner, requests, monkeypatch):
     rng = random.Random(1)
     chosen = [rng.sample(requests, rng.randint(1, LARGEST)) for _ in range(40)]
     replayed = [decoded(runner, some) for some in chosen]
-    monkeypatch.setattr(runner, "_compute_decodes", runner._passes.decode)
+    monkeypatch.setattr(runner, "_compute_decodes", runner._decode)
     for some, (_, logits) in zip(chosen, replayed, strict=True):
         torch.testing.assert_close(logits, decoded(runner, some)[1], rtol=1e-2, atol=1e-2)
+
+
+def test_the_quickest_way_is_taken_of_those_that_come_to_the_same():
+    stream, x, y = CudaStream(torch.device(DEVICE)), *torch.zeros(2, 1 << 22, device=DEVICE)
+    torch.cuda.synchronize()
+
+    def slow():
+        for _ in range(50):
+            y.mul_(0.5)
+        x.fill_(1.0)
+
+    ways = {"slow": slow} | {name: partial(x.fill_, value)
+                             for name, value in (("quick", 1.01), ("wrong", 1.2), ("nan", torch.nan))}
+    graphs = Graphs(stream)
+    graphs.capture(4, ways, x)
+    graphs.capture(2, {"wrong": ways["wrong"]}, x)  # by which nothing is measured
+    assert set(graphs.seconds) == {4} and set(graphs.seconds[4]) == {"slow", "quick"}
+    assert graphs.ways == {4: "quick" if not SIMULATED else graphs.ways[4], 2: "wrong"}  # times are not simulated
+    with torch.cuda.stream(stream.stream):
+        for bucket, value in ((4, {"quick": 1.01, "slow": 1.0}[graphs.ways[4]]), (2, 1.2)):
+            graphs.replay(bucket)
+            torch.testing.assert_close(x.cpu(), torch.full((1 << 22,), value))

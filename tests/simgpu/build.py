@@ -16,7 +16,8 @@ from daemon.engine.cuda import compile as kernels_compile
 from daemon.engine.cuda.kernels import KernelError
 
 RUNTIME = Path(__file__).with_name("runtime.c")
-HOST_DRAW = Path(__file__).parents[1] / "engine" / "cuda" / "host_draw.cpp"
+HOST_SOURCES = Path(__file__).parents[1] / "engine" / "cuda"
+HOST_FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 KERNEL_SOURCES = Path(kernels_compile.__file__).parent
 FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-shared", "-fPIC")
 CUDART = "libcudart.so.13"
@@ -72,16 +73,16 @@ def build() -> list[Path]:
     return [where / name for name in sources]
 
 
-def build_host_draw() -> Path:
-    """The sampler's kernel with a team of one thread for the GPU's. Raises BuildError."""
-    sources = [HOST_DRAW, *sorted(KERNEL_SOURCES.glob("*.h"))]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    library = cache_dir() / "simgpu" / f"host_draw_{digest}.so"
+def build_host(name: str) -> Path:
+    """The source of one of our own kernels for the CPU: "draw" or "gemv". Raises BuildError."""
+    unit = HOST_SOURCES / f"host_{name}.cpp"
+    sources = [unit, *sorted(KERNEL_SOURCES.glob("*.h"))]
+    digest = hashlib.sha256(repr(HOST_FLAGS).encode() + b"".join(s.read_bytes() for s in sources)).hexdigest()[:12]
+    library = cache_dir() / "simgpu" / f"host_{name}_{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         scratch = library.with_suffix(f".{os.getpid()}")
-        _compile(["c++", "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{KERNEL_SOURCES}",
-                  str(HOST_DRAW), "-o", str(scratch), "-pthread"])
+        _compile(["c++", *HOST_FLAGS, f"-I{KERNEL_SOURCES}", str(unit), "-o", str(scratch)])
         scratch.rename(library)
     return library
 

@@ -16,7 +16,8 @@ import torch
 import tvm_ffi
 
 from daemon.engine.cuda.ops import TorchOps
-from tests.simgpu.build import build_host_draw
+from tests.engine.cuda.host_gemv import HostGemv
+from tests.simgpu.build import build_host
 from tests.simgpu.device import on_host, put_off
 
 _NHD = 0
@@ -200,12 +201,34 @@ def draw(logits: torch.Tensor, *more: torch.Tensor) -> None:
 
 @lru_cache
 def _host_draw() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build_host_draw()))
+    return ctypes.CDLL(str(build_host("draw")))
+
+
+@lru_cache
+def _host_gemv() -> HostGemv:
+    return HostGemv(build_host("gemv"))
+
+
+def add(*args: Any) -> None:
+    """This and the next three: by the kernel's own algorithm."""
+    _host_gemv().add(*args)
+
+
+def gate(*args: Any) -> None:
+    _host_gemv().gate(*args)
+
+
+def logits(*args: Any) -> None:
+    _host_gemv().logits(*args)
+
+
+def heads(*args: Any) -> None:
+    _host_gemv().heads(*args)
 
 
 _COMPUTED: dict[str, Callable[..., None]] = {f.__name__: f for f in (
     rmsnorm, fused_add_rmsnorm, silu_and_mul, apply_rope_pos_ids_cos_sin_cache, append_paged_kv_cache, paged_run,
-    draw,
+    draw, add, gate, logits, heads,
 )}
 _HOSTED = ("plan",)  # they compute on the host, and are as they are
 

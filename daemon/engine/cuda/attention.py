@@ -47,10 +47,17 @@ class Attention(Protocol):
         chunks cut to `size`; `turn`: which set of staging buffers this step has."""
         ...
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs, *,
-               decode: bool) -> torch.Tensor:
-        """Store k and v [n, kv_heads, head_dim] of the pass in the pool, then let q [n, heads, head_dim] attend to
-        each sequence up to its own position. Gives [n, heads, head_dim] in the dtype of q."""
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer: views [blocks, block_size, kv_heads, head_dim]."""
+        ...
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
+        """Store k and v [n, kv_heads, head_dim] of the pass in the pool. May change both."""
+        ...
+
+    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
+        """Let q [n, heads, head_dim] attend to each sequence up to its own position, whose KV is in the pool. Gives
+        [n, heads, head_dim] in the dtype of q."""
         ...
 
 
@@ -75,9 +82,16 @@ class TorchAttention:
     def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, turn: int) -> None:
         """Nothing to plan."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs, *,
-               decode: bool) -> torch.Tensor:
-        self._store(layer, k, v, inputs)
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._pool[:, layer, 0], self._pool[:, layer, 1]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
+        page, place = inputs.positions.long() // self._shape.block_size, inputs.positions.long()
+        blocks = inputs.kv_indices[inputs.kv_indptr[inputs.rows.long()].long() + page].long()
+        for pages, x in zip(self.pages(layer), (k, v), strict=True):
+            pages[blocks, place % self._shape.block_size] = pool_entries(x, pages.dtype)
+
+    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
         out = torch.empty_like(q)
         queries, pages = inputs.qo_indptr.tolist(), inputs.kv_indptr.tolist()
         for row, last in enumerate(inputs.last_page_len.tolist()):
@@ -87,13 +101,6 @@ class TorchAttention:
             kv = self._pool[blocks, layer].transpose(0, 1).flatten(1, 2)[:, :length]
             out[mine] = self._row(q[mine], kv).to(q.dtype)
         return out
-
-    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
-        page, place = inputs.positions.long() // self._shape.block_size, inputs.positions.long()
-        blocks = inputs.kv_indices[inputs.kv_indptr[inputs.rows.long()].long() + page].long()
-        for part, x in enumerate((k, v)):
-            entries = pool_entries(x, self._pool.dtype)
-            self._pool[blocks, layer, part, place % self._shape.block_size] = entries
 
     def _row(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """q [n, heads, head_dim], the last of `kv` [2, length, kv_heads, head_dim]: [n, heads, head_dim] float32."""
@@ -155,17 +162,20 @@ class FlashInferAttention:
         else:
             self._plan_prefill(host, device, size, turn)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs, *,
-               decode: bool) -> torch.Tensor:
-        cache = self._layers[layer]
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._layers[layer]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
         self._fi.append_paged_kv_cache(
             append_key=pool_entries(k, self._kv_dtype), append_value=pool_entries(v, self._kv_dtype),
-            batch_indices=inputs.rows, positions=inputs.positions, paged_kv_cache=cache,
+            batch_indices=inputs.rows, positions=inputs.positions, paged_kv_cache=self._layers[layer],
             kv_indices=inputs.kv_indices, kv_indptr=inputs.kv_indptr, kv_last_page_len=inputs.last_page_len,
             kv_layout="NHD",
         )
+
+    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
         wrapper = self._decoders[len(q)] if decode else self._prefiller
-        return wrapper.run(q, cache, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
+        return wrapper.run(q, self._layers[layer], out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
 
     def _geometry(self, head_dim: str) -> dict[str, Any]:
         """Arguments that both wrappers' plans share; they call the head's width by different names."""

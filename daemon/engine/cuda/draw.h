@@ -4,14 +4,7 @@
 // fast-math options.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#ifdef __CUDACC__
-#define LLUMD_BOTH __host__ __device__ __forceinline__
-#else
-#define LLUMD_BOTH inline
-#endif
+#include "both.h"
 
 namespace llumd {
 
@@ -22,18 +15,6 @@ constexpr float LEAST = -44.0f;
 constexpr uint32_t STREAM_DRAW = 0;
 constexpr uint32_t GROUP = 4;  // tokens that share a Philox counter
 constexpr int32_t NO_TOKEN = -1;
-
-LLUMD_BOTH uint32_t float_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-LLUMD_BOTH float float_of_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // ---- Order
 

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from daemon.engine.cuda.kernels import SAMPLER_NVCC_FLAGS
-
 EMPTY_HEADERS = "empty"  # folder beside FlashInfer's own
 
 
@@ -57,15 +55,15 @@ def _rope(_name: str) -> Any:
     return gen_rope_module()
 
 
-def _sampler(name: str, *sources: str) -> Any:
+def _own(name: str, source: str, *flags: str) -> Any:
     # Not gen_jit_spec, which adds -use_fast_math.
     from flashinfer.jit.core import JitSpec
 
     return JitSpec(
         name=name,
-        sources=[Path(s) for s in sources],
+        sources=[Path(source)],
         extra_cflags=["-std=c++17", "-O3"],
-        extra_cuda_cflags=list(SAMPLER_NVCC_FLAGS),
+        extra_cuda_cflags=list(flags),
         extra_ldflags=None,
         extra_include_dirs=None,
     )
@@ -77,7 +75,7 @@ GENERATORS: dict[str, Callable[..., Any]] = {
     "norm": _norm,
     "page": _page,
     "rope": _rope,
-    "sampler": _sampler,
+    "own": _own,
 }
 
 

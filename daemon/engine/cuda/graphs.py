@@ -2,35 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping
 
 import torch
 
 from daemon.engine.cuda.staging import CudaStream
 
+log = logging.getLogger(__name__)
+
+Step = Callable[[], None]
+
+ALIKE = 0.1
+"""By how much of the largest entry the outcomes of two ways may differ: their roundings do by a hundredth or so,
+wrong ones by about as much as they are."""
+
+_ROUNDS = 5
+_REPLAYS = 4  # a round
+
 
 class Graphs:
-    """Captures `step(bucket)` for every bucket and replays it.
+    """Captures buckets and replays them, on one stream. All share memory: capture the largest first, the others
+    then find room in what it needed.
 
-    The largest goes first: the others then find room in the memory it needed, which all share. Each runs once
-    before its capture, after `prepare(bucket)` has given it something valid to compute: libraries set themselves
-    up in their first call, and that may not be captured.
+    A bucket may be computed in several ways, of which the first is certain. Another is taken if it is quicker on
+    this device and comes to the same outcome.
     """
 
-    def __init__(self, buckets: Sequence[int], prepare: Callable[[int], None], step: Callable[[int], None],
-                 stream: CudaStream) -> None:
+    def __init__(self, stream: CudaStream) -> None:
+        self.seconds: dict[int, dict[str, float]] = {}  # a step of a bucket takes, by way, where there is a choice
+        self.ways: dict[int, str] = {}  # the way taken
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
-        for bucket in sorted(buckets, reverse=True):
-            with torch.cuda.stream(stream.stream):
-                prepare(bucket)
-                step(bucket)
-            stream.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream.stream):
-                step(bucket)
-            self._graphs[bucket] = graph
+        self._stream = stream.stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, bucket: int, ways: Mapping[str, Step], outcome: torch.Tensor) -> None:
+        """Capture each of `ways`, keep one. Something valid to compute is on the device; `outcome`: where it ends up.
+
+        Each way runs once before its capture: libraries set themselves up in their first call, and that may not be
+        captured.
+        """
+        graphs = {way: self._capture(step) for way, step in ways.items()}
+        self.ways[bucket] = next(iter(ways)) if len(ways) == 1 else self._best(bucket, graphs, outcome)
+        self._graphs[bucket] = graphs[self.ways[bucket]]
 
     def replay(self, bucket: int) -> None:
         """Compute a decode step of `bucket` rows from the static buffers, on the current stream."""
         self._graphs[bucket].replay()
+
+    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
+        with torch.cuda.stream(self._stream):
+            step()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            step()
+        return graph
+
+    def _best(self, bucket: int, graphs: Mapping[str, torch.cuda.CUDAGraph], outcome: torch.Tensor) -> str:
+        sure, *others = graphs
+        expected = self._outcome(graphs[sure], outcome)
+        alike = {sure: graphs[sure]}
+        for way in others:
+            if _alike(self._outcome(graphs[way], outcome), expected):
+                alike[way] = graphs[way]
+            else:
+                log.error("decodes of %d rows by %s come to other logits than by %s on this device: not used", bucket,
+                          way, sure)
+        seconds = self._time(alike)
+        self.seconds[bucket] = seconds
+        log.info("decodes of %d rows: %s", bucket, ", ".join(f"{way} {s * 1e3:.2f} ms" for way, s in seconds.items()))
+        return min(seconds, key=seconds.__getitem__)
+
+    def _outcome(self, graph: torch.cuda.CUDAGraph, outcome: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.stream(self._stream):
+            graph.replay()
+            return outcome.cpu()
+
+    def _time(self, graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
+        """Least seconds of a replay, by turns: what slows the device down for a while meets all."""
+        rounds = [{way: self._seconds(graph) for way, graph in graphs.items()} for _ in range(_ROUNDS)]
+        return {way: min(times[way] for times in rounds) for way in graphs}
+
+    def _seconds(self, graph: torch.cuda.CUDAGraph) -> float:
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._stream):
+            graph.replay()
+            began.record()
+            for _ in range(_REPLAYS):
+                graph.replay()
+            ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3 / _REPLAYS
+
+
+def _alike(outcome: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Not with a NaN."""
+    return bool((outcome - expected).abs().max() <= ALIKE * expected.abs().max())

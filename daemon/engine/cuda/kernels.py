@@ -2,7 +2,7 @@
 
 FlashInfer compiles its kernels at first use, with nvcc and ninja, in the middle of serving. Here they are compiled
 ahead of time (`compile.py`) into a directory with FlashInfer's own layout, `<name>/<name>.so`, and FlashInfer is told
-to load them from there and to compile nothing. Everything but `use` and `load_sampler` works without torch.
+to load them from there and to compile nothing. Everything but `use` and what loads modules works without torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ KvDtype = Literal["auto", "fp8"]  # auto: as dtype; fp8: e4m3
 Prefill = Literal["fa2", "fa3"]
 
 HEAD_DIMS = (64, 128, 256)  # what FlashInfer's attention, rope and append kernels are all made for
-SAMPLER_NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-fmad=false")  # the noise is exact only without fusing
+_NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
+SAMPLER_NVCC_FLAGS = (*_NVCC_FLAGS, "-fmad=false")  # the noise is exact only without fusing
+GEMV_NVCC_FLAGS = _NVCC_FLAGS
 RECORD = "built.json"
 _SOURCES = Path(__file__).parent
 _LEAST_MAJOR = 8  # bf16 on tensor cores
@@ -80,6 +82,7 @@ def required(
     return [
         KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",)),
         sampler(),
+        gemv(),
         KernelSpec("norm", "RMSNorm", "norm"),
         KernelSpec("page", "append to the paged KV cache", "page"),
         KernelSpec("rope", "rotary embedding", "rope"),
@@ -100,15 +103,26 @@ def _attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int)
 
 
 def sampler() -> KernelSpec:
-    """The project's own draw. Its name holds a hash of sources and flags: a changed source is a missing kernel."""
-    digest = hashlib.sha256(" ".join(SAMPLER_NVCC_FLAGS).encode())
-    sources = [f for f in sorted(_SOURCES.iterdir()) if f.suffix in (".cu", ".cuh", ".h")]
-    for file in sources:
-        digest.update(b"\0" + file.name.encode() + b"\0" + file.read_bytes())
-    units = tuple(str(f) for f in sources if f.suffix == ".cu")
-    if not units:
-        raise KernelError(f"{_SOURCES} holds no .cu file; install llumd again")
-    return KernelSpec(f"llumd_sampler_{digest.hexdigest()[:12]}", "the draw of tokens", "sampler", units)
+    """The project's own draw."""
+    return _own("sampler", "the draw of tokens", ("both.h", "draw.h", "row.h", "sampler.cu"), SAMPLER_NVCC_FLAGS)
+
+
+def gemv() -> KernelSpec:
+    """The project's own products of few rows."""
+    return _own("gemv", "products of few rows", ("both.h", "gemv.h", "gemv.cu"), GEMV_NVCC_FLAGS)
+
+
+def _own(module: str, purpose: str, files: tuple[str, ...], flags: tuple[str, ...]) -> KernelSpec:
+    """A module of `files`, the last of which is compiled. Its name holds a hash of sources and flags: a changed
+    source is a missing kernel."""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    try:
+        for file in files:
+            digest.update(b"\0" + file.encode() + b"\0" + (_SOURCES / file).read_bytes())
+    except FileNotFoundError as e:
+        raise KernelError(f"{e.filename} is not there; install llumd again") from None
+    name = f"llumd_{module}_{digest.hexdigest()[:12]}"
+    return KernelSpec(name, purpose, "own", (str(_SOURCES / files[-1]), *flags))
 
 
 def parse_arch(text: str) -> str:
@@ -241,11 +255,19 @@ def _check_cuda(where: Path) -> None:
 
 def load_sampler() -> Any:
     """The project's draw as a tvm-ffi module: its functions are attributes. After `use`. Raises KernelError."""
+    return _load(sampler())
+
+
+def load_gemv() -> Any:
+    """The project's products of few rows, a `few_rows.Gemv`. After `use`. Raises KernelError."""
+    return _load(gemv())
+
+
+def _load(spec: KernelSpec) -> Any:
     import tvm_ffi
     from flashinfer.jit import env
 
-    name = sampler().name
-    file = Path(env.FLASHINFER_AOT_DIR) / name / f"{name}.so"
+    file = Path(env.FLASHINFER_AOT_DIR) / spec.name / f"{spec.name}.so"
     if not file.exists():
         raise KernelError(f"{file} is not there; run `llumd kernels build`")
     return tvm_ffi.load_module(str(file))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
+from daemon.engine.cuda.few_rows import FewRows, Gemv
 from daemon.engine.cuda.ops import Ops
 from daemon.engine.cuda.weights import DeviceWeights, Layer, Linear
 from daemon.engine.rope import rope_tables
@@ -15,10 +16,11 @@ from daemon.models.card import ModelCard
 
 
 class Llama:
-    """A decoder; its KV is where `attention` keeps it. `max_len`: longest sequence in tokens."""
+    """A decoder; its KV is where `attention` keeps it. `max_len`: longest sequence in tokens. `gemv`: for passes of
+    `few` rows; None if there are none."""
 
     def __init__(self, card: ModelCard, weights: DeviceWeights, ops: Ops, attention: Attention, *,
-                 max_len: int) -> None:
+                 max_len: int, gemv: Gemv | None = None) -> None:
         self._weights = weights
         self._ops = ops
         self._attention = attention
@@ -26,14 +28,24 @@ class Llama:
         self._heads, self._kv_heads, self._head_dim = card.num_heads, card.num_kv_heads, card.head_dim
         angles = np.concatenate(rope_tables(card, max_len), axis=1)
         self._angles = torch.from_numpy(angles).to(weights.embedding.device)
+        self._few = FewRows(card, weights, gemv, attention, self._angles) if gemv is not None else None
 
-    def logits(self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool) -> None:
+    def logits(self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool,
+               few: bool = False) -> None:
         """Compute a pass and write the float32 logits of its sampled rows to `out` [sampled, vocab].
 
-        `decode`: every row is one token and sampled. `last_token`: int32[slots], for the ids unknown to the host.
-        Nothing in here waits for the device: it can be captured in a graph.
+        `decode`: every row is one token and sampled. `few`: they are decodes of at most `few_rows.MOST_ROWS` rows, to
+        be computed by `gemv`. `last_token`: int32[slots], for the ids unknown to the host. Nothing in here waits for
+        the device: it can be captured in a graph.
         """
         residual = F.embedding(self._ids(inputs, last_token), self._weights.embedding)
+        if few:
+            assert self._few is not None
+            self._few.logits(inputs, residual, out)
+        else:
+            self._all_rows(inputs, residual, out, decode)
+
+    def _all_rows(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, decode: bool) -> None:
         layers = self._weights.layers
         x = self._ops.rms_norm(residual, layers[0].attention_norm, self._eps)
         for i, layer in enumerate(layers):
@@ -59,7 +71,8 @@ class Llama:
         parts = _apply(layer.qkv, x).split([width, kv_width, kv_width], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
         self._ops.rotate(inputs.positions, q, k, self._angles)
-        return _apply(layer.out, self._attention.attend(index, q, k, v, inputs, decode=decode).flatten(1))
+        self._attention.append(index, k, v, inputs)
+        return _apply(layer.out, self._attention.attend(index, q, inputs, decode=decode).flatten(1))
 
 
 def _apply(linear: Linear, x: torch.Tensor) -> torch.Tensor:

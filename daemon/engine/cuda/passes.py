@@ -87,11 +87,12 @@ class Passes:
         self._decodes.copy_from(staged.decodes, size.pages)
         self._attention.plan(staged.decodes.tensors, self._decodes.tensors, size, decode=True, turn=staged.turn)
 
-    def decode(self, bucket: int) -> None:
-        """Compute the decodes that are on the device. Can be captured: the same work on the same buffers always."""
+    def decode(self, bucket: int, *, few: bool = False) -> None:
+        """Compute the decodes that are on the device; `few`: see `Llama.logits`. Can be captured: the same work on
+        the same buffers always."""
         # All of the pages' buffer: how much of it is filled changes from replay to replay.
         inputs = self._decodes.tensors.cut(Size(bucket, bucket, bucket, self._pages))
-        self._compute(inputs, 0, bucket, decode=True)
+        self._compute(inputs, 0, bucket, decode=True, few=few)
 
     def chunks(self, staged: Staged, size: Size, first: int) -> None:
         """Bring a step's chunks onto the device and compute them; their tokens go to `first` and behind."""
@@ -104,9 +105,9 @@ class Passes:
         """Send the first `count` tokens back to the host."""
         staged.tokens[:count].copy_(self._tokens[:count], non_blocking=True)
 
-    def _compute(self, inputs: Inputs, first: int, sampled: int, *, decode: bool) -> None:
+    def _compute(self, inputs: Inputs, first: int, sampled: int, *, decode: bool, few: bool = False) -> None:
         logits = self.logits[first : first + sampled]
-        self._model.logits(inputs, self._last_token, logits, decode=decode)
+        self._model.logits(inputs, self._last_token, logits, decode=decode, few=few)
         if not sampled:
             return
         tokens = self._tokens[first : first + sampled]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,6 +17,7 @@ from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import DrawParams, Size, StepArrays
 from daemon.engine.cuda.attention import Attention, FlashInferAttention, Heads, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
+from daemon.engine.cuda.few_rows import Gemv, few_buckets
 from daemon.engine.cuda.graphs import Graphs
 from daemon.engine.cuda.memory import LEAST_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.model import Llama
@@ -67,25 +69,31 @@ class CudaRunner:
 
     `dtype` "auto" means bf16 on CUDA, fp32 on the CPU. `kv_dtype` "auto": KV as the model computes; "fp8": e4m3 with
     scale 1. `kv_memory`: bytes of the pool; 0: what is free, of the share `memory_share` of the device's memory that
-    this engine may have for everything. Raises ModelError for what cannot work here, before a weight is read.
+    this engine may have for everything. `few_rows`: whether decodes of one to four rows go by `FewRows`; "auto":
+    where that is quicker. `gemv`: its products on the CPU. Raises ModelError for what cannot work here, before a
+    weight is read.
     """
 
     def __init__(self, card: ModelCard, *, device: str, dtype: str = "auto", kv_dtype: str = "auto",
                  deterministic: bool = False, load_format: str, block_size: int, max_num_seqs: int,
                  max_batch_tokens: int, max_model_len: int, kv_memory: int = 0, memory_share: float = 0.9,
-                 prefill: Literal["fa2", "fa3"] = "fa2") -> None:
+                 prefill: Literal["fa2", "fa3"] = "fa2", few_rows: Literal["auto", "on", "off"] = "auto",
+                 gemv: Gemv | None = None) -> None:
         self._device = torch.device(device)
         self.device = device  # until it is known by its make
         self.eos_token_ids = card.eos_token_ids
         self.max_model_len = min(max_model_len, card.max_position)
         self.vocab_size = card.vocab_size
         self.num_blocks = 0
+        self.ways: dict[int, dict[str, float]] = {}  # seconds of a decode step, by bucket, where there was a choice
         self._card = card
         self._load_format = load_format
         self._format = _choose_format(self._device, dtype, kv_dtype, deterministic)
         self._kv_memory = kv_memory
         self._memory_share = memory_share
         self._prefill = prefill
+        self._few_rows = few_rows
+        self._gemv = gemv
         self._heads = Heads(card.num_heads, card.num_kv_heads, card.head_dim, block_size)
         self._buckets = graph_buckets(max_num_seqs)
         self._room = _room(self._buckets, max_batch_tokens, self.max_model_len, block_size, card.vocab_size)
@@ -137,17 +145,19 @@ class CudaRunner:
         """Everything but the pool and the graphs."""
         ops, self._attention, self._stream = self._parts()
         weights = load_weights(self._card, self._load_format, self._device, self._format.dtype)
-        model = Llama(self._card, weights, ops, self._attention, max_len=self.max_model_len)
+        model = Llama(self._card, weights, ops, self._attention, max_len=self.max_model_len, gemv=self._gemv)
         draw = KernelDraw if self._device.type == "cuda" else TorchDraw
         sampler = draw(self._room.sampled, self.vocab_size, self._device)
         self._passes = Passes(model, self._attention, sampler, self._room, self._device)
-        self._compute_decodes = self._passes.decode
+        self._few_buckets = self._choose_few()
+        self._compute_decodes = self._decode
         pinned = self._device.type == "cuda"
         self._staging = Rotation([Staged(turn, self._room, pinned=pinned) for turn in range(IN_FLIGHT)])
 
     def _parts(self) -> tuple[Ops, Attention, Stream]:
         if self._device.type != "cuda":
             return TorchOps(), TorchAttention(self._heads), HostStream()
+        self._gemv = kernels.load_gemv()
         attention = FlashInferAttention(self._heads, dtype=self._format.dtype, kv_dtype=self._format.kv_dtype,
                                         device=self._device, turns=IN_FLIGHT, prefill_backend=self._prefill)
         return FlashInferOps(), attention, CudaStream(self._device)
@@ -180,7 +190,7 @@ class CudaRunner:
         mine = torch.cuda.memory_reserved(self._device)
         may_use = min(free + mine, int(total * self._memory_share))
         block_bytes = self.pool_spec(1).block_bytes
-        reserve = reserve_bytes(len(self._buckets), decode_peak)
+        reserve = reserve_bytes(len(self._buckets) + len(self._few_buckets), decode_peak)
         peak = max(chunk_peak, decode_peak)
         blocks = pool_blocks(may_use, weights=mine, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
         if self._kv_memory > blocks * block_bytes:
@@ -207,8 +217,37 @@ class CudaRunner:
             left -= chunks[-1]
         return chunks
 
+    def _choose_few(self) -> tuple[int, ...]:
+        """Buckets that `FewRows` can compute."""
+        if self._gemv is None or self._few_rows == "off":
+            return ()
+        if self._device.type == "cuda":
+            properties: Any = torch.cuda.get_device_properties(self._device)
+            memory = properties.shared_memory_per_block_optin
+        else:
+            memory = 1 << 30  # no limit
+        return few_buckets(self._buckets, self._card, memory)
+
     def _capture(self, stream: CudaStream) -> None:
-        self._compute_decodes = Graphs(self._buckets, self._prepare, self._passes.decode, stream).replay
+        graphs = Graphs(stream)
+        for bucket in reversed(self._buckets):
+            with torch.cuda.stream(stream.stream):
+                self._prepare(bucket)
+            graphs.capture(bucket, self._ways(bucket), self._passes.logits[:bucket])
+        self._compute_decodes, self.ways = graphs.replay, graphs.seconds
+
+    def _ways(self, bucket: int) -> dict[str, Callable[[], None]]:
+        """To compute decodes of `bucket` rows."""
+        ways: dict[str, Callable[[], None]] = {"all rows": partial(self._passes.decode, bucket)}
+        if bucket in self._few_buckets:
+            ways["few rows"] = partial(self._passes.decode, bucket, few=True)
+            if self._few_rows == "on":
+                del ways["all rows"]
+        return ways
+
+    def _decode(self, bucket: int) -> None:
+        """Without a graph."""
+        self._passes.decode(bucket, few=bucket in self._few_buckets and self._few_rows == "on")
 
     def _prepare(self, bucket: int) -> None:
         """Have decodes of `bucket` rows possible, and one of dummies on the device."""

@@ -87,7 +87,8 @@ def test_a_decode_reads_the_static_arrays_and_the_shared_workspace(module, atten
     whole, cut, _ = step(decode=True)
     attention.prepare(4, whole, whole)
     q, k, v = torch.zeros(4, 8, 64, dtype=BF16), *torch.zeros(2, 4, 2, 64, dtype=BF16)
-    out = attention.attend(1, q, k, v, cut, decode=True)
+    attention.append(1, k, v, cut)
+    out = attention.attend(1, q, cut, decode=True)
     [run] = module.runs
     assert out.shape == q.shape
     assert run[1] is attention._decode.workspace
@@ -110,7 +111,8 @@ def test_later_chunks_run_with_their_own_arrays(module, attention):
     _, second, size = step(decode=False)
     attention.plan(second, second, size, decode=False, turn=1)
     q, k, v = torch.zeros(size.tokens, 8, 64, dtype=BF16), *torch.zeros(2, size.tokens, 2, 64, dtype=BF16)
-    attention.attend(2, q, k, v, second, decode=False)
+    attention.append(2, k, v, second)
+    attention.attend(2, q, second, decode=False)
     [run] = module.runs
     assert len(module.plans) == 3
     assert run[2] == [7, 8, 9]

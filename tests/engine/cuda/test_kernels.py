@@ -102,7 +102,8 @@ def attention(specs):
 def test_attention_is_compiled_for_the_dtypes_and_head_dim_at_hand(card, head_dim, options, expected):
     specs = kernels.required(replace(card, head_dim=head_dim), arch="9.0a", **options)
     assert attention(specs) == expected
-    assert {"silu_and_mul", "norm", "page", "rope", kernels.sampler().name} < set(names(specs))
+    ours = {kernels.sampler().name, kernels.gemv().name}
+    assert {"silu_and_mul", "norm", "page", "rope"} | ours < set(names(specs))
 
 
 @pytest.mark.parametrize(
@@ -131,19 +132,28 @@ def test_flashinfer_calls_all_of_them_by_the_same_names(card, toolkit, tmp_path)
     # The noise is exact only without contraction and without the fast approximations that FlashInfer asks for.
     flags = Path(files[kernels.sampler().name]).read_text()
     assert "-fmad=false" in flags and "fast_math" not in flags and "code=sm_90a" in flags
+    assert "fast_math" not in Path(files[kernels.gemv().name]).read_text()
 
 
-def test_the_samplers_name_changes_with_its_sources(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "header"), [("sampler", "row.h"), ("gemv", "gemv.h")])
+def test_the_name_of_our_own_changes_with_its_sources_alone(tmp_path, monkeypatch, module, header):
+    spec_of, unit = getattr(kernels, module), f"{module}.cu"
+    for source in kernels._SOURCES.iterdir():
+        if source.suffix in (".h", ".cu"):
+            shutil.copy(source, tmp_path)
     monkeypatch.setattr(kernels, "_SOURCES", tmp_path)
-    with pytest.raises(KernelError, match="install llumd again"):
-        kernels.sampler()
-    seen = set()
-    for file, text in [("sampler.cu", "a"), ("sampler.cu", "b"), ("draw.h", "c"), ("draw.h", "d")]:
-        (tmp_path / file).write_text(text)
-        seen.add(kernels.sampler().name)
-    assert len(seen) == 4 and kernels.sampler().args == (str(tmp_path / "sampler.cu"),)
-    (tmp_path / "notes.txt").write_text("no source")
-    assert kernels.sampler().name in seen
+    before = spec_of()
+    assert before.args[0] == str(tmp_path / unit)
+    (tmp_path / "another.cu").write_text("not its own")
+    assert spec_of() == before
+    seen = {before.name}
+    for file in (header, unit, "both.h"):
+        (tmp_path / file).write_text("changed")
+        seen.add(spec_of().name)
+    assert len(seen) == 4
+    (tmp_path / header).unlink()
+    with pytest.raises(KernelError, match=f"{header} is not there; install llumd again"):
+        spec_of()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""`Gemv` on the CPU: the kernels' own source with threads for lanes (host_gemv.cpp), as few or many as one likes."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[2] / "daemon" / "engine" / "cuda"
+FLAGS = ("-std=c++20", "-O2", "-march=native", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread")
+
+
+def compile_to(library: Path, compiler: str = "g++") -> None:
+    """Raises CalledProcessError."""
+    subprocess.run([compiler, *FLAGS, f"-I{SOURCES}", str(HERE / "host_gemv.cpp"), "-o", str(library)], check=True)
+
+
+class Team(NamedTuple):
+    blocks: int = 1
+    warps: int = 1
+    lanes: int = 1
+
+
+class _Team(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in Team._fields]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("stride", ctypes.c_int64), ("width", ctypes.c_uint32),
+                ("norm", ctypes.c_void_p), ("eps", ctypes.c_float)]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = [("indices", ctypes.c_void_p), ("indptr", ctypes.c_void_p), ("positions", ctypes.c_void_p),
+                ("block_size", ctypes.c_uint32), ("block_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64),
+                ("head_stride", ctypes.c_int64)]
+
+
+def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _aligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What a GPU allocates is; what lies in a file need not be."""
+    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+class HostGemv:
+    """Of bfloat16 tensors on the CPU."""
+
+    def __init__(self, library: Path, team: Team | None = None) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._team = _Team(*(team or Team()))
+
+    def add(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
+        self._library.add(*self._product(x, None, 0.0, weight, bias), _at(residual),
+                          ctypes.c_int64(residual.stride(0)), ctypes.c_uint32(len(weight)))
+
+    def gate(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
+             out: torch.Tensor) -> None:
+        self._library.gate(*self._product(x, norm, eps, weight, bias), _at(out), ctypes.c_int64(out.stride(0)),
+                           ctypes.c_uint32(len(weight) // 2))
+
+    def logits(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
+               out: torch.Tensor) -> None:
+        self._library.logits(*self._product(x, norm, eps, weight, None), _at(out), ctypes.c_int64(out.stride(0)),
+                             ctypes.c_uint32(len(weight)))
+
+    def heads(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
+              q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor,
+              positions: torch.Tensor, angles: torch.Tensor) -> None:
+        pages = _Pages(_at(indices), _at(indptr), _at(positions), keys.shape[1], *keys.stride()[:3])
+        self._library.heads(*self._product(x, norm, eps, weight, bias), _at(q), _at(keys), _at(values), pages,
+                            _at(angles), ctypes.c_uint32(q.shape[1]), ctypes.c_uint32(keys.shape[2]),
+                            ctypes.c_uint32(q.shape[2] // 2), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
+
+    def _product(self, x: torch.Tensor, norm: torch.Tensor | None, eps: float, weight: torch.Tensor,
+                 bias: torch.Tensor | None) -> tuple[Any, ...]:
+        """The arguments that all have."""
+        assert x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous() and x.stride(1) == 1
+        self._held = _aligned(norm), _aligned(weight)
+        norm, weight = self._held
+        rows = _Rows(_at(x), x.stride(0), x.shape[1], _at(norm), eps)
+        return self._team, ctypes.c_uint32(len(x)), rows, _Matrix(_at(weight), _at(bias))

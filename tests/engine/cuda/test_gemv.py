@@ -1,0 +1,259 @@
+"""Products of few rows, the kernels' own source on the CPU, against torch: each with what it takes along, whatever
+the team, and whole decodes by them."""
+
+import ctypes
+import random
+import shutil
+import subprocess
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daemon.engine.cuda import kernels
+from daemon.engine.cuda.buckets import graph_buckets
+from daemon.engine.cuda.few_rows import MOST_ROWS, few_buckets
+from daemon.engine.cuda.graphs import _alike
+from daemon.engine.cuda.ops import TorchOps
+from daemon.engine.rope import rope_tables
+from daemon.models.card import read_card
+from tests.engine.cuda.driving import make_cuda_runner
+from tests.engine.cuda.host_gemv import SOURCES, HostGemv, Team, compile_to
+from tests.engine.driving import generate, request
+from tests.gpu.parts import card_of, judged, transformers_on
+from tests.models.tiny import make_tiny_llama
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+EPS = 1e-5
+HALF_STEP = 2.0**-8  # of a bf16 number: one rounding
+
+teams = st.builds(Team, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]))
+rows = st.integers(1, MOST_ROWS)
+seeds = st.integers(0, 2**31)
+widths = st.integers(1, 70).map(lambda groups: 8 * groups)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    made = tmp_path_factory.mktemp("host") / "host_gemv.so"
+    compile_to(made)
+    return made
+
+
+class Noise:
+    """bf16 tensors from a seed."""
+
+    def __init__(self, seed):
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape, scale=1.0):
+        return (torch.randn(shape, generator=self._generator) * scale).to(BF16)
+
+
+def close(got, expected, magnitude):
+    """One rounding of the result apart, and the rounding of sums whose terms have that magnitude."""
+    error = (got.double() - expected).abs()
+    assert (error <= 1.01 * HALF_STEP * expected.abs() + 1e-5 * magnitude + 1e-30).all(), error.max()
+
+
+def product(x, weight, bias):
+    """In float64, with the magnitude of its terms."""
+    exact = x.double() @ weight.double().T
+    return exact + (0.0 if bias is None else bias.double()), x.double().abs() @ weight.double().abs().T + 1.0
+
+
+def normed(gemv, x, norm):
+    """What is multiplied: torch's to the last bit but for values on the edge of two bf16, which may come out as
+    either. The identity shows it."""
+    out = torch.empty(x.shape)
+    gemv.logits(x, norm, EPS, torch.eye(x.shape[1], dtype=BF16), out)
+    expected = TorchOps().rms_norm(x, norm, EPS).float()
+    assert ((out - expected).abs() <= 2 * HALF_STEP * expected.abs()).all()
+    assert (out != expected).float().mean() < 0.02 or out.numel() < 300
+    assert torch.equal(out, out.to(BF16).float())
+    return out.to(BF16)
+
+
+def bias_of(noise, biased, size):
+    return noise(size) if biased else None
+
+
+def padded(x):
+    """The same, its rows further apart."""
+    wide = torch.full((len(x), x.shape[1] + 24), torch.nan, dtype=x.dtype)
+    wide[:, 8 : 8 + x.shape[1]] = x
+    return wide[:, 8 : 8 + x.shape[1]]
+
+
+@settings(deadline=None, max_examples=150)
+@given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), biased=st.booleans(), seed=seeds)
+def test_a_product_is_added(library, team, rows, width, columns, biased, seed):
+    noise = Noise(seed)
+    x, weight, residual = padded(noise(rows, width)), noise(columns, width), padded(noise(rows, columns))
+    bias, before = bias_of(noise, biased, columns), residual.clone()
+    HostGemv(library, team).add(x, weight, bias, residual)
+    exact, magnitude = product(x, weight, bias)
+    close(residual, before.double() + exact, magnitude)
+
+
+@settings(deadline=None, max_examples=150)
+@given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), seed=seeds)
+def test_logits_are_not_rounded(library, team, rows, width, columns, seed):
+    noise = Noise(seed)
+    x, norm, weight = padded(noise(rows, width, scale=3)), noise(width), noise(columns, width)
+    out = torch.full((rows, columns + 3), torch.nan)[:, :columns]
+    HostGemv(library, team).logits(x, norm, EPS, weight, out)
+    exact, magnitude = product(normed(HostGemv(library, team), x, norm), weight, None)
+    assert ((out.double() - exact).abs() <= 1e-5 * magnitude).all()
+    assert not torch.equal(out, out.to(BF16).float()) or rows * columns < 5
+
+
+@settings(deadline=None, max_examples=150)
+@given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), biased=st.booleans(), seed=seeds)
+def test_gates(library, team, rows, width, columns, biased, seed):
+    noise = Noise(seed)
+    x, norm, weight = noise(rows, width), noise(width), noise(2 * columns, width, scale=width**-0.5)
+    bias, out = bias_of(noise, biased, 2 * columns), padded(noise(rows, columns))
+    HostGemv(library, team).gate(x, norm, EPS, weight, bias, out)
+    exact, magnitude = product(normed(HostGemv(library, team), x, norm), weight, bias)
+    gate, up = exact.chunk(2, -1)
+    close(out, F.silu(gate) * up, magnitude.amax(1, keepdim=True) * (1 + up.abs() + gate.abs()))
+
+
+@settings(deadline=None, max_examples=100)
+@given(team=teams, rows=rows, width=widths, kv_heads=st.integers(1, 3), group=st.integers(1, 3),
+       head_dim=st.sampled_from([8, 64]), block_size=st.sampled_from([1, 8, 16]),
+       kv_dtype=st.sampled_from([BF16, E4M3]), biased=st.booleans(), seed=seeds)
+def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size, kv_dtype, biased, seed):
+    noise, rng = Noise(seed), np.random.default_rng(seed)
+    heads = kv_heads * group
+    total = (heads + 2 * kv_heads) * head_dim
+    x, norm, weight = padded(noise(rows, width)), noise(width), noise(total, width, scale=3 * width**-0.5)
+    bias = bias_of(noise, biased, total)
+    positions = rng.integers(0, 100, rows)
+    indptr = np.concatenate([[0], np.cumsum(positions // block_size + 1)])
+    blocks = rng.permutation(indptr[-1])
+    pool = torch.zeros(len(blocks), 2, 2, block_size, kv_heads, head_dim, dtype=BF16).to(kv_dtype)
+    angles = torch.from_numpy(np.concatenate(rope_tables(card_of(head_dim), 100), 1))
+    q, arrays = torch.empty(rows, heads, head_dim, dtype=BF16), [torch.from_numpy(a.astype(np.int32)) for a in
+                                                                 (blocks, indptr, positions)]
+    HostGemv(library, team).heads(x, norm, EPS, weight, bias, q, pool[:, 1, 0], pool[:, 1, 1], *arrays, angles)
+
+    exact, magnitude = product(normed(HostGemv(library, team), x, norm), weight, bias)
+    most = magnitude.amax()
+    parts = exact.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
+    for part in parts[:2]:
+        TorchOps().rotate(arrays[2], part, part[:, :0], angles.double())
+    close(q, parts[0], most)
+    places = [(blocks[indptr[m] + p // block_size], p % block_size) for m, p in enumerate(positions)]
+    for which, part in enumerate(parts[1:]):
+        stored = torch.stack([pool[block, 1, which, slot] for block, slot in places])
+        if kv_dtype == BF16:
+            close(stored, part, most)
+        else:  # three bits behind the point, the least of them 2^-9
+            assert ((stored.double() - part).abs() <= part.abs() / 15 + 2**-9).all()
+            stored.zero_()
+        for block, slot in places:
+            pool[block, 1, which, slot] = 0
+    assert not pool.float().any()  # nothing else was written
+
+
+def test_numbers_are_rounded_as_torch_rounds_them(library):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(BF16).float()
+    near = torch.cat([every, every * (1 + 2**-9), every * (1 + 2**-8), every * (1 - 2**-9),
+                      torch.tensor([447.9, 448.0, 464.0, 1e9, 2**-6, 2**-9, 2**-10, 1.5 * 2**-9, 2.5 * 2**-9, 0.0])])
+    near = near[near.isfinite()]
+    functions = ctypes.CDLL(str(library))
+
+    def rounded(name, values, item):
+        out = torch.zeros(len(values), dtype=item)
+        getattr(functions, name)(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()),
+                                 ctypes.c_int64(len(values)))
+        return out
+
+    assert torch.equal(rounded("to_bf16", near, torch.int16), near.to(BF16).view(torch.int16))
+    assert torch.equal(rounded("to_e4m3", near, torch.uint8), near.clamp(-448, 448).to(E4M3).view(torch.uint8))
+    nan = torch.tensor([torch.nan, -torch.nan])
+    assert rounded("to_bf16", nan, torch.int16).view(BF16).isnan().all()
+    assert rounded("to_e4m3", nan, torch.uint8).view(E4M3).float().isnan().all()
+
+
+# -- whole decodes
+
+
+SHAPES = {"plain": {}, "biased": {"attention_bias": True, "mlp_bias": True}, "narrow": {"head_dim": 16, "hidden": 40}}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model_dir(request, tmp_path_factory):
+    shape = {"hidden": 64, "heads": 4, "kv_heads": 2, "layers": 3, "dtype": "bfloat16"} | SHAPES[request.param]
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), **shape)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_decodes_agree_with_transformers(library, model_dir, kv_dtype):
+    """One to four requests, that come and go, over KV that chunks have written and decodes go on with."""
+    used = []
+
+    class Counting(HostGemv):
+        def logits(self, x, *more):
+            used.append(len(x))
+            super().logits(x, *more)
+
+    runner = make_cuda_runner(model_dir, dtype="bf16", kv_dtype=kv_dtype, few_rows="on",
+                              gemv=Counting(library, Team(2, 1, 1)))
+    rng, blocks = random.Random(0), count(1)
+    answers = []
+    for at_once in (1, 2, 3, 4, 6):
+        requests = [request([rng.randrange(3, 380) for _ in range(rng.randint(1, 90))], blocks, 128)
+                    for _ in range(at_once)]
+        lengths = [len(r.tokens) for r in requests]
+        generate(runner, requests, output=16, chunk=50)
+        answers += [(r.tokens, n) for r, n in zip(requests, lengths, strict=True)]
+    assert set(used) == {1, 2, 4}  # three are padded; six are not few
+    judgement = judged(transformers_on(model_dir, "cpu"), answers)
+    assert judgement.worst <= (3e-2 if kv_dtype == "auto" else 0.25), judgement
+
+
+def test_only_buckets_that_fit_are_few(model_dir, tmp_path):
+    card = read_card(make_tiny_llama(tmp_path, hidden=64, intermediate=14336))
+    room = 14336 * 2 + 1024
+    assert few_buckets(graph_buckets(64), card, 227 << 10) == (1, 2, 4)
+    assert few_buckets((1, 2, 3), card, 227 << 10) == (1, 2, 3)
+    assert few_buckets(graph_buckets(64), card, 2 * room) == (1, 2)
+    assert few_buckets(graph_buckets(64), card, room - 1) == ()
+    uneven = read_card(make_tiny_llama(tmp_path / "uneven", hidden=64, intermediate=100))
+    assert few_buckets(graph_buckets(64), uneven, 227 << 10) == ()
+
+
+def test_only_outcomes_that_roundings_explain_are_alike():
+    outcome = torch.tensor([3.0, -20.0, 0.1])
+    assert _alike(outcome + 1.9, outcome)
+    assert not _alike(outcome + 2.1, outcome)
+    assert not _alike(torch.tensor([3.0, torch.nan, 0.1]), outcome)
+    assert not _alike(outcome, torch.full((3,), torch.nan))
+
+
+# -- the kernels
+
+
+def test_the_kernels_compile_without_a_warning_or_a_spill(tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    tvm_ffi = pytest.importorskip("tvm_ffi")
+    command = [nvcc, *kernels.GEMV_NVCC_FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Werror", "all-warnings",
+               "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v", "-isystem", tvm_ffi.libinfo.find_include_path(),
+               "-isystem", tvm_ffi.libinfo.find_dlpack_include_path(),
+               "-c", str(SOURCES / "gemv.cu"), "-o", str(tmp_path / "gemv.o")]
+    done = subprocess.run(["nice", "-n15", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = done.stderr.count("bytes stack frame")
+    assert made == 5 * MOST_ROWS  # add, gate, logits; heads for bf16 and e4m3
+    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == made
