@@ -149,7 +149,7 @@ def test_missing_kernels_come_with_the_command_that_builds_them(machine: Machine
     pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
     machine("9.0")
     said = refusal(Config(model="my models/a", devices=["cuda:0"], kv_dtype="fp8"), card)
-    assert "e4m3" in said and "rope" in said
+    assert "e4m3" in said and "rotary" in said
     assert "llumd kernels build 'my models/a' --kv-dtype fp8 --arch 9.0a" in said
 
 

@@ -1,11 +1,12 @@
-"""FlashInfer's element-wise kernels against torch, in bf16: one rounding apart at most."""
+"""Element-wise kernels against torch, in bf16: FlashInfer's one rounding apart at most, ours not at all."""
 
+import numpy as np
 import pytest
 import torch
 
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
-from daemon.engine.rope import rope_tables
-from tests.gpu.parts import BF16, DEVICE, card_of
+from tests.engine.cuda.paging import Paged, Shape
+from tests.gpu.parts import BF16, DEVICE
 
 ROWS = [1, 7, 256, 2048]
 STEP = 2.0**-7  # of a bf16 number
@@ -45,22 +46,18 @@ def test_add_rms_norm(ops, rows, hidden):
     same(mine[0], theirs[0], steps=2)  # of a sum that the kernel need not have rounded before
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (9, 3, 64), (32, 8, 128)])
-@pytest.mark.parametrize("rows", ROWS)
-def test_rotation_of_slices_of_the_fused_product(ops, rows, heads, kv_heads, head_dim):
-    angles = torch.cat([torch.from_numpy(t) for t in rope_tables(card_of(head_dim), 2048)], 1).to(DEVICE)
-    positions = torch.randint(0, 2048, (rows,), dtype=torch.int32, device=DEVICE)
-    width, kv_width = heads * head_dim, kv_heads * head_dim
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("shape", [Shape(4, 2, 64, 16), Shape(9, 3, 64, 16), Shape(32, 8, 128, 32)], ids=str)
+@pytest.mark.parametrize("counts", [[1], [1] * 7, [1] * 256, [300, 1, 17, 1024]], ids=lambda c: f"{len(c)}-{sum(c)}")
+def test_rotation_and_append_of_slices_of_the_fused_product(ops, counts, shape, dtype):
+    paged = Paged(shape, counts, np.random.default_rng(len(counts)), DEVICE)
     results = []
     for each in (ops, TorchOps()):
-        fused = noise(rows, width + 2 * kv_width)
-        before = fused.clone()
-        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in fused.split([width, kv_width, kv_width], -1))
-        each.rotate(positions, q, k, angles)
-        assert torch.equal(v.flatten(1), before[:, -kv_width:])
-        assert not torch.equal(q.flatten(1), before[:, :width])
-        results.append(fused)
-    same(*results)
+        (q, k, v), pages = paged.qkv(), paged.pages(dtype)
+        each.append(q, k, v, *pages, paged.inputs, paged.angles)
+        results.append((q, *(x.view(torch.uint8) for x in pages)))
+    for mine, expected in zip(*results, strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("width", [512, 14336])

@@ -16,7 +16,7 @@ import torch
 import tvm_ffi
 
 from daemon.engine.cuda.ops import TorchOps
-from tests.engine.cuda.host_gemv import HostGemv
+from tests.engine.cuda.host_kernels import HostAppend, HostGemv
 from tests.simgpu.build import build_host
 from tests.simgpu.device import on_host, put_off
 
@@ -36,26 +36,6 @@ def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Ten
 
 def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor, *_: Any) -> None:
     out.copy_(_OPS.silu_mul(gate_up))
-
-
-def apply_rope_pos_ids_cos_sin_cache(
-    q: torch.Tensor, k: torch.Tensor, q_out: torch.Tensor, k_out: torch.Tensor, cache: torch.Tensor,
-    positions: torch.Tensor, interleave: bool, *_: Any,
-) -> None:  # fmt: skip
-    assert not interleave
-    assert (q.data_ptr(), k.data_ptr()) == (q_out.data_ptr(), k_out.data_ptr())  # in place
-    _OPS.rotate(positions, q_out, k_out, cache)
-
-
-def append_paged_kv_cache(
-    key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor,
-    values: torch.Tensor, kv_indices: torch.Tensor, kv_indptr: torch.Tensor, last_page_len: torch.Tensor, layout: int,
-) -> None:  # fmt: skip
-    assert layout == _NHD
-    page_size = keys.shape[1]
-    page, place = positions.long() // page_size, positions.long() % page_size
-    blocks = kv_indices[kv_indptr[rows.long()].long() + page].long()
-    keys[blocks, place], values[blocks, place] = key, value
 
 
 class Plan(NamedTuple):
@@ -209,8 +189,17 @@ def _host_gemv() -> HostGemv:
     return HostGemv(build_host("gemv"))
 
 
+@lru_cache
+def _host_append() -> HostAppend:
+    return HostAppend(build_host("append"))
+
+
+def append(*args: Any) -> None:
+    """This and the next four: by the kernel's own algorithm."""
+    _host_append().append(*args)
+
+
 def add(*args: Any) -> None:
-    """This and the next three: by the kernel's own algorithm."""
     _host_gemv().add(*args)
 
 
@@ -227,8 +216,7 @@ def heads(*args: Any) -> None:
 
 
 _COMPUTED: dict[str, Callable[..., None]] = {f.__name__: f for f in (
-    rmsnorm, fused_add_rmsnorm, silu_and_mul, apply_rope_pos_ids_cos_sin_cache, append_paged_kv_cache, paged_run,
-    draw, add, gate, logits, heads,
+    rmsnorm, fused_add_rmsnorm, silu_and_mul, paged_run, draw, append, add, gate, logits, heads,
 )}
 _HOSTED = ("plan",)  # they compute on the host, and are as they are
 

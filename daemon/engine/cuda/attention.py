@@ -18,8 +18,6 @@ FLOAT_WORKSPACE = 256 << 20
 INT_WORKSPACE = 8 << 20
 """Bytes for one schedule."""
 
-_FP8_MAX = 448.0  # of e4m3; what is larger becomes NaN
-
 
 class Heads(NamedTuple):
     """The shape that attention sees."""
@@ -51,19 +49,10 @@ class Attention(Protocol):
         """Keys and values of a layer: views [blocks, block_size, kv_heads, head_dim]."""
         ...
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
-        """Store k and v [n, kv_heads, head_dim] of the pass in the pool. May change both."""
-        ...
-
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
         """Let q [n, heads, head_dim] attend to each sequence up to its own position, whose KV is in the pool. Gives
         [n, heads, head_dim] in the dtype of q."""
         ...
-
-
-def pool_entries(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` as the pool keeps it: as it is, or cut off at the ends of e4m3, with scale 1. May change x."""
-    return x if x.dtype == dtype else x.clamp_(-_FP8_MAX, _FP8_MAX).to(dtype)
 
 
 class TorchAttention:
@@ -84,12 +73,6 @@ class TorchAttention:
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._pool[:, layer, 0], self._pool[:, layer, 1]
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
-        page, place = inputs.positions.long() // self._shape.block_size, inputs.positions.long()
-        blocks = inputs.kv_indices[inputs.kv_indptr[inputs.rows.long()].long() + page].long()
-        for pages, x in zip(self.pages(layer), (k, v), strict=True):
-            pages[blocks, place % self._shape.block_size] = pool_entries(x, pages.dtype)
 
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
         out = torch.empty_like(q)
@@ -130,7 +113,6 @@ class FlashInferAttention:
         self._fi: Any = flashinfer
         self._shape = shape
         self._dtypes = {"q_data_type": dtype, "kv_data_type": kv_dtype, "o_data_type": dtype}
-        self._kv_dtype = kv_dtype
         self._backend = prefill_backend
         self._floats = torch.zeros(FLOAT_WORKSPACE, dtype=torch.uint8, device=device)
         self._decode = _Schedules(device, turns)
@@ -164,14 +146,6 @@ class FlashInferAttention:
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._layers[layer]
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> None:
-        self._fi.append_paged_kv_cache(
-            append_key=pool_entries(k, self._kv_dtype), append_value=pool_entries(v, self._kv_dtype),
-            batch_indices=inputs.rows, positions=inputs.positions, paged_kv_cache=self._layers[layer],
-            kv_indices=inputs.kv_indices, kv_indptr=inputs.kv_indptr, kv_last_page_len=inputs.last_page_len,
-            kv_layout="NHD",
-        )
 
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
         wrapper = self._decoders[len(q)] if decode else self._prefiller

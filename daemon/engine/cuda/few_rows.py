@@ -1,7 +1,7 @@
 """The forward pass of one to four decodes, by our own products (`gemv.cu`) instead of cuBLAS and kernels in between.
 
 Of so few rows nothing but the weights takes time, so what counts is that reading them never pauses. A layer is six
-kernels instead of eleven: each product takes norm, rotation, append to the KV cache, SiLU or residual along, and
+kernels instead of ten: each product takes norm, rotation, append to the KV cache, SiLU or residual along, and
 fetches its first weights while the kernel in front of it ends. Which of the two ways is quicker on a device is
 measured when graphs are captured (`graphs.py`). No speed has been measured yet.
 """
@@ -47,7 +47,7 @@ class Gemv(Protocol):
         """The fused product of query, key and value. Queries, rotated, go to q [rows, heads, head_dim]; keys,
         rotated, and values into pages [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where row i's
         sequence, whose blocks are ``indices[indptr[i] : indptr[i + 1]]``, has position ``positions[i]``. `angles`:
-        see `Ops.rotate`."""
+        see `Ops.append`."""
         ...
 
 
@@ -61,7 +61,7 @@ def few_buckets(buckets: tuple[int, ...], card: ModelCard, shared_memory: int) -
 
 
 class FewRows:
-    """The layers and the head of a Llama. `angles`: see `Ops.rotate`."""
+    """The layers and the head of a Llama. `angles`: see `Ops.append`."""
 
     def __init__(self, card: ModelCard, weights: DeviceWeights, gemv: Gemv, attention: Attention,
                  angles: torch.Tensor) -> None:

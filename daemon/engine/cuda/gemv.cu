@@ -1,12 +1,10 @@
 // Products of a few rows with a matrix, with what stands around them in a layer: gemv.h on the GPU.
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/error.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
 #include "gemv.h"
+#include "launch.cuh"
 
 namespace {
 
@@ -15,6 +13,10 @@ using llumd::Eight;
 using llumd::Matrix;
 using llumd::Rows;
 using llumd::Scales;
+using llumd::aligned;
+using llumd::data;
+using llumd::is;
+using llumd::whole;
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
@@ -23,7 +25,6 @@ constexpr uint32_t WARP = 32;
 constexpr uint32_t EVERY_LANE = 0xFFFFFFFFu;
 constexpr int BLOCKS = 2;  // a multiprocessor's, that registers must do for: 64 KiB of weights are under way in them
 constexpr uint32_t MOST_ROWS = 4;
-constexpr int FIRST_MAJOR_WITH_EARLY_LAUNCH = 9;
 
 struct Grid {
   __device__ uint32_t thread() const { return threadIdx.x; }
@@ -49,13 +50,7 @@ struct Grid {
     return e;
   }
 
-  // The kernel behind may begin as well: it waits likewise before it touches what this one reads or writes.
-  __device__ void await() const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-  }
+  __device__ void await() const { llumd::await(); }
 };
 
 template <uint32_t M, class Epilogue>
@@ -66,19 +61,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) gemv_kernel(Rows rows, Matrix
   llumd::multiply<M>(team, rows, matrix, epilogue, scales, reinterpret_cast<Eight*>(memory));
 }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&value, which, device));
-  return value;
-}
-
 // As many blocks as run at a time, or fewer if there are not so many tasks.
 template <class Kernel>
 unsigned blocks_of(Kernel kernel, size_t memory, uint32_t tasks, int device) {
   int at_a_time = 0;
   TVM_FFI_CHECK_CUDA_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_a_time, kernel, THREADS, memory));
   TVM_FFI_ICHECK_GT(at_a_time, 0) << "the rows do not fit in a multiprocessor";
-  const unsigned most = attribute(cudaDevAttrMultiProcessorCount, device) * at_a_time;
+  const unsigned most = llumd::attribute(cudaDevAttrMultiProcessorCount, device) * at_a_time;
   const unsigned wanted = (tasks + THREADS / WARP - 1) / (THREADS / WARP);
   return wanted < most ? wanted : most;
 }
@@ -89,18 +78,8 @@ void launch(const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, DL
   const size_t memory = M * rows.groups() * sizeof(Eight);
   TVM_FFI_CHECK_CUDA_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks_of(kernel, memory, epilogue.tasks(), device.device_id));
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = memory;
-  config.stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-  config.attrs = &early;
-  config.numAttrs =
-      attribute(cudaDevAttrComputeCapabilityMajor, device.device_id) >= FIRST_MAJOR_WITH_EARLY_LAUNCH ? 1 : 0;
-  TVM_FFI_CHECK_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, rows, matrix, epilogue));
+  const unsigned blocks = blocks_of(kernel, memory, epilogue.tasks(), device.device_id);
+  llumd::launch(kernel, blocks, THREADS, memory, device, rows, matrix, epilogue);
 }
 
 template <class Epilogue>
@@ -115,30 +94,6 @@ void run(const TensorView& x, const Rows& rows, const Matrix& matrix, const Epil
   TVM_FFI_ICHECK(false) << "1 to " << MOST_ROWS << " rows can be multiplied, not " << x.size(0);
 }
 
-// ---- Tensors
-
-bool is(const TensorView& tensor, DLDataTypeCode code, int bits) {
-  const DLDataType dtype = tensor.dtype();
-  return dtype.code == code && dtype.bits == bits && dtype.lanes == 1;
-}
-
-// The data of a tensor on the device of `x`.
-template <class T>
-T* data(const TensorView& tensor, const char* name, DLDataTypeCode code, int dim, const TensorView& x) {
-  TVM_FFI_ICHECK(is(tensor, code, sizeof(T) * 8)) << name << " has another dtype";
-  TVM_FFI_ICHECK(tensor.ndim() == dim && (dim == 0 || tensor.stride(dim - 1) == 1))
-      << name << " has another shape, or gaps between its entries";
-  TVM_FFI_ICHECK(tensor.device().device_type == kDLCUDA && tensor.device().device_id == x.device().device_id)
-      << name << " is not on the device of x";
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* whole(const TensorView& tensor, const char* name, DLDataTypeCode code, int dim, const TensorView& x) {
-  TVM_FFI_ICHECK(tensor.IsContiguous()) << name << " must be contiguous";
-  return data<T>(tensor, name, code, dim, x);
-}
-
 // A vector of bfloat16, or none.
 const Bf16* vector(const Optional<TensorView>& tensor, const char* name, int64_t length, const TensorView& x) {
   if (!tensor.has_value()) return nullptr;
@@ -146,12 +101,10 @@ const Bf16* vector(const Optional<TensorView>& tensor, const char* name, int64_t
   return whole<Bf16>(tensor.value(), name, kDLBfloat, 1, x);
 }
 
-bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Eight) == 0; }
-
 Rows rows_of(const TensorView& x, const Optional<TensorView>& norm, double eps) {
   const Bf16* at = data<Bf16>(x, "x", kDLBfloat, 2, x);
   const Bf16* weights = vector(norm, "norm", x.size(1), x);
-  TVM_FFI_ICHECK(x.size(1) % llumd::COLUMNS == 0 && x.stride(0) % llumd::COLUMNS == 0 && aligned(at) &&
+  TVM_FFI_ICHECK(x.size(1) % llumd::EIGHT == 0 && x.stride(0) % llumd::EIGHT == 0 && aligned(at) &&
                  aligned(weights))
       << "rows must be multiples of 16 bytes";
   return {at, x.stride(0), static_cast<uint32_t>(x.size(1)), weights, static_cast<float>(eps)};
@@ -198,13 +151,14 @@ void logits(TensorView x, TensorView norm, double eps, TensorView weight, Tensor
 
 template <class Entry>
 void run_heads(const TensorView& x, const Rows& rows, const Matrix& matrix, const TensorView& q,
-               const TensorView& keys, const TensorView& values, const llumd::Pages& pages, const float* angles,
-               DLDataTypeCode code) {
+               const TensorView& keys, const TensorView& values, const llumd::Pages& pages,
+               const int32_t* positions, const float* angles, DLDataTypeCode code) {
   const llumd::Heads<Entry> heads{
       whole<Bf16>(q, "q", kDLBfloat, 3, x),
       data<Entry>(keys, "keys", code, 4, x),
       data<Entry>(values, "values", code, 4, x),
       pages,
+      positions,
       angles,
       static_cast<uint32_t>(q.size(1)),
       static_cast<uint32_t>(keys.size(2)),
@@ -219,26 +173,16 @@ void heads(TensorView x, TensorView norm, double eps, TensorView weight, Optiona
            TensorView keys, TensorView values, TensorView indices, TensorView indptr, TensorView positions,
            TensorView angles) {
   TVM_FFI_ICHECK(q.ndim() == 3 && q.size(0) == x.size(0) && q.size(2) % 2 == 0) << "q has another shape";
-  TVM_FFI_ICHECK(keys.ndim() == 4 && values.ndim() == 4 && keys.size(3) == q.size(2)) << "pages have another shape";
-  for (int i = 0; i < 4; ++i)
-    TVM_FFI_ICHECK(keys.size(i) == values.size(i) && keys.stride(i) == values.stride(i)) << "keys and values differ";
+  const llumd::Pages pages = llumd::pages_of(keys, values, indices, indptr, q.size(2), x);
   TVM_FFI_ICHECK_EQ((q.size(1) + 2 * keys.size(2)) * q.size(2), weight.size(0)) << "weight does not fit the heads";
   TVM_FFI_ICHECK(positions.size(0) >= x.size(0) && indptr.size(0) > x.size(0)) << "rows without a place";
   TVM_FFI_ICHECK_EQ(angles.size(1), q.size(2)) << "angles do not fit the heads";
-  const llumd::Pages pages{
-      whole<int32_t>(indices, "indices", kDLInt, 1, x),
-      whole<int32_t>(indptr, "indptr", kDLInt, 1, x),
-      whole<int32_t>(positions, "positions", kDLInt, 1, x),
-      static_cast<uint32_t>(keys.size(1)),
-      keys.stride(0),
-      keys.stride(1),
-      keys.stride(2),
-  };
+  const int32_t* at = whole<int32_t>(positions, "positions", kDLInt, 1, x);
   const float* turns = whole<float>(angles, "angles", kDLFloat, 2, x);
   const Rows rows = rows_of(x, norm, eps);
   const Matrix matrix = matrix_of(weight, bias, x);
-  if (is(keys, kDLBfloat, 16)) return run_heads<Bf16>(x, rows, matrix, q, keys, values, pages, turns, kDLBfloat);
-  run_heads<uint8_t>(x, rows, matrix, q, keys, values, pages, turns, kDLFloat8_e4m3fn);
+  if (is(keys, kDLBfloat, 16)) return run_heads<Bf16>(x, rows, matrix, q, keys, values, pages, at, turns, kDLBfloat);
+  run_heads<uint8_t>(x, rows, matrix, q, keys, values, pages, at, turns, kDLFloat8_e4m3fn);
 }
 
 }  // namespace

@@ -18,48 +18,13 @@
 //   await()                  until all that the kernels in front have written is there
 #pragma once
 
-#include "both.h"
+#include "pages.h"
 
 namespace llumd {
 
-constexpr uint32_t COLUMNS = 8;  // bfloat16 in 16 bytes
 constexpr uint32_t PIECE = 4;    // Eights of each row of a task that a lane has under way
 constexpr uint32_t MOST_WARPS = 32;
 constexpr uint32_t NO_ROW = 0xFFFFFFFFu;
-constexpr float LARGEST_E4M3 = 448.0f;
-
-// ---- Numbers
-
-using Bf16 = uint16_t;  // its bits
-
-struct alignas(16) Eight {
-  uint32_t pair[COLUMNS / 2];  // the even column in the lower half
-};
-
-LLUMD_BOTH float of_bf16(Bf16 x) { return float_of_bits(static_cast<uint32_t>(x) << 16); }
-LLUMD_BOTH float even_of(uint32_t pair) { return float_of_bits(pair << 16); }
-LLUMD_BOTH float odd_of(uint32_t pair) { return float_of_bits(pair & 0xFFFF0000u); }
-
-// To the nearest, of two to the even one; NaN stays NaN.
-LLUMD_BOTH Bf16 to_bf16(float x) {
-  const uint32_t bits = float_bits(x);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<Bf16>(bits >> 16 | 0x40u);
-  return static_cast<Bf16>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
-
-// The nearest e4m3, of two the even one; cut off at its ends; NaN stays NaN.
-LLUMD_BOTH uint8_t to_e4m3(float x) {
-  const uint32_t sign = float_bits(x) >> 24 & 0x80u;
-  const uint32_t bits = float_bits(x) & 0x7FFFFFFFu;
-  if (bits > 0x7F800000u) return static_cast<uint8_t>(sign | 0x7Fu);
-  if (bits >= float_bits(LARGEST_E4M3)) return static_cast<uint8_t>(sign | 0x7Eu);
-  if (bits < 0x3C800000u) {  // below 2^-6, the least normal number: in units of 2^-9
-    const float shifted = float_of_bits(bits) + 16384.0f;  // whose last place is 2^-9
-    return static_cast<uint8_t>(sign | (float_bits(shifted) & 0xFFu));
-  }
-  const uint32_t rounded = bits + 0x7FFFFu + (bits >> 20 & 1u);
-  return static_cast<uint8_t>(sign | ((rounded >> 20) - (120u << 3)));
-}
 
 // ---- What is multiplied
 
@@ -67,11 +32,11 @@ LLUMD_BOTH uint8_t to_e4m3(float x) {
 struct Rows {
   const Bf16* x;
   int64_t stride;
-  uint32_t width;  // a multiple of COLUMNS
+  uint32_t width;  // a multiple of EIGHT
   const Bf16* norm;
   float eps;
 
-  LLUMD_BOTH uint32_t groups() const { return width / COLUMNS; }
+  LLUMD_BOTH uint32_t groups() const { return width / EIGHT; }
   LLUMD_BOTH const Eight* row(uint32_t m) const { return reinterpret_cast<const Eight*>(x + m * stride); }
 };
 
@@ -137,23 +102,6 @@ struct Logits {
   }
 };
 
-// Where sequence m's token goes in a paged pool.
-struct Pages {
-  const int32_t* indices;  // of all sequences' blocks
-  const int32_t* indptr;
-  const int32_t* positions;
-  uint32_t block_size;
-  int64_t block_stride;  // in entries, as the others
-  int64_t token_stride;
-  int64_t head_stride;
-
-  LLUMD_BOTH int64_t place(uint32_t m, uint32_t head) const {
-    const uint32_t position = static_cast<uint32_t>(positions[m]);
-    const int64_t block = indices[indptr[m] + static_cast<int32_t>(position / block_size)];
-    return block * block_stride + position % block_size * token_stride + head * head_stride;
-  }
-};
-
 // The fused product of query, key and value: queries, rotated, to q [M, heads, 2 half]; keys, rotated, and values to
 // the pool. Each task is two columns of a head that turn together.
 template <class Entry>
@@ -162,6 +110,7 @@ struct Heads {
   Entry* keys;
   Entry* values;
   Pages pages;
+  const int32_t* positions;
   const float* angles;  // [max_len, 2 half]: cosines, then sines
   uint32_t heads;
   uint32_t kv_heads;
@@ -174,10 +123,11 @@ struct Heads {
   }
   LLUMD_BOTH void store(Task task, uint32_t m, float a, float b) const {
     const uint32_t head = task.first / (2 * half), i = task.first % (2 * half);
-    if (head >= heads + kv_heads) return put(values + pages.place(m, head - heads - kv_heads), i, a, b);
-    const float* turn = angles + static_cast<int64_t>(pages.positions[m]) * 2 * half + i;
+    const uint32_t position = static_cast<uint32_t>(positions[m]);
+    if (head >= heads + kv_heads) return put(values + pages.place(m, position, head - heads - kv_heads), i, a, b);
+    const float* turn = angles + static_cast<int64_t>(position) * 2 * half + i;
     const float low = a * turn[0] - b * turn[half], high = b * turn[0] + a * turn[half];
-    if (head >= heads) return put(keys + pages.place(m, head - heads), i, low, high);
+    if (head >= heads) return put(keys + pages.place(m, position, head - heads), i, low, high);
     put(q + (static_cast<int64_t>(m) * heads + head) * 2 * half, i, low, high);
   }
 
@@ -201,13 +151,13 @@ struct Scales {
 
 LLUMD_BOTH float squares(Eight e) {
   float sum = 0.0f;
-  for (uint32_t j = 0; j < COLUMNS / 2; ++j)
+  for (uint32_t j = 0; j < EIGHT / 2; ++j)
     sum += even_of(e.pair[j]) * even_of(e.pair[j]) + odd_of(e.pair[j]) * odd_of(e.pair[j]);
   return sum;
 }
 
 LLUMD_BOTH Eight scaled(Eight e, Eight weight, float by) {
-  for (uint32_t j = 0; j < COLUMNS / 2; ++j) {
+  for (uint32_t j = 0; j < EIGHT / 2; ++j) {
     const uint32_t low = to_bf16(even_of(e.pair[j]) * by * even_of(weight.pair[j]));
     const uint32_t high = to_bf16(odd_of(e.pair[j]) * by * odd_of(weight.pair[j]));
     e.pair[j] = low | high << 16;
@@ -278,7 +228,7 @@ LLUMD_BOTH void fetch(Team& team, const Matrix& matrix, const Epilogue& epilogue
 
 LLUMD_BOTH float dot(Eight w, Eight x, float sum) {
   LLUMD_UNROLL
-  for (uint32_t j = 0; j < COLUMNS / 2; ++j) {
+  for (uint32_t j = 0; j < EIGHT / 2; ++j) {
     sum += even_of(w.pair[j]) * even_of(x.pair[j]);
     sum += odd_of(w.pair[j]) * odd_of(x.pair[j]);
   }

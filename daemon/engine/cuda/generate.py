@@ -43,18 +43,6 @@ def _norm(_name: str) -> Any:
     return spec
 
 
-def _page(_name: str) -> Any:
-    from flashinfer.jit.page import gen_page_module
-
-    return gen_page_module()
-
-
-def _rope(_name: str) -> Any:
-    from flashinfer.jit.rope import gen_rope_module
-
-    return gen_rope_module()
-
-
 def _own(name: str, source: str, *flags: str) -> Any:
     # Not gen_jit_spec, which adds -use_fast_math.
     from flashinfer.jit.core import JitSpec
@@ -73,8 +61,6 @@ GENERATORS: dict[str, Callable[..., Any]] = {
     "attention": _attention,
     "activation": _activation,
     "norm": _norm,
-    "page": _page,
-    "rope": _rope,
     "own": _own,
 }
 

@@ -25,9 +25,10 @@ Dtype = Literal["bf16", "fp16"]
 KvDtype = Literal["auto", "fp8"]  # auto: as dtype; fp8: e4m3
 Prefill = Literal["fa2", "fa3"]
 
-HEAD_DIMS = (64, 128, 256)  # what FlashInfer's attention, rope and append kernels are all made for
+HEAD_DIMS = (64, 128, 256)  # what FlashInfer's attention kernels are made for
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 SAMPLER_NVCC_FLAGS = (*_NVCC_FLAGS, "-fmad=false")  # the noise is exact only without fusing
+APPEND_NVCC_FLAGS = SAMPLER_NVCC_FLAGS  # torch's rounding, to the last bit
 GEMV_NVCC_FLAGS = _NVCC_FLAGS
 RECORD = "built.json"
 _SOURCES = Path(__file__).parent
@@ -82,10 +83,9 @@ def required(
     return [
         KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",)),
         sampler(),
+        append(),
         gemv(),
         KernelSpec("norm", "RMSNorm", "norm"),
-        KernelSpec("page", "append to the paged KV cache", "page"),
-        KernelSpec("rope", "rotary embedding", "rope"),
         *attention,
     ]
 
@@ -104,12 +104,20 @@ def _attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int)
 
 def sampler() -> KernelSpec:
     """The project's own draw."""
-    return _own("sampler", "the draw of tokens", ("both.h", "draw.h", "row.h", "sampler.cu"), SAMPLER_NVCC_FLAGS)
+    files = ("both.h", "draw.h", "row.h", "pages.h", "launch.cuh", "sampler.cu")
+    return _own("sampler", "the draw of tokens", files, SAMPLER_NVCC_FLAGS)
+
+
+def append() -> KernelSpec:
+    """The project's own rotary embedding and append to the paged KV cache."""
+    files = ("both.h", "pages.h", "append.h", "launch.cuh", "append.cu")
+    return _own("append", "rotary embedding and append to the KV cache", files, APPEND_NVCC_FLAGS)
 
 
 def gemv() -> KernelSpec:
     """The project's own products of few rows."""
-    return _own("gemv", "products of few rows", ("both.h", "gemv.h", "gemv.cu"), GEMV_NVCC_FLAGS)
+    files = ("both.h", "pages.h", "gemv.h", "launch.cuh", "gemv.cu")
+    return _own("gemv", "products of few rows", files, GEMV_NVCC_FLAGS)
 
 
 def _own(module: str, purpose: str, files: tuple[str, ...], flags: tuple[str, ...]) -> KernelSpec:
@@ -256,6 +264,11 @@ def _check_cuda(where: Path) -> None:
 def load_sampler() -> Any:
     """The project's draw as a tvm-ffi module: its functions are attributes. After `use`. Raises KernelError."""
     return _load(sampler())
+
+
+def load_append() -> Any:
+    """The project's rotary embedding and append as a tvm-ffi module. After `use`. Raises KernelError."""
+    return _load(append())
 
 
 def load_gemv() -> Any:

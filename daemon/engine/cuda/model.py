@@ -70,8 +70,7 @@ class Llama:
         width, kv_width = self._heads * self._head_dim, self._kv_heads * self._head_dim
         parts = _apply(layer.qkv, x).split([width, kv_width, kv_width], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
-        self._ops.rotate(inputs.positions, q, k, self._angles)
-        self._attention.append(index, k, v, inputs)
+        self._ops.append(q, k, v, *self._attention.pages(index), inputs, self._angles)
         return _apply(layer.out, self._attention.attend(index, q, inputs, decode=decode).flatten(1))
 
 

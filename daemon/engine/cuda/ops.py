@@ -7,6 +7,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from daemon.engine.cuda import kernels
+from daemon.engine.cuda.arrays import Inputs
+
+_FP8_MAX = 448.0  # of e4m3; what is larger becomes NaN
+
 
 class Ops(Protocol):
     """What a layer does beside attention and matrix products. [n]: tokens of the step."""
@@ -19,9 +24,11 @@ class Ops(Protocol):
         """In place: residual += x, then x = residual normalised. Both [n, hidden]."""
         ...
 
-    def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> None:
-        """Rotary embedding in place. positions int32[n]; q [n, heads, head_dim], k [n, kv_heads, head_dim], with any
-        strides but the last; angles float32[max_len, head_dim]: cosines, then sines, each head_dim / 2."""
+    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+               inputs: Inputs, angles: torch.Tensor) -> None:
+        """Rotary embedding of q [n, heads, head_dim] in place; k [n, kv_heads, head_dim], rotated too, and v go to
+        their places in the pages `keys` and `values` [blocks, block_size, kv_heads, head_dim]. Any strides between
+        tokens. angles float32[max_len, head_dim]: cosines, then sines, each head_dim / 2. May change k and v."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -45,7 +52,15 @@ class TorchOps:
         residual.add_(x)
         x.copy_(self.rms_norm(residual, weight, eps))
 
+    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+               inputs: Inputs, angles: torch.Tensor) -> None:
+        self.rotate(inputs.positions, q, k, angles)
+        page, place = inputs.positions.long() // keys.shape[1], inputs.positions.long() % keys.shape[1]
+        blocks = inputs.kv_indices[inputs.kv_indptr[inputs.rows.long()].long() + page].long()
+        keys[blocks, place], values[blocks, place] = pool_entries(k, keys.dtype), pool_entries(v, values.dtype)
+
     def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> None:
+        """Both in place; positions int32[n]."""
         cos, sin = angles[positions.long()].unsqueeze(1).chunk(2, -1)
         for heads in (q, k):
             low, high = heads.float().chunk(2, -1)
@@ -59,13 +74,20 @@ class TorchOps:
         out.copy_(F.linear(x.float(), weight.float()))
 
 
+def pool_entries(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` as a pool keeps it: as it is, or cut off at the ends of e4m3, with scale 1. May change x."""
+    return x if x.dtype == dtype else x.clamp_(-_FP8_MAX, _FP8_MAX).to(dtype)
+
+
 class FlashInferOps:
-    """FlashInfer's kernels, for bfloat16 on CUDA; all of them can be captured in a graph."""
+    """FlashInfer's kernels, and one of our own where it has two or, with e4m3, six: for bfloat16 on CUDA. All of
+    them can be captured in a graph. Raises KernelError where ours is not built."""
 
     def __init__(self) -> None:
         import flashinfer
 
         self._fi: Any = flashinfer
+        self._append = kernels.load_append().append
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._fi.rmsnorm(x, weight, eps=eps)
@@ -73,11 +95,10 @@ class FlashInferOps:
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         self._fi.fused_add_rmsnorm(x, residual, weight, eps=eps)
 
-    def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> None:
-        self._fi.apply_rope_with_cos_sin_cache_inplace(
-            positions=positions, query=q.flatten(1), key=k.flatten(1), head_size=q.shape[-1], cos_sin_cache=angles,
-            is_neox=True,
-        )
+    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+               inputs: Inputs, angles: torch.Tensor) -> None:
+        self._append(q, k, v, keys, values, inputs.kv_indices, inputs.kv_indptr, inputs.rows, inputs.positions,
+                     angles)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._fi.silu_and_mul(gate_up)

@@ -1,15 +1,14 @@
 // The draw on the GPU: a cluster of blocks draws one row's token, its logits spread over the blocks' shared memory.
 #include <cooperative_groups.h>
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/error.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 
+#include "launch.cuh"
 #include "row.h"
 
 namespace {
 
+using llumd::attribute;
 using tvm::ffi::TensorView;
 
 constexpr uint32_t THREADS = 512;
@@ -92,12 +91,6 @@ __global__ void __launch_bounds__(THREADS)
   const int32_t token = llumd::draw_row(team, slice, params.row(row), vocab);
   if (team.block() == 0 && team.thread() == 0) out[row] = token;
   team.sync_all();  // a peer may still read this block's memory
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  TVM_FFI_CHECK_CUDA_ERROR(cudaDeviceGetAttribute(&value, which, device));
-  return value;
 }
 
 // Blocks for a row: enough to hold it, and more while the GPU has idle multiprocessors.

@@ -106,16 +106,16 @@ void logits(PRODUCT, float* out, int64_t stride, uint32_t columns) {
   run(shape, count, rows, matrix, llumd::Logits{out, stride, columns});
 }
 
-void heads(PRODUCT, llumd::Bf16* q, void* keys, void* values, llumd::Pages pages, const float* angles, uint32_t heads,
-           uint32_t kv_heads, uint32_t half, bool e4m3) {
+void heads(PRODUCT, llumd::Bf16* q, void* keys, void* values, llumd::Pages pages, const int32_t* positions,
+           const float* angles, uint32_t heads, uint32_t kv_heads, uint32_t half, bool e4m3) {
   if (e4m3)
     run(shape, count, rows, matrix,
-        llumd::Heads<uint8_t>{q, static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values), pages, angles, heads,
-                              kv_heads, half});
+        llumd::Heads<uint8_t>{q, static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values), pages, positions, angles,
+                              heads, kv_heads, half});
   else
     run(shape, count, rows, matrix,
         llumd::Heads<llumd::Bf16>{q, static_cast<llumd::Bf16*>(keys), static_cast<llumd::Bf16*>(values), pages,
-                                  angles, heads, kv_heads, half});
+                                  positions, angles, heads, kv_heads, half});
 }
 
 void to_bf16(const float* x, uint16_t* out, int64_t n) {

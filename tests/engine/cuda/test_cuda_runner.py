@@ -377,7 +377,7 @@ def test_e4m3_kv_follows_fp32(model_dir, reference):
 
 
 def test_large_keys_are_cut_off_in_e4m3_and_no_nan_arises():
-    from daemon.engine.cuda.attention import pool_entries
+    from daemon.engine.cuda.ops import pool_entries
 
     kept = pool_entries(torch.tensor([1000.0, -1e30, 3.0, 448.0]), torch.float8_e4m3fn).float()
     assert kept.tolist() == [448.0, -448.0, 3.0, 448.0]

@@ -39,7 +39,6 @@ def module(monkeypatch):
     for name in ("empty", "zeros"):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, make=make, pin_memory=False, **k: make(*a, **k))
-    monkeypatch.setattr(flashinfer, "append_paged_kv_cache", lambda **arguments: None)
     return module
 
 
@@ -86,15 +85,14 @@ def test_a_decode_plan_is_what_the_wrapper_would_have_asked_for(module, attentio
 def test_a_decode_reads_the_static_arrays_and_the_shared_workspace(module, attention):
     whole, cut, _ = step(decode=True)
     attention.prepare(4, whole, whole)
-    q, k, v = torch.zeros(4, 8, 64, dtype=BF16), *torch.zeros(2, 4, 2, 64, dtype=BF16)
-    attention.append(1, k, v, cut)
+    q = torch.zeros(4, 8, 64, dtype=BF16)
     out = attention.attend(1, q, cut, decode=True)
     [run] = module.runs
     assert out.shape == q.shape
     assert run[1] is attention._decode.workspace
     for given, array in zip(run[7:10], (whole.kv_indptr[:5], whole.kv_indices, whole.last_page_len[:4]), strict=True):
         assert given.data_ptr() == array.data_ptr() and given.shape == array.shape
-    assert run[4].data_ptr() == attention._layers[1][0].data_ptr()
+    assert run[4].data_ptr() == attention.pages(1)[0].data_ptr()
 
 
 def test_a_chunk_plan_is_what_the_wrapper_would_have_asked_for(module, attention):
@@ -110,9 +108,7 @@ def test_later_chunks_run_with_their_own_arrays(module, attention):
     attention.plan(first, first, size, decode=False, turn=0)
     _, second, size = step(decode=False)
     attention.plan(second, second, size, decode=False, turn=1)
-    q, k, v = torch.zeros(size.tokens, 8, 64, dtype=BF16), *torch.zeros(2, size.tokens, 2, 64, dtype=BF16)
-    attention.append(2, k, v, second)
-    attention.attend(2, q, second, decode=False)
+    attention.attend(2, torch.zeros(size.tokens, 8, 64, dtype=BF16), second, decode=False)
     [run] = module.runs
     assert len(module.plans) == 3
     assert run[2] == [7, 8, 9]
@@ -130,11 +126,8 @@ def test_a_layout_other_than_the_graphs_is_not_replayed(module, attention):
 
 
 @pytest.mark.parametrize(("name", "used"), [
-    ("append_paged_kv_cache", "append_key append_value batch_indices positions paged_kv_cache kv_indices kv_indptr "
-                              "kv_last_page_len kv_layout"),
     ("rmsnorm", "input weight eps"),
     ("fused_add_rmsnorm", "input residual weight eps"),
-    ("apply_rope_with_cos_sin_cache_inplace", "positions query key head_size cos_sin_cache is_neox"),
     ("silu_and_mul", "input"),
 ])
 def test_functions_take_the_arguments_we_pass(name, used):

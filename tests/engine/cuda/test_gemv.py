@@ -22,7 +22,7 @@ from daemon.engine.cuda.ops import TorchOps
 from daemon.engine.rope import rope_tables
 from daemon.models.card import read_card
 from tests.engine.cuda.driving import make_cuda_runner
-from tests.engine.cuda.host_gemv import SOURCES, HostGemv, Team, compile_to
+from tests.engine.cuda.host_kernels import SOURCES, HostGemv, Team, compile_host
 from tests.engine.driving import generate, request
 from tests.gpu.parts import card_of, judged, transformers_on
 from tests.models.tiny import make_tiny_llama
@@ -41,9 +41,7 @@ widths = st.integers(1, 70).map(lambda groups: 8 * groups)
 def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    made = tmp_path_factory.mktemp("host") / "host_gemv.so"
-    compile_to(made)
-    return made
+    return compile_host("gemv", tmp_path_factory.mktemp("host"))
 
 
 class Noise:

@@ -102,8 +102,8 @@ def attention(specs):
 def test_attention_is_compiled_for_the_dtypes_and_head_dim_at_hand(card, head_dim, options, expected):
     specs = kernels.required(replace(card, head_dim=head_dim), arch="9.0a", **options)
     assert attention(specs) == expected
-    ours = {kernels.sampler().name, kernels.gemv().name}
-    assert {"silu_and_mul", "norm", "page", "rope"} | ours < set(names(specs))
+    ours = {kernels.sampler().name, kernels.append().name, kernels.gemv().name}
+    assert {"silu_and_mul", "norm"} | ours < set(names(specs))
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,15 @@ def test_flashinfer_calls_all_of_them_by_the_same_names(card, toolkit, tmp_path)
     # The noise is exact only without contraction and without the fast approximations that FlashInfer asks for.
     flags = Path(files[kernels.sampler().name]).read_text()
     assert "-fmad=false" in flags and "fast_math" not in flags and "code=sm_90a" in flags
+    assert "-fmad=false" in Path(files[kernels.append().name]).read_text()
     assert "fast_math" not in Path(files[kernels.gemv().name]).read_text()
 
 
-@pytest.mark.parametrize(("module", "header"), [("sampler", "row.h"), ("gemv", "gemv.h")])
+@pytest.mark.parametrize(("module", "header"), [("sampler", "row.h"), ("append", "append.h"), ("gemv", "gemv.h")])
 def test_the_name_of_our_own_changes_with_its_sources_alone(tmp_path, monkeypatch, module, header):
     spec_of, unit = getattr(kernels, module), f"{module}.cu"
     for source in kernels._SOURCES.iterdir():
-        if source.suffix in (".h", ".cu"):
+        if source.suffix in (".h", ".cu", ".cuh"):
             shutil.copy(source, tmp_path)
     monkeypatch.setattr(kernels, "_SOURCES", tmp_path)
     before = spec_of()

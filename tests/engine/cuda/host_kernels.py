@@ -1,4 +1,5 @@
-"""`Gemv` on the CPU: the kernels' own source with threads for lanes (host_gemv.cpp), as few or many as one likes."""
+"""Our kernels on the CPU, from their own sources: `Gemv` with threads for lanes, as few or many as one likes
+(host_gemv.cpp), and the append (host_append.cpp)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,16 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "daemon" / "engine" / "cuda"
-FLAGS = ("-std=c++20", "-O2", "-march=native", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC",
+         "-shared", "-pthread")
 
 
-def compile_to(library: Path, compiler: str = "g++") -> None:
-    """Raises CalledProcessError."""
-    subprocess.run([compiler, *FLAGS, f"-I{SOURCES}", str(HERE / "host_gemv.cpp"), "-o", str(library)], check=True)
+def compile_host(name: str, folder: Path, compiler: str = "g++") -> Path:
+    """The library of host_<name>.cpp. Raises CalledProcessError."""
+    library = folder / f"host_{name}.so"
+    unit = HERE / f"host_{name}.cpp"
+    subprocess.run([compiler, *FLAGS, f"-I{SOURCES}", str(unit), "-o", str(library)], check=True)
+    return library
 
 
 class Team(NamedTuple):
@@ -39,9 +44,23 @@ class _Matrix(ctypes.Structure):
 
 
 class _Pages(ctypes.Structure):
-    _fields_ = [("indices", ctypes.c_void_p), ("indptr", ctypes.c_void_p), ("positions", ctypes.c_void_p),
-                ("block_size", ctypes.c_uint32), ("block_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64),
-                ("head_stride", ctypes.c_int64)]
+    _fields_ = [("indices", ctypes.c_void_p), ("indptr", ctypes.c_void_p), ("block_size", ctypes.c_uint32),
+                ("block_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64)]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("stride", ctypes.c_int64)]
+
+
+class _Append(ctypes.Structure):
+    _fields_ = [("q", _Tokens), ("k", _Tokens), ("v", _Tokens), ("keys", ctypes.c_void_p),
+                ("values", ctypes.c_void_p), ("pages", _Pages), ("rows", ctypes.c_void_p),
+                ("positions", ctypes.c_void_p), ("angles", ctypes.c_void_p), ("tokens", ctypes.c_uint32),
+                ("heads", ctypes.c_uint32), ("kv_heads", ctypes.c_uint32), ("half", ctypes.c_uint32)]
+
+
+def _pages(keys: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor) -> _Pages:
+    return _Pages(_at(indices), _at(indptr), keys.shape[1], *keys.stride()[:3])
 
 
 def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -77,10 +96,10 @@ class HostGemv:
     def heads(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
               q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor,
               positions: torch.Tensor, angles: torch.Tensor) -> None:
-        pages = _Pages(_at(indices), _at(indptr), _at(positions), keys.shape[1], *keys.stride()[:3])
-        self._library.heads(*self._product(x, norm, eps, weight, bias), _at(q), _at(keys), _at(values), pages,
-                            _at(angles), ctypes.c_uint32(q.shape[1]), ctypes.c_uint32(keys.shape[2]),
-                            ctypes.c_uint32(q.shape[2] // 2), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
+        self._library.heads(*self._product(x, norm, eps, weight, bias), _at(q), _at(keys), _at(values),
+                            _pages(keys, indices, indptr), _at(positions), _at(angles), ctypes.c_uint32(q.shape[1]),
+                            ctypes.c_uint32(keys.shape[2]), ctypes.c_uint32(q.shape[2] // 2),
+                            ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
 
     def _product(self, x: torch.Tensor, norm: torch.Tensor | None, eps: float, weight: torch.Tensor,
                  bias: torch.Tensor | None) -> tuple[Any, ...]:
@@ -90,3 +109,18 @@ class HostGemv:
         norm, weight = self._held
         rows = _Rows(_at(x), x.stride(0), x.shape[1], _at(norm), eps)
         return self._team, ctypes.c_uint32(len(x)), rows, _Matrix(_at(weight), _at(bias))
+
+
+class HostAppend:
+    """`append.cu`'s function, of bfloat16 tensors on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+               indices: torch.Tensor, indptr: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
+               angles: torch.Tensor) -> None:
+        tokens = [_Tokens(_at(x), x.stride(0)) for x in (q, k, v)]
+        everything = _Append(*tokens, _at(keys), _at(values), _pages(keys, indices, indptr), _at(rows),
+                             _at(positions), _at(angles), len(q), q.shape[1], k.shape[1], q.shape[2] // 2)
+        self._library.append(ctypes.byref(everything), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))

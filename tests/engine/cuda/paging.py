@@ -1,0 +1,59 @@
+"""Tokens of some sequences, pages for them, and fused products to append: what an append kernel is called with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from daemon.engine.rope import rope_tables
+from tests.gpu.parts import card_of
+
+BEFORE = 150  # at most so many tokens are there already
+LONGEST = 1200
+
+
+class Shape(NamedTuple):
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+
+class Paged:
+    """`counts`: tokens of each sequence, behind some that `rng` draws. Everything is on `device`."""
+
+    def __init__(self, shape: Shape, counts: list[int], rng: np.random.Generator, device: str = "cpu") -> None:
+        self.shape = shape
+        self.starts = [int(rng.integers(0, BEFORE)) for _ in counts]
+        pages = [-(-(start + count) // shape.block_size) for start, count in zip(self.starts, counts, strict=True)]
+        indptr = np.concatenate([[0], np.cumsum(pages)])
+        self.blocks = int(indptr[-1]) + 1
+        arrays = {
+            "kv_indices": rng.permutation(self.blocks)[: indptr[-1]],
+            "kv_indptr": indptr,
+            "rows": np.repeat(np.arange(len(counts)), counts),
+            "positions": np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts, counts, strict=True)]),
+        }
+        self.inputs: Any = SimpleNamespace(**{
+            name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()})
+        card = card_of(shape.head_dim)
+        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(card, LONGEST)], 1).to(device)
+        width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        fused = torch.from_numpy(rng.standard_normal((sum(counts), width), np.float32) * 3)
+        self.fused = fused.to(device=device, dtype=torch.bfloat16)
+
+    def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices of one product, as a model has them: a new one each time."""
+        heads = self.fused.clone().unflatten(1, (-1, self.shape.head_dim))
+        q, k, v = heads.split([self.shape.heads, self.shape.kv_heads, self.shape.kv_heads], 1)
+        return q, k, v
+
+    def pages(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one of three layers, all zeros."""
+        _, kv_heads, head_dim, block_size = self.shape
+        shape = (self.blocks, 3, 2, block_size, kv_heads, head_dim)
+        pool = torch.zeros(shape, dtype=torch.bfloat16, device=self.fused.device).to(dtype)
+        return pool[:, 1, 0], pool[:, 1, 1]
