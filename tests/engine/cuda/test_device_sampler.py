@@ -2,7 +2,6 @@
 CPU, where the row algorithm runs with real threads and barriers."""
 
 import ctypes
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from daemon.control.messages import SamplingParams
 from daemon.engine import cutoff, noise
-from daemon.engine.cuda import kernels
 from daemon.engine.cuda.sampler import NO_TOKEN, TorchDraw
 from daemon.engine.jit import kernel
 from tests.engine.cuda.draws import KINDS, judge, make_logits, many_rows, params_of, samplings
@@ -256,23 +254,3 @@ def test_words_that_are_passed_over_could_not_win(host):
     assert (limits == 2**32 - 1)[gaps <= 0].all()
     loudest = each(host.gumbels, np.maximum(limits, 1) - 1, dtype=np.float32)
     assert (loudest > gaps - 0.1)[(gaps > 3) & (gaps < 20)].all()
-
-
-# -- the kernel
-
-
-def test_the_kernel_compiles_without_a_warning_and_fuses_nothing(tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    tvm_ffi = pytest.importorskip("tvm_ffi")
-    command = [nvcc, *kernels.SAMPLER_NVCC_FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Werror", "all-warnings",
-               "-Xcompiler", "-fPIC,-Wall,-Wextra", "-isystem", tvm_ffi.libinfo.find_include_path(),
-               "-isystem", tvm_ffi.libinfo.find_dlpack_include_path(), "--keep", "--keep-dir", str(tmp_path),
-               "-c", str(SOURCES / "sampler.cu"), "-o", str(tmp_path / "sampler.o")]
-    done = subprocess.run(command, preexec_fn=lambda: os.nice(15), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ptx = (tmp_path / "sampler.ptx").read_text()
-    assert "mul.rn.f32" in ptx  # rounded by itself
-    assert "fma." not in ptx
-    assert ".ftz" not in ptx

@@ -4,7 +4,6 @@ the team, and whole decodes by them."""
 import ctypes
 import random
 import shutil
-import subprocess
 from itertools import count
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.cuda import kernels
 from daemon.engine.cuda.buckets import graph_buckets
 from daemon.engine.cuda.few_rows import MOST_ROWS, few_buckets
 from daemon.engine.cuda.graphs import _alike
@@ -22,7 +20,7 @@ from daemon.engine.cuda.ops import TorchOps
 from daemon.engine.rope import rope_tables
 from daemon.models.card import read_card
 from tests.engine.cuda.driving import make_cuda_runner
-from tests.engine.cuda.host_kernels import SOURCES, HostGemv, Team, compile_host
+from tests.engine.cuda.host_kernels import HostGemv, Team, compile_host
 from tests.engine.driving import generate, request
 from tests.gpu.parts import card_of, judged, transformers_on
 from tests.models.tiny import make_tiny_llama
@@ -89,7 +87,7 @@ def padded(x):
     return wide[:, 8 : 8 + x.shape[1]]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), biased=st.booleans(), seed=seeds)
 def test_a_product_is_added(library, team, rows, width, columns, biased, seed):
     noise = Noise(seed)
@@ -100,7 +98,7 @@ def test_a_product_is_added(library, team, rows, width, columns, biased, seed):
     close(residual, before.double() + exact, magnitude)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), seed=seeds)
 def test_logits_are_not_rounded(library, team, rows, width, columns, seed):
     noise = Noise(seed)
@@ -112,7 +110,7 @@ def test_logits_are_not_rounded(library, team, rows, width, columns, seed):
     assert not torch.equal(out, out.to(BF16).float()) or rows * columns < 5
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), biased=st.booleans(), seed=seeds)
 def test_gates(library, team, rows, width, columns, biased, seed):
     noise = Noise(seed)
@@ -124,7 +122,7 @@ def test_gates(library, team, rows, width, columns, biased, seed):
     close(out, F.silu(gate) * up, magnitude.amax(1, keepdim=True) * (1 + up.abs() + gate.abs()))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(team=teams, rows=rows, width=widths, kv_heads=st.integers(1, 3), group=st.integers(1, 3),
        head_dim=st.sampled_from([8, 64]), block_size=st.sampled_from([1, 8, 16]),
        kv_dtype=st.sampled_from([BF16, E4M3]), biased=st.booleans(), seed=seeds)
@@ -236,22 +234,3 @@ def test_only_outcomes_that_roundings_explain_are_alike():
     assert not _alike(outcome + 2.1, outcome)
     assert not _alike(torch.tensor([3.0, torch.nan, 0.1]), outcome)
     assert not _alike(outcome, torch.full((3,), torch.nan))
-
-
-# -- the kernels
-
-
-def test_the_kernels_compile_without_a_warning_or_a_spill(tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    tvm_ffi = pytest.importorskip("tvm_ffi")
-    command = [nvcc, *kernels.GEMV_NVCC_FLAGS, "-gencode=arch=compute_90a,code=sm_90a", "-Werror", "all-warnings",
-               "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v", "-isystem", tvm_ffi.libinfo.find_include_path(),
-               "-isystem", tvm_ffi.libinfo.find_dlpack_include_path(),
-               "-c", str(SOURCES / "gemv.cu"), "-o", str(tmp_path / "gemv.o")]
-    done = subprocess.run(["nice", "-n15", *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    made = done.stderr.count("bytes stack frame")
-    assert made == 5 * MOST_ROWS  # add, gate, logits; heads for bf16 and e4m3
-    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == made
