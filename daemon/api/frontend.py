@@ -91,8 +91,8 @@ def _fleet(fabric: Fabric, tracker: Tracker) -> Fleet:
     return Fleet(
         [snapshot(page, FRONTEND) for page in frontends],
         [snapshot(page, ENGINE) for page in engines],
-        tracker.engine_facts(),
-        tracker.engine_states(),
+        tracker.engines.facts(),
+        tracker.engines.states(),
     )
 
 

@@ -13,26 +13,20 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from daemon.api.affinity import Affinity
+from daemon.api.engines import Engines
 from daemon.api.flight import Flight
 from daemon.api.generation import NoEngine, Overloaded, TooLong
-from daemon.api.links import Link, Peer
+from daemon.api.links import Link
 from daemon.config import Config
 from daemon.control import ownership
-from daemon.control.dispatch import choose, in_flight
 from daemon.control.eventlog import EventLog
 from daemon.control.events import Dispatched, TakenOver
 from daemon.control.fabric import COORDINATOR, Fabric
 from daemon.control.journal import Journal, JournalFull, JournalTooSmall
-from daemon.control.load import policy_of
 from daemon.control.messages import (
     AskBack,
     CancelRequest,
-    Demand,
-    EngineFacts,
-    EngineState,
     Finish,
-    FrontendFacts,
     HandBack,
     Refused,
     RequestParams,
@@ -42,18 +36,15 @@ from daemon.control.messages import (
     Statement,
     StepOutput,
     Takeover,
-    ToEngine,
     decode_from_coordinator,
     decode_to_frontend,
-    encode,
 )
 from daemon.control.ownership import Custody, Order, Owner, Verdict
-from daemon.control.processes import Life, engine_state
+from daemon.control.processes import Life
 from daemon.control.stats import FRONTEND, StatsPage
 
 log = logging.getLogger(__name__)
 
-_FULL_RETRY = 0.05  # seconds until a command that found its ring full is tried again
 _RESCUE_PERIOD = 0.1  # seconds from one look for an engine to the next, while requests are without
 
 
@@ -61,28 +52,19 @@ class Tracker:
     """All requests of one frontend. Implements `Generator`. Lives on the event loop's thread."""
 
     def __init__(self, fabric: Fabric, config: Config) -> None:
-        topology = fabric.topology
-        _, self._index = topology.role(fabric.process)
+        _, index = fabric.topology.role(fabric.process)
         self._fabric = fabric
         self._config = config
-        self._journal = Journal(fabric.journal(self._index, writable=True))
-        self._links = [Link(fabric, i) for i in range(topology.engines)]
-        self._peers = [Peer(fabric, k) if k != self._index else None for k in range(topology.frontends)]
+        self._journal = Journal(fabric.journal(index, writable=True))
+        self.engines = Engines(fabric, config)
         self._advice = fabric.reader(COORDINATOR)
-        self._table = fabric.table()
-        self._board = fabric.board()
         self.stats = StatsPage(fabric.stats(fabric.process), FRONTEND)
         self._log = EventLog(fabric.events(fabric.process))
         self._flights: dict[int, Flight] = {}
         self._stranded: dict[int, str] = {}  # requests that no engine has, and why
         self._rescue: asyncio.TimerHandle | None = None  # the next look for an engine
         self._reserved = 0  # admitted and not submitted yet
-        self._next_rid = self._index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
-        self._turn = self._index
-        self._policy = policy_of(config.policy, config.headroom)
-        self._affinity: Affinity | None = None
-        if config.prefix_affinity and config.prefix_caching and topology.engines > 1:
-            self._affinity = Affinity(topology.engines, config.block_size)
+        self._next_rid = index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self.draining = False
         self.on_doorbell()
 
@@ -90,11 +72,11 @@ class Tracker:
 
     @property
     def max_model_len(self) -> int:
-        return min((f.max_model_len for f in self._serving()), default=0)
+        return min((f.max_model_len for f in self.engines.serving()), default=0)
 
     @property
     def ready(self) -> bool:
-        return not self.draining and bool(self._serving())
+        return not self.draining and bool(self.engines.serving())
 
     @property
     def active(self) -> int:
@@ -126,10 +108,9 @@ class Tracker:
         if self.draining:
             raise NoEngine("shutting down")
         prompt = array("I", prompt)
-        names = self._affinity.names(prompt, cache_salt) if self._affinity is not None else []
-        engine = self._choose(high=priority < 0, names=names)
-        link = self._links[engine]
-        self._refuse_oversized(link, len(prompt))
+        names = self.engines.names(prompt, cache_salt)
+        engine = self.engines.choose(high=priority < 0, names=names)
+        self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
         record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
         slot = self._open(rid, record, prompt)
@@ -137,23 +118,20 @@ class Tracker:
         flight = Flight(self, rid, slot, priority)
         flight.names = names
         self._flights[rid] = flight
-        self._assign(flight, Custody(rid, 1, Owner(engine, link.incarnation), 0, priority))
+        self._assign(flight, Custody(rid, 1, self.engines.owner(engine), 0, priority))
         self._start(flight, len(prompt))
         self._note_dispatch(flight, len(prompt), label)
         return flight
 
     def _start(self, flight: Flight, prompt_len: int) -> None:
         """Send the Start to the flight's engine, and say how much was sent."""
-        link = self._links[flight.engine]
-        before = link.submitted
-        link.submitted = Demand(before.peer, before.requests + 1, before.tokens + prompt_len)
-        self._send(link, Start(flight.rid, flight.epoch, flight.slot, prompt_len), flight.incarnation)
+        owner = Owner(flight.engine, flight.incarnation)
+        self.engines.start(owner, Start(flight.rid, flight.epoch, flight.slot, prompt_len))
         self._publish()
 
     def _note_dispatch(self, flight: Flight, prompt_len: int, label: str, again: str = "") -> None:
         """For the record, after the engine was rung: it need not wait for that."""
-        if self._affinity is not None:
-            self._affinity.record(flight.names, flight.engine)
+        self.engines.note(flight.names, flight.engine)
         self.stats.inc("dispatches", 1.0, "again" if again else "first")
         name = label or f"{flight.rid:x}"
         self._log.write(Dispatched(flight.rid, name, flight.engine, prompt_len, flight.priority, again))
@@ -163,11 +141,10 @@ class Tracker:
     def on_doorbell(self) -> None:
         """Take everything that peers have written. The table is read first, deaths are handled last:
         what a dead engine had put on its ring before is accepted before its death counts."""
-        changed = self._table.refresh()
-        for link in self._links:
+        changed = self.engines.look()
+        for link in self.engines.links:
             self._drain(link)
-            if link.backlog:
-                self._flush(link)
+            self.engines.flush(link)
         while (record := self._advice.read()) is not None:
             if record.receiver == self._fabric.incarnation:
                 self._obey(decode_from_coordinator(record.payload))
@@ -259,8 +236,7 @@ class Tracker:
         self.stats.inc("takeovers")
         name = self._journal.params(flight.slot).label or f"{flight.rid:x}"
         to = custody.owner.engine
-        if self._affinity is not None:
-            self._affinity.record(flight.names, to)
+        self.engines.note(flight.names, to)
         self._log.write(TakenOver(flight.rid, name, flight.engine, to, custody.epoch, custody.accepted))
 
     def _apply(self, flight: Flight, verdict: Verdict, why: str = "handed back") -> None:
@@ -294,9 +270,9 @@ class Tracker:
         for rid, why in list(self._stranded.items()):
             flight = self._flights[rid]
             try:
-                engine = self._choose(avoid=flight.engine, high=flight.priority < 0, names=flight.names)
+                engine = self.engines.choose(avoid=flight.engine, high=flight.priority < 0, names=flight.names)
             except NoEngine as e:
-                if self._may_come():
+                if self.engines.may_come(draining=self.draining):
                     self._rescue = asyncio.get_running_loop().call_later(_RESCUE_PERIOD, self._place_stranded)
                     return
                 self._lose(flight, str(e))
@@ -304,15 +280,10 @@ class Tracker:
                 self._restart(flight, engine, why)
 
     def _restart(self, flight: Flight, engine: int, why: str) -> None:
-        self._assign(flight, ownership.started(flight.custody, Owner(engine, self._links[engine].incarnation)))
+        self._assign(flight, ownership.started(flight.custody, self.engines.owner(engine)))
         prompt_len = self._journal.prompt_len(flight.slot)
         self._start(flight, prompt_len)
         self._note_dispatch(flight, prompt_len, self._journal.params(flight.slot).label, why)
-
-    def _may_come(self) -> bool:
-        """Whether an engine may serve some time, though none does now. None is started while the daemon drains."""
-        coming = (Life.UP,) if self.draining else (Life.UP, Life.DEAD, Life.ABSENT)
-        return any(self._table.rows[link.process].life in coming for link in self._links)
 
     def _assign(self, flight: Flight, custody: Custody) -> None:
         assert custody.owner is not None
@@ -322,7 +293,7 @@ class Tracker:
         self._journal.assign(flight.slot, custody.epoch, *custody.owner)
 
     def _order(self, order: Order) -> None:
-        self._send(self._links[order.to.engine], order.message, order.to.incarnation)
+        self.engines.send(order.to, order.message)
 
     def _obey(self, advice: CancelRequest | SetPriority) -> None:
         flight = self._flights.get(advice.rid)
@@ -346,16 +317,9 @@ class Tracker:
 
     def _handle_changes(self) -> None:
         """Know all who are alive before anything is started anew."""
-        for link in self._links:
-            row = self._table.rows[link.process]
-            alive = row.incarnation if row.life == Life.UP else 0
-            if alive != link.incarnation:
-                link.meet(alive)
-                if self._affinity is not None:
-                    self._affinity.forget(link.index)
-                if alive:
-                    self._state(link)
-        for link in self._links:
+        for link in self.engines.meet():
+            self._state(link)
+        for link in self.engines.links:
             self._bury(link)
         self._publish()
 
@@ -363,7 +327,7 @@ class Tracker:
         """Have what lives of the engine that are over have left go on elsewhere. What one that was parked still owned
         had never reached it. A request may be what made one crash, so it is not taken from engine to engine for long.
         """
-        row = self._table.rows[link.process]
+        row = self.engines.row(link)
         dead = row.incarnation - (row.life == Life.UP)
         left = [f for f in self._flights.values()
                 if f.engine == link.index and f.incarnation <= dead and f.rid not in self._stranded]
@@ -388,8 +352,9 @@ class Tracker:
 
     def _state(self, link: Link) -> None:
         """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""
-        owned = [f for f in self._flights.values() if (f.engine, f.incarnation) == (link.index, link.incarnation)]
-        self._send(link, Statement([f.rid for f in owned], [f.epoch for f in owned]), link.incarnation)
+        owner = self.engines.owner(link.index)
+        owned = [f for f in self._flights.values() if (f.engine, f.incarnation) == owner]
+        self.engines.send(owner, Statement([f.rid for f in owned], [f.epoch for f in owned]))
 
     def _lose(self, flight: Flight, reason: str) -> None:
         self._close(flight)
@@ -400,44 +365,12 @@ class Tracker:
         self._stranded.pop(flight.rid, None)
         self._journal.close(flight.slot)
 
-    # -- dispatch -----------------------------------------------------------------------------------
+    # -- room ---------------------------------------------------------------------------------------
 
-    def engine_facts(self) -> list[EngineFacts | None]:
-        """Facts of each engine as last published; None of one that is not there."""
-        return [link.refresh() for link in self._links]
-
-    def engine_states(self) -> list[str]:
-        """What operators call the state of each engine."""
-        found = []
-        for link in self._links:
-            facts, progress = link.refresh(), self._fabric.progress(link.process)
-            published = EngineState(facts.state) if facts is not None else progress.state
-            found.append(engine_state(self._table.rows[link.process].life, published))
-        return found
-
-    def _serving(self) -> list[EngineFacts]:
-        return [f for f in self.engine_facts() if f is not None and f.state == EngineState.SERVING]
-
-    def _choose(self, avoid: int = -1, high: bool = False, names: Sequence[int] = ()) -> int:
-        """The freest engine, or one about as free that is thought to hold a beginning of the prompt, by its `names`;
-        `avoid` only if there is no other."""
-        facts = self.engine_facts()
-        if avoid >= 0:
-            others = [f if i != avoid else None for i, f in enumerate(facts)]
-            if any(f is not None and f.state == EngineState.SERVING for f in others):
-                facts = others
-        frontends = [self._facts() if peer is None else peer.refresh() for peer in self._peers]
-        matched = self._affinity.matched(names) if self._affinity is not None else None
-        self._turn += 1
-        flying = in_flight(facts, frontends)
-        engine = choose(facts, flying, self._turn, policy=self._policy, high=high, matched=matched)
-        if engine is None:
-            raise NoEngine("no engine is ready")
-        return engine
-
-    def _refuse_oversized(self, link: Link, prompt_len: int) -> None:
-        assert link.facts is not None
-        room = min(link.facts.max_model_len, link.facts.total_blocks * link.facts.block_size)
+    def _refuse_oversized(self, engine: int, prompt_len: int) -> None:
+        facts = self.engines.links[engine].facts
+        assert facts is not None
+        room = min(facts.max_model_len, facts.total_blocks * facts.block_size)
         if prompt_len >= room:
             raise TooLong(f"the prompt has {prompt_len} tokens; an engine holds at most {room} with the answer")
 
@@ -449,27 +382,8 @@ class Tracker:
         except JournalTooSmall as e:
             raise TooLong(str(e)) from None
 
-    def _facts(self) -> FrontendFacts:
-        submitted = [link.submitted for link in self._links]
-        return FrontendFacts(self._fabric.incarnation, submitted, len(self._flights), not self.draining)
-
     def _publish(self) -> None:
-        self._board.publish(encode(self._facts()))
-
-    def _send(self, link: Link, message: ToEngine, receiver: int) -> None:
-        """To that life of the engine, be it known here yet or not: another one drops it."""
-        blob = encode(message)
-        if link.backlog or not link.commands.put(blob, receiver):
-            link.backlog.append((receiver, blob))
-            asyncio.get_running_loop().call_later(_FULL_RETRY, self._flush, link)
-        self._fabric.ring_bell(link.process)
-
-    def _flush(self, link: Link) -> None:
-        while link.backlog and link.commands.put(link.backlog[0][1], link.backlog[0][0]):
-            link.backlog.popleft()
-        self._fabric.ring_bell(link.process)
-        if link.backlog:
-            asyncio.get_running_loop().call_later(_FULL_RETRY, self._flush, link)
+        self.engines.publish(len(self._flights), taking=not self.draining)
 
 
 class _Places:

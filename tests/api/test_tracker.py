@@ -238,10 +238,10 @@ async def test_a_life_that_was_parked_after_one_that_crashed_is_not_mistaken_for
 
 @on_a_loop
 async def test_states_of_engines_have_the_operators_names(box: Box) -> None:
-    assert box.tracker.engine_states() == ["absent", "absent"]
+    assert box.tracker.engines.states() == ["absent", "absent"]
     box.appear(0, 1)
     box.appear(1, 1)
     box.engine(1, 1).board().publish(encode(engine(state=EngineState.PARKED)))
-    assert box.tracker.engine_states() == ["serving", "parking"]
+    assert box.tracker.engines.states() == ["serving", "parking"]
     box.leave(1, 1)
-    assert box.tracker.engine_states() == ["serving", "parked"]
+    assert box.tracker.engines.states() == ["serving", "parked"]
