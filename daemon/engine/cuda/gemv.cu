@@ -129,7 +129,7 @@ void add(TensorView x, TensorView weight, Optional<TensorView> bias, TensorView 
   Bf16* out = data<Bf16>(residual, "residual", kDLBfloat, 2, x);
   check_shape(residual, "residual", x.size(0), weight.size(0));
   run(x, rows_of(x, {}, 0.0), matrix_of(weight, bias, x),
-      llumd::Add{out, residual.stride(0), static_cast<uint32_t>(weight.size(0))});
+      llumd::Add{{static_cast<uint32_t>(weight.size(0))}, out, residual.stride(0)});
 }
 
 // out[rows, n] = silu(gate) * up of the normalised x; gates are the first half of weight's rows.
@@ -146,7 +146,7 @@ void logits(TensorView x, TensorView norm, double eps, TensorView weight, Tensor
   float* at = data<float>(out, "out", kDLFloat, 2, x);
   check_shape(out, "out", x.size(0), weight.size(0));
   run(x, rows_of(x, norm, eps), matrix_of(weight, {}, x),
-      llumd::Logits{at, out.stride(0), static_cast<uint32_t>(weight.size(0))});
+      llumd::Logits{{static_cast<uint32_t>(weight.size(0))}, at, out.stride(0)});
 }
 
 template <class Entry>

@@ -58,14 +58,19 @@ struct Task {
 
 // ---- Epilogues: which rows belong together, and where their sums go. `store`: a and b are row m's, bias included.
 
-// residual[m, n] += what row n gives.
-struct Add {
-  Bf16* residual;
-  int64_t stride;
+// Any two rows, where each stands for itself.
+struct Each {
   uint32_t rows;
 
   LLUMD_BOTH uint32_t tasks() const { return (rows + 1) / 2; }
   LLUMD_BOTH Task task(uint32_t t) const { return {t, t + tasks() < rows ? t + tasks() : NO_ROW}; }
+};
+
+// residual[m, n] += what row n gives.
+struct Add : Each {
+  Bf16* residual;
+  int64_t stride;
+
   LLUMD_BOTH void store(Task task, uint32_t m, float a, float b) const {
     add(residual + m * stride + task.first, a);
     if (task.second != NO_ROW) add(residual + m * stride + task.second, b);
@@ -89,13 +94,10 @@ struct Gate {
 };
 
 // out[m, n] = what row n gives, as float32.
-struct Logits {
+struct Logits : Each {
   float* out;
   int64_t stride;
-  uint32_t rows;
 
-  LLUMD_BOTH uint32_t tasks() const { return (rows + 1) / 2; }
-  LLUMD_BOTH Task task(uint32_t t) const { return {t, t + tasks() < rows ? t + tasks() : NO_ROW}; }
   LLUMD_BOTH void store(Task task, uint32_t m, float a, float b) const {
     out[m * stride + task.first] = a;
     if (task.second != NO_ROW) out[m * stride + task.second] = b;

@@ -95,7 +95,7 @@ extern "C" {
 #define PRODUCT Shape shape, uint32_t count, llumd::Rows rows, llumd::Matrix matrix
 
 void add(PRODUCT, llumd::Bf16* residual, int64_t stride, uint32_t columns) {
-  run(shape, count, rows, matrix, llumd::Add{residual, stride, columns});
+  run(shape, count, rows, matrix, llumd::Add{{columns}, residual, stride});
 }
 
 void gate(PRODUCT, llumd::Bf16* out, int64_t stride, uint32_t width) {
@@ -103,7 +103,7 @@ void gate(PRODUCT, llumd::Bf16* out, int64_t stride, uint32_t width) {
 }
 
 void logits(PRODUCT, float* out, int64_t stride, uint32_t columns) {
-  run(shape, count, rows, matrix, llumd::Logits{out, stride, columns});
+  run(shape, count, rows, matrix, llumd::Logits{{columns}, out, stride});
 }
 
 void heads(PRODUCT, llumd::Bf16* q, void* keys, void* values, llumd::Pages pages, const int32_t* positions,
