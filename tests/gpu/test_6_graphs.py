@@ -73,13 +73,13 @@ def test_the_quickest_way_is_taken_of_those_that_come_to_the_same():
         x.fill_(1.0)
 
     ways = {"slow": slow} | {name: partial(x.fill_, value)
-                             for name, value in (("quick", 1.01), ("wrong", 1.2), ("nan", torch.nan))}
+                             for name, value in (("quick", 1.01), ("wrong", 1.5), ("nan", torch.nan))}
     graphs = Graphs(stream)
     graphs.capture(4, ways, x)
     graphs.capture(2, {"wrong": ways["wrong"]}, x)  # by which nothing is measured
     assert set(graphs.seconds) == {4} and set(graphs.seconds[4]) == {"slow", "quick"}
     assert graphs.ways == {4: "quick" if not SIMULATED else graphs.ways[4], 2: "wrong"}  # times are not simulated
     with torch.cuda.stream(stream.stream):
-        for bucket, value in ((4, {"quick": 1.01, "slow": 1.0}[graphs.ways[4]]), (2, 1.2)):
+        for bucket, value in ((4, {"quick": 1.01, "slow": 1.0}[graphs.ways[4]]), (2, 1.5)):
             graphs.replay(bucket)
             torch.testing.assert_close(x.cpu(), torch.full((1 << 22,), value))
