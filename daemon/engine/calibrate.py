@@ -2,10 +2,12 @@
 
 Every row is a request of its own that writes the dummy block alone and reads blocks that nobody holds yet. Steps
 come in rounds, smallest first; whatever is slow to run for the first time, or is disturbed, is better in the next.
+Rounds go on, past the budget too, until one brings nothing new: an engine often starts where others are at work.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,7 +20,9 @@ BUDGET = 0.2  # seconds
 DEVICE_BUDGET = 2.0
 """Seconds for a GPU: its largest steps are so large, and cost so much more a token than those that wait for the
 weights alone, that they must be among the timed ones."""
-_ROUNDS = 5  # at most
+PATIENCE = 5  # times the budget, on a machine where no round is like the one before
+_ROUNDS = 5  # at most, once they are alike
+_BETTER = 0.95  # of a step's time before, and it was disturbed then
 _INDISPENSABLE = 3  # steps: the least that tell the three terms of the cost apart
 _BATCH, _GROWTH = 16, 4  # rows of the first batch beyond 1, and from one batch to the next
 _SHORT, _LONG = 8, 256  # tokens of context of a decode row
@@ -38,34 +42,41 @@ def calibrate(
     """What a step of `runner` costs. For use before the first request: of the pool's `num_blocks` blocks the dummy
     is written, and any is read.
 
-    It takes at most `budget` seconds, longer only with a runner so slow that even the indispensable steps do.
+    It takes at most `budget` seconds and a round to see whether it was disturbed; PATIENCE times as many where it is
+    again and again, longer only with a runner so slow that even the indispensable steps do.
     """
     end = clock() + budget
     steps: list[_Step] = []
-    seen: list[Observation] = []
     for step in _steps(runner.max_model_len, num_blocks, block_size, max_num_seqs, max_batch_tokens):
-        seen.append(step.time(runner, clock))
+        step.time(runner, clock)
         steps.append(step)
         if len(steps) >= _INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for rounds of these
             break
-    for step in (step for _ in range(_ROUNDS - 1) for step in steps):
-        if clock() > end:
+    rounds, disturbed = 1, True
+    while disturbed or rounds < _ROUNDS:
+        last = end + (PATIENCE - 1) * budget if disturbed else end
+        better = [step.time(runner, clock) for step in steps if clock() < last]
+        if len(better) < len(steps):
             break
-        seen.append(step.time(runner, clock))
-    return fit(seen)
+        rounds, disturbed = rounds + 1, any(better)
+    return fit(step.fastest for step in steps)
 
 
 class _Step:
-    """A plan and its size."""
+    """A plan, and the fastest that it has been."""
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan = plan
-        self._kv = sum(row.start + row.count for row in plan.rows)
+        kv = sum(row.start + row.count for row in plan.rows)
+        self.fastest = Observation(plan.num_tokens, kv, math.inf)
 
-    def time(self, runner: Runner, clock: Callable[[], float]) -> Observation:
+    def time(self, runner: Runner, clock: Callable[[], float]) -> bool:
+        """Whether it was clearly faster than ever."""
         start = clock()
         runner.execute(self._plan)
-        return Observation(self._plan.num_tokens, self._kv, clock() - start)
+        seconds, before = clock() - start, self.fastest.seconds
+        self.fastest = self.fastest._replace(seconds=min(seconds, before))
+        return seconds < _BETTER * before
 
 
 def _steps(

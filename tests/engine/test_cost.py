@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
+from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, PATIENCE, calibrate
 from daemon.engine.cost import Observation, StepCost, fit
 from daemon.engine.runner import PoolSpec, StepPlan, StepResult
 
@@ -170,3 +172,27 @@ def test_on_a_gpu_the_large_steps_tell_how_many_tokens_go_into_a_time():
 
 def test_what_is_slow_the_first_time_does_not_count():
     assert Timed(CPU, first_run=1.5).calibrate().knee == pytest.approx(CPU.knee, abs=1)
+
+
+class Disturbed(Timed):
+    """Beside others at work: half of its steps take up to three times as long."""
+
+    def __init__(self, cost: StepCost, seed: int) -> None:
+        super().__init__(cost)
+        self._rng = random.Random(seed)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        began = self.now
+        result = super().execute(plan)
+        if self._rng.random() < 0.5:
+            self.now += (self.now - began) * self._rng.uniform(0.0, 2.0)
+        return result
+
+
+def test_a_disturbed_engine_takes_its_time():
+    largest = CPU.seconds(256, 256) * 3
+    found = [(runner.calibrate(), runner.now) for runner in (Disturbed(CPU, seed) for seed in range(40))]
+    assert all(now <= PATIENCE * BUDGET + largest for _, now in found)
+    near = [cost for cost, _ in found if cost.knee == pytest.approx(CPU.knee, rel=0.25)
+            and cost.ideal_tokens == pytest.approx(CPU.ideal_tokens, rel=0.5)]
+    assert len(near) >= 32
