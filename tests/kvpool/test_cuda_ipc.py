@@ -135,6 +135,10 @@ class Box:
             engine.kill()
         self.fake.fake_permit(-1)
         os.close(self._segment)
+        try:
+            self.mover.close()
+        except CudaError:
+            return  # on a device that has failed threads may wait still, and ring some time
         os.close(self.bell)
 
 
