@@ -20,7 +20,6 @@ def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
     assert not wrong
     daemon.await_idle()
     status = daemon.status()
-    assert all(e["steps"] > 60 for e in status["engines"])
-    assert sum(e["preemptions"] for e in status["engines"]) > 0
+    assert all(e["preemptions"] > 0 and e["steps"] > 60 for e in status["engines"])
     assert daemon.metric("vllm:prefix_cache_hits_total") >= 48 * 40  # at the least most of the shared beginning
     assert daemon.metric("llumd:stale_tokens_total") == 0

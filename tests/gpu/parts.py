@@ -150,12 +150,8 @@ class Judgement(NamedTuple):
     worst: float  # the largest part of its best logit that the reference had it in front of the token taken
 
 
-def transformers_bf16(path: Path) -> Any:
+def transformers_bf16(path: Path, device: str = DEVICE) -> Any:
     """The model's bf16 weights in float32 arithmetic: the definition, without a rounding of its own."""
-    return transformers_on(path, DEVICE)
-
-
-def transformers_on(path: Path, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)

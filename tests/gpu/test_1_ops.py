@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from daemon.engine.cuda.attention import Heads
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
-from tests.engine.cuda.paging import Paged, Shape
+from tests.engine.cuda.paging import Paged
 from tests.gpu.parts import BF16, DEVICE
 
 ROWS = [1, 7, 256, 2048]
@@ -47,7 +48,7 @@ def test_add_rms_norm(ops, rows, hidden):
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
-@pytest.mark.parametrize("shape", [Shape(4, 2, 64, 16), Shape(9, 3, 64, 16), Shape(32, 8, 128, 32)], ids=str)
+@pytest.mark.parametrize("shape", [Heads(4, 2, 64, 16), Heads(9, 3, 64, 16), Heads(32, 8, 128, 32)], ids=str)
 @pytest.mark.parametrize("counts", [[1], [1] * 7, [1] * 256, [300, 1, 17, 1024]], ids=lambda c: f"{len(c)}-{sum(c)}")
 def test_rotation_and_append_of_slices_of_the_fused_product(ops, counts, shape, dtype):
     paged = Paged(shape, counts, np.random.default_rng(len(counts)), DEVICE)

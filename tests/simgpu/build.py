@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import subprocess
 import tempfile
@@ -14,11 +13,9 @@ from pathlib import Path
 from daemon.config import cache_dir
 from daemon.engine.cuda import compile as kernels_compile
 from daemon.engine.cuda.kernels import KernelError
+from tests.engine.cuda import host_kernels
 
 RUNTIME = Path(__file__).with_name("runtime.c")
-HOST_SOURCES = Path(__file__).parents[1] / "engine" / "cuda"
-HOST_FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
-KERNEL_SOURCES = Path(kernels_compile.__file__).parent
 FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-shared", "-fPIC")
 CUDART = "libcudart.so.13"
 
@@ -74,16 +71,16 @@ def build() -> list[Path]:
 
 
 def build_host(name: str) -> Path:
-    """The source of one of our own kernels for the CPU: "draw" or "gemv". Raises BuildError."""
-    unit = HOST_SOURCES / f"host_{name}.cpp"
-    sources = [unit, *sorted(KERNEL_SOURCES.glob("*.h"))]
-    digest = hashlib.sha256(repr(HOST_FLAGS).encode() + b"".join(s.read_bytes() for s in sources)).hexdigest()[:12]
-    library = cache_dir() / "simgpu" / f"host_{name}_{digest}.so"
+    """The source of one of our own kernels for the CPU: "draw", "append" or "gemv". Raises BuildError."""
+    made_of = repr(host_kernels.FLAGS).encode() + b"".join(s.read_bytes() for s in host_kernels.sources_of(name))
+    library = cache_dir() / "simgpu" / f"host_{name}_{hashlib.sha256(made_of).hexdigest()[:12]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        scratch = library.with_suffix(f".{os.getpid()}")
-        _compile(["c++", *HOST_FLAGS, f"-I{KERNEL_SOURCES}", str(unit), "-o", str(scratch)])
-        scratch.rename(library)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            try:
+                host_kernels.compile_host(name, Path(scratch)).rename(library)
+            except subprocess.CalledProcessError as e:
+                raise BuildError(f"c++ cannot compile host_{name}.cpp: {e.stderr[-2000:]}") from None
     return library
 
 

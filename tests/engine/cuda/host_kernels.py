@@ -16,11 +16,16 @@ FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-W
          "-shared", "-pthread")
 
 
-def compile_host(name: str, folder: Path, compiler: str = "g++") -> Path:
-    """The library of host_<name>.cpp. Raises CalledProcessError."""
+def sources_of(name: str) -> list[Path]:
+    """What the library of host_<name>.cpp may depend on; itself first."""
+    return [HERE / f"host_{name}.cpp", *sorted(SOURCES.glob("*.h"))]
+
+
+def compile_host(name: str, folder: Path) -> Path:
+    """The library of host_<name>.cpp, made by the system's compiler. Raises CalledProcessError."""
     library = folder / f"host_{name}.so"
-    unit = HERE / f"host_{name}.cpp"
-    subprocess.run([compiler, *FLAGS, f"-I{SOURCES}", str(unit), "-o", str(library)], check=True)
+    command = ["c++", *FLAGS, f"-I{SOURCES}", str(sources_of(name)[0]), "-o", str(library)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
     return library
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from daemon.engine.cuda.attention import Heads
 from daemon.engine.rope import rope_tables
 from tests.gpu.parts import card_of
 
@@ -15,27 +16,20 @@ BEFORE = 150  # at most so many tokens are there already
 LONGEST = 1200
 
 
-class Shape(NamedTuple):
-    heads: int
-    kv_heads: int
-    head_dim: int
-    block_size: int
-
-
 class Paged:
     """`counts`: tokens of each sequence, behind some that `rng` draws. Everything is on `device`."""
 
-    def __init__(self, shape: Shape, counts: list[int], rng: np.random.Generator, device: str = "cpu") -> None:
+    def __init__(self, shape: Heads, counts: list[int], rng: np.random.Generator, device: str = "cpu") -> None:
         self.shape = shape
-        self.starts = [int(rng.integers(0, BEFORE)) for _ in counts]
-        pages = [-(-(start + count) // shape.block_size) for start, count in zip(self.starts, counts, strict=True)]
+        starts = [int(rng.integers(0, BEFORE)) for _ in counts]
+        pages = [-(-(start + count) // shape.block_size) for start, count in zip(starts, counts, strict=True)]
         indptr = np.concatenate([[0], np.cumsum(pages)])
         self.blocks = int(indptr[-1]) + 1
         arrays = {
             "kv_indices": rng.permutation(self.blocks)[: indptr[-1]],
             "kv_indptr": indptr,
             "rows": np.repeat(np.arange(len(counts)), counts),
-            "positions": np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts, counts, strict=True)]),
+            "positions": np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
         }
         self.inputs: Any = SimpleNamespace(**{
             name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()})

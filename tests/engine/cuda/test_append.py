@@ -1,26 +1,23 @@
 """Rotary embedding and append, the kernel's own source on the CPU, against torch: equal to the last bit."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from daemon.engine.cuda.attention import Heads
 from daemon.engine.cuda.ops import TorchOps
-from tests.engine.cuda.host_kernels import HostAppend, compile_host
-from tests.engine.cuda.paging import Paged, Shape
+from tests.engine.cuda.host_kernels import HostAppend
+from tests.engine.cuda.paging import Paged
 
-shapes = st.builds(lambda group, *rest: Shape(group * rest[0], *rest), st.integers(1, 4), st.integers(1, 3),
+shapes = st.builds(lambda group, *rest: Heads(group * rest[0], *rest), st.integers(1, 4), st.integers(1, 3),
                    st.sampled_from([16, 64, 128]), st.sampled_from([1, 8, 16, 32]))
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    return HostAppend(compile_host("append", tmp_path_factory.mktemp("host")))
+def host(host_library):
+    return HostAppend(host_library("append"))
 
 
 @settings(deadline=None, max_examples=100)

@@ -2,9 +2,6 @@
 CPU, where the row algorithm runs with real threads and barriers."""
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,21 +15,11 @@ from daemon.engine.cuda.sampler import NO_TOKEN, TorchDraw
 from daemon.engine.jit import kernel
 from tests.engine.cuda.draws import KINDS, judge, make_logits, many_rows, params_of, samplings
 
-HERE = Path(__file__).parent
-SOURCES = HERE.parents[2] / "daemon" / "engine" / "cuda"
-EXACT = ["-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
+def host(host_library):
     """The kernel's sources, with a team of threads in place of the GPU."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("host") / "host_draw.so"
-    subprocess.run([compiler, *EXACT, "-fPIC", "-shared", "-pthread", f"-I{SOURCES}", str(HERE / "host_draw.cpp"),
-                    "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(host_library("draw")))
 
 
 def pointer(array):

@@ -3,7 +3,6 @@ the team, and whole decodes by them."""
 
 import ctypes
 import random
-import shutil
 from itertools import count
 
 import numpy as np
@@ -20,9 +19,9 @@ from daemon.engine.cuda.ops import TorchOps
 from daemon.engine.rope import rope_tables
 from daemon.models.card import read_card
 from tests.engine.cuda.driving import make_cuda_runner
-from tests.engine.cuda.host_kernels import HostGemv, Team, compile_host
+from tests.engine.cuda.host_kernels import HostGemv, Team
 from tests.engine.driving import generate, request
-from tests.gpu.parts import card_of, judged, transformers_on
+from tests.gpu.parts import card_of, judged, transformers_bf16
 from tests.models.tiny import make_tiny_llama
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -36,10 +35,8 @@ widths = st.integers(1, 70).map(lambda groups: 8 * groups)
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    return compile_host("gemv", tmp_path_factory.mktemp("host"))
+def library(host_library):
+    return host_library("gemv")
 
 
 class Noise:
@@ -213,7 +210,7 @@ def test_decodes_agree_with_transformers(library, model_dir, kv_dtype):
         generate(runner, requests, output=16, chunk=50)
         answers += [(r.tokens, n) for r, n in zip(requests, lengths, strict=True)]
     assert set(used) == {1, 2, 4}  # three are padded; six are not few
-    judgement = judged(transformers_on(model_dir, "cpu"), answers)
+    judgement = judged(transformers_bf16(model_dir, "cpu"), answers)
     assert judgement.worst <= (3e-2 if kv_dtype == "auto" else 0.25), judgement
 
 
