@@ -51,12 +51,6 @@ LLUMD_BOTH Turn turn_of(const float* angles, uint32_t half) {
   return turn;
 }
 
-LLUMD_BOTH void rotate(float& low, float& high, float cosine, float sine) {
-  const float turned = low * cosine - high * sine;
-  high = high * cosine + low * sine;
-  low = turned;
-}
-
 LLUMD_BOTH uint32_t pair_of(float even, float odd) { return to_bf16(even) | static_cast<uint32_t>(to_bf16(odd)) << 16; }
 
 // Turns eight columns `low` and their partners `high`.

@@ -128,9 +128,9 @@ struct Heads {
     const uint32_t position = static_cast<uint32_t>(positions[m]);
     if (head >= heads + kv_heads) return put(values + pages.place(m, position, head - heads - kv_heads), i, a, b);
     const float* turn = angles + static_cast<int64_t>(position) * 2 * half + i;
-    const float low = a * turn[0] - b * turn[half], high = b * turn[0] + a * turn[half];
-    if (head >= heads) return put(keys + pages.place(m, position, head - heads), i, low, high);
-    put(q + (static_cast<int64_t>(m) * heads + head) * 2 * half, i, low, high);
+    rotate(a, b, turn[0], turn[half]);
+    if (head >= heads) return put(keys + pages.place(m, position, head - heads), i, a, b);
+    put(q + (static_cast<int64_t>(m) * heads + head) * 2 * half, i, a, b);
   }
 
  private:

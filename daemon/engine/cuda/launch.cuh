@@ -62,10 +62,10 @@ inline bool is(const TensorView& tensor, DLDataTypeCode code, int bits) {
 template <class T>
 T* data(const TensorView& tensor, const char* name, DLDataTypeCode code, int dim, const TensorView& x) {
   TVM_FFI_ICHECK(is(tensor, code, sizeof(T) * 8)) << name << " has another dtype";
-  TVM_FFI_ICHECK(tensor.ndim() == dim && (dim == 0 || tensor.stride(dim - 1) == 1))
+  TVM_FFI_ICHECK(tensor.ndim() == dim && tensor.stride(dim - 1) == 1)
       << name << " has another shape, or gaps between its entries";
   TVM_FFI_ICHECK(tensor.device().device_type == kDLCUDA && tensor.device().device_id == x.device().device_id)
-      << name << " is not on the device of x";
+      << name << " is not on the device of the others";
   return static_cast<T*>(tensor.data_ptr());
 }
 

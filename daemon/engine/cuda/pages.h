@@ -1,4 +1,4 @@
-// Numbers as activations and pages of KV hold them, and where in its pages a token is.
+// Numbers as activations and pages of KV hold them, how keys and queries turn, and where in its pages a token is.
 #pragma once
 
 #include "both.h"
@@ -37,6 +37,13 @@ LLUMD_BOTH uint8_t to_e4m3(float x) {
   }
   const uint32_t rounded = bits + 0x7FFFFu + (bits >> 20 & 1u);
   return static_cast<uint8_t>(sign | ((rounded >> 20) - (120u << 3)));
+}
+
+// Rotary embedding of a column in the lower half of a head, and of its partner in the upper.
+LLUMD_BOTH void rotate(float& low, float& high, float cosine, float sine) {
+  const float turned = low * cosine - high * sine;
+  high = high * cosine + low * sine;
+  low = turned;
 }
 
 // The pool of a layer, [blocks, block_size, kv_heads, head_dim]: strides in entries.

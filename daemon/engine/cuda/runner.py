@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -143,24 +143,23 @@ class CudaRunner:
 
     def _build(self) -> None:
         """Everything but the pool and the graphs."""
-        ops, self._attention, self._stream = self._parts()
+        ops, self._attention, gemv, self._stream = self._parts()
         weights = load_weights(self._card, self._load_format, self._device, self._format.dtype)
-        model = Llama(self._card, weights, ops, self._attention, max_len=self.max_model_len, gemv=self._gemv)
+        model = Llama(self._card, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv)
         draw = KernelDraw if self._device.type == "cuda" else TorchDraw
         sampler = draw(self._room.sampled, self.vocab_size, self._device)
         self._passes = Passes(model, self._attention, sampler, self._room, self._device)
-        self._few_buckets = self._choose_few()
+        self._few_buckets = self._choose_few() if gemv is not None else ()
         self._compute_decodes = self._decode
         pinned = self._device.type == "cuda"
         self._staging = Rotation([Staged(turn, self._room, pinned=pinned) for turn in range(IN_FLIGHT)])
 
-    def _parts(self) -> tuple[Ops, Attention, Stream]:
+    def _parts(self) -> tuple[Ops, Attention, Gemv | None, Stream]:
         if self._device.type != "cuda":
-            return TorchOps(), TorchAttention(self._heads), HostStream()
-        self._gemv = kernels.load_gemv()
+            return TorchOps(), TorchAttention(self._heads), self._gemv, HostStream()
         attention = FlashInferAttention(self._heads, dtype=self._format.dtype, kv_dtype=self._format.kv_dtype,
                                         device=self._device, turns=IN_FLIGHT, prefill_backend=self._prefill)
-        return FlashInferOps(), attention, CudaStream(self._device)
+        return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)
 
     def _settle(self) -> None:
         """Wait for what was begun outside the engine's stream: it does not wait for that by itself."""
@@ -219,7 +218,7 @@ class CudaRunner:
 
     def _choose_few(self) -> tuple[int, ...]:
         """Buckets that `FewRows` can compute."""
-        if self._gemv is None or self._few_rows == "off":
+        if self._few_rows == "off":
             return ()
         if self._device.type == "cuda":
             properties: Any = torch.cuda.get_device_properties(self._device)
@@ -236,14 +235,13 @@ class CudaRunner:
             graphs.capture(bucket, self._ways(bucket), self._passes.logits[:bucket])
         self._compute_decodes, self.ways = graphs.replay, graphs.seconds
 
-    def _ways(self, bucket: int) -> dict[str, Callable[[], None]]:
+    def _ways(self, bucket: int) -> Mapping[str, Callable[[], None]]:
         """To compute decodes of `bucket` rows."""
-        ways: dict[str, Callable[[], None]] = {"all rows": partial(self._passes.decode, bucket)}
-        if bucket in self._few_buckets:
-            ways["few rows"] = partial(self._passes.decode, bucket, few=True)
-            if self._few_rows == "on":
-                del ways["all rows"]
-        return ways
+        all_rows = {"all rows": partial(self._passes.decode, bucket)}
+        if bucket not in self._few_buckets:
+            return all_rows
+        few_rows = {"few rows": partial(self._passes.decode, bucket, few=True)}
+        return few_rows if self._few_rows == "on" else all_rows | few_rows
 
     def _decode(self, bucket: int) -> None:
         """Without a graph."""

@@ -133,22 +133,16 @@ void launch(const float* logits, int64_t stride, int64_t rows, uint32_t vocab, c
 // The data of a vector with one entry a row, on the logits' device.
 template <class T>
 T* entries(const TensorView& tensor, const char* name, DLDataTypeCode code, const TensorView& logits) {
-  const DLDataType dtype = tensor.dtype();
-  TVM_FFI_ICHECK(dtype.code == code && dtype.bits == sizeof(T) * 8 && dtype.lanes == 1) << name << " has another dtype";
-  TVM_FFI_ICHECK(tensor.ndim() == 1 && tensor.size(0) == logits.size(0) && tensor.IsContiguous())
-      << name << " must be a contiguous vector with an entry for each row of logits";
-  TVM_FFI_ICHECK(tensor.device().device_type == logits.device().device_type &&
-                 tensor.device().device_id == logits.device().device_id)
-      << name << " is not on the device of the logits";
-  return static_cast<T*>(tensor.data_ptr());
+  T* const at = llumd::whole<T>(tensor, name, code, 1, logits);
+  TVM_FFI_ICHECK_EQ(tensor.size(0), logits.size(0)) << name << " must have an entry for each row of logits";
+  return at;
 }
 
 // out[row] = the token drawn from logits[row]: float32[rows, vocab], whose rows may lie apart. Raises for tensors that
 // do not fit. Launches one kernel on the caller's stream, allocates nothing and waits for nothing.
 void draw(TensorView logits, TensorView inverse_temperature, TensorView min_p_depth, TensorView top_k,
           TensorView top_p, TensorView seed, TensorView position, TensorView out) {
-  const DLDataType dtype = logits.dtype();
-  TVM_FFI_ICHECK(dtype.code == kDLFloat && dtype.bits == 32 && dtype.lanes == 1) << "logits must be float32";
+  TVM_FFI_ICHECK(llumd::is(logits, kDLFloat, 32)) << "logits must be float32";
   TVM_FFI_ICHECK(logits.ndim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1)
       << "logits must be [rows, vocab] with contiguous rows";
   TVM_FFI_ICHECK_EQ(logits.device().device_type, kDLCUDA) << "logits must be on a CUDA device";
