@@ -27,7 +27,8 @@ llumd serves {name} at {url}
   {engines} engine{s} ready; try
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
-    "model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    "model": "{name}", "temperature": 0,
+    "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   llumctl{ctl} top"""
 
