@@ -55,7 +55,7 @@ TORCHLESS = [
     "daemon.kvpool.cuda_ipc",
 ]
 # Who may name FlashInfer and what comes with it; generate.py is a process of its own.
-FLASHINFER = {"attention.py", "ops.py", "kernels.py", "compile.py", "generate.py"}
+FLASHINFER = {"attention.py", "ops.py", "kernels.py", "generate.py"}
 
 
 def imports(file: Path) -> set[str]:
