@@ -79,7 +79,7 @@ def test_random_moves_between_three_engines(three: Daemon) -> None:
 def test_random_moves_where_memory_is_short(start: Start) -> None:
     """Preemption, refusals for want of room and moves of the same requests."""
     daemon = start(*FLAGS, "--kv-memory", "48Ki", engine="hash")
-    asked = bodies(60, output=120)
+    asked = bodies(150, output=120)
     outcomes = run_shuffled(daemon, asked, 2, 2)
     assert all(map(hashed.exact, asked, outcomes))
     daemon.await_idle()
