@@ -8,9 +8,10 @@ import psutil
 import pytest
 
 from tests.e2e import hashed
-from tests.e2e.clients import Swarm
+from tests.e2e.clients import Swarm, engine_of
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
+from tests.e2e.moving import migrate
 
 GROWTH = 8 << 20  # bytes a process may grow by over a few hundred requests: arenas settle, nothing accumulates
 MOST_OF_THE_JOURNAL = {"prompt": [5] * 4, "max_tokens": 6000, "logprobs": 20, "stream": True}  # 97 % of 1 MiB
@@ -70,9 +71,11 @@ def test_nothing_accumulates(daemon: Daemon) -> None:
         return all(fds <= before[pid][0] for pid, (fds, _) in use().items())
 
     _burst(daemon, 300)
+    _there_and_back(daemon)  # at the first move between two engines each opens the other's KV pool, for good
     before = use()
     for _ in range(3):
         _burst(daemon, 100)
+        _there_and_back(daemon)
     wait_for("no more descriptors than before", lambda: settled(before))
     grown = {pid: rss - before[pid][1] for pid, (_, rss) in use().items()}
     assert max(grown.values()) < GROWTH, grown
@@ -86,6 +89,17 @@ def test_the_journal_is_free_again_in_one_piece(start: Start) -> None:
         swarm.await_tokens(1)
         assert swarm.outcomes[0].status == 200
         assert daemon.post(MOST_OF_THE_JOURNAL).status_code == 429
+    daemon.await_idle()
+
+
+def _there_and_back(daemon: Daemon) -> None:
+    """A request goes over to the other engine and comes home."""
+    with Swarm(daemon, [{"prompt": [5] * 40, "max_tokens": 6000, "stream": True}]) as swarm:
+        swarm.await_tokens(1)
+        (home,) = engine_of(daemon, swarm.outcomes)
+        for engine in (1 - home, home):
+            migrate(daemon, swarm.outcomes[0].id, engine)
+            wait_for("the request on the other engine", lambda to=[engine]: engine_of(daemon, swarm.outcomes) == to)
     daemon.await_idle()
 
 
