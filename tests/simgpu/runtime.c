@@ -29,8 +29,8 @@
 #define OK cudaSuccess
 #define UNCAPTURABLE cudaErrorStreamCaptureUnsupported
 
-enum { PROCESSORS = 132, PLAIN_SHARED = 48 << 10, MOST_SHARED = 232448, MOST_CLUSTER = 8, MOST_THREADS = 1024,
-       MOST_GRID_YZ = 65535, AT_A_QUERY = 16, MOST_DEVICES = 8, KERNELS = 1 << 18, PLACES = 1 << 15,
+enum { PROCESSORS = 132, L2_CACHE = 50 << 20, PLAIN_SHARED = 48 << 10, MOST_SHARED = 232448, MOST_CLUSTER = 8,
+       MOST_THREADS = 1024, MOST_GRID_YZ = 65535, AT_A_QUERY = 16, MOST_DEVICES = 8, KERNELS = 1 << 18, PLACES = 1 << 15,
        STREAM_MAGIC = 0x5742 };
 
 /* -- errors and the lock */
@@ -300,8 +300,9 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttri
 }
 
 EXPORT cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *function) {
+    Kernel *kernel = kernel_of(function);
     *attributes = (struct cudaFuncAttributes){.maxThreadsPerBlock = MOST_THREADS, .numRegs = 64, .binaryVersion = 90,
-                                              .ptxVersion = 90};
+                                              .ptxVersion = 90, .maxDynamicSharedSizeBytes = kernel->shared};
     return OK;
 }
 
@@ -358,7 +359,7 @@ EXPORT cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, in
         .sharedMemPerMultiprocessor = MOST_SHARED + 1024, .regsPerBlock = 65536, .regsPerMultiprocessor = 65536,
         .warpSize = 32, .maxThreadsPerBlock = MOST_THREADS, .maxThreadsPerMultiProcessor = 2048,
         .maxGridSize = {INT32_MAX, MOST_GRID_YZ, MOST_GRID_YZ}, .maxThreadsDim = {MOST_THREADS, MOST_THREADS, 64},
-        .l2CacheSize = 50 << 20, .unifiedAddressing = 1, .memPitch = INT32_MAX, .textureAlignment = 512,
+        .l2CacheSize = L2_CACHE, .unifiedAddressing = 1, .memPitch = INT32_MAX, .textureAlignment = 512,
         .concurrentKernels = 1,
     };
     return OK;
@@ -375,6 +376,7 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
+    case cudaDevAttrL2CacheSize: *value = L2_CACHE; break;
     case cudaDevAttrUnifiedAddressing: *value = 1; break;
     default: *value = 0;
     }

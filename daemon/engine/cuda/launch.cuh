@@ -7,6 +7,9 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/extra/cuda/base.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "pages.h"
 
 namespace llumd {
@@ -32,6 +35,25 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// Lets `kernel` have so many bytes of a block's memory at a launch. What it may have is never taken back: a graph may
+// hold launches that need it.
+template <class Kernel>
+void allow_memory(Kernel kernel, size_t bytes) {
+  cudaFuncAttributes now{};
+  TVM_FFI_CHECK_CUDA_ERROR(cudaFuncGetAttributes(&now, kernel));
+  if (static_cast<size_t>(now.maxDynamicSharedSizeBytes) >= bytes) return;
+  TVM_FFI_CHECK_CUDA_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Whether a kernel may begin before the one in front has ended. LLUMD_EARLY_LAUNCH=off has all wait, to find out whether
+// that is what goes wrong.
+inline bool may_begin_early(int device) {
+  static const char* const wish = std::getenv("LLUMD_EARLY_LAUNCH");
+  if (wish && std::strcmp(wish, "off") == 0) return false;
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) >= FIRST_MAJOR_WITH_EARLY_LAUNCH;
+}
+
 // Launches a kernel that calls `await` first of all, or after what needs nothing of the kernels in front, on the caller's
 // stream.
 template <class... Parameters, class... Arguments>
@@ -46,8 +68,7 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, si
   config.dynamicSmemBytes = memory;
   config.stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
   config.attrs = &early;
-  config.numAttrs =
-      attribute(cudaDevAttrComputeCapabilityMajor, device.device_id) >= FIRST_MAJOR_WITH_EARLY_LAUNCH ? 1 : 0;
+  config.numAttrs = may_begin_early(device.device_id) ? 1 : 0;
   TVM_FFI_CHECK_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
@@ -84,7 +105,7 @@ inline Pages pages_of(const TensorView& keys, const TensorView& values, const Te
   for (int i = 0; i < 4; ++i)
     TVM_FFI_ICHECK(keys.size(i) == values.size(i) && keys.stride(i) == values.stride(i)) << "keys and values differ";
   for (int i = 0; i < 3; ++i)
-    TVM_FFI_ICHECK_EQ(keys.stride(i) % EIGHT, 0) << "pages must be multiples of eight entries";
+    TVM_FFI_ICHECK(keys.size(i) == 1 || keys.stride(i) % EIGHT == 0) << "pages must be multiples of eight entries";
   TVM_FFI_ICHECK(aligned(keys.data_ptr()) && aligned(values.data_ptr())) << "pages must be aligned to 16 bytes";
   return {whole<int32_t>(indices, "indices", kDLInt, 1, x), whole<int32_t>(indptr, "indptr", kDLInt, 1, x),
           static_cast<uint32_t>(keys.size(1)), keys.stride(0), keys.stride(1), keys.stride(2)};

@@ -6,7 +6,7 @@
 //
 //   thread(), threads()      index in the block, and how many
 //   block(), blocks()        index in the team, and how many
-//   shared(b)                the Shared of block b
+//   own(), shared(b)         the Shared of the block, of block b
 //   sync(), sync_all()       barrier of the block, of the team; both make writes visible
 //   add(word, amount)        atomic, on a word of its own block
 //   warp(), warps()          index of the thread's warp in the block, and how many; leads_warp(): is its first thread
@@ -95,7 +95,7 @@ LLUMD_BOTH uint64_t bin_amount(const Shared& shared, uint32_t bin) {
 template <class Team>
 LLUMD_BOTH void clear_bins(Team& team) {
   team.sync_all();  // no peer still reads them
-  Shared& own = team.shared(team.block());
+  Shared& own = team.own();
   for (uint32_t part = 0; part < PARTS; ++part)
     for (uint32_t bin = team.thread(); bin < BINS; bin += team.threads()) own.bins[part][bin] = 0;
   team.sync();
@@ -103,7 +103,7 @@ LLUMD_BOTH void clear_bins(Team& team) {
 
 template <class Team>
 LLUMD_BOTH void add_to_bin(Team& team, uint32_t bin, uint64_t amount) {
-  Shared& own = team.shared(team.block());
+  Shared& own = team.own();
   for (uint32_t part = 0; part < PARTS; ++part) {
     const uint32_t piece = static_cast<uint32_t>(amount >> (part * PART_BITS)) & ((1u << PART_BITS) - 1);
     if (piece) team.add(&own.bins[part][bin], piece);
@@ -113,7 +113,7 @@ LLUMD_BOTH void add_to_bin(Team& team, uint32_t bin, uint64_t amount) {
 // Sum up all blocks' bins, for `find_bin`. Returns the total.
 template <class Team>
 LLUMD_BOTH uint64_t merge_bins(Team& team) {
-  Shared& own = team.shared(team.block());
+  Shared& own = team.own();
   team.sync();
   for (uint32_t m = team.thread(); m < MIDDLES; m += team.threads()) {
     uint64_t sum = 0;
@@ -154,7 +154,7 @@ struct Place {
 // The bin in which the sum from the highest bin down reaches `target`, which shrinks by what lies above.
 template <class Team>
 LLUMD_BOTH Place find_bin(Team& team, uint64_t& target) {
-  Shared& own = team.shared(team.block());
+  Shared& own = team.own();
   const uint32_t top = reach(own.tops, TOPS, target);
   const uint32_t middle = top * TOP + reach(own.merged + top * TOP, TOP, target);
   for (uint32_t j = team.thread(); j < MIDDLE; j += team.threads()) {
@@ -248,7 +248,7 @@ LLUMD_BOTH uint64_t find_cutoff(Team& team, const Slice& slice, const Scale& sca
 // The largest of all threads' keys. Each use in a row takes another `slot`.
 template <class Team>
 LLUMD_BOTH uint64_t largest_of_team(Team& team, uint64_t key, uint32_t slot) {
-  Shared& own = team.shared(team.block());
+  Shared& own = team.own();
   key = team.warp_max(key);
   if (team.leads_warp()) own.warp_max[team.warp()] = key;
   team.sync();

@@ -43,6 +43,7 @@ class Cluster {
   __device__ uint32_t warp() const { return threadIdx.x / WARP; }
   __device__ uint32_t warps() const { return THREADS / WARP; }
   __device__ bool leads_warp() const { return threadIdx.x % WARP == 0; }
+  __device__ llumd::Shared& own() const { return *own_; }  // not by way of the cluster, which would be slower
   __device__ void sync() const { __syncthreads(); }
   __device__ void add(uint32_t* word, uint32_t amount) const { atomicAdd(word, amount); }
 
@@ -112,8 +113,7 @@ void launch(const float* logits, int64_t stride, int64_t rows, uint32_t vocab, c
   const size_t kept = sizeof(llumd::Shared) + llumd::slice_length(vocab, blocks) * sizeof(float);
   const bool keeps = kept <= room;
   const size_t memory = keeps ? kept : sizeof(llumd::Shared);
-  TVM_FFI_CHECK_CUDA_ERROR(cudaFuncSetAttribute(draw_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(memory)));
+  llumd::allow_memory(draw_kernel, memory);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = blocks;

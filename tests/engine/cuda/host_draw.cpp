@@ -20,6 +20,7 @@ class HostTeam {
   uint32_t threads() const { return threads_; }
   uint32_t block() const { return block_; }
   uint32_t blocks() const { return static_cast<uint32_t>(shared_.size()); }
+  llumd::Shared& own() const { return shared_[block_]; }
   llumd::Shared& shared(uint32_t block) const { return shared_[block]; }
   void sync() const { barriers_[block_]->arrive_and_wait(); }
   void sync_all() const { all_.arrive_and_wait(); }
