@@ -105,7 +105,8 @@ def test_few_rows_as_heads(gemv, rows, shape, kv_dtype):
     indptr = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * 8
     indices = torch.randperm(39, device=DEVICE)[: 8 * rows].int() + 1
     q = torch.zeros(rows, heads, head_dim, dtype=BF16, device=DEVICE)
-    gemv.heads(x, norm, EPS, weight, None, q, pool[:, 1, 0], pool[:, 1, 1], indices, indptr, positions, angles)
+    ahead = noise(hidden, heads * head_dim) if rows % 2 else None
+    gemv.heads(x, norm, EPS, weight, None, q, pool[:, 1, 0], pool[:, 1, 1], indices, indptr, positions, angles, ahead)
 
     exact = (TorchOps().rms_norm(x, norm, EPS).float() @ weight.float().t()).unflatten(-1, (-1, head_dim))
     parts = exact.split([heads, kv_heads, kv_heads], 1)

@@ -40,13 +40,13 @@ def reference(model_dir):
 
 @pytest.fixture(scope="module")
 def runner(model_dir):
-    return make_gpu_runner(model_dir, few_rows="off")
+    return make_gpu_runner(model_dir, way="all rows")
 
 
 @pytest.fixture(scope="module")
 def few(model_dir):
     """Decodes of one to four rows by products of their own."""
-    return make_gpu_runner(model_dir, few_rows="on")
+    return make_gpu_runner(model_dir, way="few rows, ahead")
 
 
 def batch(n, output):

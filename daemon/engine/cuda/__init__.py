@@ -16,6 +16,6 @@ passes      the two passes of a step, decodes and chunks, over the device's stat
 sampler     the draw: a kernel (sampler.cu, row.h, draw.h), or torch on any device
 numa        keeps threads on the processors near the GPU
 memory      how many KV blocks a device holds beside the model (pure)
-graphs      capture and replay of decode steps, and the choice between two ways to compute one
+graphs      capture and replay of decode steps, and the choice between ways to compute one
 runner      CudaRunner: launches a step, collects its tokens one step later
 """

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(llumd::Append<Entry> al
 llumd::Tokens tokens_of(const TensorView& x, const char* name, const TensorView& q) {
   Bf16* at = data<Bf16>(x, name, kDLBfloat, 3, q);
   TVM_FFI_ICHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2) && x.stride(1) == x.size(2) &&
-                 x.stride(0) % llumd::EIGHT == 0 && llumd::aligned(at))
+                 (x.size(0) == 1 || x.stride(0) % llumd::EIGHT == 0) && llumd::aligned(at))
       << name << " has another shape, or is not aligned to 16 bytes";
   return {at, x.stride(0)};
 }

@@ -2,13 +2,15 @@
 
 Of so few rows nothing but the weights takes time, so what counts is that reading them never pauses. A layer is six
 kernels instead of ten: each product takes norm, rotation, append to the KV cache, SiLU or residual along, and
-fetches its first weights while the kernel in front of it ends. Which of the two ways is quicker on a device is
-measured when graphs are captured (`graphs.py`). No speed has been measured yet.
+fetches its first weights while the kernel in front of it ends. Attention reads little and the memory would idle
+meanwhile: the product before it can have the weights of the one behind it fetched into the device's cache.
+Which `Way` is the quickest on a device is measured when graphs are captured (`graphs.py`). No speed has been
+measured yet.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -16,6 +18,9 @@ from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.weights import DeviceWeights, Layer
 from daemon.models.card import ModelCard
+
+Way = Literal["all rows", "few rows", "few rows, ahead"]
+"""How decodes are computed: as any pass, as `FewRows` does, or so and with weights fetched ahead of attention."""
 
 MOST_ROWS = 4
 _COLUMNS = 8  # that are read at a time
@@ -43,11 +48,11 @@ class Gemv(Protocol):
 
     def heads(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
               q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor,
-              positions: torch.Tensor, angles: torch.Tensor) -> None:
+              positions: torch.Tensor, angles: torch.Tensor, ahead: torch.Tensor | None) -> None:
         """The fused product of query, key and value. Queries, rotated, go to q [rows, heads, head_dim]; keys,
         rotated, and values into pages [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where row i's
         sequence, whose blocks are ``indices[indptr[i] : indptr[i + 1]]``, has position ``positions[i]``. `angles`:
-        see `Ops.append`."""
+        see `Ops.append`. `ahead`, bfloat16[n, m]: weights to be fetched into the device's cache at the end."""
         ...
 
 
@@ -72,18 +77,19 @@ class FewRows:
         self._eps = card.rms_norm_eps
         self._heads, self._head_dim = card.num_heads, card.head_dim
 
-    def logits(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor) -> None:
+    def logits(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, *, ahead: bool) -> None:
         """Compute decodes from their embeddings `residual` [rows, hidden], which do not survive it; write float32
-        logits to `out` [rows, vocab]."""
+        logits to `out` [rows, vocab]. `ahead`: see `Way`."""
         for i, layer in enumerate(self._weights.layers):
-            self._attend(i, layer, inputs, residual)
+            self._attend(i, layer, inputs, residual, layer.out.weight if ahead else None)
             gated = residual.new_empty(len(residual), layer.down.weight.shape[1])
             self._gemv.gate(residual, layer.mlp_norm, self._eps, *layer.gate_up, gated)
             self._gemv.add(gated, *layer.down, residual)
         self._gemv.logits(residual, self._weights.norm, self._eps, self._weights.head, out)
 
-    def _attend(self, index: int, layer: Layer, inputs: Inputs, residual: torch.Tensor) -> None:
+    def _attend(self, index: int, layer: Layer, inputs: Inputs, residual: torch.Tensor,
+                ahead: torch.Tensor | None) -> None:
         q = residual.new_empty(len(residual), self._heads, self._head_dim)
         self._gemv.heads(residual, layer.attention_norm, self._eps, *layer.qkv, q, *self._attention.pages(index),
-                         inputs.kv_indices, inputs.kv_indptr, inputs.positions, self._angles)
+                         inputs.kv_indices, inputs.kv_indptr, inputs.positions, self._angles, ahead)
         self._gemv.add(self._attention.attend(index, q, inputs, decode=True).flatten(1), *layer.out, residual)

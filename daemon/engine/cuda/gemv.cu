@@ -8,6 +8,7 @@
 
 namespace {
 
+using llumd::Ahead;
 using llumd::Bf16;
 using llumd::Eight;
 using llumd::Matrix;
@@ -50,15 +51,22 @@ struct Grid {
     return e;
   }
 
+  __device__ void warm(const Eight* at, uint32_t count) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(count * uint32_t(sizeof(Eight))));
+#endif
+  }
+
   __device__ void await() const { llumd::await(); }
 };
 
 template <uint32_t M, class Epilogue>
-__global__ void __launch_bounds__(THREADS, BLOCKS) gemv_kernel(Rows rows, Matrix matrix, Epilogue epilogue) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) gemv_kernel(Rows rows, Matrix matrix, Epilogue epilogue,
+                                                                       Ahead ahead) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Scales<M> scales;
   Grid team;
-  llumd::multiply<M>(team, rows, matrix, epilogue, scales, reinterpret_cast<Eight*>(memory));
+  llumd::multiply<M>(team, rows, matrix, epilogue, ahead, scales, reinterpret_cast<Eight*>(memory));
 }
 
 // As many blocks as run at a time, or fewer if there are not so many tasks.
@@ -73,23 +81,23 @@ unsigned blocks_of(Kernel kernel, size_t memory, uint32_t tasks, int device) {
 }
 
 template <uint32_t M, class Epilogue>
-void launch(const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, DLDevice device) {
+void launch(const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, const Ahead& ahead, DLDevice device) {
   const auto kernel = gemv_kernel<M, Epilogue>;
   const size_t memory = M * rows.groups() * sizeof(Eight);
-  TVM_FFI_CHECK_CUDA_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)));
+  llumd::allow_memory(kernel, memory);
   const unsigned blocks = blocks_of(kernel, memory, epilogue.tasks(), device.device_id);
-  llumd::launch(kernel, blocks, THREADS, memory, device, rows, matrix, epilogue);
+  llumd::launch(kernel, blocks, THREADS, memory, device, rows, matrix, epilogue, ahead);
 }
 
 template <class Epilogue>
-void run(const TensorView& x, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue) {
+void run(const TensorView& x, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue,
+         const Ahead& ahead = {}) {
   tvm::ffi::CUDADeviceGuard guard(x.device().device_id);
   switch (x.size(0)) {
-    case 1: return launch<1>(rows, matrix, epilogue, x.device());
-    case 2: return launch<2>(rows, matrix, epilogue, x.device());
-    case 3: return launch<3>(rows, matrix, epilogue, x.device());
-    case 4: return launch<4>(rows, matrix, epilogue, x.device());
+    case 1: return launch<1>(rows, matrix, epilogue, ahead, x.device());
+    case 2: return launch<2>(rows, matrix, epilogue, ahead, x.device());
+    case 3: return launch<3>(rows, matrix, epilogue, ahead, x.device());
+    case 4: return launch<4>(rows, matrix, epilogue, ahead, x.device());
   }
   TVM_FFI_ICHECK(false) << "1 to " << MOST_ROWS << " rows can be multiplied, not " << x.size(0);
 }
@@ -104,8 +112,8 @@ const Bf16* vector(const Optional<TensorView>& tensor, const char* name, int64_t
 Rows rows_of(const TensorView& x, const Optional<TensorView>& norm, double eps) {
   const Bf16* at = data<Bf16>(x, "x", kDLBfloat, 2, x);
   const Bf16* weights = vector(norm, "norm", x.size(1), x);
-  TVM_FFI_ICHECK(x.size(1) % llumd::EIGHT == 0 && x.stride(0) % llumd::EIGHT == 0 && aligned(at) &&
-                 aligned(weights))
+  const bool apart = x.size(0) == 1 || x.stride(0) % llumd::EIGHT == 0;  // a lone row may have any stride
+  TVM_FFI_ICHECK(x.size(1) % llumd::EIGHT == 0 && apart && aligned(at) && aligned(weights))
       << "rows must be multiples of 16 bytes";
   return {at, x.stride(0), static_cast<uint32_t>(x.size(1)), weights, static_cast<float>(eps)};
 }
@@ -114,6 +122,16 @@ Matrix matrix_of(const TensorView& weight, const Optional<TensorView>& bias, con
   const Bf16* at = whole<Bf16>(weight, "weight", kDLBfloat, 2, x);
   TVM_FFI_ICHECK(weight.size(1) == x.size(1) && aligned(at)) << "weight does not fit x";
   return {at, vector(bias, "bias", weight.size(0), x)};
+}
+
+// As much of `next` as leaves room in the device's cache for what is read in between.
+Ahead ahead_of(const Optional<TensorView>& next, const TensorView& x) {
+  if (!next.has_value()) return {};
+  const Bf16* at = whole<Bf16>(next.value(), "ahead", kDLBfloat, 2, x);
+  TVM_FFI_ICHECK(aligned(at)) << "ahead must be aligned to 16 bytes";
+  const int64_t size = next.value().size(0) * next.value().size(1) * sizeof(Bf16);
+  const int64_t room = llumd::attribute(cudaDevAttrL2CacheSize, x.device().device_id) / 2;
+  return {reinterpret_cast<const Eight*>(at), static_cast<uint64_t>(size < room ? size : room) / sizeof(Eight)};
 }
 
 void check_shape(const TensorView& tensor, const char* name, int64_t rows, int64_t columns) {
@@ -152,7 +170,7 @@ void logits(TensorView x, TensorView norm, double eps, TensorView weight, Tensor
 template <class Entry>
 void run_heads(const TensorView& x, const Rows& rows, const Matrix& matrix, const TensorView& q,
                const TensorView& keys, const TensorView& values, const llumd::Pages& pages,
-               const int32_t* positions, const float* angles, DLDataTypeCode code) {
+               const int32_t* positions, const float* angles, const Ahead& ahead, DLDataTypeCode code) {
   const llumd::Heads<Entry> heads{
       whole<Bf16>(q, "q", kDLBfloat, 3, x),
       data<Entry>(keys, "keys", code, 4, x),
@@ -164,14 +182,15 @@ void run_heads(const TensorView& x, const Rows& rows, const Matrix& matrix, cons
       static_cast<uint32_t>(keys.size(2)),
       static_cast<uint32_t>(q.size(2) / 2),
   };
-  run(x, rows, matrix, heads);
+  run(x, rows, matrix, heads, ahead);
 }
 
 // Queries of the normalised x, rotated, to q [rows, heads, head_dim]; keys, rotated, and values to the pages, of shape
-// [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where row i's sequence is at positions[i].
+// [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where row i's sequence is at positions[i]. `ahead`,
+// bfloat16[n, m]: weights that are to be on their way when this is done.
 void heads(TensorView x, TensorView norm, double eps, TensorView weight, Optional<TensorView> bias, TensorView q,
            TensorView keys, TensorView values, TensorView indices, TensorView indptr, TensorView positions,
-           TensorView angles) {
+           TensorView angles, Optional<TensorView> ahead) {
   TVM_FFI_ICHECK(q.ndim() == 3 && q.size(0) == x.size(0) && q.size(2) % 2 == 0) << "q has another shape";
   const llumd::Pages pages = llumd::pages_of(keys, values, indices, indptr, q.size(2), x);
   TVM_FFI_ICHECK_EQ((q.size(1) + 2 * keys.size(2)) * q.size(2), weight.size(0)) << "weight does not fit the heads";
@@ -181,8 +200,10 @@ void heads(TensorView x, TensorView norm, double eps, TensorView weight, Optiona
   const float* turns = whole<float>(angles, "angles", kDLFloat, 2, x);
   const Rows rows = rows_of(x, norm, eps);
   const Matrix matrix = matrix_of(weight, bias, x);
-  if (is(keys, kDLBfloat, 16)) return run_heads<Bf16>(x, rows, matrix, q, keys, values, pages, at, turns, kDLBfloat);
-  run_heads<uint8_t>(x, rows, matrix, q, keys, values, pages, at, turns, kDLFloat8_e4m3fn);
+  const Ahead next = ahead_of(ahead, x);
+  if (is(keys, kDLBfloat, 16))
+    return run_heads<Bf16>(x, rows, matrix, q, keys, values, pages, at, turns, next, kDLBfloat);
+  run_heads<uint8_t>(x, rows, matrix, q, keys, values, pages, at, turns, next, kDLFloat8_e4m3fn);
 }
 
 }  // namespace

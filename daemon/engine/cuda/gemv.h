@@ -15,6 +15,7 @@
 //   sync()                   barrier of the block; makes writes to its memory visible
 //   sum(x)                   float: the sum over the warp, in all its threads, which must all come
 //   fetch(p)                 the Eight at p, which nobody writes and nobody reads again
+//   warm(p, n)               has n Eights at p, which nobody writes, on their way into the device's cache
 //   await()                  until all that the kernels in front have written is there
 #pragma once
 
@@ -23,6 +24,8 @@
 namespace llumd {
 
 constexpr uint32_t PIECE = 4;    // Eights of each row of a task that a lane has under way
+constexpr uint32_t AHEAD = 3;    // pieces behind the first that are on their way into the cache from the start
+constexpr uint32_t KEEPING = 8;  // Eights of the rows to be multiplied that a thread has under way
 constexpr uint32_t MOST_WARPS = 32;
 constexpr uint32_t NO_ROW = 0xFFFFFFFFu;
 
@@ -51,6 +54,12 @@ struct Matrix {
   LLUMD_BOTH float bias_of(uint32_t n) const { return bias ? of_bf16(bias[n]) : 0.0f; }
 };
 
+// `count` Eights from `at` that nobody writes and the kernels behind will read, or none.
+struct Ahead {
+  const Eight* at;
+  uint64_t count;
+};
+
 struct Task {
   uint32_t first;
   uint32_t second;  // or NO_ROW
@@ -72,12 +81,12 @@ struct Add : Each {
   int64_t stride;
 
   LLUMD_BOTH void store(Task task, uint32_t m, float a, float b) const {
-    add(residual + m * stride + task.first, a);
-    if (task.second != NO_ROW) add(residual + m * stride + task.second, b);
+    Bf16* const row = residual + m * stride;
+    const bool both = task.second != NO_ROW;
+    const Bf16 first = row[task.first], second = both ? row[task.second] : first;  // both on their way at a time
+    row[task.first] = to_bf16(of_bf16(first) + a);
+    if (both) row[task.second] = to_bf16(of_bf16(second) + b);
   }
-
- private:
-  LLUMD_BOTH static void add(Bf16* at, float x) { *at = to_bf16(of_bf16(*at) + x); }
 };
 
 // out[m, n] = silu(row n) * row width + n.
@@ -167,16 +176,42 @@ LLUMD_BOTH Eight scaled(Eight e, Eight weight, float by) {
   return e;
 }
 
-// 1 / root mean square of each row, in every thread of the block.
+// How many groups of M rows a thread has under way: those at `first`, `first` + threads, ...
+template <uint32_t M>
+constexpr uint32_t SPAN = KEEPING / M;
+
+// A span of the rows goes into `kept` [M, groups], its squares into `sums`.
 template <uint32_t M, class Team>
-LLUMD_BOTH void scales(Team& team, const Rows& rows, Scales<M>& shared, float (&by)[M]) {
+LLUMD_BOTH void copy(Team& team, const Rows& rows, uint32_t first, Eight* kept, float (&sums)[M]) {
+  const uint32_t groups = rows.groups();
+  Eight x[SPAN<M>][M];
+  LLUMD_UNROLL
+  for (uint32_t i = 0; i < SPAN<M>; ++i) {
+    const uint32_t g = first + i * team.threads();
+    LLUMD_UNROLL
+    for (uint32_t m = 0; m < M; ++m) x[i][m] = g < groups ? rows.row(m)[g] : Eight{};
+  }
+  LLUMD_UNROLL
+  for (uint32_t i = 0; i < SPAN<M>; ++i) {
+    const uint32_t g = first + i * team.threads();
+    LLUMD_UNROLL
+    for (uint32_t m = 0; m < M; ++m) {
+      if (g < groups) kept[m * groups + g] = x[i][m];
+      sums[m] += squares(x[i][m]);
+    }
+  }
+}
+
+// 1 / root mean square of each row, from each thread's part of the squares.
+template <uint32_t M, class Team>
+LLUMD_BOTH void scales(Team& team, const Rows& rows, const float (&sums)[M], Scales<M>& shared, float (&by)[M]) {
+  LLUMD_UNROLL
   for (uint32_t m = 0; m < M; ++m) {
-    float sum = 0.0f;
-    for (uint32_t g = team.thread(); g < rows.groups(); g += team.threads()) sum += squares(rows.row(m)[g]);
-    sum = team.sum(sum);
+    const float sum = team.sum(sums[m]);
     if (team.lane() == 0) shared.of_warp[team.warp()][m] = sum;
   }
   team.sync();
+  LLUMD_UNROLL
   for (uint32_t m = 0; m < M; ++m) {
     float sum = 0.0f;
     for (uint32_t w = 0; w < team.warps(); ++w) sum += shared.of_warp[w][m];
@@ -184,15 +219,51 @@ LLUMD_BOTH void scales(Team& team, const Rows& rows, Scales<M>& shared, float (&
   }
 }
 
+// A span of the norm's weights.
+template <uint32_t M, class Team>
+LLUMD_BOTH void weights(Team& team, const Rows& rows, uint32_t first, Eight (&weight)[SPAN<M>]) {
+  LLUMD_UNROLL
+  for (uint32_t i = 0; i < SPAN<M>; ++i) {
+    const uint32_t g = first + i * team.threads();
+    weight[i] = g < rows.groups() ? reinterpret_cast<const Eight*>(rows.norm)[g] : Eight{};
+  }
+}
+
+// A span of what is kept, normalised by the thread that put it there.
+template <uint32_t M, class Team>
+LLUMD_BOTH void scale(Team& team, uint32_t groups, uint32_t first, const Eight (&weight)[SPAN<M>], const float (&by)[M],
+                      Eight* kept) {
+  LLUMD_UNROLL
+  for (uint32_t i = 0; i < SPAN<M>; ++i) {
+    const uint32_t g = first + i * team.threads();
+    if (g >= groups) continue;
+    LLUMD_UNROLL
+    for (uint32_t m = 0; m < M; ++m) kept[m * groups + g] = scaled(kept[m * groups + g], weight[i], by[m]);
+  }
+}
+
+template <uint32_t M, class Team>
+LLUMD_BOTH void normalise(Team& team, const Rows& rows, const float (&sums)[M], Scales<M>& shared, Eight* kept) {
+  const uint32_t stride = SPAN<M> * team.threads();
+  Eight weight[SPAN<M>];
+  weights<M>(team, rows, team.thread(), weight);  // on their way while the squares are added up
+  float by[M];
+  scales<M>(team, rows, sums, shared, by);
+  scale<M>(team, rows.groups(), team.thread(), weight, by, kept);
+  for (uint32_t g = team.thread() + stride; g < rows.groups(); g += stride) {
+    weights<M>(team, rows, g, weight);
+    scale<M>(team, rows.groups(), g, weight, by, kept);
+  }
+}
+
 // Puts the rows, normalised if so wished, into `kept` [M, groups].
 template <uint32_t M, class Team>
 LLUMD_BOTH void keep(Team& team, const Rows& rows, Scales<M>& shared, Eight* kept) {
-  float by[M];
-  if (rows.norm) scales<M>(team, rows, shared, by);
-  const Eight* norm = reinterpret_cast<const Eight*>(rows.norm);
-  for (uint32_t m = 0; m < M; ++m)
-    for (uint32_t g = team.thread(); g < rows.groups(); g += team.threads())
-      kept[m * rows.groups() + g] = norm ? scaled(rows.row(m)[g], norm[g], by[m]) : rows.row(m)[g];
+  const uint32_t stride = SPAN<M> * team.threads();
+  float sums[M] = {};
+  copy<M>(team, rows, team.thread(), kept, sums);  // not in the loop: at a loop a GPU waits for all that is under way
+  for (uint32_t g = team.thread() + stride; g < rows.groups(); g += stride) copy<M>(team, rows, g, kept, sums);
+  if (rows.norm) normalise<M>(team, rows, sums, shared, kept);
   team.sync();
 }
 
@@ -259,7 +330,7 @@ LLUMD_BOTH void add_up(Team& team, const Piece& piece, const Eight* kept, uint32
   }
 }
 
-// Each row's sums go to its epilogue, row m by lane m.
+// Each row's sums go to its epilogue, row m by lane m: all rows at a time where there are so many lanes.
 template <uint32_t M, class Team, class Epilogue>
 LLUMD_BOTH void finish(Team& team, const Matrix& matrix, const Epilogue& epilogue, uint32_t at, Sums<M>& sums) {
   const Task task = epilogue.task(at);
@@ -267,20 +338,56 @@ LLUMD_BOTH void finish(Team& team, const Matrix& matrix, const Epilogue& epilogu
   const float second = task.second == NO_ROW ? 0.0f : matrix.bias_of(task.second);
   LLUMD_UNROLL
   for (uint32_t m = 0; m < M; ++m) {
-    const float a = team.sum(sums.a[m]), b = team.sum(sums.b[m]);
-    if (team.lane() == m % team.lanes()) epilogue.store(task, m, a + first, b + second);
-    sums.a[m] = sums.b[m] = 0.0f;
+    sums.a[m] = team.sum(sums.a[m]);
+    sums.b[m] = team.sum(sums.b[m]);
   }
+  for (uint32_t m = team.lane(); m < M; m += team.lanes()) {
+    float a = sums.a[0], b = sums.b[0];
+    LLUMD_UNROLL
+    for (uint32_t i = 1; i < M; ++i) {  // an index that is not known to the compiler would put the sums into memory
+      a = m == i ? sums.a[i] : a;
+      b = m == i ? sums.b[i] : b;
+    }
+    epilogue.store(task, m, a + first, b + second);
+  }
+  sums = {};
+}
+
+// What a warp reads after its first piece: on its way before anything is known of the rows. By one lane.
+template <class Team, class Epilogue>
+LLUMD_BOTH void warm(Team& team, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, uint32_t at) {
+  if (team.lane() != 0) return;
+  if (rows.norm && team.block() == 0 && team.warp() == 0)
+    team.warm(reinterpret_cast<const Eight*>(rows.norm), rows.groups());
+  const uint32_t groups = rows.groups(), piece = PIECE * team.lanes();
+  if (at >= epilogue.tasks() || groups <= piece) return;
+  const uint32_t count = groups - piece < AHEAD * piece ? groups - piece : AHEAD * piece;
+  const Task task = epilogue.task(at);
+  team.warm(matrix.row(task.first, groups) + piece, count);
+  if (task.second != NO_ROW) team.warm(matrix.row(task.second, groups) + piece, count);
+}
+
+// A warp's share of what comes next, for when it has nothing left to read: the memory goes on while others compute.
+template <class Team>
+LLUMD_BOTH void warm(Team& team, const Ahead& ahead) {
+  if (team.lane() != 0) return;
+  const uint64_t warps = static_cast<uint64_t>(team.blocks()) * team.warps();
+  const uint64_t share = (ahead.count + warps - 1) / warps;
+  const uint64_t first = share * (team.block() * team.warps() + team.warp());
+  if (first >= ahead.count) return;
+  const uint64_t left = ahead.count - first;
+  team.warm(ahead.at + first, static_cast<uint32_t>(left < share ? left : share));
 }
 
 // The whole product. `kept`: room for M rows in the block's memory.
 template <uint32_t M, class Team, class Epilogue>
 LLUMD_BOTH void multiply(Team& team, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue,
-                         Scales<M>& shared, Eight* kept) {
+                         const Ahead& ahead, Scales<M>& shared, Eight* kept) {
   const uint32_t groups = rows.groups(), stride = team.blocks() * team.warps();
   Cursor cursor{team.block() * team.warps() + team.warp(), 0};
   Piece next{};
   fetch(team, matrix, epilogue, cursor, groups, next);  // weights are there from the start
+  warm(team, rows, matrix, epilogue, cursor.task);
   team.await();
   keep<M>(team, rows, shared, kept);
   Sums<M> sums{};
@@ -293,6 +400,7 @@ LLUMD_BOTH void multiply(Team& team, const Rows& rows, const Matrix& matrix, con
     add_up<M>(team, piece, kept, here.at, groups, sums);
     if (cursor.at == 0) finish<M>(team, matrix, epilogue, here.task, sums);
   }
+  warm(team, ahead);
 }
 
 }  // namespace llumd

@@ -76,6 +76,7 @@ class Graphs:
 
     def _outcome(self, graph: torch.cuda.CUDAGraph, outcome: torch.Tensor) -> torch.Tensor:
         with torch.cuda.stream(self._stream):
+            outcome.fill_(torch.nan)  # what the other way has left there must not pass for this one's
             graph.replay()
             return outcome.cpu()
 

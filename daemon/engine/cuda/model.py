@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
-from daemon.engine.cuda.few_rows import FewRows, Gemv
+from daemon.engine.cuda.few_rows import FewRows, Gemv, Way
 from daemon.engine.cuda.ops import Ops
 from daemon.engine.cuda.weights import DeviceWeights, Layer, Linear
 from daemon.engine.rope import rope_tables
@@ -16,8 +16,8 @@ from daemon.models.card import ModelCard
 
 
 class Llama:
-    """A decoder; its KV is where `attention` keeps it. `max_len`: longest sequence in tokens. `gemv`: for passes of
-    `few` rows; None if there are none."""
+    """A decoder; its KV is where `attention` keeps it. `max_len`: longest sequence in tokens. `gemv`: for decodes of
+    few rows; None if all are computed as any pass."""
 
     def __init__(self, card: ModelCard, weights: DeviceWeights, ops: Ops, attention: Attention, *,
                  max_len: int, gemv: Gemv | None = None) -> None:
@@ -31,19 +31,19 @@ class Llama:
         self._few = FewRows(card, weights, gemv, attention, self._angles) if gemv is not None else None
 
     def logits(self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool,
-               few: bool = False) -> None:
+               way: Way = "all rows") -> None:
         """Compute a pass and write the float32 logits of its sampled rows to `out` [sampled, vocab].
 
-        `decode`: every row is one token and sampled. `few`: they are decodes of at most `few_rows.MOST_ROWS` rows, to
-        be computed by `gemv`. `last_token`: int32[slots], for the ids unknown to the host. Nothing in here waits for
+        `decode`: every row is one token and sampled. `way`: of decodes; only "all rows" for more than
+        `few_rows.MOST_ROWS`. `last_token`: int32[slots], for the ids unknown to the host. Nothing in here waits for
         the device: it can be captured in a graph.
         """
         residual = F.embedding(self._ids(inputs, last_token), self._weights.embedding)
-        if few:
-            assert self._few is not None
-            self._few.logits(inputs, residual, out)
-        else:
+        if way == "all rows":
             self._all_rows(inputs, residual, out, decode)
+        else:
+            assert self._few is not None
+            self._few.logits(inputs, residual, out, ahead=way == "few rows, ahead")
 
     def _all_rows(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, decode: bool) -> None:
         layers = self._weights.layers

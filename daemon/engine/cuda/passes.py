@@ -11,6 +11,7 @@ import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size, input_fields
 from daemon.engine.cuda.attention import Attention
+from daemon.engine.cuda.few_rows import Way
 from daemon.engine.cuda.model import Llama
 from daemon.engine.cuda.sampler import DeviceSampler, SampleParams
 from daemon.engine.cuda.staging import Field, Packed, host_memory
@@ -87,12 +88,11 @@ class Passes:
         self._decodes.copy_from(staged.decodes, size.pages)
         self._attention.plan(staged.decodes.tensors, self._decodes.tensors, size, decode=True, turn=staged.turn)
 
-    def decode(self, bucket: int, *, few: bool = False) -> None:
-        """Compute the decodes that are on the device; `few`: see `Llama.logits`. Can be captured: the same work on
-        the same buffers always."""
+    def decode(self, bucket: int, way: Way = "all rows") -> None:
+        """Compute the decodes that are on the device. Can be captured: the same work on the same buffers always."""
         # All of the pages' buffer: how much of it is filled changes from replay to replay.
         inputs = self._decodes.tensors.cut(Size(bucket, bucket, bucket, self._pages))
-        self._compute(inputs, 0, bucket, decode=True, few=few)
+        self._compute(inputs, 0, bucket, decode=True, way=way)
 
     def chunks(self, staged: Staged, size: Size, first: int) -> None:
         """Bring a step's chunks onto the device and compute them; their tokens go to `first` and behind."""
@@ -105,9 +105,9 @@ class Passes:
         """Send the first `count` tokens back to the host."""
         staged.tokens[:count].copy_(self._tokens[:count], non_blocking=True)
 
-    def _compute(self, inputs: Inputs, first: int, sampled: int, *, decode: bool, few: bool = False) -> None:
+    def _compute(self, inputs: Inputs, first: int, sampled: int, *, decode: bool, way: Way = "all rows") -> None:
         logits = self.logits[first : first + sampled]
-        self._model.logits(inputs, self._last_token, logits, decode=decode, few=few)
+        self._model.logits(inputs, self._last_token, logits, decode=decode, way=way)
         if not sampled:
             return
         tokens = self._tokens[first : first + sampled]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -17,7 +17,7 @@ from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import DrawParams, Size, StepArrays
 from daemon.engine.cuda.attention import Attention, FlashInferAttention, Heads, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
-from daemon.engine.cuda.few_rows import Gemv, few_buckets
+from daemon.engine.cuda.few_rows import Gemv, Way, few_buckets
 from daemon.engine.cuda.graphs import Graphs
 from daemon.engine.cuda.memory import LEAST_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.model import Llama
@@ -69,15 +69,15 @@ class CudaRunner:
 
     `dtype` "auto" means bf16 on CUDA, fp32 on the CPU. `kv_dtype` "auto": KV as the model computes; "fp8": e4m3 with
     scale 1. `kv_memory`: bytes of the pool; 0: what is free, of the share `memory_share` of the device's memory that
-    this engine may have for everything. `few_rows`: whether decodes of one to four rows go by `FewRows`; "auto":
-    where that is quicker. `gemv`: its products on the CPU. Raises ModelError for what cannot work here, before a
+    this engine may have for everything. `way`: how decodes of one to four rows are computed; "auto": the quickest.
+    `gemv`: the products of few rows on the CPU. Raises ModelError for what cannot work here, before a
     weight is read.
     """
 
     def __init__(self, card: ModelCard, *, device: str, dtype: str = "auto", kv_dtype: str = "auto",
                  deterministic: bool = False, load_format: str, block_size: int, max_num_seqs: int,
                  max_batch_tokens: int, max_model_len: int, kv_memory: int = 0, memory_share: float = 0.9,
-                 prefill: Literal["fa2", "fa3"] = "fa2", few_rows: Literal["auto", "on", "off"] = "auto",
+                 prefill: Literal["fa2", "fa3"] = "fa2", way: Way | Literal["auto"] = "auto",
                  gemv: Gemv | None = None) -> None:
         self._device = torch.device(device)
         self.device = device  # until it is known by its make
@@ -92,7 +92,7 @@ class CudaRunner:
         self._kv_memory = kv_memory
         self._memory_share = memory_share
         self._prefill = prefill
-        self._few_rows = few_rows
+        self._way: Way | Literal["auto"] = way
         self._gemv = gemv
         self._heads = Heads(card.num_heads, card.num_kv_heads, card.head_dim, block_size)
         self._buckets = graph_buckets(max_num_seqs)
@@ -189,7 +189,7 @@ class CudaRunner:
         mine = torch.cuda.memory_reserved(self._device)
         may_use = min(free + mine, int(total * self._memory_share))
         block_bytes = self.pool_spec(1).block_bytes
-        reserve = reserve_bytes(len(self._buckets) + len(self._few_buckets), decode_peak)
+        reserve = reserve_bytes(sum(len(self._ways(bucket)) for bucket in self._buckets), decode_peak)
         peak = max(chunk_peak, decode_peak)
         blocks = pool_blocks(may_use, weights=mine, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
         if self._kv_memory > blocks * block_bytes:
@@ -218,7 +218,7 @@ class CudaRunner:
 
     def _choose_few(self) -> tuple[int, ...]:
         """Buckets that `FewRows` can compute."""
-        if self._few_rows == "off":
+        if self._way == "all rows":
             return ()
         if self._device.type == "cuda":
             properties: Any = torch.cuda.get_device_properties(self._device)
@@ -236,16 +236,16 @@ class CudaRunner:
         self._compute_decodes, self.ways = graphs.replay, graphs.seconds
 
     def _ways(self, bucket: int) -> Mapping[str, Callable[[], None]]:
-        """To compute decodes of `bucket` rows."""
-        all_rows = {"all rows": partial(self._passes.decode, bucket)}
+        """To compute decodes of `bucket` rows; the first is certain."""
         if bucket not in self._few_buckets:
-            return all_rows
-        few_rows = {"few rows": partial(self._passes.decode, bucket, few=True)}
-        return few_rows if self._few_rows == "on" else all_rows | few_rows
+            ways: tuple[Way, ...] = ("all rows",)
+        else:
+            ways = get_args(Way) if self._way == "auto" else (self._way,)
+        return {way: partial(self._passes.decode, bucket, way) for way in ways}
 
     def _decode(self, bucket: int) -> None:
         """Without a graph."""
-        self._passes.decode(bucket, few=bucket in self._few_buckets and self._few_rows == "on")
+        next(iter(self._ways(bucket).values()))()
 
     def _prepare(self, bucket: int) -> None:
         """Have decodes of `bucket` rows possible, and one of dummies on the device."""

@@ -41,6 +41,9 @@ class HostTeam {
   void sync() const { shared_.barrier.arrive_and_wait(); }
   void await() const {}
   llumd::Eight fetch(const llumd::Eight* at) const { return *at; }
+  void warm(const llumd::Eight* at, uint32_t count) const {
+    for (uint32_t i = 0; i < count; ++i) static_cast<void>(*reinterpret_cast<const volatile uint32_t*>(at + i));
+  }
 
   float sum(float x) const {
     if (shape_.lanes == 1) return x;
@@ -59,16 +62,33 @@ class HostTeam {
   uint32_t block_, thread_;
 };
 
+// One that counts what it is asked to have on its way.
+struct AskingTeam {
+  Shape shape;
+  uint32_t block_, thread_;
+  const llumd::Eight* from;
+  uint32_t* times;
+
+  uint32_t block() const { return block_; }
+  uint32_t blocks() const { return shape.blocks; }
+  uint32_t warp() const { return thread_ / shape.lanes; }
+  uint32_t warps() const { return shape.warps; }
+  uint32_t lane() const { return thread_ % shape.lanes; }
+  void warm(const llumd::Eight* at, uint32_t count) const {
+    for (uint32_t i = 0; i < count; ++i) ++times[at + i - from];
+  }
+};
+
 template <uint32_t M, class Epilogue>
 void run_block(Shape shape, uint32_t block, const llumd::Rows& rows, const llumd::Matrix& matrix,
-               const Epilogue& epilogue) {
+               const Epilogue& epilogue, const llumd::Ahead& ahead) {
   Block shared(shape);
   llumd::Scales<M> scales;
   std::memset(&scales, 0xA5, sizeof scales);  // a GPU does not clear it either
   std::vector<llumd::Eight> kept(M * rows.groups());
   const auto work = [&](uint32_t thread) {
     HostTeam team(shared, shape, block, thread);
-    llumd::multiply<M>(team, rows, matrix, epilogue, scales, kept.data());
+    llumd::multiply<M>(team, rows, matrix, epilogue, ahead, scales, kept.data());
   };
   std::vector<std::thread> others;
   for (uint32_t i = 1; i < shape.warps * shape.lanes; ++i) others.emplace_back(work, i);
@@ -77,12 +97,13 @@ void run_block(Shape shape, uint32_t block, const llumd::Rows& rows, const llumd
 }
 
 template <class Epilogue>
-void run(Shape shape, uint32_t count, const llumd::Rows& rows, const llumd::Matrix& matrix, const Epilogue& epilogue) {
+void run(Shape shape, uint32_t count, const llumd::Rows& rows, const llumd::Matrix& matrix, const Epilogue& epilogue,
+         const llumd::Ahead& ahead = {}) {
   for (uint32_t block = 0; block < shape.blocks; ++block) switch (count) {
-      case 1: run_block<1>(shape, block, rows, matrix, epilogue); break;
-      case 2: run_block<2>(shape, block, rows, matrix, epilogue); break;
-      case 3: run_block<3>(shape, block, rows, matrix, epilogue); break;
-      case 4: run_block<4>(shape, block, rows, matrix, epilogue); break;
+      case 1: run_block<1>(shape, block, rows, matrix, epilogue, ahead); break;
+      case 2: run_block<2>(shape, block, rows, matrix, epilogue, ahead); break;
+      case 3: run_block<3>(shape, block, rows, matrix, epilogue, ahead); break;
+      case 4: run_block<4>(shape, block, rows, matrix, epilogue, ahead); break;
       default: std::abort();
     }
 }
@@ -107,15 +128,26 @@ void logits(PRODUCT, float* out, int64_t stride, uint32_t columns) {
 }
 
 void heads(PRODUCT, llumd::Bf16* q, void* keys, void* values, llumd::Pages pages, const int32_t* positions,
-           const float* angles, uint32_t heads, uint32_t kv_heads, uint32_t half, bool e4m3) {
+           const float* angles, uint32_t heads, uint32_t kv_heads, uint32_t half, bool e4m3, llumd::Ahead ahead) {
   if (e4m3)
     run(shape, count, rows, matrix,
         llumd::Heads<uint8_t>{q, static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values), pages, positions, angles,
-                              heads, kv_heads, half});
+                              heads, kv_heads, half},
+        ahead);
   else
     run(shape, count, rows, matrix,
         llumd::Heads<llumd::Bf16>{q, static_cast<llumd::Bf16*>(keys), static_cast<llumd::Bf16*>(values), pages,
-                                  positions, angles, heads, kv_heads, half});
+                                  positions, angles, heads, kv_heads, half},
+        ahead);
+}
+
+// How often each of `ahead` is asked for, by the whole team.
+void asked_ahead(Shape shape, llumd::Ahead ahead, uint32_t* times) {
+  for (uint32_t block = 0; block < shape.blocks; ++block)
+    for (uint32_t thread = 0; thread < shape.warps * shape.lanes; ++thread) {
+      AskingTeam team{shape, block, thread, ahead.at, times};
+      llumd::warm(team, ahead);
+    }
 }
 
 void to_bf16(const float* x, uint16_t* out, int64_t n) {

@@ -48,6 +48,10 @@ class _Matrix(ctypes.Structure):
     _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
 
 
+class _Ahead(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("count", ctypes.c_uint64)]
+
+
 class _Pages(ctypes.Structure):
     _fields_ = [("indices", ctypes.c_void_p), ("indptr", ctypes.c_void_p), ("block_size", ctypes.c_uint32),
                 ("block_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64)]
@@ -66,6 +70,10 @@ class _Append(ctypes.Structure):
 
 def _pages(keys: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor) -> _Pages:
     return _Pages(_at(indices), _at(indptr), keys.shape[1], *keys.stride()[:3])
+
+
+def _ahead(tensor: torch.Tensor | None) -> _Ahead:
+    return _Ahead(_at(tensor), 0 if tensor is None else tensor.numel() // 8)
 
 
 def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -100,11 +108,17 @@ class HostGemv:
 
     def heads(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
               q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor,
-              positions: torch.Tensor, angles: torch.Tensor) -> None:
+              positions: torch.Tensor, angles: torch.Tensor, ahead: torch.Tensor | None) -> None:
         self._library.heads(*self._product(x, norm, eps, weight, bias), _at(q), _at(keys), _at(values),
                             _pages(keys, indices, indptr), _at(positions), _at(angles), ctypes.c_uint32(q.shape[1]),
                             ctypes.c_uint32(keys.shape[2]), ctypes.c_uint32(q.shape[2] // 2),
-                            ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
+                            ctypes.c_bool(keys.dtype == torch.float8_e4m3fn), _ahead(ahead))
+
+    def asked_ahead(self, ahead: torch.Tensor) -> list[int]:
+        """How often each group of eight of `ahead` is asked for when a product ends."""
+        times = torch.zeros(ahead.numel() // 8, dtype=torch.int32)
+        self._library.asked_ahead(self._team, _ahead(ahead), _at(times))
+        return times.tolist()
 
     def _product(self, x: torch.Tensor, norm: torch.Tensor | None, eps: float, weight: torch.Tensor,
                  bias: torch.Tensor | None) -> tuple[Any, ...]:

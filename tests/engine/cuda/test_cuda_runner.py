@@ -315,10 +315,10 @@ def cramped(runner, monkeypatch):
     """A runner whose device has no memory for chunks of more than 40 tokens together."""
     compute = runner._passes._model.logits
 
-    def limited(inputs, last_token, out, *, decode, few):
+    def limited(inputs, last_token, out, *, decode, way):
         if not decode and len(inputs.tokens) > 40:
             raise torch.OutOfMemoryError("no memory")
-        compute(inputs, last_token, out, decode=decode, few=few)
+        compute(inputs, last_token, out, decode=decode, way=way)
 
     monkeypatch.setattr(runner._passes._model, "logits", limited)
     return runner

@@ -136,7 +136,8 @@ def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size
     angles = torch.from_numpy(np.concatenate(rope_tables(card_of(head_dim), 100), 1))
     q, arrays = torch.empty(rows, heads, head_dim, dtype=BF16), [torch.from_numpy(a.astype(np.int32)) for a in
                                                                  (blocks, indptr, positions)]
-    HostGemv(library, team).heads(x, norm, EPS, weight, bias, q, pool[:, 1, 0], pool[:, 1, 1], *arrays, angles)
+    HostGemv(library, team).heads(x, norm, EPS, weight, bias, q, pool[:, 1, 0], pool[:, 1, 1], *arrays, angles,
+                                  noise(3, 8))
 
     exact, magnitude = product(normed(HostGemv(library, team), x, norm), weight, bias)
     most = magnitude.amax()
@@ -155,6 +156,11 @@ def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size
         for block, slot in places:
             pool[block, 1, which, slot] = 0
     assert not pool.float().any()  # nothing else was written
+
+
+@given(team=teams, groups=st.integers(1, 500))
+def test_what_comes_next_is_asked_for_once(library, team, groups):
+    assert HostGemv(library, team).asked_ahead(torch.zeros(8 * groups, dtype=BF16)) == [1] * groups
 
 
 def test_numbers_are_rounded_as_torch_rounds_them(library):
@@ -189,17 +195,22 @@ def model_dir(request, tmp_path_factory):
     return make_tiny_llama(tmp_path_factory.mktemp("model"), **shape)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-def test_decodes_agree_with_transformers(library, model_dir, kv_dtype):
+@pytest.mark.parametrize(("kv_dtype", "way"),
+                         [("auto", "few rows"), ("auto", "few rows, ahead"), ("fp8", "few rows")])
+def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
     """One to four requests, that come and go, over KV that chunks have written and decodes go on with."""
-    used = []
+    used, ahead = [], set()
 
     class Counting(HostGemv):
         def logits(self, x, *more):
             used.append(len(x))
             super().logits(x, *more)
 
-    runner = make_cuda_runner(model_dir, dtype="bf16", kv_dtype=kv_dtype, few_rows="on",
+        def heads(self, *given):
+            ahead.add(None if given[-1] is None else tuple(given[-1].shape))
+            super().heads(*given)
+
+    runner = make_cuda_runner(model_dir, dtype="bf16", kv_dtype=kv_dtype, way=way,
                               gemv=Counting(library, Team(2, 1, 1)))
     rng, blocks = random.Random(0), count(1)
     answers = []
@@ -210,6 +221,8 @@ def test_decodes_agree_with_transformers(library, model_dir, kv_dtype):
         generate(runner, requests, output=16, chunk=50)
         answers += [(r.tokens, n) for r, n in zip(requests, lengths, strict=True)]
     assert set(used) == {1, 2, 4}  # three are padded; six are not few
+    card = read_card(model_dir)
+    assert ahead == {(card.hidden_size, card.num_heads * card.head_dim) if way == "few rows, ahead" else None}
     judgement = judged(transformers_bf16(model_dir, "cpu"), answers)
     assert judgement.worst <= (3e-2 if kv_dtype == "auto" else 0.25), judgement
 
