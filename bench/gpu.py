@@ -18,12 +18,15 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import machine, roofline
 from bench.gpu_model import LLAMA_8B, TINY, card_of, write_model
 from bench.sections import Figure, Outcome, append_figure, run_all, run_section, table
 from daemon.models.card import ModelCard
+
+if TYPE_CHECKING:
+    from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own
 
 BARS = {1: 240.0, 64: 9500.0, 256: 17500.0}  # tokens/s of decodes, by batch, at a context of 1024
 PREFILL_BAR = 0.70  # of the measured matmul rate, at 2048 tokens
@@ -85,52 +88,28 @@ class Context(NamedTuple):
         """The model as a daemon serves it."""
         return write_model(self.scale.config, self.out / "model")
 
-    def peak(self, what: str) -> float:
-        """bytes/s or FLOP/s as the section `device` found them. RuntimeError if it has not."""
-        file = self.out / "peaks.json"
-        if not file.exists():
-            raise RuntimeError("the section `device` must run before: shares need its figures")
-        return float(json.loads(file.read_text())[what])
+    def peaks(self) -> Peaks:
+        """Before anything else takes the device's memory."""
+        from bench.gpu_peaks import peaks
+
+        return peaks(self.out / "peaks.json", self.scale.device, self.scale.copy_bytes, self.scale.matrix)
 
 
 # -- sections
 
 
 def device_facts(c: Context) -> None:
-    import torch
-
-    device, n = c.scale.device, c.scale.matrix
-    source = torch.zeros(c.scale.copy_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * c.scale.copy_bytes / _best(lambda: target.copy_(source), device)
+    (c.out / "peaks.json").unlink(missing_ok=True)
+    bandwidth, rate = c.peaks()
     c.figure("copy on the device, read and write", bandwidth / 1e9, "GB/s")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    rate = 2 * n**3 / _best(lambda: a @ b, device)
-    c.figure(f"matrix product, {n} cubed", rate / 1e12, "TFLOP/s")
-    (c.out / "peaks.json").write_text(json.dumps({"bandwidth": bandwidth, "rate": rate}))
-
-
-def _best(work: Callable[[], Any], device: str) -> float:
-    """Median seconds of `work`, many times over without a rest."""
-    from bench.gpu_steps import settle
-
-    times = []
-    for _ in range(6):
-        settle(device)
-        began = time.perf_counter()
-        for _ in range(5):
-            work()
-        settle(device)
-        times.append((time.perf_counter() - began) / 5)
-    return sorted(times[1:])[2]
+    c.figure(f"matrix product, {c.scale.matrix} cubed", rate / 1e12, "TFLOP/s")
 
 
 def decode(c: Context, **options: Any) -> None:
     """Every batch with graphs and overlap; some with either off."""
     from bench import gpu_steps
 
-    made = _made(c, **options)
+    made, peaks = _made(c, **options), c.peaks()
     began = time.perf_counter()
     runner = gpu_steps.make(c.card, made)
     c.figure("loaded and captured in", time.perf_counter() - began, "s", blocks=runner.num_blocks)
@@ -139,18 +118,18 @@ def decode(c: Context, **options: Any) -> None:
             c.figure(f"{way}, {rows} of context 1", seconds * 1e3, "ms")
     batches = c.scale.some if options else c.scale.batches
     for batch in batches:
-        _decode(c, runner, made, batch, overlap=True, graphs=True)
+        _decode(c, runner, made, peaks, batch, overlap=True, graphs=True)
     for batch in () if options else c.scale.some:
         for overlap, graphs in ((False, True), (True, False), (False, False)):
-            _decode(c, runner, made, batch, overlap=overlap, graphs=graphs)
+            _decode(c, runner, made, peaks, batch, overlap=overlap, graphs=graphs)
 
 
-def _decode(c: Context, runner: Any, made: Any, batch: int, *, overlap: bool, graphs: bool) -> None:
+def _decode(c: Context, runner: Any, made: Any, peaks: Peaks, batch: int, *, overlap: bool, graphs: bool) -> None:
     from bench import gpu_steps
 
     scale = c.scale
     steps = gpu_steps.decode(runner, made, batch, scale.context, scale.steps, overlap=overlap, graphs=graphs)
-    least = roofline.decode_seconds(c.card, batch, scale.context, bandwidth=c.peak("bandwidth"), rate=c.peak("rate"),
+    least = roofline.decode_seconds(c.card, batch, scale.context, bandwidth=peaks.bandwidth, rate=peaks.rate,
                                     kv_item_bytes=1 if made.kv_dtype == "fp8" else roofline.BF16)
     best = overlap and graphs
     idle = steps.idle / (steps.idle + steps.busy)
@@ -164,11 +143,11 @@ def _decode(c: Context, runner: Any, made: Any, batch: int, *, overlap: bool, gr
 def prefill(c: Context, **options: Any) -> None:
     from bench import gpu_steps
 
-    made = _made(c, **options)
+    made, peaks = _made(c, **options), c.peaks()
     runner = gpu_steps.make(c.card, made._replace(max_num_seqs=8))
     for tokens in c.scale.prompts:
         seconds = gpu_steps.prefill(runner, made, tokens, 7)
-        share = roofline.prefill_flop(c.card, tokens) / seconds / c.peak("rate")
+        share = roofline.prefill_flop(c.card, tokens) / seconds / peaks.rate
         c.figure(f"{tokens} tokens", share, "of rate", PREFILL_BAR if tokens == 2048 else None, ms=seconds * 1e3,
                  tokens_per_second=tokens / seconds)
 
@@ -235,24 +214,25 @@ def served(c: Context) -> None:
 
     def tell(run: dict[str, Any]) -> None:
         times = {f"{name}_{p}_ms": run[name][p] * 1e3 for name in ("ttft", "itl_token") for p in ("p50", "p99")}
-        c.figure(run["load"], run["output_tokens_per_second"], "tok/s", **times)
+        client = run["client_cpu_seconds"] / run["seconds"]  # near 1, it is the client that sets the rate
+        c.figure(run["load"], run["output_tokens_per_second"], "tok/s", client_cpu=client, **times)
 
     prompt, output = c.scale.served
     measure(c.model(), _daemon_flags(c, two=False), c.scale.loads, prompt, output, c.card.vocab_size, tell)
 
 
 SECTIONS: dict[str, Section] = {
-    "device": Section(40, device_facts),
+    "device": Section(90, device_facts),
     "decode": Section(110, decode),
     "prefill": Section(45, prefill),
     "offline": Section(60, offline),
     "copies": Section(40, copies),
-    "moves": Section(100, moves),
+    "moves": Section(130, moves),
     "http": Section(110, served),
-    "transformers": Section(90, transformers),
     "page32": Section(45, partial(decode, block_size=32)),
     "e4m3": Section(45, partial(decode, kv_dtype="fp8")),
     "fa3": Section(45, partial(prefill, prefill="fa3")),
+    "transformers": Section(90, transformers),
 }
 
 

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def hold_pool(device: str, nbytes: int) -> None:
     sys.stdin.read()
 
 
-def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence[int]) -> list[dict[str, Any]]:
+def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence[int]) -> Iterator[dict[str, Any]]:
     """GB/s of pushes of so many blocks, adjacent and scattered, from this process into another's pool."""
     import torch
 
@@ -61,16 +61,14 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
         base = runtime.open_ipc(told.handle)
         pool = cuda_ipc.CudaPool(1, 1, base, base + told.offset, told.nbytes, told.device)
         mover = cuda_ipc.CudaMover(runtime, own, device, doorbell.create())
-        found = []
         for count in blocks:
             for how, step in (("adjacent", 1), ("scattered", 2)):
                 pairs = [(1 + i * step, 1 + i * step) for i in range(count)]
                 seconds = statistics.median(_push(mover, pool, pairs, block_bytes) for _ in range(7))
-                found.append({"blocks": count, "how": how, "seconds": seconds,
-                              "gb_per_second": count * block_bytes / seconds / 1e9})
+                yield {"blocks": count, "how": how, "seconds": seconds,
+                       "gb_per_second": count * block_bytes / seconds / 1e9}
         mover.close()
         runtime.close_ipc(base)
-        return found
     finally:
         peer.stdin.close()
         peer.wait(30)
@@ -90,13 +88,14 @@ def _push(mover: Any, pool: Any, pairs: list[tuple[int, int]], block_bytes: int)
 # -- daemons
 
 
-def moves(model: Path, flags: Sequence[str], lengths: Sequence[int], live: int, vocab: int) -> list[dict[str, Any]]:
+def moves(model: Path, flags: Sequence[str], lengths: Sequence[int], live: int,
+          vocab: int) -> Iterator[dict[str, Any]]:
     """What moves of one request between two engines cost it, by its length, as bench.migration measures it."""
     plan = migration.Plan(lengths, {"live": live, "blocking": live, "recompute": 1}, 1, 1.0)
     with serving(str(model), "--load-format", "dummy", *migration.FLAGS, *flags) as daemon:
         _await_engines(daemon)
-        return [migration.measure_length(daemon, plan, [300 + (i * 37) % (vocab - 300) for i in range(length)])
-                for length in lengths]
+        for length in lengths:
+            yield migration.measure_length(daemon, plan, [300 + (i * 37) % (vocab - 300) for i in range(length)])
 
 
 def served(model: Path, flags: Sequence[str], loads: Sequence[tuple[int, int]], prompt: int, output: int, vocab: int,

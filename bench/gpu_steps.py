@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.gpu_peaks import settle
 from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.pipeline import Pipeline
@@ -20,6 +21,10 @@ from daemon.engine.runner import Row, StepPlan
 from daemon.engine.scheduler import Scheduler
 from daemon.kvpool.blocks import BlockManager
 from daemon.models.card import ModelCard
+
+# As integers: sign, mantissa and the last bit of the exponent stay as they are drawn, its other bits are put.
+_NOISE = {1: (torch.int8, ~0x78 | 0x08, 0x20), 2: (torch.int16, ~0x7F80 | 0x80, 0x3E00),
+          4: (torch.int32, ~0x7F800000 | 0x800000, 0x3E000000)}
 
 
 class Made(NamedTuple):
@@ -36,7 +41,7 @@ class Made(NamedTuple):
 
 
 def make(card: ModelCard, made: Made) -> CudaRunner:
-    """Load a runner with dummy weights."""
+    """Load a runner with dummy weights, its pool full of noise: a chip's clock depends on the bits it moves."""
     item = 1 if made.kv_dtype == "fp8" else 2 if made.device != "cpu" else 4
     block = 2 * card.num_layers * made.block_size * card.num_kv_heads * card.head_dim * item
     runner = CudaRunner(
@@ -45,12 +50,17 @@ def make(card: ModelCard, made: Made) -> CudaRunner:
         kv_memory=made.kv_blocks * block, prefill=made.prefill,  # type: ignore[arg-type]
     )
     runner.load()
+    _fill(runner.pool_memory, item)
+    settle(made.device)
     return runner
 
 
-def settle(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
+def _fill(pool: torch.Tensor, item: int) -> None:
+    """Numbers of `item` bytes each, from 2^-3 to 2^-1, of either sign."""
+    dtype, keep, put = _NOISE[item]
+    for piece in pool.view(dtype).split(1 << 28):
+        piece.random_(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        piece.bitwise_and_(keep).bitwise_or_(put)
 
 
 class Stamps:
@@ -105,11 +115,11 @@ class Steps(NamedTuple):
 
 def decode(runner: CudaRunner, made: Made, batch: int, context: int, steps: int, *, overlap: bool,
            graphs: bool) -> Steps:
-    """Decode steps of `batch` sequences of `context` tokens and more, over KV of zeros.
+    """Decode steps of `batch` sequences of `context` tokens and more, over KV of noise.
 
     Raises RuntimeError if the pool is too small.
     """
-    requests = _standing(batch, context, steps + 2, made.block_size)
+    requests = _standing(runner, batch, context, steps + 2, made.block_size)
     if (last := requests[-1].block_table[-1]) >= runner.num_blocks:
         raise RuntimeError(f"{last + 1} blocks are needed and the pool has {runner.num_blocks}")
     compute = runner._compute_decodes
@@ -125,12 +135,13 @@ def decode(runner: CudaRunner, made: Made, batch: int, context: int, steps: int,
     return Steps(*map(statistics.fmean, (times, stamps.busy(), stamps.idle())))
 
 
-def _standing(batch: int, context: int, more: int, block_size: int) -> list[Request]:
+def _standing(runner: CudaRunner, batch: int, context: int, more: int, block_size: int) -> list[Request]:
     """Requests whose KV is taken to be there, without their last token's."""
     each = -(-(context + more) // block_size)
     params = RequestParams(SamplingParams(max_tokens=10**6, seed=0, temperature=0.0), 0.0)
-    return [Request(i + 1, 1, 0, params, [3] * context, context,
-                    block_table=list(range(1 + i * each, 1 + (i + 1) * each))) for i in range(batch)]
+    prompts = random_prompts(batch, context, runner.vocab_size)
+    return [Request(i + 1, 1, 0, params, prompt, context, block_table=list(range(1 + i * each, 1 + (i + 1) * each)))
+            for i, prompt in enumerate(prompts)]
 
 
 def _take_steps(runner: CudaRunner, requests: Sequence[Request], context: int, first: int, stop: int,
@@ -158,7 +169,7 @@ def _take_steps(runner: CudaRunner, requests: Sequence[Request], context: int, f
 
 def prefill(runner: CudaRunner, made: Made, tokens: int, repeat: int) -> float:
     """Median seconds of a prompt of `tokens` in one chunk, from launch to its first token."""
-    [request] = _standing(1, tokens, 1, made.block_size)
+    [request] = _standing(runner, 1, tokens, 1, made.block_size)
     plan = StepPlan([Row(request, 0, tokens, True)], 0)
     return _median(lambda: runner.execute(plan), repeat)
 

@@ -1,6 +1,6 @@
 """The tests in here need a CUDA device and compiled kernels; without either they are skipped, with the reason.
 
-    .venv/bin/python -m pytest tests/gpu -x
+    .venv/bin/python -m pytest tests/gpu -rs
 
 The files are numbered: what stands on something else comes after it, so the first failure tells most.
 """

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from daemon.engine.cuda import kernels
 from daemon.engine.cuda.attention import FlashInferAttention, Heads, TorchAttention
 from daemon.engine.cuda.ops import TorchOps
-from tests.gpu.parts import BF16, DEVICE, Bench, Span
+from tests.gpu.parts import BF16, DEVICE, Bench, Span, card_of
 
 LAYERS, LAYER = 3, 1
 MAX_LEN = 8192
@@ -32,8 +33,9 @@ def pools(heads, blocks, kv_dtype):
     return first, first.clone()
 
 
-def engines(heads, kv_dtype):
-    fast = FlashInferAttention(heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), turns=2)
+def engines(heads, kv_dtype, prefill="fa2"):
+    fast = FlashInferAttention(heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), turns=2,
+                               prefill_backend=prefill)
     return fast, TorchAttention(heads)
 
 
@@ -72,9 +74,24 @@ def test_decodes(heads, lengths, kv_dtype):
 @pytest.mark.parametrize("parts", CHUNKS, ids=str)
 @pytest.mark.parametrize("heads", SHAPES, ids=lambda h: "-".join(map(str, h)))
 def test_chunks(heads, parts, kv_dtype):
+    check_chunks(engines(heads, kv_dtype), heads, parts, kv_dtype)
+
+
+@pytest.mark.parametrize("parts", CHUNKS, ids=str)
+@pytest.mark.parametrize("heads", [SHAPES[0], *SHAPES[3:]], ids=lambda h: "-".join(map(str, h)))
+def test_chunks_by_fa3(heads, parts):
+    arch = kernels.arch_of(*torch.cuda.get_device_capability())
+    try:
+        kernels.check(kernels.required(card_of(heads.head_dim), arch=arch, prefill="fa3"), arch)
+    except kernels.KernelError as e:
+        pytest.skip(str(e))
+    check_chunks(engines(heads, BF16, "fa3"), heads, parts, BF16)
+
+
+def check_chunks(attentions, heads, parts, kv_dtype):
     sequences = [Span(*part) for part in CHUNKS[parts]]
     blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
-    attentions, both = engines(heads, kv_dtype), pools(heads, blocks, kv_dtype)
+    both = pools(heads, blocks, kv_dtype)
     bench = Bench(heads, rows=8, max_len=MAX_LEN, tokens=512)
     inputs = bench.plan_chunks(attentions[0], bench.rows(sequences, blocks))
     compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens))
