@@ -103,6 +103,9 @@ class FlashInferAttention:
     that already lie on the host and a pinned buffer by turns: the wrapper would take the largest length
     with Python's `max` over a tensor, and overwrite its one pinned buffer while the copy of the step before may still
     be under way. All schedules of a kind share one workspace on the device: the stream orders them.
+
+    FlashInfer's kernels read schedules, `indptr`s and lengths before they wait for the kernel in front of them, so
+    those may be written by copies only, and never by a kernel.
     """
 
     def __init__(self, shape: Heads, *, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, turns: int,
