@@ -111,7 +111,9 @@ class JournalView:
         return _unpack_logprobs(self._view[offset + position * record : offset + (position + 1) * record])
 
     def live_slots(self) -> list[int]:
-        return [s for s in range(self.num_slots) if self.state(s) is SlotState.LIVE]
+        live = int(SlotState.LIVE)
+        states = self._words[1::SLOT_WORDS].tolist()  # one look for all: this is on the way of every status
+        return [slot for slot, word in enumerate(states) if word & 0xFFFF == live]
 
     def _pair(self, slot: int, word: int) -> tuple[int, int]:
         value = int(self._words[slot * SLOT_WORDS + word])

@@ -411,7 +411,7 @@ def test_engine_gives_up(world, finish, status):
 
 
 def test_deadline(model):
-    world = make_world(model, request_deadline=0.2)
+    world = make_world(model, request_deadline=1.0)
     world.generator.hang_after = 6
 
     async def body(client):

@@ -91,7 +91,7 @@ def bench(argv: str, *servers: Scripted):
 
 
 def test_a_closed_loop_keeps_exactly_that_many_in_flight_and_counts_every_token():
-    server = Scripted(pause=0.002)
+    server = Scripted(pause=0.01)
     found, _ = bench("--concurrency 1,5 --requests 15 --output-tokens 6 --warmup 0", server)
     one, five = found["runs"]
     assert server.most == 5
@@ -161,7 +161,7 @@ def test_without_usage_it_says_that_chunks_are_counted():
 
 
 def test_two_servers_take_turns_and_are_compared_round_by_round(tmp_path):
-    slow, fast = Scripted(pause=0.01), Scripted()
+    slow, fast = Scripted(pause=0.06), Scripted(pause=0.01)
     found, shown = bench(
         "--label slow --compare {1} fast --rounds 3 --concurrency 2 --requests 4 --output-tokens 5 "
         f"--json {tmp_path / 'j'}",

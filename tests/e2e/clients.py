@@ -96,6 +96,12 @@ class Swarm:
         chosen = indices or range(len(self._tasks))
         self._loop.call_soon_threadsafe(lambda: [self._tasks[i].cancel() for i in chosen])
 
+    def stop(self) -> list[Outcome]:
+        """Hang up on all; none of them has ended, or been told of an error."""
+        assert not any(outcome.ended or outcome.errors for outcome in self.outcomes)
+        self.hang_up()
+        return self.join()
+
     def join(self, timeout: float = 60.0) -> list[Outcome]:
         """Wait until every request has ended."""
         self._ended.result(timeout)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,14 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 20.0) ->
             return value
         assert time.monotonic() < end, f"not within {timeout:g} s: {what} (last: {value!r})"
         time.sleep(0.02)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; it may end at any moment."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Daemon:
@@ -89,7 +97,10 @@ class Daemon:
 
     def _answers_alike(self) -> bool:
         engines = len(self.status()["engines"])
-        text = httpx.get(f"{self.url}/metrics", headers=self._headers).text
+        try:
+            text = self.get("/metrics", **self._headers).text
+        except httpx.TransportError:
+            return False
         return len(re.findall(r"^llumd:engine_serving\{.*\} 1", text, re.MULTILINE)) == engines
 
     def wait(self, timeout: float = 15.0) -> int:
@@ -107,7 +118,7 @@ class Daemon:
             top = psutil.Process(self.process.pid)
             for p in [top, *top.children(recursive=True)]:
                 self._family.setdefault(p.pid, p)
-        return [p for p in self._family.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in self._family.values() if lives(p)]
 
     def clean_up(self) -> None:
         """Whatever a failed test has left must not disturb the next."""
@@ -116,7 +127,7 @@ class Daemon:
             self.process.kill()
             self.process.wait()
         for p in family:
-            if p.is_running():
+            with suppress(psutil.NoSuchProcess):
                 p.kill()
 
     @property
@@ -154,7 +165,7 @@ class Daemon:
             row = self.child(role, index)
             return row if row["incarnation"] > before["incarnation"] and row["state"] == "serving" else None
 
-        return wait_for(f"a new {role} {index}", successor)
+        return wait_for(f"a new {role} {index}", successor, timeout=60)
 
     def requests(self) -> list[dict[str, Any]]:
         return llumctl.call(self.run_dir / "admin.sock", "GET", "/v1/requests")["requests"]
@@ -177,7 +188,7 @@ class Daemon:
     def ctl(self, *args: str) -> subprocess.CompletedProcess[str]:
         """`llumctl` as an operator runs it."""
         command = [*PYTHON, "daemon.llumctl", "--run-dir", str(self.run_dir), *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70, check=False)
 
     # -- HTTP
 
@@ -223,5 +234,5 @@ def running(home: Path, *flags: str, whole: bool = True, **options: Any) -> Iter
 def refused(home: Path, *arguments: str) -> tuple[int, str]:
     """`llumd serve` with arguments that must not work: exit code and stderr."""
     command = [*PYTHON, "daemon.cli", "serve", "--run-dir", str(home / "run"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70, check=False)
     return done.returncode, done.stderr

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from daemon import llumctl
-from tests.e2e.clients import Outcome
-from tests.e2e.live import Daemon
+from tests.e2e.clients import Outcome, engine_of
+from tests.e2e.live import Daemon, wait_for
 
 TAKEOVERS = "llumd:takeovers_total"
 
@@ -82,6 +85,23 @@ class Shuffler:
 def migrate(daemon: Daemon, name: str, engine: int, how: str = "live") -> None:
     """As `llumctl migrate`, but without a process of its own. Raises llumctl.Refused."""
     llumctl.call(daemon.run_dir / "admin.sock", "POST", f"/v1/requests/{name}/migrate/{engine}?how={how}")
+
+
+def move(daemon: Daemon, outcome: Outcome, engine: int) -> None:
+    """Until the request is there. An order is lost that comes when its new owner does not know of it yet."""
+    ordered = -math.inf
+
+    def there() -> bool:
+        nonlocal ordered
+        if engine_of(daemon, [outcome]) == [engine]:
+            return True
+        if time.monotonic() - ordered > 1.0:
+            with suppress(llumctl.Refused):
+                migrate(daemon, outcome.id, engine)
+            ordered = time.monotonic()
+        return False
+
+    wait_for(f"the request on engine {engine}", there)
 
 
 def answers(outcomes: Sequence[Outcome]) -> list[tuple[Any, ...]]:

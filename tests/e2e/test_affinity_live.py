@@ -49,7 +49,7 @@ def test_without_affinity_it_does_not(start: Start) -> None:
 
 def test_a_burst_with_one_beginning_spreads(daemon: Daemon) -> None:
     """One engine holds the beginning, or both: they get as many but for what the beginning is worth."""
-    bodies = [hashed.request(i, length=240, shared=200) for i in range(41)]
+    bodies = [hashed.request(i, length=240, shared=200, output=200) for i in range(41)]
     daemon.post(bodies[0] | {"stream": False})
     daemon.await_idle()
     with Swarm(daemon, bodies[1:]) as swarm:

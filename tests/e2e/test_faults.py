@@ -17,6 +17,7 @@ from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
 
 RESUMES = "llumd:resumes_total"
+LONG = 240  # tokens: seconds, in which one looks around before something is killed
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def all_exact(daemon: Daemon, count: int = 12) -> bool:
 
 
 def test_a_killed_engines_requests_go_on_elsewhere(daemon: Daemon) -> None:
-    asked, resumed = bodies(16) + bodies(8, stream=False), daemon.metric(RESUMES)
+    asked, resumed = bodies(16, LONG) + bodies(8, LONG, stream=False), daemon.metric(RESUMES)
     with Swarm(daemon, asked) as swarm:
         swarm.await_tokens(3)
         wait_for("everybody's start", lambda: len(daemon.requests()) == 24)
@@ -90,7 +91,7 @@ def test_requests_wait_for_the_only_engines_successor(start: Start) -> None:
 
 def test_without_resumes_a_killed_engine_costs_its_own_requests(start: Start) -> None:
     daemon = start("--stub-step", "15ms", "--max-resumes", "0", engine="hash")
-    asked = bodies(16) + bodies(8, stream=False)
+    asked = bodies(16, LONG) + bodies(8, LONG, stream=False)
     with Swarm(daemon, asked) as swarm:
         swarm.await_tokens(3)
         wait_for("everybody's start", lambda: len(daemon.requests()) == 24)
@@ -128,7 +129,7 @@ def test_all_children_die_at_once(daemon: Daemon) -> None:
 
 
 def test_killed_frontend_frees_what_it_owned_and_its_sibling_serves(daemon: Daemon) -> None:
-    asked = bodies(24)
+    asked = bodies(24, LONG)
     with Swarm(daemon, asked) as swarm:
         swarm.await_tokens(3)
         owners = {row["id"].rsplit("-", 1)[0]: row["frontend"] for row in daemon.requests()}

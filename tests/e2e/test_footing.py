@@ -11,7 +11,7 @@ from tests.e2e import hashed
 from tests.e2e.clients import Swarm, engine_of
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import migrate
+from tests.e2e.moving import move
 
 GROWTH = 8 << 20  # bytes a process may grow by over a few hundred requests: arenas settle, nothing accumulates
 MOST_OF_THE_JOURNAL = {"prompt": [5] * 4, "max_tokens": 6000, "logprobs": 20, "stream": True}  # 97 % of 1 MiB
@@ -47,7 +47,7 @@ def test_every_child_says_what_it_is(daemon: Daemon) -> None:
 
 
 def test_frontends_share_a_burst_of_connections(daemon: Daemon) -> None:
-    asked = [hashed.request(i, length=20, output=40) for i in range(128)]
+    asked = [hashed.request(i, length=20, output=150) for i in range(128)]
     asked += [{"prompt": "x", "max_tokens": 10, "stream": True} for _ in range(128)]
     with Swarm(daemon, asked) as swarm:
         shares = wait_for("a part of it for each", lambda: _shares(daemon))
@@ -98,8 +98,7 @@ def _there_and_back(daemon: Daemon) -> None:
         swarm.await_tokens(1)
         (home,) = engine_of(daemon, swarm.outcomes)
         for engine in (1 - home, home):
-            migrate(daemon, swarm.outcomes[0].id, engine)
-            wait_for("the request on the other engine", lambda to=[engine]: engine_of(daemon, swarm.outcomes) == to)
+            move(daemon, swarm.outcomes[0], engine)
     daemon.await_idle()
 
 

@@ -12,12 +12,12 @@ from tests.e2e.conftest import Start
 from tests.e2e.live import HEADERS, Daemon, wait_for
 
 QUEUE = 4
-LONG = {"prompt": "x", "max_tokens": 200, "stream": True}  # 4 seconds' work, longer than the deadline
+LONG = {"prompt": "x", "max_tokens": 200, "stream": True}  # 6 seconds' work, longer than the deadline
 
 
 @pytest.fixture(scope="module")
 def daemon(start_shared: Start) -> Daemon:
-    limits = ("--max-queued", str(QUEUE), "--max-body", "4KiB", "--request-deadline", "1500ms")
+    limits = ("--max-queued", str(QUEUE), "--max-body", "4KiB", "--request-deadline", "3s", "--stub-step", "30ms")
     return start_shared(*limits, "--max-model-len", "256")
 
 

@@ -20,7 +20,7 @@ LONG: dict[str, Any] = {"prompt": "once upon a time", "max_tokens": 4000, "strea
 
 @pytest.fixture(scope="module")
 def daemon(start_shared: Start) -> Daemon:
-    return start_shared("--frontends", "2", "--max-choices", "4")
+    return start_shared("--frontends", "2", "--max-choices", "4", "--block-size", "128")
 
 
 def of(daemon: Daemon, *args: str) -> Any:

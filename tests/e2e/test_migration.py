@@ -21,6 +21,7 @@ from tests.e2e.moving import TAKEOVERS, Shuffler, answers, migrate
 LONG = os.environ.get("LLUMD_LONG") == "1"
 SHORTEST = 64 if LONG else 16  # tokens of a model's answer
 AT_ONCE = 32  # a move takes some steps, and an engine takes in few at a time: of many at once each is moved rarely
+ENDLESS = 4000  # tokens: longer than any test
 FLAGS = ("--frontends", "2", "--stub-step", "10ms", "--no-rebalance")
 THREE = ("--devices", "cpu,cpu,cpu")
 
@@ -79,12 +80,14 @@ def test_random_moves_between_three_engines(three: Daemon) -> None:
 def test_random_moves_where_memory_is_short(start: Start) -> None:
     """Preemption, refusals for want of room and moves of the same requests."""
     daemon = start(*FLAGS, "--kv-memory", "48Ki", engine="hash")
-    asked = bodies(150, output=120)
-    outcomes = run_shuffled(daemon, asked, 2, 2)
-    assert all(map(hashed.exact, asked, outcomes))
-    daemon.await_idle()
+    asked = bodies(75, output=120)
+    for seed in range(2, 12):
+        assert all(map(hashed.exact, asked, run_shuffled(daemon, asked, seed, 2)))
+        daemon.await_idle()
+        if daemon.metric(TAKEOVERS) > 10:  # most orders find no room
+            break
+    assert daemon.metric(TAKEOVERS) > 10
     assert sum(e["preemptions"] for e in daemon.status()["engines"]) > 0
-    assert daemon.metric(TAKEOVERS) > 10  # most orders find no room
 
 
 def test_every_way_to_move(two: Daemon) -> None:
@@ -123,33 +126,20 @@ def test_death_in_the_middle_of_moves(three: Daemon, role: str, index: int) -> N
     assert all(map(hashed.exact, after, run_shuffled(three, after, 4, 3)))
 
 
-def cancel_in_time(daemon: Daemon, name: str) -> bool:
-    """False: it had ended by then."""
-    try:
-        llumctl.call(daemon.run_dir / "admin.sock", "DELETE", f"/v1/requests/{name}")
-    except llumctl.Refused as e:
-        assert str(e).startswith("no unfinished request")
-        return False
-    return True
-
-
 def test_disconnects_and_cancels_in_the_middle_of_moves(three: Daemon) -> None:
-    asked = [hashed.request(i, length=100, shared=64, output=200) for i in range(60)]
     chance = random.Random(5)
     leave, cancel = (chance.sample(part, 12) for part in (range(30), range(30, 60)))
+    asked = [hashed.request(i, length=100, shared=64, output=ENDLESS if i in cancel else 200) for i in range(60)]
     with Swarm(three, asked) as swarm, Shuffler(three, 5, engines=3):
         swarm.await_tokens(1)
-        in_time = set()
         for left, cancelled in zip(leave, cancel, strict=True):
             swarm.hang_up(left)
-            if cancel_in_time(three, swarm.outcomes[cancelled].id):
-                in_time.add(cancelled)
+            llumctl.call(three.run_dir / "admin.sock", "DELETE", f"/v1/requests/{swarm.outcomes[cancelled].id}")
         outcomes = swarm.join()
-    assert in_time
     for i, (body, outcome) in enumerate(zip(asked, outcomes, strict=True)):
         if i in leave:
             assert hashed.exact_so_far(body, outcome)
-        elif i in in_time:
+        elif i in cancel:
             assert outcome.failed_cleanly
             assert outcome.errors[0]["code"] == "cancelled"
             assert hashed.exact_so_far(body, outcome)
@@ -178,7 +168,7 @@ def various(count: int) -> list[dict[str, Any]]:
 def test_a_models_answers_are_the_same_moved_and_unmoved(start: Start) -> None:
     flags = ("--devices", "cpu,cpu", "--deterministic", "--no-rebalance", "--kv-memory", "512MiB")
     daemon = start(*flags, engine="model")
-    count, most = (200, 10) if LONG else (24, None)
+    count, most = (200, 10) if LONG else (16, None)
     asked = various(count)
     with Swarm(daemon, asked, at_once=AT_ONCE) as swarm:
         unmoved = swarm.join(1800 if LONG else 60)
@@ -204,7 +194,7 @@ def even(daemon: Daemon) -> bool:
 
 
 def test_drain_under_load(two: Daemon) -> None:
-    asked, few = bodies(40, output=400), bodies(8, output=10)
+    asked, few = bodies(40, output=ENDLESS), bodies(8, output=10)
     before = two.metric(TAKEOVERS)
     with Swarm(two, asked) as swarm:
         wait_for("work on both engines", lambda: even(two))
@@ -231,19 +221,20 @@ def test_drain_under_load(two: Daemon) -> None:
         assert "rebalance is off" in said
         assert "goes on moving" not in said
         assert two.metric(TAKEOVERS) - before == moved
-        assert all(map(hashed.exact, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     two.await_idle()
 
 
 def test_drain_goes_on_when_nobody_waits_for_it(two: Daemon) -> None:
-    asked = bodies(40, output=300)
+    asked = bodies(40, output=ENDLESS)
     with Swarm(two, asked) as swarm:
         wait_for("work on both engines", lambda: even(two))
         done = two.ctl("drain", "1", "--within", "0s")
         assert done.returncode == llumctl.EXIT_TIMEOUT
         assert "goes on draining" in done.stdout
         wait_for("everybody on engine 0", lambda: {r["engine"] for r in two.requests()} == {0})
-        assert all(map(hashed.exact, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+    two.await_idle()
 
 
 def test_the_last_engine_cannot_be_drained(two: Daemon) -> None:
@@ -260,10 +251,9 @@ def test_the_last_engine_cannot_be_drained(two: Daemon) -> None:
 
 
 def reasons(daemon: Daemon, naming: str) -> str:
-    """What `llumctl rebalance` says, if it speaks of `naming`."""
-    done = daemon.ctl("rebalance", "--dry-run")
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout if naming in done.stdout else ""
+    """What `llumctl rebalance` would say now, if it speaks of `naming`. Without a process: there is little time."""
+    said = str(llumctl.call(daemon.run_dir / "admin.sock", "GET", "/v1/rebalance")["explanation"])
+    return said if naming in said else ""
 
 
 def test_unequal_load_evens_out_by_itself(start: Start) -> None:
@@ -276,14 +266,13 @@ def test_unequal_load_evens_out_by_itself(start: Start) -> None:
 
     with Swarm(daemon, asked) as swarm:
         wait_for("all on engine 0", lambda: running() == [60, 0])
-        assert daemon.ctl("undrain", "1").returncode == 0
+        llumctl.call(daemon.run_dir / "admin.sock", "POST", "/v1/engines/1/undrain")
         said = wait_for("a reason", lambda: reasons(daemon, "to engine 1"))
         assert "engine 0: serving" in said
         assert "gives (compute)" in said
         wait_for("an even load", lambda: min(running()) >= 20)
         assert daemon.metric(TAKEOVERS) >= 15
-        swarm.hang_up()
-        assert all(map(hashed.exact_so_far, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     daemon.await_idle()
 
 

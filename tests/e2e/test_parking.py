@@ -17,6 +17,7 @@ from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
 
+ENDLESS = 4000  # tokens: longer than any test
 THREE = ("--devices", "cpu,cpu,cpu", "--stub-step", "10ms", "--kv-memory", "8MiB")
 
 
@@ -68,7 +69,7 @@ def mapped(daemon: Daemon, segment: str) -> bool:
 
 
 def test_parked_under_load_and_woken(three: Daemon) -> None:
-    asked = bodies(45, output=300)
+    asked = bodies(45, output=ENDLESS)
     before, held = three.child("engine", 1), segments(three.process.pid)
     with Swarm(three, asked) as swarm:
         wait_for("work on all engines", lambda: all(e["running"] >= 8 for e in three.status()["engines"]))
@@ -76,7 +77,7 @@ def test_parked_under_load_and_woken(three: Daemon) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout)["parked"]
         assert not psutil.pid_exists(before["pid"])
-        [pool] = held - segments(three.process.pid)
+        [pool] = wait_for("its pool closed", lambda: held - segments(three.process.pid))
         wait_for("its pool in nobody's memory", lambda: not mapped(three, pool))
         assert {r["engine"] for r in three.requests()} == {0, 2}
         assert all_exact(three)
@@ -93,7 +94,7 @@ def test_parked_under_load_and_woken(three: Daemon) -> None:
         assert three.child("engine", 1)["incarnation"] == before["incarnation"] + 1
         three.await_whole()
         wait_for("work for it", lambda: all_exact(three) and three.child("engine", 1)["steps"] > 0)
-        assert all(map(hashed.exact, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     three.await_idle()
     assert "ERROR" not in three.log
 
@@ -109,7 +110,7 @@ def test_requests_that_arrive_while_engines_come_and_go(three: Daemon) -> None:
 
 
 def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
-    asked = bodies(9, output=400)
+    asked = bodies(9, output=ENDLESS)
     before = three.child("engine", 2)
     with Swarm(three, asked) as swarm:
         wait_for("work on all engines", lambda: all(e["running"] for e in three.status()["engines"]))
@@ -121,7 +122,9 @@ def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
             assert three.ctl("undrain", str(engine)).returncode == 0
         order(three, 2, "park")
         order(three, 2, "wake")
-        assert all(map(hashed.exact, asked, swarm.join()))
+        wait_for("its return", lambda: states(three)[2] == "serving")
+        assert three.child("engine", 2)["pid"] == before["pid"]
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     assert three.await_whole().child("engine", 2)["pid"] == before["pid"]
     three.await_idle()
 
@@ -144,8 +147,7 @@ def test_what_drains_goes_to_whoever_has_room_however_busy(three: Daemon) -> Non
         order(three, 1, "drain")
         wait_for("a full batch", lambda: three.child("engine", 2)["running"] == 64)
         wait_for("the rest where it was", lambda: three.child("engine", 1)["running"] == 6)
-        swarm.hang_up()
-        assert all(map(hashed.exact_so_far, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     three.await_idle()
 
 
@@ -201,17 +203,16 @@ def test_engines_are_parked_when_idle_and_woken_under_load(start: Start) -> None
     scaling = ("--min-engines", "1", "--max-engines", "2", "--scale-period", "500ms")
     daemon = start(*scaling, *THREE, engine="hash", whole=False)
     wait_for("all but one parked", lambda: sorted(states(daemon)) == ["parked", "parked", "serving"])
-    asked = [hashed.request(i, length=100, output=1000) for i in range(60)]
+    asked = [hashed.request(i, length=100, output=ENDLESS) for i in range(60)]
     with Swarm(daemon, asked) as swarm:
 
         def even() -> bool:
             found = [e.get("running", 0) for e in daemon.status()["engines"]]
             return sorted(found)[1] >= 15
 
-        wait_for("another that helps", even)
+        wait_for("another that helps", even, timeout=60)
         assert states(daemon).count("serving") == 2
-        swarm.hang_up()
-        assert all(map(hashed.exact_so_far, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     wait_for("all but one parked again", lambda: sorted(states(daemon)) == ["parked", "parked", "serving"])
     assert all_exact(daemon)
     assert "is woken: 1 engines serve" in daemon.log

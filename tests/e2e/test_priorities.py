@@ -15,7 +15,7 @@ from tests.e2e import hashed
 from tests.e2e.clients import Outcome, Swarm, engine_of
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import TAKEOVERS, Shuffler
+from tests.e2e.moving import TAKEOVERS, Shuffler, migrate
 
 LONG = 4000  # tokens, forty seconds: nobody waits for the end of such an answer
 
@@ -60,8 +60,7 @@ def test_an_urgent_request_gets_in_at_once_where_the_batch_is_full(single: Daemo
         assert not any(outcome.ended for outcome in swarm.outcomes)
         seen = [len(outcome.text) for outcome in swarm.outcomes]
         wait_for("both going on", lambda: all(len(o.text) > n for o, n in zip(swarm.outcomes, seen, strict=True)))
-        swarm.hang_up()
-        assert all(map(hashed.exact_so_far, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     assert single.child("engine", 0)["preemptions"] == 1
     single.await_idle()
 
@@ -85,7 +84,8 @@ def test_an_operator_lets_a_waiting_request_in_and_puts_a_running_one_off(single
             prioritise(single, first.outcomes[0].id, "low")
             prioritise(single, first.outcomes[1].id, "low")
             wait_for("the last one answered", lambda: bool(other.text))
-            assert priorities(single, [urgent, *first.outcomes, other]) == [5, 1, 1, 0]
+            asked = [urgent, *first.outcomes, other]
+            wait_for("the last change", lambda: priorities(single, asked) == [5, 1, 1, 0])
             first.hang_up()
             second.hang_up()
             assert all(map(hashed.exact_so_far, running, first.join()))
@@ -133,14 +133,14 @@ def expected(body: dict[str, Any], choice: int) -> list[str]:
 
 def test_all_choices_of_an_answer_move_while_they_run(pair: Daemon) -> None:
     assert pair.ctl("drain", "1").returncode == 0
-    body = hashed.request(0, length=100, output=200, stream=False) | {"n": 3, "priority": "high"}
+    body = hashed.request(0, length=100, output=500, stream=False) | {"n": 3, "priority": "high"}
     before = pair.metric(TAKEOVERS)
     with Swarm(pair, [body]) as swarm:
         wait_for("three running", lambda: [bool(r["output_tokens"]) for r in pair.requests()] == [True] * 3)
-        assert pair.ctl("undrain", "1").returncode == 0
+        llumctl.call(pair.run_dir / "admin.sock", "POST", "/v1/engines/1/undrain")
         name = pair.requests()[0]["id"].rsplit("-", 1)[0]
         wait_for("engine 1 back", lambda: pair.child("engine", 1)["state"] == "serving")
-        assert pair.ctl("migrate", name, "--to", "1").returncode == 0
+        migrate(pair, name, 1)
         wait_for("all on engine 1", lambda: [r["engine"] for r in pair.requests()] == [1, 1, 1])
         prioritise(pair, name, "low")
         wait_for("all of them changed", lambda: [r["priority"] for r in pair.requests()] == [1, 1, 1])
@@ -161,8 +161,7 @@ def test_priorities_that_change_in_the_middle_of_moves(pair: Daemon) -> None:
                 llumctl.call(pair.run_dir / "admin.sock", "POST", f"/v1/requests/{outcome.id}/priority/{value}")
         wait_for("the last change", lambda: priorities(pair, swarm.outcomes) == [3] * 12)
         wait_for("moves", lambda: pair.metric(TAKEOVERS) - before > 10)
-        swarm.hang_up()
-        assert all(map(hashed.exact_so_far, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     pair.await_idle()
 
 
@@ -179,12 +178,11 @@ def test_urgent_requests_are_drained_but_not_rebalanced(start: Start) -> None:
         wait_for("all on engine 0", lambda: running() == [30, 0])
         swarm.await_tokens(1)
         prioritise(daemon, swarm.outcomes[1].id, "high")
-        assert priorities(daemon, swarm.outcomes[:3]) == [-1, -1, 0]
+        wait_for("the change", lambda: priorities(daemon, swarm.outcomes[:3]) == [-1, -1, 0])
         assert daemon.ctl("undrain", "1").returncode == 0
         wait_for("an even load", lambda: min(running()) >= 2 and running()[1] >= 10)
         assert engine_of(daemon, swarm.outcomes[:2]) == [0, 0]
         assert daemon.ctl("drain", "0").returncode == 0
         assert engine_of(daemon, swarm.outcomes) == [1] * 30
-        swarm.hang_up()
-        assert all(map(hashed.exact_so_far, asked, swarm.join()))
+        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     daemon.await_idle()

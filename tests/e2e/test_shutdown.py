@@ -41,7 +41,7 @@ def nothing_left(daemon: Daemon) -> None:
 @pytest.mark.parametrize("terminate", [to_supervisor, to_group])
 def test_running_answers_finish_and_new_ones_are_refused(start: Start, terminate: Callable[[Daemon], None]) -> None:
     daemon = start("--frontends", "2", "--stub-step", "20ms", engine="hash")
-    asked = [hashed.request(i, output=100, stream=i % 3 != 0) for i in range(8)]
+    asked = [hashed.request(i, output=200, stream=i % 3 != 0) for i in range(8)]
     with httpx.Client() as old, Swarm(daemon, asked) as swarm:
         assert old.get(f"{daemon.url}/health/ready").status_code == 200
         swarm.await_tokens(2)

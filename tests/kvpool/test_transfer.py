@@ -230,8 +230,8 @@ def test_a_push_that_cannot_be_fails_untouched_and_the_mover_lives(bell, count, 
 
 
 def test_a_full_queue_refuses_and_recovers(bell):
-    own, peer = filled(64), fresh(64)
-    pairs = [(i, i) for i in range(64)]
+    own, peer = filled(1024), fresh(1024)
+    pairs = [(i, i) for i in range(1024)]
     with mover(own, bell, max_pushes=2, rest=20.0) as m:
         for key in range(3):
             m.push(key, peer, pairs, BLOCK)
