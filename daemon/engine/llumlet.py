@@ -196,7 +196,7 @@ def _always(peer: Peer) -> bool:
 
 
 class Llumlet:
-    """The moves of one engine. Set `accepting` to False to take in no more.
+    """The moves of one engine.
 
     `busier_than` tells whether this engine still has more to do than a peer; asked before each move of a standing
     order that is no drain, so that a source does not give away more than evens them out before its lease ends.
@@ -255,14 +255,23 @@ class Llumlet:
     # -- orders --------------------------------------------------------------------------------
 
     def migrate_to(self, peer: Peer, order: MigrateTo, now: float) -> list[Action]:
-        """The coordinator's order; `peer` is the engine it names, as alive now. A new one replaces the old."""
+        """The coordinator's order; `peer` is the engine it names, as alive now. A new one replaces the old; one to
+        drain is for an engine that takes in no more."""
         if order.rid:
             request = self.scheduler.get(order.rid)
             if request is None or self._moves_already(request):
                 return []
             return self._send_off(request, peer, now, order)
+        if order.drain and self.accepting:
+            return []  # it was sent before the engine was to serve again
         self.orders[peer] = order
         return self._pursue(now)
+
+    def accept(self, yes: bool) -> None:
+        """Take in requests, or no more. Whoever does drains no longer, whatever was ordered."""
+        self.accepting = yes
+        if yes:
+            self.orders = {peer: order for peer, order in self.orders.items() if not order.drain}
 
     def stop(self, peer: Peer) -> None:
         """Begin no more moves to `peer`; those under way go on."""

@@ -27,5 +27,5 @@ class Standing:
         if wished == self.state:
             return
         self.state = wished
-        self._llumlet.accepting = wished == EngineState.SERVING
+        self._llumlet.accept(wished == EngineState.SERVING)
         self._progress.enter(wished, self._incarnation, DEADLINE)

@@ -305,9 +305,22 @@ def test_a_drain_moves_all_and_hands_back_what_waits(journal, make):
     source.run(make(1, 20))
     source.run(make(2, 5, priority=-1))
     source.run(make(3, 9))
+    source.llumlet.accept(False)
     actions = source.move(drain=True)
     assert actions[0] == Tell(0, HandBack(3, 1))
     assert {a.message.rid for a in actions[1:]} == {1, 2} and not source.scheduler.waiting
+
+
+def test_who_serves_again_drains_no_longer(journal, make):
+    source = Engine(journal, seqs=1, max_outgoing=1)
+    source.run(make(1, 5))
+    source.llumlet.accept(False)
+    assert only(source.move(drain=True)).message.rid == 1
+    source.llumlet.accept(True)
+    source.llumlet.on_start(make(2, 5), 0.0)
+    assert source.llumlet.tick(0.0) == [] and 2 in [r.rid for r in source.scheduler.waiting]
+    assert source.move(drain=True) == []  # it was on its way
+    assert source.llumlet.tick(0.0) == [] and 2 in [r.rid for r in source.scheduler.waiting]
 
 
 def test_an_order_goes_on_until_its_lease_ends(source, there, make):
@@ -339,7 +352,9 @@ def test_no_more_moves_than_allowed(journal, make):
     source = Engine(journal, max_outgoing=1)
     for rid in (1, 2):
         source.run(make(rid, 5))
-    assert len(source.move()) == 1 and source.move(THIRD) == [] and source.move(drain=True) == []
+    assert len(source.move()) == 1 and source.move(THIRD) == []
+    source.llumlet.accept(False)
+    assert source.move(drain=True) == []
 
 
 # -- the destination says no -------------------------------------------------------------------
@@ -365,7 +380,7 @@ def test_what_cannot_be_taken_is_declined(journal, options, asked):
 
 
 def test_a_draining_engine_takes_in_nothing(there):
-    there.llumlet.accepting = False
+    there.llumlet.accept(False)
     assert isinstance(only(there.llumlet.on_peer(HERE, reserve(), 0.0)).message, Declined) and there.empty
 
 
@@ -742,6 +757,7 @@ def test_a_request_given_back_to_its_source_is_reported_with_the_time_it_stood_s
 def test_what_is_handed_back_is_reported_with_the_reason_of_the_order(journal, make):
     source = Engine(journal, seqs=1)
     running, waiting = source.run(make(1)), source.run(make(2))
+    source.llumlet.accept(False)
     source.move(drain=True, reason="draining")
     assert only(source.llumlet.reports) == Report(waiting, -1, "draining", Result.HANDED_BACK, "it waited")
     source.move(rid=1, how="recompute")
@@ -775,4 +791,5 @@ def test_a_source_that_is_no_busier_any_more_begins_no_move(journal, make):
 def test_drains_and_single_requests_move_however_busy_we_are(journal, make, order):
     source = Engine(journal, busier_than=lambda peer: False)
     source.run(make(1, 5))
+    source.llumlet.accept(not order.get("drain"))
     assert len(source.move(**order)) == 1
