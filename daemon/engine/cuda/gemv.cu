@@ -62,7 +62,7 @@ struct Grid {
 
 template <uint32_t M, class Epilogue>
 __global__ void __launch_bounds__(THREADS, BLOCKS) gemv_kernel(Rows rows, Matrix matrix, Epilogue epilogue,
-                                                                       Ahead ahead) {
+                                                               Ahead ahead) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Scales<M> scales;
   Grid team;
