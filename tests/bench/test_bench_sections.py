@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 
 import psutil
 import pytest
 
 from bench.sections import Figure, Outcome, append_figure, read_figures, run_all, run_section, table
-from tests.e2e.live import wait_for
+from tests.e2e.live import lives, wait_for
 
 FIGURE = Figure("copy", "a thing", 12.5, "ms", 10.0, True, {"share": 0.5})
 
@@ -44,13 +45,6 @@ def test_death_is_recorded(run):
     assert "-9" in run(TELL + "os.kill(os.getpid(), 9)").error
 
 
-def gone(pid):
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def test_what_hangs_is_killed_with_its_children(run, tmp_path):
     child = "import subprocess; p = subprocess.Popen(['sleep', '600']);"
     child += "open(sys.argv[2] + '.pid', 'w').write(str(p.pid));"
@@ -58,7 +52,9 @@ def test_what_hangs_is_killed_with_its_children(run, tmp_path):
     assert "6 s" in outcome.error
     assert outcome.figures == [FIGURE]
     pid = int((tmp_path / "figures.pid").read_text())
-    wait_for("its child's end", lambda: gone(pid))
+    with suppress(psutil.NoSuchProcess):
+        killed = psutil.Process(pid)
+        wait_for("its child's end", lambda: not lives(killed))
     assert pid != os.getpid()
 
 

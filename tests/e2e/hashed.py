@@ -12,6 +12,8 @@ from daemon.models.card import read_card
 from daemon.models.tokenizer import Tokenizer
 from tests.e2e.clients import Outcome
 
+ENDLESS = 4000  # tokens of output: nobody waits for the end of such an answer
+
 
 @cache
 def tokenizer() -> Tokenizer:

@@ -165,7 +165,7 @@ class Daemon:
             row = self.child(role, index)
             return row if row["incarnation"] > before["incarnation"] and row["state"] == "serving" else None
 
-        return wait_for(f"a new {role} {index}", successor, timeout=60)
+        return wait_for(f"a new {role} {index}", successor)
 
     def requests(self) -> list[dict[str, Any]]:
         return llumctl.call(self.run_dir / "admin.sock", "GET", "/v1/requests")["requests"]
@@ -188,7 +188,7 @@ class Daemon:
     def ctl(self, *args: str) -> subprocess.CompletedProcess[str]:
         """`llumctl` as an operator runs it."""
         command = [*PYTHON, "daemon.llumctl", "--run-dir", str(self.run_dir), *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70, check=False)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
 
     # -- HTTP
 
@@ -234,5 +234,5 @@ def running(home: Path, *flags: str, whole: bool = True, **options: Any) -> Iter
 def refused(home: Path, *arguments: str) -> tuple[int, str]:
     """`llumd serve` with arguments that must not work: exit code and stderr."""
     command = [*PYTHON, "daemon.cli", "serve", "--run-dir", str(home / "run"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stderr

@@ -87,6 +87,11 @@ def migrate(daemon: Daemon, name: str, engine: int, how: str = "live") -> None:
     llumctl.call(daemon.run_dir / "admin.sock", "POST", f"/v1/requests/{name}/migrate/{engine}?how={how}")
 
 
+def order(daemon: Daemon, engine: int, verb: str) -> None:
+    """As `llumctl drain`, `undrain`, `park` or `wake`, but without a process of its own, or waiting."""
+    llumctl.call(daemon.run_dir / "admin.sock", "POST", f"/v1/engines/{engine}/{verb}")
+
+
 def move(daemon: Daemon, outcome: Outcome, engine: int) -> None:
     """Until the request is there. An order is lost that comes when its new owner does not know of it yet."""
     ordered = -math.inf

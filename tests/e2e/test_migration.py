@@ -15,13 +15,12 @@ from tests.e2e import hashed
 from tests.e2e.clients import Outcome, Swarm, engine_of
 from tests.e2e.conftest import Start
 from tests.e2e.live import HELD, Daemon, wait_for
-from tests.e2e.moving import TAKEOVERS, Shuffler, answers, migrate
+from tests.e2e.moving import TAKEOVERS, Shuffler, answers, migrate, order
 
 # LLUMD_LONG=1 moves 200 requests of the model; minutes.
 LONG = os.environ.get("LLUMD_LONG") == "1"
 SHORTEST = 64 if LONG else 16  # tokens of a model's answer
 AT_ONCE = 32  # a move takes some steps, and an engine takes in few at a time: of many at once each is moved rarely
-ENDLESS = 4000  # tokens: longer than any test
 FLAGS = ("--frontends", "2", "--stub-step", "10ms", "--no-rebalance")
 THREE = ("--devices", "cpu,cpu,cpu")
 
@@ -129,7 +128,8 @@ def test_death_in_the_middle_of_moves(three: Daemon, role: str, index: int) -> N
 def test_disconnects_and_cancels_in_the_middle_of_moves(three: Daemon) -> None:
     chance = random.Random(5)
     leave, cancel = (chance.sample(part, 12) for part in (range(30), range(30, 60)))
-    asked = [hashed.request(i, length=100, shared=64, output=ENDLESS if i in cancel else 200) for i in range(60)]
+    outputs = [hashed.ENDLESS if i in cancel else 200 for i in range(60)]
+    asked = [hashed.request(i, length=100, shared=64, output=output) for i, output in enumerate(outputs)]
     with Swarm(three, asked) as swarm, Shuffler(three, 5, engines=3):
         swarm.await_tokens(1)
         for left, cancelled in zip(leave, cancel, strict=True):
@@ -168,7 +168,7 @@ def various(count: int) -> list[dict[str, Any]]:
 def test_a_models_answers_are_the_same_moved_and_unmoved(start: Start) -> None:
     flags = ("--devices", "cpu,cpu", "--deterministic", "--no-rebalance", "--kv-memory", "512MiB")
     daemon = start(*flags, engine="model")
-    count, most = (200, 10) if LONG else (16, None)
+    count, most = (200, 10) if LONG else (24, None)
     asked = various(count)
     with Swarm(daemon, asked, at_once=AT_ONCE) as swarm:
         unmoved = swarm.join(1800 if LONG else 60)
@@ -194,9 +194,9 @@ def even(daemon: Daemon) -> bool:
 
 
 def test_drain_under_load(two: Daemon) -> None:
-    asked, few = bodies(40, output=ENDLESS), bodies(8, output=10)
+    asked, ending, few = bodies(40, output=hashed.ENDLESS), bodies(8, output=400), bodies(8, output=10)
     before = two.metric(TAKEOVERS)
-    with Swarm(two, asked) as swarm:
+    with Swarm(two, asked) as swarm, Swarm(two, ending) as ends:
         wait_for("work on both engines", lambda: even(two))
         done = two.ctl("drain", "0", "--within", "30s", "--json")
         assert (done.returncode, done.stderr) == (0, "")
@@ -221,18 +221,20 @@ def test_drain_under_load(two: Daemon) -> None:
         assert "rebalance is off" in said
         assert "goes on moving" not in said
         assert two.metric(TAKEOVERS) - before == moved
+        assert all(map(hashed.exact, ending, ends.join()))
         assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     two.await_idle()
 
 
 def test_drain_goes_on_when_nobody_waits_for_it(two: Daemon) -> None:
-    asked = bodies(40, output=ENDLESS)
-    with Swarm(two, asked) as swarm:
+    asked, ending = bodies(40, output=hashed.ENDLESS), bodies(8, output=300)
+    with Swarm(two, asked) as swarm, Swarm(two, ending) as ends:
         wait_for("work on both engines", lambda: even(two))
         done = two.ctl("drain", "1", "--within", "0s")
         assert done.returncode == llumctl.EXIT_TIMEOUT
         assert "goes on draining" in done.stdout
         wait_for("everybody on engine 0", lambda: {r["engine"] for r in two.requests()} == {0})
+        assert all(map(hashed.exact, ending, ends.join()))
         assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     two.await_idle()
 
@@ -266,7 +268,7 @@ def test_unequal_load_evens_out_by_itself(start: Start) -> None:
 
     with Swarm(daemon, asked) as swarm:
         wait_for("all on engine 0", lambda: running() == [60, 0])
-        llumctl.call(daemon.run_dir / "admin.sock", "POST", "/v1/engines/1/undrain")
+        order(daemon, 1, "undrain")
         said = wait_for("a reason", lambda: reasons(daemon, "to engine 1"))
         assert "engine 0: serving" in said
         assert "gives (compute)" in said

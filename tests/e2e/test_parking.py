@@ -16,8 +16,8 @@ from tests.e2e import hashed
 from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
+from tests.e2e.moving import order
 
-ENDLESS = 4000  # tokens: longer than any test
 THREE = ("--devices", "cpu,cpu,cpu", "--stub-step", "10ms", "--kv-memory", "8MiB")
 
 
@@ -33,11 +33,6 @@ def three(trio: Daemon) -> Daemon:
         if trio.child("engine", i)["state"] != "serving":
             order(trio, i, "wake")
     return trio.await_whole()
-
-
-def order(daemon: Daemon, engine: int, verb: str) -> None:
-    """As `llumctl` does it, but without waiting."""
-    llumctl.call(daemon.run_dir / "admin.sock", "POST", f"/v1/engines/{engine}/{verb}")
 
 
 def bodies(count: int, output: int = 200) -> list[dict[str, Any]]:
@@ -69,9 +64,9 @@ def mapped(daemon: Daemon, segment: str) -> bool:
 
 
 def test_parked_under_load_and_woken(three: Daemon) -> None:
-    asked = bodies(45, output=ENDLESS)
+    asked, ending = bodies(45, output=hashed.ENDLESS), bodies(9, output=300)
     before, held = three.child("engine", 1), segments(three.process.pid)
-    with Swarm(three, asked) as swarm:
+    with Swarm(three, asked) as swarm, Swarm(three, ending) as ends:
         wait_for("work on all engines", lambda: all(e["running"] >= 8 for e in three.status()["engines"]))
         done = three.ctl("park", "1", "--json")
         assert (done.returncode, done.stderr) == (0, "")
@@ -94,6 +89,7 @@ def test_parked_under_load_and_woken(three: Daemon) -> None:
         assert three.child("engine", 1)["incarnation"] == before["incarnation"] + 1
         three.await_whole()
         wait_for("work for it", lambda: all_exact(three) and three.child("engine", 1)["steps"] > 0)
+        assert all(map(hashed.exact, ending, ends.join()))
         assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     three.await_idle()
     assert "ERROR" not in three.log
@@ -110,9 +106,9 @@ def test_requests_that_arrive_while_engines_come_and_go(three: Daemon) -> None:
 
 
 def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
-    asked = bodies(9, output=ENDLESS)
+    asked, ending = bodies(9, output=hashed.ENDLESS), bodies(3, output=400)
     before = three.child("engine", 2)
-    with Swarm(three, asked) as swarm:
+    with Swarm(three, asked) as swarm, Swarm(three, ending) as ends:
         wait_for("work on all engines", lambda: all(e["running"] for e in three.status()["engines"]))
         for engine in (0, 1):  # nobody could take what engine 2 runs
             order(three, engine, "drain")
@@ -124,6 +120,7 @@ def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
         order(three, 2, "wake")
         wait_for("its return", lambda: states(three)[2] == "serving")
         assert three.child("engine", 2)["pid"] == before["pid"]
+        assert all(map(hashed.exact, ending, ends.join()))
         assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     assert three.await_whole().child("engine", 2)["pid"] == before["pid"]
     three.await_idle()
@@ -203,14 +200,14 @@ def test_engines_are_parked_when_idle_and_woken_under_load(start: Start) -> None
     scaling = ("--min-engines", "1", "--max-engines", "2", "--scale-period", "500ms")
     daemon = start(*scaling, *THREE, engine="hash", whole=False)
     wait_for("all but one parked", lambda: sorted(states(daemon)) == ["parked", "parked", "serving"])
-    asked = [hashed.request(i, length=100, output=ENDLESS) for i in range(60)]
+    asked = [hashed.request(i, length=100, output=hashed.ENDLESS) for i in range(60)]
     with Swarm(daemon, asked) as swarm:
 
         def even() -> bool:
             found = [e.get("running", 0) for e in daemon.status()["engines"]]
             return sorted(found)[1] >= 15
 
-        wait_for("another that helps", even, timeout=60)
+        wait_for("another that helps", even)
         assert states(daemon).count("serving") == 2
         assert all(map(hashed.exact_so_far, asked, swarm.stop()))
     wait_for("all but one parked again", lambda: sorted(states(daemon)) == ["parked", "parked", "serving"])

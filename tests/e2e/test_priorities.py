@@ -15,9 +15,7 @@ from tests.e2e import hashed
 from tests.e2e.clients import Outcome, Swarm, engine_of
 from tests.e2e.conftest import Start
 from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import TAKEOVERS, Shuffler, migrate
-
-LONG = 4000  # tokens, forty seconds: nobody waits for the end of such an answer
+from tests.e2e.moving import TAKEOVERS, Shuffler, migrate, order
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def in_batch(daemon: Daemon) -> tuple[int, int]:
 
 
 def test_an_urgent_request_gets_in_at_once_where_the_batch_is_full(single: Daemon) -> None:
-    asked = [hashed.request(i, output=LONG) for i in range(2)]
+    asked = [hashed.request(i, output=hashed.ENDLESS) for i in range(2)]
     with Swarm(single, asked) as swarm:
         swarm.await_tokens(5)
         urgent = hashed.request(2, output=20)
@@ -66,8 +64,8 @@ def test_an_urgent_request_gets_in_at_once_where_the_batch_is_full(single: Daemo
 
 
 def test_an_operator_lets_a_waiting_request_in_and_puts_a_running_one_off(single: Daemon) -> None:
-    running = [hashed.request(i, output=LONG) for i in range(2)]
-    late = [hashed.request(i, output=LONG) for i in (2, 3)]
+    running = [hashed.request(i, output=hashed.ENDLESS) for i in range(2)]
+    late = [hashed.request(i, output=hashed.ENDLESS) for i in (2, 3)]
     with Swarm(single, running) as first:
         first.await_tokens(5)
         with Swarm(single, late) as second:
@@ -110,7 +108,7 @@ def test_a_key_brings_its_priority(start: Start, tmp_path: Path) -> None:
     keys.write_text("boss priority=high\nclerk\n")
     flags = ("--devices", "cpu", "--stub-step", "10ms", "--api-key-file", str(keys))
     daemon = start(*flags, engine="hash", key="clerk")
-    body = hashed.request(0, output=LONG)
+    body = hashed.request(0, output=hashed.ENDLESS)
     shown = {}
     for key, fields in (("boss", {}), ("clerk", {}), ("boss", {"priority": 3})):
         headers = {"Authorization": f"Bearer {key}"}
@@ -137,7 +135,7 @@ def test_all_choices_of_an_answer_move_while_they_run(pair: Daemon) -> None:
     before = pair.metric(TAKEOVERS)
     with Swarm(pair, [body]) as swarm:
         wait_for("three running", lambda: [bool(r["output_tokens"]) for r in pair.requests()] == [True] * 3)
-        llumctl.call(pair.run_dir / "admin.sock", "POST", "/v1/engines/1/undrain")
+        order(pair, 1, "undrain")
         name = pair.requests()[0]["id"].rsplit("-", 1)[0]
         wait_for("engine 1 back", lambda: pair.child("engine", 1)["state"] == "serving")
         migrate(pair, name, 1)
@@ -152,7 +150,7 @@ def test_all_choices_of_an_answer_move_while_they_run(pair: Daemon) -> None:
 
 
 def test_priorities_that_change_in_the_middle_of_moves(pair: Daemon) -> None:
-    asked = [hashed.request(i, length=100, output=LONG) | {"priority": i % 3 - 1} for i in range(12)]
+    asked = [hashed.request(i, length=100, output=hashed.ENDLESS) | {"priority": i % 3 - 1} for i in range(12)]
     before = pair.metric(TAKEOVERS)
     with Swarm(pair, asked) as swarm, Shuffler(pair, 7, engines=2):
         swarm.await_tokens(1)
@@ -168,7 +166,7 @@ def test_priorities_that_change_in_the_middle_of_moves(pair: Daemon) -> None:
 def test_urgent_requests_are_drained_but_not_rebalanced(start: Start) -> None:
     daemon = start("--stub-step", "10ms", engine="hash")
     assert daemon.ctl("drain", "1").returncode == 0
-    asked = [hashed.request(i, length=100, output=LONG) for i in range(30)]
+    asked = [hashed.request(i, length=100, output=hashed.ENDLESS) for i in range(30)]
     asked[0]["priority"] = "high"
 
     def running() -> list[int]:

@@ -180,9 +180,9 @@ LLUMD_BOTH Eight scaled(Eight e, Eight weight, float by) {
 template <uint32_t M>
 constexpr uint32_t SPAN = KEEPING / M;
 
-// A span of the rows goes into `kept` [M, groups], its squares into `sums`.
+// A span of the rows goes into `kept` [M, groups].
 template <uint32_t M, class Team>
-LLUMD_BOTH void copy(Team& team, const Rows& rows, uint32_t first, Eight* kept, float (&sums)[M]) {
+LLUMD_BOTH void copy(Team& team, const Rows& rows, uint32_t first, Eight* kept) {
   const uint32_t groups = rows.groups();
   Eight x[SPAN<M>][M];
   LLUMD_UNROLL
@@ -194,20 +194,21 @@ LLUMD_BOTH void copy(Team& team, const Rows& rows, uint32_t first, Eight* kept, 
   LLUMD_UNROLL
   for (uint32_t i = 0; i < SPAN<M>; ++i) {
     const uint32_t g = first + i * team.threads();
+    if (g >= groups) continue;
     LLUMD_UNROLL
-    for (uint32_t m = 0; m < M; ++m) {
-      if (g < groups) kept[m * groups + g] = x[i][m];
-      sums[m] += squares(x[i][m]);
-    }
+    for (uint32_t m = 0; m < M; ++m) kept[m * groups + g] = x[i][m];
   }
 }
 
-// 1 / root mean square of each row, from each thread's part of the squares.
+// 1 / root mean square of each row, in every thread, from what each has kept.
 template <uint32_t M, class Team>
-LLUMD_BOTH void scales(Team& team, const Rows& rows, const float (&sums)[M], Scales<M>& shared, float (&by)[M]) {
+LLUMD_BOTH void scales(Team& team, const Rows& rows, const Eight* kept, Scales<M>& shared, float (&by)[M]) {
+  const uint32_t groups = rows.groups();
   LLUMD_UNROLL
   for (uint32_t m = 0; m < M; ++m) {
-    const float sum = team.sum(sums[m]);
+    float sum = 0.0f;
+    for (uint32_t g = team.thread(); g < groups; g += team.threads()) sum += squares(kept[m * groups + g]);
+    sum = team.sum(sum);
     if (team.lane() == 0) shared.of_warp[team.warp()][m] = sum;
   }
   team.sync();
@@ -243,12 +244,12 @@ LLUMD_BOTH void scale(Team& team, uint32_t groups, uint32_t first, const Eight (
 }
 
 template <uint32_t M, class Team>
-LLUMD_BOTH void normalise(Team& team, const Rows& rows, const float (&sums)[M], Scales<M>& shared, Eight* kept) {
+LLUMD_BOTH void normalise(Team& team, const Rows& rows, Scales<M>& shared, Eight* kept) {
   const uint32_t stride = SPAN<M> * team.threads();
   Eight weight[SPAN<M>];
   weights<M>(team, rows, team.thread(), weight);  // on their way while the squares are added up
   float by[M];
-  scales<M>(team, rows, sums, shared, by);
+  scales<M>(team, rows, kept, shared, by);
   scale<M>(team, rows.groups(), team.thread(), weight, by, kept);
   for (uint32_t g = team.thread() + stride; g < rows.groups(); g += stride) {
     weights<M>(team, rows, g, weight);
@@ -260,10 +261,9 @@ LLUMD_BOTH void normalise(Team& team, const Rows& rows, const float (&sums)[M], 
 template <uint32_t M, class Team>
 LLUMD_BOTH void keep(Team& team, const Rows& rows, Scales<M>& shared, Eight* kept) {
   const uint32_t stride = SPAN<M> * team.threads();
-  float sums[M] = {};
-  copy<M>(team, rows, team.thread(), kept, sums);  // not in the loop: at a loop a GPU waits for all that is under way
-  for (uint32_t g = team.thread() + stride; g < rows.groups(); g += stride) copy<M>(team, rows, g, kept, sums);
-  if (rows.norm) normalise<M>(team, rows, sums, shared, kept);
+  copy<M>(team, rows, team.thread(), kept);  // not in the loop: at a loop a GPU waits for all that is under way
+  for (uint32_t g = team.thread() + stride; g < rows.groups(); g += stride) copy<M>(team, rows, g, kept);
+  if (rows.norm) normalise<M>(team, rows, shared, kept);
   team.sync();
 }
 
