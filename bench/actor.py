@@ -13,9 +13,9 @@ import os
 import time
 from typing import Any
 
-from daemon.control.dispatch import choose
-from daemon.control.load import NOTHING
-from daemon.control.messages import decode_engine_facts
+from daemon.control.policy.dispatch import choose
+from daemon.control.policy.freeness import NOTHING
+from daemon.ipc.messages import decode_engine_facts
 
 _WARM_UP = 300  # calls
 

@@ -28,15 +28,16 @@ from typing import Any
 
 from bench import actor
 from bench.machine import describe
-from daemon.api.flight import Flight
-from daemon.api.tracker import Tracker
-from daemon.child import Birth
+from daemon.api.request_state import Flight
+from daemon.api.request_tracker import Tracker
 from daemon.config import Config
-from daemon.control import doorbell, segment
-from daemon.control.balancer import Balancer
-from daemon.control.board import BoardReader, BoardWriter
-from daemon.control.fabric import COORDINATOR, Fabric, FabricHandles, Topology
-from daemon.control.messages import (
+from daemon.control.rebalancer import Balancer
+from daemon.control.status import Overview
+from daemon.ipc import doorbell, segment
+from daemon.ipc.board import BoardReader, BoardWriter
+from daemon.ipc.child import Birth
+from daemon.ipc.layout import COORDINATOR, Fabric, FabricHandles, Topology
+from daemon.ipc.messages import (
     Demand,
     EngineFacts,
     EngineState,
@@ -46,9 +47,8 @@ from daemon.control.messages import (
     decode_to_frontend,
     encode,
 )
-from daemon.control.overview import Overview
-from daemon.control.processes import Life, ProcessFacts
-from daemon.control.ring import RingReader, RingWriter, ring_bytes
+from daemon.ipc.process_table import Life, ProcessFacts
+from daemon.ipc.ring import RingReader, RingWriter, ring_bytes
 
 ENGINES, FRONTENDS, PROMPT = 8, 2, 1000
 _ROUND_TRIPS = 5000

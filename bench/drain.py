@@ -72,7 +72,7 @@ async def _round(daemon: Daemon, turn: int, *, moves: bool) -> dict[str, Any]:
 
 async def _drain(daemon: Daemon) -> float:
     """Seconds from the order of `llumctl drain` until it says that the engine is empty."""
-    command = ["-m", "daemon.llumctl", "--run-dir", str(daemon.run_dir), "drain", str(ENGINE)]
+    command = ["-m", "daemon.cli.llumctl", "--run-dir", str(daemon.run_dir), "drain", str(ENGINE)]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, "--json", "--within", f"{PATIENCE:.0f}s", stdout=asyncio.subprocess.PIPE
     )

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from daemon.control.messages import RequestParams, SamplingParams
-from daemon.engine.footprint import weights_bytes
+from daemon.engine.cpu.memory import weights_bytes
+from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
-from daemon.engine.runner_cpu import CpuRunner
-from daemon.models.card import ModelCard, read_card
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.models.model_config import ModelCard, read_card
 
 SMOLLM2_135M = ModelCard(
     path=Path("."), name="smollm2-135m-shape", vocab_size=49152, hidden_size=576, intermediate_size=1536,

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.live import Client, Daemon, serving
 from bench.machine import describe
-from daemon.llumctl import Refused
+from daemon.cli.llumctl import Refused
 
 AT_ONCE = 24  # requests in flight
 OPENING = "The lighthouse keeper wrote in his diary every night, and always began so: "

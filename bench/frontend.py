@@ -63,7 +63,7 @@ def _start(args: argparse.Namespace, run_dir: str) -> tuple[subprocess.Popen[str
         "drain-timeout": "1s",
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "daemon.cli", "serve", *flags]
+    command = [sys.executable, "-m", "daemon.cli.llumd", "serve", *flags]
     daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert daemon.stdout is not None
     line = daemon.stdout.readline()
@@ -143,7 +143,7 @@ def _pump(selector: selectors.BaseSelector, buffer: bytearray, seconds: float) -
 
 
 def _status(run_dir: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "daemon.llumctl", "--run-dir", run_dir, "status", "--json"]
+    command = [sys.executable, "-m", "daemon.cli.llumctl", "--run-dir", run_dir, "status", "--json"]
     return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bench import machine, roofline
 from bench.gpu_model import LLAMA_8B, TINY, card_of, write_model
 from bench.sections import Figure, Outcome, append_figure, run_all, run_section, table
-from daemon.models.card import ModelCard
+from daemon.models.model_config import ModelCard
 
 if TYPE_CHECKING:
     from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own

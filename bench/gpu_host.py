@@ -1,6 +1,6 @@
 """The host's part of the CUDA engine's steps, over a CUDA runtime that does nothing at all.
 
-    python -m tests.simgpu --launch-only -m bench.gpu_host [--json FILE]
+    python -m tools.simgpu --launch-only -m bench.gpu_host [--json FILE]
 
 Everything between a step's plan and its result runs as on a GPU: arrays, FlashInfer's schedules, launches or a
 graph's replay, tokens read back. Kernels take no time and calls of the runtime next to none, so what is timed is
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    command = "python -m tests.simgpu --launch-only -m bench.gpu_host"
+    command = "python -m tools.simgpu --launch-only -m bench.gpu_host"
     facts = {"command": command, "machine": machine.describe(), "torch": torch.__version__}
     found = measure()
     print(f"{'step':<20}{'launch us':>12}{'collect us':>12}")

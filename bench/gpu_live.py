@@ -25,7 +25,7 @@ def hold_pool(device: str, nbytes: int) -> None:
     """The peer: export a pool, say its handle, and hold it until stdin ends."""
     import torch
 
-    from daemon.kvpool.cuda_ipc import OwnPool, export
+    from daemon.kvpool.cuda_pools import OwnPool, export
     from daemon.kvpool.cudart import CudaRuntime
 
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -40,8 +40,8 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
     """GB/s of pushes of so many blocks, adjacent and scattered, from this process into another's pool."""
     import torch
 
-    from daemon.control import doorbell
-    from daemon.kvpool import cuda_ipc
+    from daemon.ipc import doorbell
+    from daemon.kvpool import cuda_pools
     from daemon.kvpool.cudart import CudaRuntime
 
     nbytes = (2 * max(blocks) + 1) * block_bytes
@@ -56,11 +56,11 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
             raise RuntimeError(f"no pool on {destination}: {word!r}")
         runtime, device = CudaRuntime(), memory.device.index
         runtime.set_device(device)
-        own = cuda_ipc.OwnPool(memory.data_ptr(), nbytes, runtime.pci_address(device))
-        told = cuda_ipc._decode(bytes.fromhex(handle))
+        own = cuda_pools.OwnPool(memory.data_ptr(), nbytes, runtime.pci_address(device))
+        told = cuda_pools._decode(bytes.fromhex(handle))
         base = runtime.open_ipc(told.handle)
-        pool = cuda_ipc.CudaPool(1, 1, base, base + told.offset, told.nbytes, told.device)
-        mover = cuda_ipc.CudaMover(runtime, own, device, doorbell.create())
+        pool = cuda_pools.CudaPool(1, 1, base, base + told.offset, told.nbytes, told.device)
+        mover = cuda_pools.CudaMover(runtime, own, device, doorbell.create())
         for count in blocks:
             for how, step in (("adjacent", 1), ("scattered", 2)):
                 pairs = [(1 + i * step, 1 + i * step) for i in range(count)]

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu_peaks import settle
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
 from daemon.engine.scheduler import Scheduler
-from daemon.kvpool.blocks import BlockManager
-from daemon.models.card import ModelCard
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.kvpool.block_manager import BlockManager
+from daemon.models.model_config import ModelCard
 
 # As integers: sign, mantissa and the last bit of the exponent stay as they are drawn, its other bits are put.
 _NOISE = {1: (torch.int8, ~0x78 | 0x08, 0x20), 2: (torch.int16, ~0x7F80 | 0x80, 0x3E00),

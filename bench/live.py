@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from bench.connection import Connection, Pool
 from bench.stream import Outcome, StreamReader
-from daemon.llumctl import call
+from daemon.cli.llumctl import call
 
 PATIENCE = 300.0  # seconds for anything to come about: a slow machine is no reason to stop
 POLL = 0.05  # seconds between two looks at the daemon's status
@@ -113,7 +113,7 @@ def serving(*flags: str) -> Iterator[Daemon]:
     """A daemon with the demo model on two CPU engines, unless `flags` say otherwise."""
     with tempfile.TemporaryDirectory() as run_dir:
         given = ["--devices", "cpu,cpu", "--port", "0", "--run-dir", run_dir, "--drain-timeout", "1s"]
-        command = [sys.executable, "-m", "daemon.cli", "serve", *given, "--log-level", "warning", *flags]
+        command = [sys.executable, "-m", "daemon.cli.llumd", "serve", *given, "--log-level", "warning", *flags]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None

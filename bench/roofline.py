@@ -7,7 +7,7 @@ matrices, L layers, H heads of width D.
 
 from __future__ import annotations
 
-from daemon.models.card import ModelCard
+from daemon.models.model_config import ModelCard
 
 BF16 = 2  # bytes
 

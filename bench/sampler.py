@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.request import Request
-from daemon.engine.sampler import Sampler
+from daemon.engine.sampling.sampler import Sampler
+from daemon.ipc.messages import RequestParams, SamplingParams
 
 VOCABULARIES = (49152, 128256)
 REPEATS = 15

@@ -14,11 +14,11 @@ from time import perf_counter
 
 import numpy as np
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cuda.arrays import DrawParams, Inputs, Size, StepArrays, input_fields
 from daemon.engine.cuda.slots import Slots
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
+from daemon.ipc.messages import RequestParams, SamplingParams
 
 _BLOCK_SIZE = 16
 

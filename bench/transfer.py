@@ -25,12 +25,12 @@ import numpy as np
 
 from bench import machine
 from bench.engine import BLOCK, SMOLLM2_135M
-from daemon.control import doorbell, segment
-from daemon.control.messages import RequestParams, SamplingParams
+from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
-from daemon.engine.runner_cpu import CpuRunner
-from daemon.kvpool.transfer import REST, SLICE_BYTES, Mover
+from daemon.ipc import doorbell, segment
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.kvpool.host_transport import REST, SLICE_BYTES, Mover
 
 Pairs = list[tuple[int, int]]
 Segment = Callable[[], memoryview]  # a fresh mapping of it

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from daemon.enums import MigrationChoice
+
 ENV_PREFIX = "LLUMD_"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -134,10 +136,10 @@ class Config:
     rebalance: bool = _opt(True, "scheduling", "move running requests between engines by themselves")
     rebalance_period: float = _opt(0.2, "scheduling", "time between two looks at the boards", "seconds")
     migrate_choice: str = _opt(
-        "shortest",
+        MigrationChoice.SHORTEST.value,
         "scheduling",
         "which running request moves first",
-        choices=("shortest", "longest", "last"),
+        choices=tuple(choice.value for choice in MigrationChoice),
     )
     prefix_affinity: bool = _opt(
         True, "scheduling", "among engines about equally free prefer one that holds the prompt's beginning"

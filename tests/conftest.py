@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from daemon.control.fabric import FabricHandles
-from tests.control.boxes import handles_of
+from daemon.ipc.layout import FabricHandles
+from tests.ipc.factories import handles_of
 
 # A landing must not hang on luck: there the examples are the same each time. At a desk they differ.
 # And no example must be done in a time of its own: a machine may be busy.

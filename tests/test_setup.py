@@ -79,7 +79,7 @@ def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
 
 
-SERVE = "python -P -m daemon.cli serve --port 1"
+SERVE = "python -P -m daemon.cli.llumd serve --port 1"
 
 
 def installs(calls: list[str]) -> list[str]:
@@ -92,7 +92,7 @@ def test_the_first_start_sets_up_and_the_second_only_starts(checkout):
     assert "torch==" in installs(calls)[0] and "[convert]" in installs(calls)[1] and len(installs(calls)) == 2
     assert calls[-1] == SERVE
     assert checkout.run("serve", "--port", "1") == (0, "", [SERVE])
-    assert checkout.run("llumd", "status")[2] == ["python -P -m daemon.cli status"]
+    assert checkout.run("llumd", "status")[2] == ["python -P -m daemon.cli.llumd status"]
 
 
 def test_the_tests_need_more_than_serving_does_and_serving_is_content_with_it(checkout):
@@ -146,7 +146,7 @@ def test_two_starts_at_once_set_up_once(checkout):
 def test_a_failed_installation_shows_why_and_is_tried_again(checkout):
     status, said, calls = checkout.run("serve", FAKE="broken")
     assert status == 1 and "no such index" in said and "setup.log" in said
-    assert not any("daemon.cli" in c for c in calls)
+    assert not any("daemon.cli.llumd" in c for c in calls)
     assert checkout.run("serve", "--port", "1")[2][-1] == SERVE
 
 
@@ -214,7 +214,7 @@ def test_llumctl_sets_nothing_up(checkout):
     status, said, calls = checkout.run("llumctl", "ps")
     assert status == 1 and "not set up yet" in said and calls == []
     checkout.run("serve")
-    assert checkout.run("llumctl", "ps")[2] == ["python -P -m daemon.llumctl ps"]
+    assert checkout.run("llumctl", "ps")[2] == ["python -P -m daemon.cli.llumctl ps"]
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

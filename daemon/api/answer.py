@@ -7,16 +7,16 @@ import time
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from daemon.api import streaming
+from daemon.api import sse
 from daemon.api.choice import Choice
 from daemon.api.errors import cancelled, lost
-from daemon.api.generation import Piece
+from daemon.api.generator import Piece
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
-from daemon.api.meter import REASONS, Meter
 from daemon.api.params import wanted_logprobs
+from daemon.api.request_metrics import REASONS, Meter
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
-from daemon.control.messages import Finish, SamplingParams
+from daemon.ipc.messages import Finish, SamplingParams
 
 Request = ChatRequest | CompletionRequest
 
@@ -147,7 +147,7 @@ class AnswerWriter:
             "model": answer.model,
         }
         self._chunks = [
-            streaming.ChunkWriter(**self._identity, index=i, include_usage=include_usage)
+            sse.ChunkWriter(**self._identity, index=i, include_usage=include_usage)
             for i in range(len(answer.choices))
         ]
         self._begun = [False] * len(answer.choices)
@@ -171,5 +171,5 @@ class AnswerWriter:
     def end(self, out: list[bytes]) -> None:
         """Append what follows the last choice."""
         if self._include_usage:
-            out.append(streaming.usage_chunk(streaming.chunk_head(**self._identity), self._answer.usage()))
-        out.append(streaming.DONE)
+            out.append(sse.usage_chunk(sse.chunk_head(**self._identity), self._answer.usage()))
+        out.append(sse.DONE)

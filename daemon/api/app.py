@@ -15,17 +15,17 @@ from typing import NamedTuple
 import msgspec
 from aiohttp import web
 
-from daemon.api import exposition
+from daemon.api import metrics
 from daemon.api.auth import KeyRing, current_key
 from daemon.api.errors import ApiError, body_too_large
-from daemon.api.exposition import FrontendMetrics
-from daemon.api.generation import Generator
-from daemon.api.meter import count_rejection
+from daemon.api.generator import Generator
+from daemon.api.metrics import FrontendMetrics
 from daemon.api.openai import OpenAI
+from daemon.api.request_metrics import count_rejection
 from daemon.api.service import Service, explain
 from daemon.config import Config
-from daemon.models.card import ModelCard
-from daemon.models.chat import ChatTemplate
+from daemon.models.chat_template import ChatTemplate
+from daemon.models.model_config import ModelCard
 from daemon.models.tokenizer import Tokenizer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -110,7 +110,7 @@ class _Health:
 
     async def metrics(self, http: web.Request) -> web.Response:
         fleet = self._service.metrics.fleet()
-        text = exposition.render(self._service.card.name, fleet.frontends, fleet.engines, fleet.facts, fleet.states)
+        text = metrics.render(self._service.card.name, fleet.frontends, fleet.engines, fleet.facts, fleet.states)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from daemon.api.errors import unauthorized
 from daemon.config import ConfigError
-from daemon.control.priority import ALLOWED, parse_priority
+from daemon.control.policy.priority import ALLOWED, parse_priority
 
 
 class Key(NamedTuple):

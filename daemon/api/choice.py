@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from daemon.api.generation import Piece
+from daemon.api.generator import Piece
 from daemon.api.logprobs import LogprobsFormat
-from daemon.control.messages import Finish
-from daemon.models.stop import StopStrings
+from daemon.ipc.messages import Finish
+from daemon.models.stop_strings import StopStrings
 from daemon.models.tokenizer import Detokenizer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from daemon.api.generation import Lost, NoEngine, Overloaded, TooLong
+from daemon.api.generator import Lost, NoEngine, Overloaded, TooLong
 
 _NO_RETRY = {"x-should-retry": "false"}
 

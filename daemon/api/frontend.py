@@ -10,19 +10,18 @@ from pathlib import Path
 import uvloop
 from aiohttp import web
 
-from daemon import child
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing
-from daemon.api.exposition import Fleet, FrontendMetrics
-from daemon.api.tracker import Tracker
-from daemon.child import LEAVE, Birth
-from daemon.control import doorbell
-from daemon.control.fabric import Fabric
-from daemon.control.messages import EngineState
-from daemon.control.processes import Progress
-from daemon.control.stats import ENGINE, FRONTEND, snapshot
-from daemon.models.card import read_card
-from daemon.models.chat import ChatTemplate
+from daemon.api.metrics import Fleet, FrontendMetrics
+from daemon.api.request_tracker import Tracker
+from daemon.ipc import child, doorbell
+from daemon.ipc.child import LEAVE, Birth
+from daemon.ipc.layout import Fabric
+from daemon.ipc.messages import EngineState
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
+from daemon.ipc.process_table import Progress
+from daemon.models.chat_template import ChatTemplate
+from daemon.models.model_config import read_card
 from daemon.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

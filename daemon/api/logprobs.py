@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from daemon.control.messages import TokenLogprobs
+from daemon.ipc.messages import TokenLogprobs
 
 _FLOOR = -9999.0  # JSON has no minus infinity
 

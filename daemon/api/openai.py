@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from daemon.api import limits, schemas
+from daemon.api import schemas, validation
 from daemon.api.answer import Prompt
 from daemon.api.errors import bad_request, model_not_found
-from daemon.api.generate import Task, respond
+from daemon.api.respond import Task, respond
 from daemon.api.schemas import ChatRequest, CompletionRequest, Message
 from daemon.api.service import Service, read_body
 
@@ -32,7 +32,7 @@ class OpenAI:
         service = self._service
         request = await read_body(http, service.config.max_body, _chat)
         service.check_model(request.model)
-        limits.check_chat(request, service.limits)
+        validation.check_chat(request, service.limits)
 
         def tokenise() -> list[Prompt]:
             text = service.render(request.messages, request.add_generation_prompt is not False)
@@ -45,8 +45,8 @@ class OpenAI:
         service = self._service
         request = await read_body(http, service.config.max_body, _completion)
         service.check_model(request.model)
-        limits.check_completion(request, service.limits)
-        prompts = limits.split_prompts(request.prompt)
+        validation.check_completion(request, service.limits)
+        prompts = validation.split_prompts(request.prompt)
         special = request.add_special_tokens is not False
 
         def tokenise() -> list[Prompt]:
@@ -78,7 +78,7 @@ class OpenAI:
         if (request.prompt is None) == (request.messages is None):
             raise bad_request("Send either `prompt` or `messages`.", "prompt")
         if request.messages is not None:
-            limits.check_messages(request.messages)
+            validation.check_messages(request.messages)
         size = len(request.prompt or "") + _characters(request.messages or [])
         tokens = await service.off_loop(lambda: self._tokens(request), size)
         texts = [service.tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
@@ -96,7 +96,7 @@ class OpenAI:
         service = self._service
         request = await read_body(http, service.config.max_body, _detokenize)
         service.check_model(request.model)
-        limits.check_tokens(request.tokens, service.limits.vocab_size, "tokens")
+        validation.check_tokens(request.tokens, service.limits.vocab_size, "tokens")
         text = await service.off_loop(lambda: service.spell(request.tokens), len(request.tokens))
         return _json({"prompt": text})
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 from daemon.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
-from daemon.control.messages import SamplingParams
-from daemon.control.seeds import choice_seed
+from daemon.api.seeds import choice_seed
+from daemon.ipc.messages import SamplingParams
 
 T = TypeVar("T")
 

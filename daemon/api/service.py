@@ -14,13 +14,13 @@ from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
 from daemon.api.errors import ApiError, bad_request, body_too_large, from_exception, internal, model_not_found
-from daemon.api.exposition import FrontendMetrics
-from daemon.api.generation import Generator
-from daemon.api.limits import Limits
+from daemon.api.generator import Generator
+from daemon.api.metrics import FrontendMetrics
 from daemon.api.schemas import Message
+from daemon.api.validation import Limits
 from daemon.config import Config
-from daemon.models.card import ModelCard
-from daemon.models.chat import ChatError, ChatTemplate
+from daemon.models.chat_template import ChatError, ChatTemplate
+from daemon.models.model_config import ModelCard
 from daemon.models.tokenizer import Detokenizer, Tokenizer
 
 T = TypeVar("T")

@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from daemon.control.balancer import Balancer, Refusal
 from daemon.control.event_stream import OVERVIEW, add_events
-from daemon.control.events import Ordered
-from daemon.control.messages import EngineState
-from daemon.control.overview import Overview
-from daemon.control.priority import parse_priority
+from daemon.control.policy.priority import parse_priority
+from daemon.control.rebalancer import Balancer, Refusal
+from daemon.control.status import Overview
+from daemon.enums import MigrationMode
+from daemon.ipc.events import Ordered
+from daemon.ipc.messages import EngineState
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ async def _migrate(request: web.Request) -> web.Response:
     if not found:
         raise Refusal(f"no unfinished request is called {name!r}")
     for row in found:
-        balancer.migrate(overview.facts(), row["rid"], row["engine"], engine, request.query.get("how", "live"))
+        balancer.migrate(overview.facts(), row["rid"], row["engine"], engine, request.query.get("how", MigrationMode.LIVE))
     log.info("request %s ordered to engine %d by %s", name, engine, _who(request))
     return web.json_response({"ordered": [row["id"] for row in found], "engine": engine})
 

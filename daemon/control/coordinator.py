@@ -12,16 +12,15 @@ import time
 
 from aiohttp import web
 
-from daemon import child
-from daemon.child import LEAVE, Birth
-from daemon.control import doorbell
 from daemon.control.admin import build_admin
-from daemon.control.balancer import Balancer
-from daemon.control.events import Ordered
-from daemon.control.fabric import Fabric
-from daemon.control.messages import EngineState
-from daemon.control.overview import Overview
-from daemon.control.scaler import Scaler
+from daemon.control.autoscaler import Scaler
+from daemon.control.rebalancer import Balancer
+from daemon.control.status import Overview
+from daemon.ipc import child, doorbell
+from daemon.ipc.child import LEAVE, Birth
+from daemon.ipc.events import Ordered
+from daemon.ipc.layout import Fabric
+from daemon.ipc.messages import EngineState
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import math
 import msgspec
 from aiohttp import web
 
-from daemon.control.chronicle import Chronicle, Row
-from daemon.control.overview import Overview
+from daemon.control.event_history import Chronicle, Row
+from daemon.control.status import Overview
 
 OVERVIEW = web.AppKey("overview", Overview)
 _ENDING = web.AppKey("ending", asyncio.Event)

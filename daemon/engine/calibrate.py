@@ -11,10 +11,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cost import Observation, StepCost, fit
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, Runner, StepPlan
+from daemon.ipc.messages import RequestParams, SamplingParams
 
 BUDGET = 0.2  # seconds
 DEVICE_BUDGET = 2.0

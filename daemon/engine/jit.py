@@ -20,9 +20,9 @@ from daemon.config import cache_dir
 
 
 def _stamp() -> str:
-    """Changes with every file of this room that compiles kernels; 12 hex digits."""
+    """Changes with every file below this folder that compiles kernels; 12 hex digits."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         source = file.read_bytes()
         if b"daemon.engine.jit" in source:
             digest.update(source)

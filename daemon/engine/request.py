@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from daemon.control.messages import Finish, RequestParams, SamplingParams
+from daemon.ipc.messages import Finish, RequestParams, SamplingParams
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daemon.models.card import ModelCard, ModelError
+from daemon.models.model_config import ModelCard, ModelError
 
 
 def rope_tables(card: ModelCard, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

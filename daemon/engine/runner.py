@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from daemon.control.messages import TokenLogprobs
 from daemon.engine.request import Request
+from daemon.ipc.messages import TokenLogprobs
 
 
 class Row(NamedTuple):

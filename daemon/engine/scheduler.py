@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from daemon.control.messages import Finish, TokenLogprobs
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan, StepResult
-from daemon.engine.waiting import Urgency, WaitingQueue
-from daemon.kvpool.blocks import BlockManager, PoolError, block_hashes
+from daemon.engine.waiting_queue import Urgency, WaitingQueue
+from daemon.ipc.messages import Finish, TokenLogprobs
+from daemon.kvpool.block_manager import BlockManager, PoolError, block_hashes
 
 Key = Callable[[Request, float], float]
 

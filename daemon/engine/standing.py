@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from daemon.control.fabric import Fabric
-from daemon.control.messages import EngineState
-from daemon.control.wishes import WishReader
-from daemon.engine.llumlet import Llumlet
+from daemon.engine.migration.llumlet import Llumlet
+from daemon.ipc.desired_state import WishReader
+from daemon.ipc.layout import Fabric
+from daemon.ipc.messages import EngineState
 
 DEADLINE = 5.0  # seconds within which whoever changes its state gives a sign of life
 

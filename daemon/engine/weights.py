@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from daemon.models import checkpoint
-from daemon.models.card import ModelCard, ModelError
+from daemon.models.model_config import ModelCard, ModelError
 
 
 class Weights(Protocol):

@@ -10,35 +10,34 @@ import time
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
-from daemon import child
-from daemon.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, LEAVE, Birth
 from daemon.config import Config
-from daemon.control import doorbell, segment, stats
-from daemon.control.eventlog import EventLog
-from daemon.control.fabric import Fabric
-from daemon.control.journal import JournalView
-from daemon.control.load import Policy, policy_of
-from daemon.control.messages import EngineFacts, EngineState, encode
-from daemon.engine.build import build_runner
+from daemon.control.policy.freeness import Policy, policy_of
+from daemon.engine.build_runner import build_runner
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
+from daemon.engine.consensus import Measure, agree
 from daemon.engine.cost import StepCost
-from daemon.engine.hands import Hands
-from daemon.engine.inbox import Inbox
-from daemon.engine.llumlet import Llumlet, Peer
-from daemon.engine.logbook import Logbook
-from daemon.engine.neighbours import Neighbours
-from daemon.engine.outbox import Outbox
-from daemon.engine.pace import Pace
+from daemon.engine.frontend_inbox import Inbox
+from daemon.engine.frontend_outbox import Outbox
+from daemon.engine.journal_reader import Records
+from daemon.engine.migration.executor import Hands
+from daemon.engine.migration.llumlet import Llumlet, Peer
+from daemon.engine.peer_inbox import Neighbours
 from daemon.engine.pipeline import Pipeline, Step
-from daemon.engine.records import Records
 from daemon.engine.runner import DeviceRunner, PoolSpec, Runner, StepPlan
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.engine.standing import Standing
-from daemon.engine.yardstick import Measure, agree
-from daemon.kvpool.blocks import BlockManager
-from daemon.kvpool.peers import Peers, Pools
-from daemon.kvpool.transfer import Mover, Transport
-from daemon.models.card import ModelError, read_card
+from daemon.engine.step_stats import Pace
+from daemon.engine.telemetry import Logbook
+from daemon.ipc import child, doorbell, metrics_page, segment
+from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, LEAVE, Birth
+from daemon.ipc.event_ring import EventLog
+from daemon.ipc.journal import JournalView
+from daemon.ipc.layout import Fabric
+from daemon.ipc.messages import EngineFacts, EngineState, encode
+from daemon.kvpool.block_manager import BlockManager
+from daemon.kvpool.host_pools import Peers, Pools
+from daemon.kvpool.host_transport import Mover, Transport
+from daemon.models.model_config import ModelError, read_card
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def _load_on_host(birth: Birth, fabric: Fabric, runner: Runner) -> _Kv:
 
 def _load_on_device(fabric: Fabric, runner: DeviceRunner) -> _Kv:
     """The model, and a pool of the runner's own in the GPU's memory."""
-    from daemon.kvpool.cuda_ipc import for_runner
+    from daemon.kvpool.cuda_pools import for_runner
 
     runner.load()
     kv = for_runner(fabric, runner.pool_memory)
@@ -188,7 +187,7 @@ class Worker:
         self._scheduler = scheduler
         self._progress = fabric.progress(fabric.process)
         self._board = fabric.board()
-        self._stats = stats.StatsPage(fabric.stats(fabric.process), stats.ENGINE)
+        self._stats = metrics_page.StatsPage(fabric.stats(fabric.process), metrics_page.ENGINE)
         self._pace = Pace(time.monotonic())
         self._steps = 0
         self._checked = True  # the books, since the last step

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from daemon.models.card import ModelCard, ModelError, read_json
+from daemon.models.model_config import ModelCard, ModelError, read_json
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SHARD_BYTES = 4 * 10**9

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from daemon.config import cache_dir
-from daemon.models.card import ModelError
+from daemon.models.model_config import ModelError
 
 Progress = Callable[[str], None]
 
@@ -144,9 +144,9 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 
 def _convert(file: Path, directory: Path, progress: Progress) -> None:
-    from daemon.models import gguf
+    from daemon.models.gguf.convert import convert, open_gguf
 
-    source = gguf.open_gguf(file)
+    source = open_gguf(file)
     size = source.converted_bytes
     kind = {"F32": "float32", "BF16": "bfloat16"}[source.dtype]
     progress(
@@ -159,7 +159,7 @@ def _convert(file: Path, directory: Path, progress: Progress) -> None:
             f"converting {file.name} takes {_gigabytes(size)} in {directory.parent}, which has "
             f"{_gigabytes(free)} free; $LLUMD_CACHE names another place"
         )
-    gguf.convert(source, directory)
+    convert(source, directory)
 
 
 def _fetch_demo(scratch: Path, progress: Progress) -> Path:

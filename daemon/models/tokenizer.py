@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from daemon.models.card import ModelError, check_tokenizer, eos_token_ids, read_json
+from daemon.models.model_config import ModelError, check_tokenizer, eos_token_ids, read_json
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.api.world import Model, World, make_model, make_world
+from tests.api.harness import Model, World, make_model, make_world
 
 
 @pytest.fixture(scope="session")

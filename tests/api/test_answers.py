@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from daemon.api.generation import NoEngine, Overloaded, TooLong
-from daemon.control.messages import Finish
-from daemon.control.seeds import choice_seed
-from tests.api.world import ANSWER, make_world, with_client
+from daemon.api.generator import NoEngine, Overloaded, TooLong
+from daemon.api.seeds import choice_seed
+from daemon.ipc.messages import Finish
+from tests.api.harness import ANSWER, make_world, with_client
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

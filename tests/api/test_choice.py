@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.api.choice import Choice
-from daemon.api.generation import Piece
-from daemon.control.messages import Finish
-from tests.models.tiny import EOS_ID
+from daemon.api.generator import Piece
+from daemon.ipc.messages import Finish
+from tests.models.tiny_model import EOS_ID
 
 TEXT = "one two three, naïve 🙂 four five six"
 

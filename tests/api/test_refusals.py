@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from daemon.api.auth import KeyRing
 from daemon.config import ConfigError
-from tests.api.world import make_world, with_client
+from tests.api.harness import make_world, with_client
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

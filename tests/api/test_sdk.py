@@ -7,7 +7,7 @@ import asyncio
 import openai
 import pytest
 
-from tests.api.world import ANSWER, make_world, with_client
+from tests.api.harness import ANSWER, make_world, with_client
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from bench.sections import Figure, Outcome, append_figure, read_figures, run_all, run_section, table
-from tests.e2e.live import lives, wait_for
+from tests.e2e.daemon_process import lives, wait_for
 
 FIGURE = Figure("copy", "a thing", 12.5, "ms", 10.0, True, {"share": 0.5})
 

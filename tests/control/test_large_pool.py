@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.control.dispatch import choose
-from daemon.control.load import NOTHING, POLICIES, Policy
-from daemon.control.messages import EngineFacts
-from daemon.control.rebalance import Pair, Reason, Rebalance, pair
-from tests.control.facts import engine
+from daemon.control.policy.dispatch import choose
+from daemon.control.policy.freeness import NOTHING, POLICIES, Policy
+from daemon.control.policy.rebalancing import Pair, Rebalance, pair
+from daemon.enums import MigrationReason
+from daemon.ipc.messages import EngineFacts
+from tests.control.factories import engine
 
 POOL = {"total_blocks": 62_500, "knee": 64, "max_num_seqs": 512}  # blocks of 16 tokens
 BY_MEMORY = [POLICIES["paper"], POLICIES["artifact"]]
@@ -42,7 +43,7 @@ def test_memory_alone_never_pairs_them(policy: Policy, overloaded: EngineFacts, 
 @scenes
 def test_llumd_pairs_them_for_lack_of_compute(overloaded: EngineFacts, other: EngineFacts):
     facts: list[EngineFacts | None] = [overloaded, other]
-    assert pair(facts, Rebalance.of(LLUMD)) == [Pair(0, 1, Reason.COMPUTE)]
+    assert pair(facts, Rebalance.of(LLUMD)) == [Pair(0, 1, MigrationReason.COMPUTE)]
 
 
 @pytest.mark.parametrize("policy", BY_MEMORY, ids=lambda policy: policy.name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.live import Daemon, running
+from tests.e2e.daemon_process import Daemon, running
 
 Start = Callable[..., Daemon]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from daemon.control.dispatch import AFFINITY_BOUND
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm, engine_of
+from daemon.control.policy.dispatch import AFFINITY_BOUND
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon
+from tests.e2e.daemon_process import Daemon
+from tests.e2e.load_client import Swarm, engine_of
 
 TWO = ("--frontends", "1", "--devices", "cpu,cpu", "--stub-step", "10ms", "--no-rebalance")
 TURNS, TALKS = 4, 3  # an odd number of talks: by turns alone each would go from engine to engine
@@ -23,10 +23,10 @@ def daemon(start_shared: Start) -> Daemon:
 
 def ask(daemon: Daemon, talk: int, turn: int) -> int:
     """One turn of a talk, answered alone; the prompt tokens that were found in the engine's cache."""
-    prompt = hashed.prompt_of(1000 + talk, 200) + hashed.prompt_of(10 * talk + turn, 20)
+    prompt = hash_engine.prompt_of(1000 + talk, 200) + hash_engine.prompt_of(10 * talk + turn, 20)
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": 3, "seed": 1, "logprobs": 0}
     answer = daemon.post(body).json()
-    assert answer["choices"][0]["logprobs"]["tokens"] == hashed.expected(body)
+    assert answer["choices"][0]["logprobs"]["tokens"] == hash_engine.expected(body)
     daemon.await_idle()
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
@@ -49,13 +49,13 @@ def test_without_affinity_it_does_not(start: Start) -> None:
 
 def test_a_burst_with_one_beginning_spreads(daemon: Daemon) -> None:
     """One engine holds the beginning, or both: they get as many but for what the beginning is worth."""
-    bodies = [hashed.request(i, length=240, shared=200, output=200) for i in range(41)]
+    bodies = [hash_engine.request(i, length=240, shared=200, output=200) for i in range(41)]
     daemon.post(bodies[0] | {"stream": False})
     daemon.await_idle()
     with Swarm(daemon, bodies[1:]) as swarm:
         swarm.await_tokens()
         engines = engine_of(daemon, swarm.outcomes)
         outcomes = swarm.join()
-    assert all(map(hashed.exact, bodies[1:], outcomes))
+    assert all(map(hash_engine.exact, bodies[1:], outcomes))
     assert abs(engines.count(0) - engines.count(1)) <= 2 * AFFINITY_BOUND
     assert -1 not in engines

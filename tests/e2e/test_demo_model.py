@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from daemon.models import store
-from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon
+from tests.e2e.daemon_process import Daemon
+from tests.e2e.load_client import Swarm
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = [

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Swarm
 
 BATCH = 2  # places in a batch
 

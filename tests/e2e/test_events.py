@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from daemon.llumctl import EXIT_NOT_RUNNING
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm, engine_of
+from daemon.cli.llumctl import EXIT_NOT_RUNNING
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import PYTHON, ROOT, Daemon, wait_for
-from tests.e2e.moving import migrate
+from tests.e2e.daemon_process import PYTHON, ROOT, Daemon, wait_for
+from tests.e2e.load_client import Swarm, engine_of
+from tests.e2e.mover import migrate
 
 FLAGS = ("--frontends", "2", "--stub-step", "10ms", "--no-rebalance")
-BODY = hashed.request(0, length=200, output=1000)
+BODY = hash_engine.request(0, length=200, output=1000)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def following(daemon: Daemon, out: Path, *args: str) -> Iterator[subprocess.Pope
     """`llumctl events --follow`, writing to `out`."""
     # What starts the tests in the background may have SIGINT ignored, and that is inherited.
     hearing = ["env", "--default-signal=INT", *PYTHON]
-    command = [*hearing, "daemon.llumctl", "--run-dir", str(daemon.run_dir), "events", "--follow", *args]
+    command = [*hearing, "daemon.cli.llumctl", "--run-dir", str(daemon.run_dir), "events", "--follow", *args]
     with (
         out.open("w") as file,
         subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True) as process,
@@ -151,7 +151,7 @@ def test_a_follower_who_does_not_read_holds_nobody_up(start: Start) -> None:
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.connect(str(daemon.run_dir / "admin.sock"))
         deaf.sendall(b"GET /v1/events?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n")
-        body = hashed.request(0, length=16, output=1)
+        body = hash_engine.request(0, length=16, output=1)
         for _ in range(16):  # more rows than the socket holds
             with Swarm(daemon, [body] * 100) as swarm:
                 assert all(outcome.status == 200 for outcome in swarm.join())

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
+from tests.e2e.load_client import Swarm
 
 
 def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
     # without moves: after one, what the former owner still had on its ring is stale by right
     options = ("--frontends", "2", "--kv-memory", "32Ki", "--stub-step", "10ms", "--no-rebalance")
     daemon = start(*options, engine="hash")
-    bodies = [hashed.request(i, length=100, shared=64, output=60, stream=i % 4 != 0) for i in range(64)]
+    bodies = [hash_engine.request(i, length=100, shared=64, output=60, stream=i % 4 != 0) for i in range(64)]
     with Swarm(daemon, bodies) as swarm:
         outcomes = swarm.join()
     wrong = [
-        i for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True)) if not hashed.exact(body, outcome)
+        i for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True)) if not hash_engine.exact(body, outcome)
     ]
     assert not wrong
     daemon.await_idle()

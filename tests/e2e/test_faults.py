@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm, engine_of
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Swarm, engine_of
 
 RESUMES = "llumd:resumes_total"
 LONG = 240  # tokens: seconds, in which one looks around before something is killed
@@ -32,14 +32,14 @@ def daemon(shared: Daemon) -> Daemon:
 
 
 def bodies(count: int, output: int = 80, **fields: Any) -> list[dict[str, Any]]:
-    return [hashed.request(i, output=output, **fields) for i in range(count)]
+    return [hash_engine.request(i, output=output, **fields) for i in range(count)]
 
 
 def all_exact(daemon: Daemon, count: int = 12) -> bool:
     """Whether the daemon, as it is now, answers exactly."""
     asked = bodies(count, output=5)
     with Swarm(daemon, asked) as swarm:
-        return all(map(hashed.exact, asked, swarm.join()))
+        return all(map(hash_engine.exact, asked, swarm.join()))
 
 
 def test_a_killed_engines_requests_go_on_elsewhere(daemon: Daemon) -> None:
@@ -51,7 +51,7 @@ def test_a_killed_engines_requests_go_on_elsewhere(daemon: Daemon) -> None:
         before = daemon.kill("engine", 0)
         outcomes = swarm.join()
     assert {0, 1} == set(engines)
-    assert all(map(hashed.exact, asked, outcomes))
+    assert all(map(hash_engine.exact, asked, outcomes))
     assert daemon.metric(RESUMES) - resumed >= engines.count(0)
     assert daemon.await_successor("engine", 0, before)["restarts"] == before["restarts"] + 1
     daemon.await_whole().await_idle()
@@ -85,7 +85,7 @@ def test_requests_wait_for_the_only_engines_successor(start: Start) -> None:
         swarm.await_tokens(2)
         daemon.kill("engine", 0)
         outcomes = swarm.join()
-    assert all(map(hashed.exact, asked, outcomes))
+    assert all(map(hash_engine.exact, asked, outcomes))
     daemon.await_idle()
 
 
@@ -100,12 +100,12 @@ def test_without_resumes_a_killed_engine_costs_its_own_requests(start: Start) ->
         outcomes = swarm.join()
     for body, outcome, engine in zip(asked[:16], outcomes[:16], engines, strict=True):
         if engine == 1:
-            assert hashed.exact(body, outcome)
+            assert hash_engine.exact(body, outcome)
         else:
             assert outcome.failed_cleanly, outcome
             assert outcome.errors[0]["code"] == "engine_error"
-            assert hashed.exact_so_far(body, outcome)
-    whole = [hashed.exact(body, outcome) for body, outcome in zip(asked[16:], outcomes[16:], strict=True)]
+            assert hash_engine.exact_so_far(body, outcome)
+    whole = [hash_engine.exact(body, outcome) for body, outcome in zip(asked[16:], outcomes[16:], strict=True)]
     lost = [outcome.failed_cleanly and outcome.status == 500 for outcome in outcomes[16:]]
     assert all(a != b for a, b in zip(whole, lost, strict=True))
     assert any(whole)
@@ -123,7 +123,7 @@ def test_all_children_die_at_once(daemon: Daemon) -> None:
         asked = bodies(8, output=5)
         with Swarm(daemon, asked) as early:  # they wait in the listener, and may find no engine yet
             for body, outcome in zip(asked, early.join(), strict=True):
-                assert outcome.status == 503 or hashed.exact(body, outcome)
+                assert outcome.status == 503 or hash_engine.exact(body, outcome)
     daemon.await_whole().await_idle()
     assert all_exact(daemon)
 
@@ -143,7 +143,7 @@ def test_killed_frontend_frees_what_it_owned_and_its_sibling_serves(daemon: Daem
             assert outcome.broken
             assert not outcome.closed
         else:
-            assert hashed.exact(body, outcome)
+            assert hash_engine.exact(body, outcome)
     daemon.await_idle()
     assert all_exact(daemon)
 
@@ -163,7 +163,7 @@ def test_connections_wait_for_the_only_frontends_successor(start: Start) -> None
     asked = bodies(20, output=5)
     with Swarm(daemon, asked) as swarm:
         outcomes = swarm.join()
-    assert all(map(hashed.exact, asked, outcomes)), [o.broken for o in outcomes]
+    assert all(map(hash_engine.exact, asked, outcomes)), [o.broken for o in outcomes]
     assert daemon.child("frontend")["incarnation"] == before["incarnation"] + 1
 
 
@@ -174,7 +174,7 @@ def test_killed_coordinator_is_not_missed(daemon: Daemon) -> None:
         before = daemon.kill("coordinator")
         assert all_exact(daemon)
         daemon.await_successor("coordinator", 0, before)
-        assert all(map(hashed.exact, asked, swarm.join()))
+        assert all(map(hash_engine.exact, asked, swarm.join()))
     assert daemon.ctl("status").returncode == 0
 
 
@@ -196,7 +196,7 @@ def test_silent_engine_is_killed_and_replaced(start: Start) -> None:
         after = daemon.await_successor("engine", 1, before)
         outcomes = swarm.join()
     assert "SIGKILL" in after["last_exit"]
-    assert all(map(hashed.exact, asked, outcomes))
+    assert all(map(hash_engine.exact, asked, outcomes))
     daemon.await_idle()
     assert all_exact(daemon)
 

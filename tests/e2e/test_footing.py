@@ -7,11 +7,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm, engine_of
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import move
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Swarm, engine_of
+from tests.e2e.mover import move
 
 GROWTH = 8 << 20  # bytes a process may grow by over a few hundred requests: arenas settle, nothing accumulates
 MOST_OF_THE_JOURNAL = {"prompt": [5] * 4, "max_tokens": 6000, "logprobs": 20, "stream": True}  # 97 % of 1 MiB
@@ -47,13 +47,13 @@ def test_every_child_says_what_it_is(daemon: Daemon) -> None:
 
 
 def test_frontends_share_a_burst_of_connections(daemon: Daemon) -> None:
-    asked = [hashed.request(i, length=20, output=150) for i in range(128)]
+    asked = [hash_engine.request(i, length=20, output=150) for i in range(128)]
     asked += [{"prompt": "x", "max_tokens": 10, "stream": True} for _ in range(128)]
     with Swarm(daemon, asked) as swarm:
         shares = wait_for("a part of it for each", lambda: _shares(daemon))
         outcomes = swarm.join()
     assert min(shares) > 20
-    assert all(map(hashed.exact, asked[:128], outcomes[:128]))
+    assert all(map(hash_engine.exact, asked[:128], outcomes[:128]))
     assert all(outcome.whole and outcome.text for outcome in outcomes[128:])
     daemon.await_idle()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
-from tests.e2e.live import HEADERS, Daemon, wait_for
+from tests.e2e.daemon_process import HEADERS, Daemon, wait_for
+from tests.e2e.load_client import Swarm
 
 QUEUE = 4
 LONG = {"prompt": "x", "max_tokens": 200, "stream": True}  # 6 seconds' work, longer than the deadline

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
-from tests.e2e.live import ROOT, Daemon, wait_for
+from tests.e2e.daemon_process import ROOT, Daemon, wait_for
+from tests.e2e.load_client import Swarm
 
 LONG: dict[str, Any] = {"prompt": "once upon a time", "max_tokens": 4000, "stream": True}
 
@@ -95,7 +95,7 @@ def test_top_in_a_terminal_is_drawn_in_place(daemon: Daemon, tmp_path: Path) -> 
     def screen() -> str:
         return tmux("capture-pane", "-p", "-t", "top")
 
-    top = f"{sys.executable} -m daemon.llumctl --run-dir {daemon.run_dir} top --interval 0.1; echo left with $?; cat"
+    top = f"{sys.executable} -m daemon.cli.llumctl --run-dir {daemon.run_dir} top --interval 0.1; echo left with $?; cat"
     tmux("new-session", "-d", "-s", "top", "-x", "120", "-y", "40", top)
     try:
         wait_for("an idle daemon on the screen", lambda: "no unfinished requests" in screen())
@@ -112,7 +112,7 @@ def test_top_in_a_terminal_is_drawn_in_place(daemon: Daemon, tmp_path: Path) -> 
 
 def test_exit_codes_without_a_daemon(tmp_path: Path) -> None:
     def ctl(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "daemon.llumctl", "--run-dir", str(tmp_path), *args]
+        command = [sys.executable, "-m", "daemon.cli.llumctl", "--run-dir", str(tmp_path), *args]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20, check=False)
 
     absent = ctl("status")

@@ -8,9 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from tests.e2e.clients import Swarm
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Swarm
 
 ONE_SERIES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 LONG = {"prompt": "x", "max_tokens": 4000, "stream": True}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from daemon import llumctl
-from tests.e2e import hashed
-from tests.e2e.clients import Outcome, Swarm, engine_of
+from daemon.cli import llumctl
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import HELD, Daemon, wait_for
-from tests.e2e.moving import TAKEOVERS, Shuffler, answers, migrate, order
+from tests.e2e.daemon_process import HELD, Daemon, wait_for
+from tests.e2e.load_client import Outcome, Swarm, engine_of
+from tests.e2e.mover import TAKEOVERS, Shuffler, answers, migrate, order
 
 # LLUMD_LONG=1 moves 200 requests of the model; minutes.
 LONG = os.environ.get("LLUMD_LONG") == "1"
@@ -50,13 +50,13 @@ def two(duo: Daemon) -> Daemon:
 
 
 def bodies(count: int, output: int = 200) -> list[dict[str, Any]]:
-    return [hashed.request(i, length=100, shared=64, output=output, stream=i % 4 != 0) for i in range(count)]
+    return [hash_engine.request(i, length=100, shared=64, output=output, stream=i % 4 != 0) for i in range(count)]
 
 
 def sound(body: dict[str, Any], outcome: Outcome) -> bool:
     """Exact, or broken off with no wrong token and with a word of it to the client."""
     told = outcome.failed_cleanly or bool(outcome.broken)
-    return hashed.exact(body, outcome) or (told and hashed.exact_so_far(body, outcome))
+    return hash_engine.exact(body, outcome) or (told and hash_engine.exact_so_far(body, outcome))
 
 
 def run_shuffled(daemon: Daemon, asked: list[dict[str, Any]], seed: int, engines: int) -> list[Outcome]:
@@ -71,7 +71,7 @@ def test_random_moves_between_three_engines(three: Daemon) -> None:
     before = three.metric(TAKEOVERS)
     asked = bodies(60)
     outcomes = run_shuffled(three, asked, 1, 3)
-    assert all(map(hashed.exact, asked, outcomes))
+    assert all(map(hash_engine.exact, asked, outcomes))
     three.await_idle()
     assert three.metric(TAKEOVERS) - before > 10
 
@@ -81,7 +81,7 @@ def test_random_moves_where_memory_is_short(start: Start) -> None:
     daemon = start(*FLAGS, "--kv-memory", "48Ki", engine="hash")
     asked = bodies(75, output=120)
     for seed in range(2, 12):
-        assert all(map(hashed.exact, asked, run_shuffled(daemon, asked, seed, 2)))
+        assert all(map(hash_engine.exact, asked, run_shuffled(daemon, asked, seed, 2)))
         daemon.await_idle()
         if daemon.metric(TAKEOVERS) > 10:  # most orders find no room
             break
@@ -91,7 +91,7 @@ def test_random_moves_where_memory_is_short(start: Start) -> None:
 
 def test_every_way_to_move(two: Daemon) -> None:
     ways = ("live", "blocking", "recompute")
-    asked = [hashed.request(i, length=200, output=300) for i in range(3)]
+    asked = [hash_engine.request(i, length=200, output=300) for i in range(3)]
     before = two.metric(TAKEOVERS)
     with Swarm(two, asked) as swarm:
         swarm.await_tokens(20)
@@ -99,7 +99,7 @@ def test_every_way_to_move(two: Daemon) -> None:
         for outcome, engine, how in zip(swarm.outcomes, here, ways, strict=True):
             migrate(two, outcome.id, 1 - engine, how)
         wait_for("each on the other engine", lambda: engine_of(two, swarm.outcomes) == [1 - e for e in here])
-        assert all(map(hashed.exact, asked, swarm.join()))
+        assert all(map(hash_engine.exact, asked, swarm.join()))
     two.await_idle()
     assert two.metric(TAKEOVERS) - before == 2  # what is computed anew is not taken over
 
@@ -118,18 +118,18 @@ def test_death_in_the_middle_of_moves(three: Daemon, role: str, index: int) -> N
         three.await_successor(role, index, killed)
         outcomes = swarm.join()
     assert all(map(sound, asked, outcomes))
-    whole = [hashed.exact(body, outcome) for body, outcome in zip(asked, outcomes, strict=True)]
+    whole = [hash_engine.exact(body, outcome) for body, outcome in zip(asked, outcomes, strict=True)]
     assert all(whole) or (role == "frontend" and any(whole))
     three.await_whole().await_idle()
     after = bodies(12, output=20)
-    assert all(map(hashed.exact, after, run_shuffled(three, after, 4, 3)))
+    assert all(map(hash_engine.exact, after, run_shuffled(three, after, 4, 3)))
 
 
 def test_disconnects_and_cancels_in_the_middle_of_moves(three: Daemon) -> None:
     chance = random.Random(5)
     leave, cancel = (chance.sample(part, 12) for part in (range(30), range(30, 60)))
-    outputs = [hashed.ENDLESS if i in cancel else 200 for i in range(60)]
-    asked = [hashed.request(i, length=100, shared=64, output=output) for i, output in enumerate(outputs)]
+    outputs = [hash_engine.ENDLESS if i in cancel else 200 for i in range(60)]
+    asked = [hash_engine.request(i, length=100, shared=64, output=output) for i, output in enumerate(outputs)]
     with Swarm(three, asked) as swarm, Shuffler(three, 5, engines=3):
         swarm.await_tokens(1)
         for left, cancelled in zip(leave, cancel, strict=True):
@@ -138,13 +138,13 @@ def test_disconnects_and_cancels_in_the_middle_of_moves(three: Daemon) -> None:
         outcomes = swarm.join()
     for i, (body, outcome) in enumerate(zip(asked, outcomes, strict=True)):
         if i in leave:
-            assert hashed.exact_so_far(body, outcome)
+            assert hash_engine.exact_so_far(body, outcome)
         elif i in cancel:
             assert outcome.failed_cleanly
             assert outcome.errors[0]["code"] == "cancelled"
-            assert hashed.exact_so_far(body, outcome)
+            assert hash_engine.exact_so_far(body, outcome)
         else:
-            assert hashed.exact(body, outcome)
+            assert hash_engine.exact(body, outcome)
     three.await_idle()
 
 
@@ -194,7 +194,7 @@ def even(daemon: Daemon) -> bool:
 
 
 def test_drain_under_load(two: Daemon) -> None:
-    asked, ending, few = bodies(40, output=hashed.ENDLESS), bodies(8, output=400), bodies(8, output=10)
+    asked, ending, few = bodies(40, output=hash_engine.ENDLESS), bodies(8, output=400), bodies(8, output=10)
     before = two.metric(TAKEOVERS)
     with Swarm(two, asked) as swarm, Swarm(two, ending) as ends:
         wait_for("work on both engines", lambda: even(two))
@@ -206,7 +206,7 @@ def test_drain_under_load(two: Daemon) -> None:
         assert not any(row[name] for name in HELD)
         assert {r["engine"] for r in two.requests()} == {1}
         with Swarm(two, few) as new:
-            assert all(map(hashed.exact, few, new.join()))
+            assert all(map(hash_engine.exact, few, new.join()))
         assert two.child("engine", 0)["steps"] == row["steps"]
         moved = two.metric(TAKEOVERS) - before
         assert moved >= 10
@@ -215,27 +215,27 @@ def test_drain_under_load(two: Daemon) -> None:
         assert (done.returncode, done.stdout.strip()) == (0, "engine 0 serves again")
         two.await_whole()
         with Swarm(two, few) as new:
-            assert all(map(hashed.exact, few, new.join()))
+            assert all(map(hash_engine.exact, few, new.join()))
         assert two.child("engine", 0)["steps"] > row["steps"]
         said = two.ctl("rebalance", "--dry-run").stdout
         assert "rebalance is off" in said
         assert "goes on moving" not in said
         assert two.metric(TAKEOVERS) - before == moved
-        assert all(map(hashed.exact, ending, ends.join()))
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact, ending, ends.join()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     two.await_idle()
 
 
 def test_drain_goes_on_when_nobody_waits_for_it(two: Daemon) -> None:
-    asked, ending = bodies(40, output=hashed.ENDLESS), bodies(8, output=300)
+    asked, ending = bodies(40, output=hash_engine.ENDLESS), bodies(8, output=300)
     with Swarm(two, asked) as swarm, Swarm(two, ending) as ends:
         wait_for("work on both engines", lambda: even(two))
         done = two.ctl("drain", "1", "--within", "0s")
         assert done.returncode == llumctl.EXIT_TIMEOUT
         assert "goes on draining" in done.stdout
         wait_for("everybody on engine 0", lambda: {r["engine"] for r in two.requests()} == {0})
-        assert all(map(hashed.exact, ending, ends.join()))
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact, ending, ends.join()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     two.await_idle()
 
 
@@ -261,7 +261,7 @@ def reasons(daemon: Daemon, naming: str) -> str:
 def test_unequal_load_evens_out_by_itself(start: Start) -> None:
     daemon = start("--frontends", "2", "--stub-step", "10ms", engine="hash")
     assert daemon.ctl("drain", "1").returncode == 0
-    asked = [hashed.request(i, length=100, output=1000) for i in range(60)]
+    asked = [hash_engine.request(i, length=100, output=1000) for i in range(60)]
 
     def running() -> list[int]:
         return [e["running"] for e in daemon.status()["engines"]]
@@ -274,7 +274,7 @@ def test_unequal_load_evens_out_by_itself(start: Start) -> None:
         assert "gives (compute)" in said
         wait_for("an even load", lambda: min(running()) >= 20)
         assert daemon.metric(TAKEOVERS) >= 15
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     daemon.await_idle()
 
 
@@ -282,7 +282,7 @@ def test_unequal_load_evens_out_by_itself(start: Start) -> None:
 
 
 def test_orders_that_make_no_sense_are_refused(two: Daemon) -> None:
-    with Swarm(two, [hashed.request(0, output=2000)]) as swarm:
+    with Swarm(two, [hash_engine.request(0, output=2000)]) as swarm:
         swarm.await_tokens(1)
         name = swarm.outcomes[0].id
         [here] = engine_of(two, swarm.outcomes)

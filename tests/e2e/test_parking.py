@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from daemon import llumctl
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm
+from daemon.cli import llumctl
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import order
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Swarm
+from tests.e2e.mover import order
 
 THREE = ("--devices", "cpu,cpu,cpu", "--stub-step", "10ms", "--kv-memory", "8MiB")
 
@@ -36,13 +36,13 @@ def three(trio: Daemon) -> Daemon:
 
 
 def bodies(count: int, output: int = 200) -> list[dict[str, Any]]:
-    return [hashed.request(i, length=100, shared=64, output=output, stream=i % 4 != 0) for i in range(count)]
+    return [hash_engine.request(i, length=100, shared=64, output=output, stream=i % 4 != 0) for i in range(count)]
 
 
 def all_exact(daemon: Daemon, count: int = 12) -> bool:
     asked = bodies(count, output=5)
     with Swarm(daemon, asked) as swarm:
-        return all(map(hashed.exact, asked, swarm.join()))
+        return all(map(hash_engine.exact, asked, swarm.join()))
 
 
 def states(daemon: Daemon) -> list[str]:
@@ -64,7 +64,7 @@ def mapped(daemon: Daemon, segment: str) -> bool:
 
 
 def test_parked_under_load_and_woken(three: Daemon) -> None:
-    asked, ending = bodies(45, output=hashed.ENDLESS), bodies(9, output=300)
+    asked, ending = bodies(45, output=hash_engine.ENDLESS), bodies(9, output=300)
     before, held = three.child("engine", 1), segments(three.process.pid)
     with Swarm(three, asked) as swarm, Swarm(three, ending) as ends:
         wait_for("work on all engines", lambda: all(e["running"] >= 8 for e in three.status()["engines"]))
@@ -89,8 +89,8 @@ def test_parked_under_load_and_woken(three: Daemon) -> None:
         assert three.child("engine", 1)["incarnation"] == before["incarnation"] + 1
         three.await_whole()
         wait_for("work for it", lambda: all_exact(three) and three.child("engine", 1)["steps"] > 0)
-        assert all(map(hashed.exact, ending, ends.join()))
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact, ending, ends.join()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     three.await_idle()
     assert "ERROR" not in three.log
 
@@ -106,7 +106,7 @@ def test_requests_that_arrive_while_engines_come_and_go(three: Daemon) -> None:
 
 
 def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
-    asked, ending = bodies(9, output=hashed.ENDLESS), bodies(3, output=400)
+    asked, ending = bodies(9, output=hash_engine.ENDLESS), bodies(3, output=400)
     before = three.child("engine", 2)
     with Swarm(three, asked) as swarm, Swarm(three, ending) as ends:
         wait_for("work on all engines", lambda: all(e["running"] for e in three.status()["engines"]))
@@ -120,8 +120,8 @@ def test_a_park_that_is_called_off_costs_no_process(three: Daemon) -> None:
         order(three, 2, "wake")
         wait_for("its return", lambda: states(three)[2] == "serving")
         assert three.child("engine", 2)["pid"] == before["pid"]
-        assert all(map(hashed.exact, ending, ends.join()))
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact, ending, ends.join()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     assert three.await_whole().child("engine", 2)["pid"] == before["pid"]
     three.await_idle()
 
@@ -137,14 +137,14 @@ def test_what_is_parked_and_then_drained_sleeps_on(three: Daemon) -> None:
 
 def test_what_drains_goes_to_whoever_has_room_however_busy(three: Daemon) -> None:
     """The last engine ends far below the mark at which it would take anything else, and its batch full."""
-    asked = [hashed.request(i, length=40, output=2000) for i in range(70)]
+    asked = [hash_engine.request(i, length=40, output=2000) for i in range(70)]
     with Swarm(three, asked) as swarm:
         wait_for("work on all engines", lambda: all(e["running"] >= 15 for e in three.status()["engines"]))
         assert three.ctl("drain", "0").returncode == 0
         order(three, 1, "drain")
         wait_for("a full batch", lambda: three.child("engine", 2)["running"] == 64)
         wait_for("the rest where it was", lambda: three.child("engine", 1)["running"] == 6)
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     three.await_idle()
 
 
@@ -200,7 +200,7 @@ def test_engines_are_parked_when_idle_and_woken_under_load(start: Start) -> None
     scaling = ("--min-engines", "1", "--max-engines", "2", "--scale-period", "500ms")
     daemon = start(*scaling, *THREE, engine="hash", whole=False)
     wait_for("all but one parked", lambda: sorted(states(daemon)) == ["parked", "parked", "serving"])
-    asked = [hashed.request(i, length=100, output=hashed.ENDLESS) for i in range(60)]
+    asked = [hash_engine.request(i, length=100, output=hash_engine.ENDLESS) for i in range(60)]
     with Swarm(daemon, asked) as swarm:
 
         def even() -> bool:
@@ -209,7 +209,7 @@ def test_engines_are_parked_when_idle_and_woken_under_load(start: Start) -> None
 
         wait_for("another that helps", even)
         assert states(daemon).count("serving") == 2
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     wait_for("all but one parked again", lambda: sorted(states(daemon)) == ["parked", "parked", "serving"])
     assert all_exact(daemon)
     assert "is woken: 1 engines serve" in daemon.log

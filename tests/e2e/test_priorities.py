@@ -8,14 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
-from daemon import llumctl
-from daemon.control.seeds import choice_seed
-from daemon.engine.runner_hash import expected_stream
-from tests.e2e import hashed
-from tests.e2e.clients import Outcome, Swarm, engine_of
+from daemon.api.seeds import choice_seed
+from daemon.cli import llumctl
+from daemon.engine.fake.hash import expected_stream
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import TAKEOVERS, Shuffler, migrate, order
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Outcome, Swarm, engine_of
+from tests.e2e.mover import TAKEOVERS, Shuffler, migrate, order
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +48,24 @@ def in_batch(daemon: Daemon) -> tuple[int, int]:
 
 
 def test_an_urgent_request_gets_in_at_once_where_the_batch_is_full(single: Daemon) -> None:
-    asked = [hashed.request(i, output=hashed.ENDLESS) for i in range(2)]
+    asked = [hash_engine.request(i, output=hash_engine.ENDLESS) for i in range(2)]
     with Swarm(single, asked) as swarm:
         swarm.await_tokens(5)
-        urgent = hashed.request(2, output=20)
+        urgent = hash_engine.request(2, output=20)
         with Swarm(single, [urgent | {"priority": "high"}]) as other:
             [outcome] = other.join(10)
-        assert hashed.exact(urgent, outcome)
+        assert hash_engine.exact(urgent, outcome)
         assert not any(outcome.ended for outcome in swarm.outcomes)
         seen = [len(outcome.text) for outcome in swarm.outcomes]
         wait_for("both going on", lambda: all(len(o.text) > n for o, n in zip(swarm.outcomes, seen, strict=True)))
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     assert single.child("engine", 0)["preemptions"] == 1
     single.await_idle()
 
 
 def test_an_operator_lets_a_waiting_request_in_and_puts_a_running_one_off(single: Daemon) -> None:
-    running = [hashed.request(i, output=hashed.ENDLESS) for i in range(2)]
-    late = [hashed.request(i, output=hashed.ENDLESS) for i in (2, 3)]
+    running = [hash_engine.request(i, output=hash_engine.ENDLESS) for i in range(2)]
+    late = [hash_engine.request(i, output=hash_engine.ENDLESS) for i in (2, 3)]
     with Swarm(single, running) as first:
         first.await_tokens(5)
         with Swarm(single, late) as second:
@@ -86,8 +86,8 @@ def test_an_operator_lets_a_waiting_request_in_and_puts_a_running_one_off(single
             wait_for("the last change", lambda: priorities(single, asked) == [5, 1, 1, 0])
             first.hang_up()
             second.hang_up()
-            assert all(map(hashed.exact_so_far, running, first.join()))
-            assert all(map(hashed.exact_so_far, late, second.join()))
+            assert all(map(hash_engine.exact_so_far, running, first.join()))
+            assert all(map(hash_engine.exact_so_far, late, second.join()))
     single.await_idle()
 
 
@@ -108,7 +108,7 @@ def test_a_key_brings_its_priority(start: Start, tmp_path: Path) -> None:
     keys.write_text("boss priority=high\nclerk\n")
     flags = ("--devices", "cpu", "--stub-step", "10ms", "--api-key-file", str(keys))
     daemon = start(*flags, engine="hash", key="clerk")
-    body = hashed.request(0, output=hashed.ENDLESS)
+    body = hash_engine.request(0, output=hash_engine.ENDLESS)
     shown = {}
     for key, fields in (("boss", {}), ("clerk", {}), ("boss", {"priority": 3})):
         headers = {"Authorization": f"Bearer {key}"}
@@ -125,13 +125,13 @@ def test_a_key_brings_its_priority(start: Start, tmp_path: Path) -> None:
 
 def expected(body: dict[str, Any], choice: int) -> list[str]:
     seed = choice_seed(body["seed"], choice)
-    stream = expected_stream(body["prompt"], seed, body["max_tokens"], hashed.vocab_size())
-    return [hashed.tokenizer().token_text(token) for token in stream]
+    stream = expected_stream(body["prompt"], seed, body["max_tokens"], hash_engine.vocab_size())
+    return [hash_engine.tokenizer().token_text(token) for token in stream]
 
 
 def test_all_choices_of_an_answer_move_while_they_run(pair: Daemon) -> None:
     assert pair.ctl("drain", "1").returncode == 0
-    body = hashed.request(0, length=100, output=500, stream=False) | {"n": 3, "priority": "high"}
+    body = hash_engine.request(0, length=100, output=500, stream=False) | {"n": 3, "priority": "high"}
     before = pair.metric(TAKEOVERS)
     with Swarm(pair, [body]) as swarm:
         wait_for("three running", lambda: [bool(r["output_tokens"]) for r in pair.requests()] == [True] * 3)
@@ -150,7 +150,7 @@ def test_all_choices_of_an_answer_move_while_they_run(pair: Daemon) -> None:
 
 
 def test_priorities_that_change_in_the_middle_of_moves(pair: Daemon) -> None:
-    asked = [hashed.request(i, length=100, output=hashed.ENDLESS) | {"priority": i % 3 - 1} for i in range(12)]
+    asked = [hash_engine.request(i, length=100, output=hash_engine.ENDLESS) | {"priority": i % 3 - 1} for i in range(12)]
     before = pair.metric(TAKEOVERS)
     with Swarm(pair, asked) as swarm, Shuffler(pair, 7, engines=2):
         swarm.await_tokens(1)
@@ -159,14 +159,14 @@ def test_priorities_that_change_in_the_middle_of_moves(pair: Daemon) -> None:
                 llumctl.call(pair.run_dir / "admin.sock", "POST", f"/v1/requests/{outcome.id}/priority/{value}")
         wait_for("the last change", lambda: priorities(pair, swarm.outcomes) == [3] * 12)
         wait_for("moves", lambda: pair.metric(TAKEOVERS) - before > 10)
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     pair.await_idle()
 
 
 def test_urgent_requests_are_drained_but_not_rebalanced(start: Start) -> None:
     daemon = start("--stub-step", "10ms", engine="hash")
     assert daemon.ctl("drain", "1").returncode == 0
-    asked = [hashed.request(i, length=100, output=hashed.ENDLESS) for i in range(30)]
+    asked = [hash_engine.request(i, length=100, output=hash_engine.ENDLESS) for i in range(30)]
     asked[0]["priority"] = "high"
 
     def running() -> list[int]:
@@ -182,5 +182,5 @@ def test_urgent_requests_are_drained_but_not_rebalanced(start: Start) -> None:
         assert engine_of(daemon, swarm.outcomes[:2]) == [0, 0]
         assert daemon.ctl("drain", "0").returncode == 0
         assert engine_of(daemon, swarm.outcomes) == [1] * 30
-        assert all(map(hashed.exact_so_far, asked, swarm.stop()))
+        assert all(map(hash_engine.exact_so_far, asked, swarm.stop()))
     daemon.await_idle()

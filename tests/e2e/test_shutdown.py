@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e import hashed
-from tests.e2e.clients import Swarm
+from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.live import Daemon, wait_for
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Swarm
 
 ENDLESS: dict[str, Any] = {"prompt": "x", "max_tokens": 8000, "stream": True}
 
@@ -41,7 +41,7 @@ def nothing_left(daemon: Daemon) -> None:
 @pytest.mark.parametrize("terminate", [to_supervisor, to_group])
 def test_running_answers_finish_and_new_ones_are_refused(start: Start, terminate: Callable[[Daemon], None]) -> None:
     daemon = start("--frontends", "2", "--stub-step", "20ms", engine="hash")
-    asked = [hashed.request(i, output=200, stream=i % 3 != 0) for i in range(8)]
+    asked = [hash_engine.request(i, output=200, stream=i % 3 != 0) for i in range(8)]
     with httpx.Client() as old, Swarm(daemon, asked) as swarm:
         assert old.get(f"{daemon.url}/health/ready").status_code == 200
         swarm.await_tokens(2)
@@ -55,7 +55,7 @@ def test_running_answers_finish_and_new_ones_are_refused(start: Start, terminate
             assert answer.status_code == 503
             assert answer.headers["retry-after"]
         assert daemon.get("/health/ready").status_code == 503
-        assert all(map(hashed.exact, asked, swarm.join()))
+        assert all(map(hash_engine.exact, asked, swarm.join()))
     assert daemon.wait() == 0
     nothing_left(daemon)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.child import EXIT_CONFIG
+from daemon.ipc.child import EXIT_CONFIG
 from tests.e2e.conftest import Start
-from tests.e2e.live import refused
+from tests.e2e.daemon_process import refused
 
 
 def assert_refused(home: Path, *arguments: str, naming: str) -> None:

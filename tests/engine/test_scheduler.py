@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from daemon.control.messages import Finish, RequestParams, SamplingParams, TokenLogprobs
-from daemon.engine.llumlet import Llumlet
+from daemon.engine.migration.llumlet import Llumlet
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, StepResult
 from daemon.engine.scheduler import Scheduler, fcfs
-from daemon.kvpool.blocks import BlockManager, PoolError
+from daemon.ipc.messages import Finish, RequestParams, SamplingParams, TokenLogprobs
+from daemon.kvpool.block_manager import BlockManager, PoolError
 
 SIZE, EOS = 4, 2
 
@@ -437,7 +437,7 @@ def test_a_request_keeps_its_arrival():
 
 
 @pytest.mark.parametrize(
-    "module", ["daemon.kvpool.blocks", "daemon.engine.scheduler", "daemon.engine.request", "daemon.control.messages"]
+    "module", ["daemon.kvpool.block_manager", "daemon.engine.scheduler", "daemon.engine.request", "daemon.ipc.messages"]
 )
 def test_pure_modules_import_no_number_crunching(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'numba'}} & set(sys.modules)))"

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.control.messages import Finish, RequestParams, SamplingParams
+from daemon.engine.fake.hash import HashRunner, expected_stream
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
-from daemon.engine.runner_hash import HashRunner, expected_stream
 from daemon.engine.scheduler import Scheduler
-from daemon.kvpool.blocks import BlockManager
+from daemon.ipc.messages import Finish, RequestParams, SamplingParams
+from daemon.kvpool.block_manager import BlockManager
 
 VOCAB, EOS = 40, 7
 

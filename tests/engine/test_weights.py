@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.engine.footprint import activation_bytes, weights_bytes
-from daemon.engine.model import Llama
+from daemon.engine.cpu.memory import activation_bytes, weights_bytes
+from daemon.engine.cpu.model import Llama
 from daemon.engine.weights import open_weights
 from daemon.models import checkpoint
-from daemon.models.card import ModelError, read_card
-from tests.engine.driving import make_runner
-from tests.models.tiny import make_tiny_llama, random_weights, write_weights
+from daemon.models.model_config import ModelError, read_card
+from tests.engine.cpu.harness import make_runner
+from tests.models.tiny_model import make_tiny_llama, random_weights, write_weights
 
 
 @pytest.mark.parametrize("shards", [1, 3])

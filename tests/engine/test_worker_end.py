@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from daemon.child import EXIT_CONFIG, EXIT_FAILED
+from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import threading
 from types import SimpleNamespace
 from daemon.engine import worker
-from daemon.models.card import ModelError
+from daemon.models.model_config import ModelError
 
 def serve():
     raise RuntimeError("CUDA error: an illegal memory access was encountered")

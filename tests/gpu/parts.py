@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cuda.arrays import Inputs, Size, StepArrays
 from daemon.engine.cuda.attention import Attention, Heads
-from daemon.engine.cuda.passes import Buffer, Room, Staged, _packed
+from daemon.engine.cuda.forward import Buffer, Room, Staged, _packed
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
-from daemon.models.card import ModelCard, read_card
-from tests.models.tiny import make_tiny_llama
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.models.model_config import ModelCard, read_card
+from tests.models.tiny_model import make_tiny_llama
 
 DEVICE = "cuda:0"
 SIMULATED = "SIMGPU" in os.environ
-"""The device is simulated (tests.simgpu): the long tests take less of everything."""
+"""The device is simulated (tools.simgpu): the long tests take less of everything."""
 
 BF16 = torch.bfloat16
 

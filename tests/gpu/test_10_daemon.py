@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tests.e2e.clients import Outcome, Swarm
-from tests.e2e.live import Daemon, wait_for
-from tests.e2e.moving import TAKEOVERS, Shuffler
+from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.load_client import Outcome, Swarm
+from tests.e2e.mover import TAKEOVERS, Shuffler
 from tests.gpu.parts import SIMULATED, judged, small_llama, transformers_bf16
 
 OUTPUT, STREAMS = (120, 6) if SIMULATED else (1200, 24)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from daemon.engine.cuda import kernels
-from daemon.engine.cuda.few_rows import MOST_ROWS
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
+from daemon.engine.cuda.small_batch import MOST_ROWS
 from daemon.engine.rope import rope_tables
 from tests.gpu.parts import BF16, DEVICE, SIMULATED, card_of
 

@@ -11,7 +11,7 @@ from daemon.engine.cuda.buckets import graph_buckets
 from daemon.engine.cuda.graphs import Graphs
 from daemon.engine.cuda.staging import CudaStream
 from daemon.engine.runner import Row, StepPlan
-from tests.engine.driving import generate, request
+from tests.engine.cpu.harness import generate, request
 from tests.gpu.parts import DEVICE, SIMULATED, make_gpu_runner, small_llama, tokens
 
 LARGEST = 132

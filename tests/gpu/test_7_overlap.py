@@ -6,9 +6,9 @@ from itertools import count
 
 import pytest
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.request import Request
-from tests.engine.cuda.driving import RandomSteps
+from daemon.ipc.messages import RequestParams, SamplingParams
+from tests.engine.cuda.harness import RandomSteps
 from tests.gpu.parts import make_gpu_runner, small_llama, tokens
 
 OUTPUT = 40

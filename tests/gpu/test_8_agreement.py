@@ -10,12 +10,12 @@ from itertools import count
 import pytest
 import torch
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
 from daemon.engine.scheduler import Scheduler
-from daemon.kvpool.blocks import BlockManager
-from tests.engine.driving import request, step
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.kvpool.block_manager import BlockManager
+from tests.engine.cpu.harness import request, step
 from tests.gpu.parts import judged, logits_after, make_gpu_runner, small_llama, tokens, transformers_bf16
 
 CLOSE, RARE = 1e-2, 0.02

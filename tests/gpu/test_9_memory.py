@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan
-from tests.engine.driving import generate, request
+from tests.engine.cpu.harness import generate, request
 from tests.gpu.parts import DEVICE, judged, make_gpu_runner, small_llama, tokens, transformers_bf16
 
 CHUNK = 1900  # its gate and up projection alone takes 119 MiB, a chunk of 100 tokens 6

@@ -10,10 +10,10 @@ import os
 import sys
 from types import SimpleNamespace
 
-from daemon.control import doorbell
-from daemon.control.fabric import Fabric, FabricHandles, Topology
-from daemon.control.messages import EngineFacts, EngineState, encode
-from daemon.kvpool.cuda_ipc import CudaKv, for_runner
+from daemon.ipc import doorbell
+from daemon.ipc.layout import Fabric, FabricHandles, Topology
+from daemon.ipc.messages import EngineFacts, EngineState, encode
+from daemon.kvpool.cuda_pools import CudaKv, for_runner
 from daemon.kvpool.cudart import CudaRuntime
 
 TOPOLOGY = Topology(frontends=1, engines=3)

@@ -10,9 +10,9 @@ from collections import namedtuple
 import pytest
 
 from daemon.models import store
-from daemon.models.card import ModelError, read_card
-from tests.models.tiny import make_tiny_llama
-from tests.models.tiny_gguf import make_tiny_gguf
+from daemon.models.model_config import ModelError, read_card
+from tests.models.gguf.tiny_gguf import make_tiny_gguf
+from tests.models.tiny_model import make_tiny_llama
 
 RESOLVE = "import sys; from daemon.models import store; print(store.resolve(sys.argv[1], 'auto', print))"
 DIE_HALFWAY = """

@@ -8,10 +8,10 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from daemon.models.card import ModelError
-from daemon.models.gguf_tokenizer import write_tokenizer
+from daemon.models.gguf.tokenizer import write_tokenizer
+from daemon.models.model_config import ModelError
 from daemon.models.tokenizer import Tokenizer
-from tests.models.tiny import demo_model_dir, make_tiny_llama
+from tests.models.tiny_model import demo_model_dir, make_tiny_llama
 
 BYTES = 3  # id of <0x00> in the sentencepiece vocabulary
 PIECES = ["▁", "a", "b", "c", "é", "ab", "▁a", "▁ab", "bc", "abc", "▁abc", "aa", "▁▁", "🙂", "<tool>"]

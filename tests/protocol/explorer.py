@@ -7,7 +7,7 @@ import pickle
 from collections import deque
 from typing import NamedTuple
 
-from daemon.kvpool.blocks import PoolError
+from daemon.kvpool.block_manager import PoolError
 from tests.protocol.world import PROGRESS, Action, Violation, World
 
 

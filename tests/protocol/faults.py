@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from daemon.control import ownership
-from daemon.control.messages import Release, Reprioritise, Reserve, Reserved
-from daemon.engine.llumlet import Action as Deed
-from daemon.engine.llumlet import Llumlet, Outgoing, Peer, Result, Stage
+from daemon.control.policy import ownership
+from daemon.engine.migration.llumlet import Action as Deed
+from daemon.engine.migration.llumlet import Llumlet, Outgoing, Peer, Stage
 from daemon.engine.request import Request
+from daemon.enums import MigrationResult
+from daemon.ipc.messages import Release, Reprioritise, Reserve, Reserved
 from tests.protocol.world import Action, Journals, World
 
 
@@ -53,7 +54,7 @@ class ReservationTimeout(World):
 class AbortsAtOnce(Llumlet):
     """It does not wait for its copies to end before it lets the destination free the blocks."""
 
-    def _abort(self, outgoing: Outgoing, now: float, ended: Result = Result.FINISHED) -> list[Deed]:
+    def _abort(self, outgoing: Outgoing, now: float, ended: MigrationResult = MigrationResult.FINISHED) -> list[Deed]:
         return self._end(outgoing, now)
 
 

@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from daemon.control import ownership
-from daemon.control.messages import (
+from daemon.control.policy import ownership
+from daemon.control.policy.ownership import Custody, Owner, Verdict
+from daemon.engine.migration.llumlet import Copy, Llumlet, Peer, Report, Send, Stage, Tell
+from daemon.engine.request import Request
+from daemon.engine.runner import Row, StepPlan, StepResult
+from daemon.engine.scheduler import Emission, Scheduler
+from daemon.enums import MigrationResult
+from daemon.ipc.messages import (
     AskBack,
     Cancel,
     Finish,
@@ -33,12 +39,7 @@ from daemon.control.messages import (
     Struct,
     Takeover,
 )
-from daemon.control.ownership import Custody, Owner, Verdict
-from daemon.engine.llumlet import Copy, Llumlet, Peer, Report, Result, Send, Stage, Tell
-from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan, StepResult
-from daemon.engine.scheduler import Emission, Scheduler
-from daemon.kvpool.blocks import BlockManager
+from daemon.kvpool.block_manager import BlockManager
 
 SIZE = 2  # tokens in a block
 F = -1  # the frontend's address
@@ -400,7 +401,7 @@ class World:
                 case Copy():
                     engine.copies.append(action)
                 case Report():
-                    engine.reports += action.result is not Result.HANDED_BACK
+                    engine.reports += action.result is not MigrationResult.HANDED_BACK
 
     def _put(self, a: int, b: int, sender: int, receiver: int, message: Any) -> None:
         """What is meant for a life that is over would be dropped by its successor: drop it here."""

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from daemon.control.messages import SamplingParams
 from daemon.engine.cuda.slots import DUMMY
 from daemon.engine.jit import kernel
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
+from daemon.ipc.messages import SamplingParams
 
 _NOWHERE = -1  # no position
 _UNKNOWN = -1  # no token: the device has it

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon.config import cache_dir
-from daemon.models.card import ModelCard
+from daemon.models.model_config import ModelCard
 
 Dtype = Literal["bf16", "fp16"]
 KvDtype = Literal["auto", "fp8"]  # auto: as dtype; fp8: e4m3
@@ -31,7 +31,7 @@ SAMPLER_NVCC_FLAGS = (*_NVCC_FLAGS, "-fmad=false")  # the noise is exact only wi
 APPEND_NVCC_FLAGS = SAMPLER_NVCC_FLAGS  # torch's rounding, to the last bit
 GEMV_NVCC_FLAGS = _NVCC_FLAGS
 RECORD = "built.json"
-_SOURCES = Path(__file__).parent
+_SOURCES = Path(__file__).parent / "csrc"
 _LEAST_MAJOR = 8  # bf16 on tensor cores
 _FA3_MAJOR = 9
 
@@ -104,19 +104,19 @@ def _attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int)
 
 def sampler() -> KernelSpec:
     """The project's own draw."""
-    files = ("both.h", "draw.h", "row.h", "pages.h", "launch.cuh", "sampler.cu")
+    files = ("host_device.h", "draw.h", "row.h", "pages.h", "launch.cuh", "sampler.cu")
     return _own("sampler", "the draw of tokens", files, SAMPLER_NVCC_FLAGS)
 
 
 def append() -> KernelSpec:
     """The project's own rotary embedding and append to the paged KV cache."""
-    files = ("both.h", "pages.h", "append.h", "launch.cuh", "append.cu")
+    files = ("host_device.h", "pages.h", "append.h", "launch.cuh", "append.cu")
     return _own("append", "rotary embedding and append to the KV cache", files, APPEND_NVCC_FLAGS)
 
 
 def gemv() -> KernelSpec:
     """The project's own products of few rows."""
-    files = ("both.h", "pages.h", "gemv.h", "launch.cuh", "gemv.cu")
+    files = ("host_device.h", "pages.h", "gemv.h", "launch.cuh", "gemv.cu")
     return _own("gemv", "products of few rows", files, GEMV_NVCC_FLAGS)
 
 

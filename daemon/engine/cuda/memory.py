@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from daemon.models.card import ModelError
+from daemon.models.model_config import ModelError
 
 LEAST_BLOCKS = 2  # the dummy and one to use
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
-from daemon.engine.cuda.few_rows import FewRows, Gemv, Way
 from daemon.engine.cuda.ops import Ops
+from daemon.engine.cuda.small_batch import FewRows, Gemv, Way
 from daemon.engine.cuda.weights import DeviceWeights, Layer, Linear
 from daemon.engine.rope import rope_tables
-from daemon.models.card import ModelCard
+from daemon.models.model_config import ModelCard
 
 
 class Llama:

@@ -12,25 +12,25 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from daemon.control.messages import RequestParams, SamplingParams, TokenLogprobs
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import DrawParams, Size, StepArrays
 from daemon.engine.cuda.attention import Attention, FlashInferAttention, Heads, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
-from daemon.engine.cuda.few_rows import Gemv, Way, few_buckets
+from daemon.engine.cuda.forward import Passes, Room, Staged
 from daemon.engine.cuda.graphs import Graphs
 from daemon.engine.cuda.memory import LEAST_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.model import Llama
 from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
-from daemon.engine.cuda.passes import Passes, Room, Staged
 from daemon.engine.cuda.sampler import KernelDraw, TorchDraw
 from daemon.engine.cuda.slots import Slots
+from daemon.engine.cuda.small_batch import Gemv, Way, few_buckets
 from daemon.engine.cuda.staging import CudaStream, HostStream, Mark, Rotation, Stream
 from daemon.engine.cuda.weights import load_weights
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, StepPlan, StepResult
-from daemon.engine.sampler import Sampler, inverse_temperature, min_p_depth
-from daemon.models.card import ModelCard, ModelError
+from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
+from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
+from daemon.models.model_config import ModelCard, ModelError
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The draw on the device: exactly the tokens that `daemon.engine.sampler` draws on the CPU from the same logits.
+"""The draw on the device: exactly the tokens that `daemon.engine.sampling.sampler` draws on the CPU from the same logits.
 
 `KernelDraw` launches one kernel (sampler.cu: a team of threads on a GPU; row.h: how a team draws a row; draw.h: the
 arithmetic). A row's logits are read once from memory and stay in the shared memory of a cluster of blocks; largest

@@ -10,7 +10,7 @@ import torch
 
 from daemon.engine.weights import Checkpoint, Dummy, Weights
 from daemon.models import checkpoint
-from daemon.models.card import ModelCard
+from daemon.models.model_config import ModelCard
 
 
 class Linear(NamedTuple):

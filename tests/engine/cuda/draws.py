@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cuda.sampler import SampleParams
 from daemon.engine.request import Request
-from daemon.engine.sampler import Sampler, inverse_temperature, min_p_depth
+from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
+from daemon.ipc.messages import RequestParams, SamplingParams
 
 KINDS = ["flat", "wide", "peaked", "steps", "equal", "holes", "hopeless", "infinite", "zeros", "huge", "tiny"]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[2] / "daemon" / "engine" / "cuda"
+SOURCES = HERE.parents[2] / "daemon" / "engine" / "cuda" / "csrc"
 FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC",
          "-shared", "-pthread")
 

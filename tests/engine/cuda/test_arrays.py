@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.control.messages import RequestParams, SamplingParams
 from daemon.engine.cuda.arrays import DrawParams, Inputs, Size, StepArrays, input_fields
 from daemon.engine.cuda.slots import DUMMY
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
+from daemon.ipc.messages import RequestParams, SamplingParams
 
 SLOTS, MAX_LEN, ROWS, TOKENS = 24, 200, 12, 400
 GREEDY = DrawParams(0.0, -np.inf, 0, 1.0, 0)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
 from daemon.engine.cuda.memory import pool_blocks
-from daemon.models.card import ModelError
+from daemon.models.model_config import ModelError
 
 
 @given(st.integers(1, 1500))

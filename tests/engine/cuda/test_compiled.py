@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from daemon.engine.cuda import kernels
-from daemon.engine.cuda.few_rows import MOST_ROWS
+from daemon.engine.cuda.small_batch import MOST_ROWS
 
 FLAGS = {"sampler": kernels.SAMPLER_NVCC_FLAGS, "append": kernels.APPEND_NVCC_FLAGS, "gemv": kernels.GEMV_NVCC_FLAGS}
 VARIANTS = {"sampler": 1, "append": 2, "gemv": 5 * MOST_ROWS}  # gemv: add, gate, logits, and heads in two formats

@@ -9,17 +9,25 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from daemon.control.messages import Finish, RequestParams, SamplingParams
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan
 from daemon.engine.scheduler import Scheduler
-from daemon.kvpool.blocks import BlockManager
-from daemon.models.card import ModelError, read_card
-from tests.engine.cuda.driving import RandomSteps, make_cuda_runner
-from tests.engine.driving import generate, is_greedy, make_runner, reference_logits, request, step, transformers_model
-from tests.models.tiny import FAMILY, make_tiny_llama
+from daemon.ipc.messages import Finish, RequestParams, SamplingParams
+from daemon.kvpool.block_manager import BlockManager
+from daemon.models.model_config import ModelError, read_card
+from tests.engine.cpu.harness import (
+    generate,
+    is_greedy,
+    make_runner,
+    reference_logits,
+    request,
+    step,
+    transformers_model,
+)
+from tests.engine.cuda.harness import RandomSteps, make_cuda_runner
+from tests.models.tiny_model import FAMILY, make_tiny_llama
 
 
 @pytest.fixture(scope="module", params=FAMILY, ids=str)

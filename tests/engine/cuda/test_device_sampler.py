@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.control.messages import SamplingParams
-from daemon.engine import cutoff, noise
 from daemon.engine.cuda.sampler import NO_TOKEN, TorchDraw
 from daemon.engine.jit import kernel
+from daemon.engine.sampling import filters, noise
+from daemon.ipc.messages import SamplingParams
 from tests.engine.cuda.draws import KINDS, judge, make_logits, many_rows, params_of, samplings
 
 
@@ -171,13 +171,13 @@ ENDS = np.array([0, 1, 2, 3, 255, 256, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], 
 @kernel("void(float32[::1], int64[::1])")
 def cutoff_weights(x, out):
     for i in range(len(x)):
-        out[i] = cutoff._weight(x[i])
+        out[i] = filters._weight(x[i])
 
 
 @kernel("void(int64[::1], float64[::1], int64[::1])")
 def cutoff_targets(totals, top_p, out):
     for i in range(len(totals)):
-        out[i] = cutoff._nucleus_target(totals[i], top_p[i])
+        out[i] = filters._nucleus_target(totals[i], top_p[i])
 
 
 @settings(deadline=None)

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.engine.cuda.buckets import graph_buckets
-from daemon.engine.cuda.few_rows import MOST_ROWS, few_buckets
 from daemon.engine.cuda.graphs import _alike
 from daemon.engine.cuda.ops import TorchOps
+from daemon.engine.cuda.small_batch import MOST_ROWS, few_buckets
 from daemon.engine.rope import rope_tables
-from daemon.models.card import read_card
-from tests.engine.cuda.driving import make_cuda_runner
+from daemon.models.model_config import read_card
+from tests.engine.cpu.harness import generate, request
+from tests.engine.cuda.harness import make_cuda_runner
 from tests.engine.cuda.host_kernels import HostGemv, Team
-from tests.engine.driving import generate, request
 from tests.gpu.parts import card_of, judged, transformers_bf16
-from tests.models.tiny import make_tiny_llama
+from tests.models.tiny_model import make_tiny_llama
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 EPS = 1e-5

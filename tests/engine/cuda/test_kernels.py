@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon import cli
+from daemon.cli import llumd
 from daemon.engine.cuda import compile as compiler
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.kernels import KernelError, KernelSpec
-from daemon.models.card import read_card
-from tests.models.tiny import make_tiny_llama
+from daemon.models.model_config import read_card
+from tests.models.tiny_model import make_tiny_llama
 
 SILU = KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",))
 
@@ -148,7 +148,7 @@ def test_the_name_of_our_own_changes_with_its_sources_alone(tmp_path, monkeypatc
     (tmp_path / "another.cu").write_text("not its own")
     assert spec_of() == before
     seen = {before.name}
-    for file in (header, unit, "both.h"):
+    for file in (header, unit, "host_device.h"):
         (tmp_path / file).write_text("changed")
         seen.add(spec_of().name)
     assert len(seen) == 4
@@ -307,12 +307,12 @@ def test_the_command_builds_what_a_model_needs_and_lists_it(card, toolkit, tmp_p
     monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path / "kernels"))
     command = ["kernels", "build", str(card.path), "--arch", "9.0"]
     with pytest.raises(SystemExit) as done:
-        cli.main(command)
+        llumd.main(command)
     assert done.value.code == 0
     specs = kernels.required(card, arch="9.0a")
     assert kernels.check(specs, "9.0a") == kernels.directory("9.0a")
     with pytest.raises(SystemExit):
-        cli.main(["kernels", "list"])
+        llumd.main(["kernels", "list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in names(specs))
 
@@ -324,8 +324,8 @@ def test_the_command_builds_what_a_model_needs_and_lists_it(card, toolkit, tmp_p
 def test_the_command_says_what_is_wrong(card, monkeypatch, capsys, args, words):
     monkeypatch.setenv("PATH", "")  # no nvidia-smi, no GPU seen
     with pytest.raises(SystemExit) as done:
-        cli.main(["kernels", "build", str(card.path), *args])
-    assert done.value.code == cli.EXIT_CONFIG and words in capsys.readouterr().err
+        llumd.main(["kernels", "build", str(card.path), *args])
+    assert done.value.code == llumd.EXIT_CONFIG and words in capsys.readouterr().err
 
 
 def test_gpus_are_seen_through_the_driver(tmp_path, monkeypatch):

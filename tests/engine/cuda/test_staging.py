@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.engine.cuda.staging import Field, HostStream, Packed, Rotation, host_memory
-from tests.engine.cuda.driving import LateStream
+from tests.engine.cuda.harness import LateStream
 
 DTYPES = st.sampled_from(["int32", "int64", "float32", "float64"])
 

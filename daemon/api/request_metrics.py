@@ -1,0 +1,66 @@
+"""What a choice, and an error, leave in the statistics."""
+
+from __future__ import annotations
+
+from daemon.api.errors import ApiError
+from daemon.enums import Rejection
+from daemon.ipc.messages import Finish
+from daemon.ipc.metrics_page import StatsPage
+
+REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.CANCELLED: "abort", Finish.ERROR: "error"}
+_REJECTED = {
+    "rate_limit_exceeded": Rejection.OVERLOADED,
+    "no_engine": Rejection.NO_ENGINE,
+    "context_length_exceeded": Rejection.TOO_LONG,
+}
+
+
+class Meter:
+    """Times one choice. All times are seconds of CLOCK_MONOTONIC."""
+
+    __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_tokens")
+
+    def __init__(self, page: StatsPage, arrival: float, prompt_tokens: int, max_tokens: int) -> None:
+        self._page = page
+        self._arrival = arrival
+        self._first = self._last = -1.0
+        self._tokens = 0
+        self._ended = False
+        page.inc("prompt_tokens", prompt_tokens)
+        page.observe("request_prompt_tokens", prompt_tokens)
+        page.observe("request_params_max_tokens", max_tokens)
+
+    def output(self, now: float, tokens: int) -> None:
+        """`tokens` > 0 came together at `now`; the time since the last ones is shared out among them."""
+        if self._first < 0:
+            self._first = now
+            self._page.observe("time_to_first_token_seconds", now - self._arrival)
+        else:
+            self._page.observe("inter_token_latency_seconds", (now - self._last) / tokens, tokens)
+        self._last = now
+        self._tokens += tokens
+        self._page.inc("generation_tokens", tokens)
+
+    def end(self, now: float, finish: Finish, cached: int) -> None:
+        """The choice ended; only the first call counts. `cached`: prompt tokens from a prefix cache."""
+        if self._ended:
+            return
+        self._ended = True
+        page = self._page
+        page.inc("request_success", 1, REASONS[finish])
+        page.inc("cached_prompt_tokens", cached)
+        page.observe("e2e_request_latency_seconds", now - self._arrival)
+        page.observe("request_generation_tokens", self._tokens)
+        if self._tokens:
+            decode = self._last - self._first
+            page.observe("request_decode_time_seconds", decode)
+            if self._tokens > 1:
+                page.observe("request_time_per_output_token_seconds", decode / (self._tokens - 1))
+
+
+def count_rejection(page: StatsPage, error: ApiError) -> None:
+    """A request for an answer that failed before it ran, or while it did."""
+    if error.code in _REJECTED:
+        page.inc("admission_rejections", 1, _REJECTED[error.code])
+    elif error.status < 500 and error.status != 401:
+        page.inc("admission_rejections", 1, Rejection.INVALID)

@@ -1,0 +1,1 @@
+"""Pure decisions: freeness, dispatch, rebalancing, scaling, ownership, priority. No clock, no I/O, no torch."""

@@ -1,0 +1,217 @@
+"""What an operator sees of the daemon, gathered from table, boards and journals: plain dicts, ready for JSON."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from daemon import __version__
+from daemon.config import options
+from daemon.control.event_history import Chronicle
+from daemon.control.policy.dispatch import in_flight
+from daemon.control.policy.freeness import InFlight, policy_of
+from daemon.control.policy.projection import emptied, outlook
+from daemon.ipc import metrics_page
+from daemon.ipc.child import Birth
+from daemon.ipc.desired_state import WishReader
+from daemon.ipc.journal import JournalView, SlotState
+from daemon.ipc.layout import Fabric
+from daemon.ipc.messages import (
+    CancelRequest,
+    EngineFacts,
+    EngineState,
+    FromCoordinator,
+    FrontendFacts,
+    SetPriority,
+    decode_engine_facts,
+    decode_frontend_facts,
+    encode,
+)
+from daemon.ipc.process_table import Life, ProcessFacts, engine_state
+
+
+class Overview:
+    """A reader of everything shared; its only deeds are to pass on cancellations and priorities."""
+
+    def __init__(self, fabric: Fabric, birth: Birth) -> None:
+        topology = fabric.topology
+        self._fabric = fabric
+        self._birth = birth
+        self._policy = policy_of(birth.config.policy, birth.config.headroom)
+        self._topology = topology
+        self._table = fabric.table()
+        self._wishes = WishReader(fabric.wishes())
+        self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
+        self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
+        self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
+        self._advice = [fabric.writer(topology.frontend(k)) for k in range(topology.frontends)]
+
+    def facts(self) -> list[EngineFacts | None]:
+        """Each engine's facts as last published, a parked one's as of an empty one; None of one that is not there."""
+        self._table.refresh()
+        return [self._engine_facts(i) for i in range(self._topology.engines)]
+
+    def outlook(self, facts: Sequence[EngineFacts | None]) -> list[EngineFacts | None]:
+        """`facts`, just read, as they will be once each engine has done as wished."""
+        engines = range(self._topology.engines)
+        loading = [facts[i] is None and self._row(i).life == Life.UP for i in engines]
+        starting = [self._last(i) if loading[i] else None for i in engines]
+        return outlook(facts, starting, [self._wishes.of(i) for i in engines])
+
+    def chronicle(self) -> Chronicle:
+        """A reader of everybody's events."""
+        return Chronicle(self._fabric)
+
+    def find(self, name: str) -> list[dict[str, Any]]:
+        """Unfinished requests called `name`: all choices of an answer, or one by its own id."""
+        return [r for r in self.requests() if name in (r["id"], r["id"].rsplit("-", 1)[0], f"{r['rid']:x}")]
+
+    def status(self) -> dict[str, Any]:
+        """The daemon, its engines and its frontends, as of now."""
+        facts = self.facts()
+        frontends = [self._frontend_facts(k) for k in range(self._topology.frontends)]
+        flying = in_flight(facts, frontends)
+        config = self._birth.config
+        return {
+            "version": __version__,
+            "model": config.served_name or config.model,
+            "address": f"http://{config.host}:{config.port}",
+            "supervisor_pid": self._birth.parent,
+            "engines": [self._engine(i, f, flying[i]) for i, f in enumerate(facts)],
+            "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
+            "coordinator": self._process(0),
+        }
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Every unfinished request, oldest first."""
+        found = []
+        for k, journal in enumerate(self._journals):
+            for slot in journal.live_slots():
+                row = self._request(k, journal, slot)
+                if row is not None:
+                    found.append(row)
+        return sorted(found, key=lambda row: -row["age_seconds"])
+
+    def cancel(self, name: str) -> list[str]:
+        """Ask the owners to cancel the request called `name` (all its choices). Returns what was asked for."""
+        return self._ask(name, CancelRequest)
+
+    def reprioritise(self, name: str, priority: int) -> list[str]:
+        """Ask the owners to give the request called `name` (all its choices) this priority. Returns what was asked
+        for."""
+        return self._ask(name, lambda rid: SetPriority(rid, priority))
+
+    def _ask(self, name: str, message: Callable[[int], FromCoordinator]) -> list[str]:
+        asked = []
+        for row in self.find(name):
+            k = row["frontend"]
+            process = self._topology.frontend(k)
+            self._table.refresh()
+            receiver = self._table.rows[process].incarnation
+            if self._advice[k].put(encode(message(row["rid"])), receiver):
+                self._fabric.ring_bell(process)
+                asked.append(row["id"])
+        return asked
+
+    def config(self) -> list[dict[str, Any]]:
+        """Every option with its value and where that came from."""
+        config = self._birth.config
+        return [
+            {
+                "name": option.name,
+                "value": getattr(config, option.name),
+                "origin": config.origin.get(option.name, "default"),
+                "unit": option.metadata["unit"],
+                "meaning": option.metadata["meaning"],
+            }
+            for option in options()
+        ]
+
+    def _engine(self, i: int, facts: EngineFacts | None, flying: InFlight) -> dict[str, Any]:
+        process = self._process(self._topology.engine(i))
+        row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
+        row["wished"] = self._wishes.of(i).name.lower()
+        life = self._row(i).life
+        if facts is None or life != Life.UP:
+            return row
+        free = self._policy.dispatch(facts, flying)
+        page = metrics_page.snapshot(self._fabric.stats(self._topology.engine(i)), metrics_page.ENGINE)
+        return row | {
+            "state": engine_state(life, EngineState(facts.state)),
+            "running": facts.running,
+            "waiting": facts.waiting,
+            "kv_used_blocks": facts.used_blocks,
+            "kv_total_blocks": facts.total_blocks,
+            "kv_usage": facts.used_blocks / max(1, facts.total_blocks),
+            "tokens_per_second": facts.tokens_per_second,
+            "step_ms": facts.step_seconds * 1e3,
+            "steps": facts.step,
+            "freeness": free if math.isfinite(free) else None,
+            "preemptions": int(page.counter("preemptions")),
+            "incoming": facts.incoming,
+            "outgoing": facts.outgoing,
+            "migrated_bytes": int(page.counter("migrated_bytes")),
+        }
+
+    def _frontend(self, k: int, facts: FrontendFacts | None) -> dict[str, Any]:
+        row = {"frontend": k, **self._process(self._topology.frontend(k))}
+        if facts is None:
+            return row
+        # The board is written at dispatch only, so its own count says nothing of what has ended since.
+        return row | {"active": len(self._journals[k].live_slots()), "ready": facts.ready}
+
+    def _process(self, process: int) -> dict[str, Any]:
+        row: ProcessFacts = self._table.rows[process]
+        progress = self._fabric.progress(process)
+        return {
+            "state": engine_state(row.life, progress.state),
+            "pid": row.pid if row.life == Life.UP else None,
+            "incarnation": row.incarnation,
+            "uptime_seconds": time.monotonic() - row.born if row.life == Life.UP else 0.0,
+            "restarts": row.restarts,
+            "last_exit": row.last_exit,
+        }
+
+    def _request(self, k: int, journal: JournalView, slot: int) -> dict[str, Any] | None:
+        rid, output = journal.rid(slot), journal.num_output(slot)
+        engine, _ = journal.owner(slot)
+        prompt_len, priority = journal.prompt_len(slot), journal.priority(slot)
+        try:
+            params = journal.params(slot)
+        except ValueError:
+            return None  # overwritten while we were reading
+        if journal.rid(slot) != rid or journal.state(slot) is not SlotState.LIVE:
+            return None  # it ended while we were reading
+        return {
+            "id": params.label or f"{rid:x}",
+            "rid": rid,
+            "frontend": k,
+            "engine": engine,
+            "epoch": journal.epoch(slot),
+            "phase": "decode" if output else "queued or prefill",
+            "prompt_tokens": prompt_len,
+            "output_tokens": output,
+            "max_tokens": params.sampling.max_tokens,
+            "priority": priority,
+            "age_seconds": time.monotonic() - params.arrival,
+        }
+
+    def _engine_facts(self, i: int) -> EngineFacts | None:
+        last, row = self._last(i), self._row(i)
+        if last is not None and row.life == Life.PARKED:
+            return emptied(last, EngineState.PARKED)
+        return last if last is not None and row.life == Life.UP and last.incarnation == row.incarnation else None
+
+    def _last(self, i: int) -> EngineFacts | None:
+        """What engine i has published last, in this life or an earlier one."""
+        found = self._engines[i].read()
+        return decode_engine_facts(found[1]) if found is not None else None
+
+    def _row(self, i: int) -> ProcessFacts:
+        return self._table.rows[self._topology.engine(i)]
+
+    def _frontend_facts(self, k: int) -> FrontendFacts | None:
+        found = self._frontends[k].read()
+        return decode_frontend_facts(found[1]) if found is not None else None

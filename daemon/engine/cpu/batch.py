@@ -1,0 +1,69 @@
+"""A step plan as the arrays that the CPU kernels read. No torch."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from daemon.engine.cpu.attention import TILE_QUERIES, AttentionShape
+from daemon.engine.runner import Row, StepPlan
+
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """One step. Tokens of all rows stand in one line, row after row."""
+
+    tokens: Longs  # [tokens] ids to embed
+    positions: Ints  # [tokens] place of each in its sequence
+    slots: Longs  # [tokens] pool element where its key of layer 0 goes
+    tables: Ints  # [tokens] where in `blocks` its sequence's block table begins
+    blocks: Ints  # the block tables of all rows, one after another
+    singles: int  # so many leading tokens are attended to one by one, the rest by tiles
+    tiles: Ints  # [n, 2] first token and count of each tile
+    sampled: Ints  # tokens whose logits are wanted, in the order of the rows
+
+
+def build_batch(plan: StepPlan, shape: AttentionShape, *, tiled: bool) -> Batch:
+    """Arrays of `plan`. `tiled`: prefill chunks go by tiles; else each of their tokens stands alone."""
+    rows = plan.rows
+    counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
+    ends = np.cumsum(counts)
+    starts = np.fromiter((row.start for row in rows), np.int64, len(rows))
+    lengths = np.fromiter((len(row.request.block_table) for row in rows), np.int64, len(rows))
+    tables = np.cumsum(lengths) - lengths
+    blocks = np.fromiter(chain.from_iterable(r.request.block_table for r in rows), np.int64, int(lengths.sum()))
+    tokens = np.fromiter(chain.from_iterable(_tokens(row) for row in rows), np.int64, int(ends[-1]))
+    positions = np.arange(len(tokens)) + np.repeat(starts - ends + counts, counts)
+    token_tables = np.repeat(tables, counts)
+    block, place = np.divmod(positions, shape.block_size)
+    slots = blocks[token_tables + block] * shape.block_width + place * shape.token_width
+    sampled = np.array([end - 1 for end, row in zip(ends.tolist(), rows, strict=True) if row.sample], np.int32)
+    singles = plan.num_decodes if tiled else len(tokens)
+    return Batch(
+        tokens=tokens,
+        positions=positions.astype(np.int32),
+        slots=slots,
+        tables=token_tables.astype(np.int32),
+        blocks=blocks.astype(np.int32),
+        singles=singles,
+        tiles=_tiles(rows[plan.num_decodes :], singles) if tiled else np.empty((0, 2), np.int32),
+        sampled=sampled,
+    )
+
+
+def _tokens(row: Row) -> list[int]:
+    return row.request.tokens[row.start : row.start + row.count]
+
+
+def _tiles(rows: list[Row], first: int) -> Ints:
+    """Tiles of the chunks `rows`, whose first token is token `first` of the batch."""
+    tiles = []
+    for row in rows:
+        tiles += [(first + i, min(TILE_QUERIES, row.count - i)) for i in range(0, row.count, TILE_QUERIES)]
+        first += row.count
+    return np.array(tiles, np.int32).reshape(-1, 2)

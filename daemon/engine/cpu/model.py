@@ -1,0 +1,154 @@
+"""The Llama forward pass on the CPU: linear layers by oneDNN, everything between them by compiled kernels.
+
+The residual stream is float32 and starts at zero: the embedding, and then what each half-layer gives, is a
+*delta* which the next normalisation adds to it. Deltas and normalised rows are in the arithmetic's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from daemon.engine.cpu.attention import Attention, AttentionShape, compile_attention
+from daemon.engine.cpu.batch import Batch, Ints
+from daemon.engine.cpu.linear import DTYPES, Arithmetic, Linear
+from daemon.engine.cpu.ops import Ops, compile_ops
+from daemon.engine.rope import rope_tables
+from daemon.engine.weights import Weights
+from daemon.models.model_config import ModelCard
+
+
+class Layer(NamedTuple):
+    """Weights of one decoder layer; query, key and value are one product, gate and up another."""
+
+    attention_norm: npt.NDArray[np.float32]
+    qkv: Linear
+    out: Linear
+    mlp_norm: npt.NDArray[np.float32]
+    gate_up: Linear
+    down: Linear
+
+
+class Llama:
+    """A decoder over one KV pool. `logits` computes a step of at most `max_tokens` tokens.
+
+    `pool` is flat, of float32, or for bf16 of uint16 bits; `max_len` is the longest sequence in tokens.
+    `deterministic` makes every row's result independent of the batch around it, bit for bit.
+    """
+
+    def __init__(self, card: ModelCard, weights: Weights, shape: AttentionShape, pool: npt.NDArray[Any], *,
+                 arithmetic: Arithmetic, deterministic: bool, threads: int, max_tokens: int, max_len: int) -> None:
+        self._shape = shape
+        self._pool = pool
+        self._dtype = DTYPES[arithmetic]
+        self._eps = np.float32(card.rms_norm_eps)
+        self._scale = np.float32(shape.query_scale)
+        self._cos, self._sin = rope_tables(card, max_len)
+        build = _Builder(weights, self._dtype, deterministic)
+        self._embedding = weights.get("model.embed_tokens.weight")
+        self._layers = [build.layer(card, i) for i in range(card.num_layers)]
+        self._norm_weight = build.norm("model.norm")
+        self._head = build.head("model.embed_tokens" if card.tie_embeddings else "lm_head")
+        self._ops: Ops = compile_ops(threads > 1)
+        self._attention: Attention = compile_attention(shape, threads > 1)
+        attention_width = card.num_heads * card.head_dim
+        self._residual = np.zeros((max_tokens, card.hidden_size), np.float32)
+        self._queries = np.empty((max_tokens, attention_width), np.float32)
+        self._normed = torch.zeros(max_tokens, card.hidden_size, dtype=self._dtype)
+        self._final = torch.zeros(max_tokens, card.hidden_size)
+        self._attended = torch.zeros(max_tokens, attention_width, dtype=self._dtype)
+        self._activated = torch.zeros(max_tokens, card.intermediate_size, dtype=self._dtype)
+        self._every = np.arange(max_tokens, dtype=np.int32)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Float32 logits [len(batch.sampled), vocab]; the batch's keys and values are written to the pool."""
+        count = len(batch.tokens)
+        every = self._every[:count]
+        self._residual[:count] = 0.0
+        delta = F.embedding(torch.from_numpy(batch.tokens), self._embedding).to(self._dtype)
+        for i, layer in enumerate(self._layers):
+            x = self._add_norm(delta, layer.attention_norm, every, self._normed)
+            delta = self._attend(layer, i, x, batch)
+            delta = self._mlp(layer, self._add_norm(delta, layer.mlp_norm, every, self._normed))
+        if not len(batch.sampled):
+            return torch.empty(0, self._head.out_features)
+        return self._head(self._add_norm(delta, self._norm_weight, batch.sampled, self._final))
+
+    def warm_up(self, rows: int) -> None:
+        """Have oneDNN make its kernels for products of 1 to `rows` rows: else each costs its first step 1 ms."""
+        layer = self._layers[0]
+        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down, self._head):
+            dtype = torch.float32 if linear is self._head else self._dtype
+            for count in range(1, rows + 1):
+                linear(torch.zeros(count, linear.in_features, dtype=dtype))
+
+    def _add_norm(
+        self, delta: torch.Tensor, weight: npt.NDArray[np.float32], rows: Ints, into: torch.Tensor
+    ) -> torch.Tensor:
+        out = into[: len(rows)]
+        self._ops.add_rms_norm(self._residual, _raw(delta), rows, weight, self._eps, _raw(out))
+        return out
+
+    def _attend(self, layer: Layer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        shape, pool = self._shape, self._pool
+        layer_offset = index * shape.layer_width
+        queries = self._queries[: len(x)]
+        out = self._attended[: len(x)]
+        self._ops.rope_and_store(_raw(layer.qkv(x)), batch.positions, batch.slots, self._cos, self._sin, self._scale,
+                                 layer_offset, shape.value_offset, shape.token_width, queries, pool)
+        if batch.singles:
+            self._attention.attend_tokens(queries, pool, layer_offset, batch.positions[: batch.singles],
+                                          batch.tables, batch.blocks, _raw(out))
+        if len(batch.tiles):
+            self._attention.attend_tiles(queries, pool, layer_offset, batch.positions, batch.tables, batch.blocks,
+                                         batch.tiles, _raw(out))
+        return layer.out(out)
+
+    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        out = self._activated[: len(x)]
+        self._ops.silu_mul(_raw(layer.gate_up(x)), _raw(out))
+        return layer.down(out)
+
+
+class _Builder:
+    """Turns stored tensors into layers."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, tiled: bool) -> None:
+        self._weights = weights
+        self._dtype = dtype
+        self._tiled = tiled
+
+    def layer(self, card: ModelCard, index: int) -> Layer:
+        at = f"model.layers.{index}"
+        attention, mlp = card.attention_bias, card.mlp_bias
+        return Layer(
+            attention_norm=self.norm(f"{at}.input_layernorm"),
+            qkv=self.linear(*(f"{at}.self_attn.{x}_proj" for x in "qkv"), bias=attention),
+            out=self.linear(f"{at}.self_attn.o_proj", bias=attention),
+            mlp_norm=self.norm(f"{at}.post_attention_layernorm"),
+            gate_up=self.linear(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", bias=mlp),
+            down=self.linear(f"{at}.mlp.down_proj", bias=mlp),
+        )
+
+    def head(self, name: str) -> Linear:
+        """The output layer, in float32 always: logits rounded to bfloat16 tie where the model does not."""
+        return Linear(self._weights.get(f"{name}.weight").float(), tiled=self._tiled)
+
+    def linear(self, *names: str, bias: bool = False) -> Linear:
+        """The linear layers `names` of one input, as one."""
+        parts = [torch.cat([self._weights.get(f"{name}.{part}").to(self._dtype) for name in names])
+                 for part in (["weight", "bias"] if bias else ["weight"])]
+        return Linear(*parts, tiled=self._tiled)
+
+    def norm(self, name: str) -> npt.NDArray[np.float32]:
+        # A copy: compiled code is specialised on writable arrays, and a mapped tensor may not be aligned.
+        return np.array(self._weights.get(f"{name}.weight").float().numpy())
+
+
+def _raw(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor as the kernels take it: float32, or bfloat16 as uint16 bits. Shares memory."""
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()

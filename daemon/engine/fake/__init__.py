@@ -1,0 +1,1 @@
+"""Engines without a model: `stub` emits at a set rate, `hash` proves its KV."""

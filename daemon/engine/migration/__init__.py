@@ -1,0 +1,1 @@
+"""Live migration as an engine sees it: the llumlet decides (pure), the executor carries it out."""

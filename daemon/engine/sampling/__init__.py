@@ -1,0 +1,1 @@
+"""Sampling on the host: penalties, noise, filters, the draw. The CUDA backend repeats it bit for bit."""

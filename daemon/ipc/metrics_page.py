@@ -1,0 +1,193 @@
+"""Counters and histograms of one process, as float64 cells of a page in shared memory.
+
+One process writes a page, by plain aligned 8-byte stores; any process reads it at any time. The page
+outlives its writer, so a restarted process counts on from where its predecessor died. A `Table` fixes
+the layout; both sides of a page use the same one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from daemon.enums import DispatchKind, MigrationReason, MigrationResult, Rejection
+
+CELL = 8  # bytes
+
+
+class Counter(NamedTuple):
+    """A number that only grows; one cell for each combination of label values."""
+
+    name: str
+    help: str
+    labels: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (label, its values), ...
+
+    def series(self) -> Iterator[tuple[str, ...]]:
+        """Every combination of label values, in cell order; the empty one where there are no labels."""
+        return itertools.product(*(values for _, values in self.labels))
+
+
+class Histogram(NamedTuple):
+    """Observations by size: a cell for each bucket, one for what is above the last, one for the sum."""
+
+    name: str
+    help: str
+    buckets: tuple[float, ...]  # upper bounds, ascending, inclusive
+
+
+class HistogramValue(NamedTuple):
+    """What a histogram has seen: `counts[i]` of it lie in bucket i alone, the last above every bound."""
+
+    counts: list[float]
+    sum: float
+
+
+class Table:
+    """The layout of one kind of page: which cell belongs to what."""
+
+    def __init__(self, counters: Sequence[Counter], histograms: Sequence[Histogram]) -> None:
+        self.counters = tuple(counters)
+        self.histograms = tuple(histograms)
+        self.counter_cells: dict[tuple[str, ...], int] = {}  # (name, *label values) -> cell
+        self.histogram_cells: dict[str, tuple[int, tuple[float, ...]]] = {}  # name -> first cell, buckets
+        cell = 0
+        for counter in self.counters:
+            for values in counter.series():
+                self.counter_cells[counter.name, *values] = cell
+                cell += 1
+        for histogram in self.histograms:
+            self.histogram_cells[histogram.name] = (cell, histogram.buckets)
+            cell += len(histogram.buckets) + 2
+        self.nbytes = cell * CELL
+
+
+class StatsPage:
+    """The writer's side of a page.
+
+    `view` is writable, 8-byte aligned, at least `table.nbytes` long and was zeroed when it was created.
+    """
+
+    __slots__ = ("_cells", "_counters", "_histograms")
+
+    def __init__(self, view: memoryview, table: Table) -> None:
+        self._cells = view[: table.nbytes].cast("d")
+        self._counters = table.counter_cells
+        self._histograms = table.histogram_cells
+
+    def inc(self, counter: str, amount: float = 1.0, *values: str) -> None:
+        """Add `amount` to the counter with these label values. KeyError if the table has no such series."""
+        cell = self._counters[counter, *values]
+        self._cells[cell] += amount
+
+    def observe(self, histogram: str, value: float, times: int = 1) -> None:
+        """Count `value`, `times` over. KeyError if the table has no such histogram."""
+        first, buckets = self._histograms[histogram]
+        self._cells[first + bisect_left(buckets, value)] += times
+        self._cells[first + len(buckets) + 1] += value * times
+
+    def release(self) -> None:
+        """Let go of the memory; the page must not be used afterwards."""
+        self._cells.release()
+
+
+class Snapshot:
+    """A copy of a page at one moment. Cells may be a few observations apart from each other."""
+
+    __slots__ = ("_cells", "table")
+
+    def __init__(self, table: Table, cells: Sequence[float]) -> None:
+        self.table = table
+        self._cells = cells
+
+    def counter(self, name: str, *values: str) -> float:
+        return self._cells[self.table.counter_cells[name, *values]]
+
+    def histogram(self, name: str) -> HistogramValue:
+        first, buckets = self.table.histogram_cells[name]
+        last = first + len(buckets) + 1
+        return HistogramValue(list(self._cells[first:last]), self._cells[last])
+
+
+def snapshot(view: memoryview, table: Table) -> Snapshot:
+    """Copy a page that somebody else may be writing."""
+    with view[: table.nbytes].cast("d") as cells:
+        return Snapshot(table, cells.tolist())
+
+
+def empty(table: Table) -> Snapshot:
+    """A page on which nothing was counted yet."""
+    return Snapshot(table, [0.0] * (table.nbytes // CELL))
+
+
+# Bucket bounds: seconds to an answer, seconds between tokens, tokens of a request, tokens of a step.
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+_GAPS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
+_BATCH = tuple(float(1 << k) for k in range(15))
+_MOVES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PAUSES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
+
+# Label values.
+FINISHED = ("stop", "length", "abort", "error")
+REJECTED = tuple(Rejection)
+HANDLERS = ("chat", "completions", "models", "tokenize", "detokenize", "health", "metrics", "unknown")
+STATUSES = ("2xx", "4xx", "5xx", "disconnect")
+DISPATCHES = tuple(DispatchKind)
+MOVE_REASONS = tuple(MigrationReason)
+MOVE_RESULTS = tuple(MigrationResult)
+
+FRONTEND = Table(
+    counters=(
+        Counter("request_success", "Requests (choices) that ended.", (("finished_reason", FINISHED),)),
+        Counter("admission_rejections", "Requests turned away before they ran.", (("reason", REJECTED),)),
+        Counter("prompt_tokens", "Prompt tokens of the requests taken."),
+        Counter("generation_tokens", "Output tokens delivered."),
+        Counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache."),
+        Counter("resumes", "Requests that went on elsewhere after their engine was lost."),
+        Counter("dispatches", "Requests given to an engine, first or anew.", (("kind", DISPATCHES),)),
+        Counter("takeovers", "Requests that went on elsewhere after a live migration."),
+        Counter("stale_tokens", "Output tokens dropped as duplicate or of a former owner."),
+        Counter("http_requests", "HTTP requests answered.", (("handler", HANDLERS), ("status", STATUSES))),
+    ),
+    histograms=(
+        Histogram("time_to_first_token_seconds", "From arrival to the first output token.", _SECONDS),
+        Histogram("inter_token_latency_seconds", "Between two output tokens of a request.", _GAPS),
+        Histogram("request_time_per_output_token_seconds", "Mean gap between a request's tokens.", _GAPS),
+        Histogram("e2e_request_latency_seconds", "From arrival to the end.", _SECONDS),
+        Histogram("request_decode_time_seconds", "From the first output token to the last.", _SECONDS),
+        Histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS),
+        Histogram("request_generation_tokens", "Output tokens of a request.", _TOKENS),
+        Histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS),
+        Histogram("request_params_n", "n of an HTTP request.", (1.0, 2.0, 5.0, 10.0, 20.0)),
+        Histogram("migration_pause_seconds", "Between the outputs before and after a takeover.", _PAUSES),
+    ),
+)
+
+ENGINE = Table(
+    counters=(
+        Counter("prompt_tokens", "Prompt tokens computed, recomputation included."),
+        Counter("generation_tokens", "Output tokens drawn."),
+        Counter("preemptions", "Requests that gave up their blocks and were queued again."),
+        Counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+        Counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+        Counter("steps", "Steps with work in them."),
+        Counter("migrated_bytes", "KV bytes copied to other engines."),
+        Counter(
+            "migrations",
+            "Moves of requests away from here that are over, by why they were ordered and how they ended.",
+            (("reason", MOVE_REASONS), ("result", MOVE_RESULTS)),
+        ),
+    ),
+    histograms=(
+        Histogram("step_seconds", "Duration of a step with work in it.", _GAPS),
+        Histogram("iteration_tokens", "Tokens computed in a step.", _BATCH),
+        Histogram("request_queue_time_seconds", "From arrival to first entering a batch.", _SECONDS),
+        Histogram("request_prefill_time_seconds", "From entering a batch to the first output token.", _SECONDS),
+        Histogram("migration_stages", "Copies that moved a request.", tuple(float(n) for n in range(1, 9))),
+        Histogram("migration_blocks", "KV blocks copied to move a request.", _BATCH),
+        Histogram("migration_seconds", "From choosing a request to its being moved.", _MOVES),
+        Histogram("migration_frozen_seconds", "Time that a moved request spent in no batch here.", _PAUSES),
+    ),
+)

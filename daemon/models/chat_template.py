@@ -1,0 +1,160 @@
+"""Chat templates: messages to the prompt a model was trained on, rendered in a sandbox.
+
+A template comes with a model, from whoever made it: it may compute text and nothing else. Its output, its loops
+over ranges and its products are bounded; a template is never taken from a client.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from daemon.models.model_config import ModelError, read_json
+
+MAX_OUTPUT = 16 << 20  # characters; twice the default max_body
+MAX_STEPS = 100_000  # of all `range` calls in one rendering
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class ChatError(ValueError):
+    """These messages cannot be rendered; the message is fit for the client."""
+
+
+class ChatTemplate:
+    """The chat template of a model directory: chat_template.jinja, else the one in tokenizer_config.json.
+
+    `available` is False where the model has none. Raises ModelError for a template that does not compile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        config = read_json(path / "tokenizer_config.json") or {}
+        source = _source(path, config)
+        self.available = source is not None
+        self._special = {n: t for n in _SPECIAL_TOKENS if (t := _token_text(config.get(n))) is not None}
+        try:
+            self._template = _environment().from_string(source or "")
+        except jinja2.TemplateSyntaxError as e:
+            raise ModelError(f"{path}: the chat template does not compile, line {e.lineno}: {e.message}") from None
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt. `variables` reach the template (`tools`, say); they cannot replace what it is given anyway.
+
+        Special tokens are in the text: encode it with add_special=False. Raises ChatError.
+        """
+        if not self.available:
+            raise ChatError("this model has no chat template; use /v1/completions")
+        given = {"tools": None, "documents": None} | variables | self._special
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt, "range": _bounded_range()}
+        try:
+            return _collect(self._template.generate(given))
+        except ChatError:
+            raise
+        except jinja2.TemplateError as e:
+            raise ChatError(f"the chat template refuses these messages: {e}") from None
+        except Exception as e:  # a template can fail in any way, on data that it does not expect
+            raise ChatError(f"the chat template fails on these messages: {type(e).__name__}: {e}") from None
+
+
+def _source(path: Path, config: dict[str, Any]) -> str | None:
+    try:
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as e:
+        raise ModelError(f"cannot read {path / 'chat_template.jinja'}: {e}") from None
+    value = config.get("chat_template")
+    if isinstance(value, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _token_text(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _collect(pieces: Any) -> str:
+    out: list[str] = []
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > MAX_OUTPUT:
+            raise ChatError("the chat template makes more text of these messages than is allowed")
+        out.append(piece)
+    return "".join(out)
+
+
+def _bounded_range() -> Callable[..., range]:
+    left = MAX_STEPS
+
+    def bounded(*args: int) -> range:
+        nonlocal left
+        steps = range(*args)
+        left -= len(steps)
+        if left < 0:
+            raise ChatError("the chat template loops too often")
+        return steps
+
+    return bounded
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """As Transformers sets it up, with products bounded: a sandbox stops escapes, not `'a' * 10**12`."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = all(isinstance(v, int | float) for v in (left, right))
+        if operator == "**" and not (numbers and abs(left) <= MAX_STEPS and abs(right) <= 64):
+            raise ChatError("the chat template computes something too large")
+        if operator == "*" and not numbers and _extent(left) * _extent(right) > MAX_STEPS:
+            raise ChatError("the chat template computes something too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _extent(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else int(value)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks assistant text for training; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> jinja2.Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    del environment.globals["lipsum"]  # text without bounds
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes HTML, which no model has been trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

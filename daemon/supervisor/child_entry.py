@@ -1,0 +1,34 @@
+"""The entry points of the child processes, named but not imported: each child loads only its own room."""
+
+from __future__ import annotations
+
+import importlib
+
+from multiprocess.context import get_spawning_popen
+
+from daemon.ipc.child import Birth
+
+_MAIN = {
+    "coordinator": "daemon.control.coordinator",
+    "frontend": "daemon.api.frontend",
+    "engine": "daemon.engine.worker",
+}
+
+
+class Inherited:
+    """Descriptors that a spawned child keeps, under the same numbers."""
+
+    def __init__(self, fds: list[int]) -> None:
+        self._fds = fds
+
+    def __getstate__(self) -> dict[str, object]:
+        popen = get_spawning_popen()
+        for fd in self._fds:
+            popen.duplicate_for_child(fd)
+        return {}
+
+
+def run(birth: Birth, _keep: Inherited) -> None:
+    """Become the process that `birth` names."""
+    role, _ = birth.handles.topology.role(birth.process)
+    importlib.import_module(_MAIN[role]).main(birth)

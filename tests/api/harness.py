@@ -1,0 +1,189 @@
+"""The real application over a generator in this process, which takes its answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from daemon.api.app import build_app
+from daemon.api.auth import KeyRing, parse_key
+from daemon.api.generator import Lost, NoEngine, Overloaded, Piece, TooLong
+from daemon.api.metrics import Fleet, FrontendMetrics
+from daemon.config import Config
+from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, StatsPage, empty, snapshot
+from daemon.models.chat_template import ChatTemplate
+from daemon.models.model_config import ModelCard, read_card
+from daemon.models.tokenizer import Tokenizer
+from tests.models.tiny_model import EOS_ID, make_tiny_llama
+
+ANSWER = "the quick brown fox jumps over the lazy dog, naïve café 🙂"
+
+
+@dataclass(frozen=True)
+class Model:
+    card: ModelCard
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+
+
+@dataclass
+class Submission:
+    prompt: list[int]
+    params: SamplingParams
+    label: str
+    priority: int
+    cache_salt: bytes
+
+
+class ScriptedStream:
+    """One choice: its tokens in pieces of `generator.piece`, `generator.delay` seconds apart."""
+
+    def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
+        self.rid = rid
+        self.cancelled = False
+        self._generator = generator
+        self._params = params
+        self._tokens = tokens[: params.max_tokens]
+        self._finish = Finish.STOP if self._tokens and self._tokens[-1] == EOS_ID else Finish.LENGTH
+        self._at = 0
+
+    async def next(self) -> Piece:
+        g = self._generator
+        await asyncio.sleep(g.delay)
+        if g.hang_after is not None and self._at >= g.hang_after:
+            await asyncio.Event().wait()
+        if g.lose_after is not None and self._at >= g.lose_after:
+            raise Lost("gone")
+        tokens = self._tokens[self._at : self._at + g.piece]
+        self._at += len(tokens)
+        done = self._at >= len(self._tokens)
+        finish = (g.finish or self._finish) if done else Finish.NONE
+        if done:
+            g.running -= 1
+        return Piece(tokens, self._logprobs(tokens), finish, g.cached)
+
+    def _logprobs(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
+        k = self._params.logprobs
+        if k < 0:
+            return None
+        return [TokenLogprobs(-0.5, list(range(10, 10 + k)), [-1.0 - i for i in range(k)]) for _ in tokens]
+
+    def cancel(self) -> None:
+        if not self.cancelled and self._at < len(self._tokens):
+            self.cancelled = True
+            self._generator.running -= 1
+
+
+class _Places:
+    def __init__(self, generator: ScriptedGenerator, count: int) -> None:
+        self._generator, self._count = generator, count
+
+    def __enter__(self) -> _Places:
+        self._generator.places += self._count
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._generator.places -= self._count
+
+
+@dataclass
+class ScriptedGenerator:
+    """Implements Generator. `reply` makes the whole answer of a prompt, end of sequence included."""
+
+    reply: Callable[[list[int], SamplingParams], list[int]]
+    max_model_len: int = 256
+    ready: bool = True
+    piece: int = 3
+    delay: float = 0.0
+    cached: int = 0
+    finish: Finish | None = None
+    hang_after: int | None = None
+    lose_after: int | None = None
+    refusal: Exception | None = None
+    limit: int = 64
+    retry_after: int = 3
+    running: int = 0
+    places: int = 0
+    submissions: list[Submission] = field(default_factory=list)
+    streams: list[ScriptedStream] = field(default_factory=list)
+
+    def admit(self, count: int) -> _Places:
+        if not self.ready:
+            raise NoEngine("no engine is ready")
+        if self.running + self.places + count > self.limit:
+            raise Overloaded("full", self.retry_after)
+        return _Places(self, count)
+
+    def submit(
+        self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0, cache_salt: bytes = b""
+    ) -> ScriptedStream:
+        if self.refusal is not None:
+            raise self.refusal
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise TooLong("too long")
+        self.submissions.append(Submission(list(prompt), params, label, priority, cache_salt))
+        stream = ScriptedStream(self, len(self.streams), self.reply(prompt, params), params)
+        self.streams.append(stream)
+        self.running += 1
+        return stream
+
+
+@dataclass
+class World:
+    """An application, what it talks to, and a client of it."""
+
+    model: Model
+    generator: ScriptedGenerator
+    config: Config
+    app: web.Application
+    page: bytearray
+    client: TestClient | None = None
+
+    def counter(self, name: str, *values: str) -> float:
+        return snapshot(memoryview(self.page), FRONTEND).counter(name, *values)
+
+
+def make_model(directory: Path) -> Model:
+    path = make_tiny_llama(directory, weights=False, vocab=384)
+    return Model(read_card(path, "tiny", "dummy"), Tokenizer(path), ChatTemplate(path))
+
+
+def make_world(model: Model, *, keys: list[str] | None = None, **options: object) -> World:
+    """A fresh application; `keys` are lines of a key file, `options` the configuration's."""
+    config = Config(**options)  # type: ignore[arg-type]
+    tokens = [*model.tokenizer.encode(ANSWER, False), EOS_ID]
+    generator = ScriptedGenerator(reply=lambda prompt, params: tokens)
+    page = bytearray(FRONTEND.nbytes)
+    metrics = FrontendMetrics(
+        StatsPage(memoryview(page), FRONTEND),
+        lambda: Fleet([snapshot(memoryview(page), FRONTEND)], [empty(ENGINE)], [None]),
+    )
+    app = build_app(
+        config=config,
+        generator=generator,
+        tokenizer=model.tokenizer,
+        chat_template=model.chat,
+        card=model.card,
+        keys=KeyRing(filter(None, map(parse_key, keys))) if keys else None,
+        metrics=metrics,
+    )
+    return World(model, generator, config, app, page)
+
+
+def with_client(world: World, body: Callable[[TestClient], object]) -> None:
+    """Run the coroutine function `body` against the served application."""
+
+    async def run() -> None:
+        server = TestServer(world.app)
+        await server.start_server()
+        async with TestClient(server) as client:
+            world.client = client
+            await body(client)  # type: ignore[misc]
+
+    asyncio.run(run())

@@ -1,0 +1,75 @@
+"""Events as `llumctl events` prints them: a line each, whatever they are."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from daemon.cli.format import concerns, event_line
+from daemon.control.event_history import Chronicle
+from daemon.ipc.event_ring import EventLog
+from daemon.ipc.events import (
+    KINDS,
+    Dispatched,
+    EngineChanged,
+    Event,
+    HandedBack,
+    MoveEnded,
+    Ordered,
+    Preempted,
+    TakenOver,
+)
+from daemon.ipc.layout import COORDINATOR, Fabric, Topology
+
+LINES = {
+    Dispatched(255, "cmpl-a-0", 1, 9, -1, "handed back"): "dispatched  cmpl-a-0 to engine 1, 9 prompt tokens, "
+    "priority -1, again: handed back",
+    TakenOver(255, "cmpl-a-0", 0, 1, 2, 7): "taken_over  cmpl-a-0 from engine 0 to engine 1 after 7 tokens",
+    MoveEnded(255, "cmpl-a-0", 1, "memory", "moved", "", 2, 7, 3, 3 << 20, 0.5, 0.0021): "move_ended  cmpl-a-0 to "
+    "engine 1, reason memory: moved; 3.0 MiB, 7 blocks + 3 there already, 2 stages, 500.0 ms, frozen 2.1 ms",
+    HandedBack(255, "cmpl-a-0", "draining", "it waited"): "handed_back cmpl-a-0, reason draining: it waited",
+    Preempted(255, "cmpl-a-0", 12): "preempted   cmpl-a-0: 12 tokens to compute anew",
+    EngineChanged("draining"): "engine      draining",
+    Ordered("migrate", "cmpl-a", 1, "live", "uid 0"): "ordered     migrate cmpl-a, engine 1, live, by uid 0",
+}
+
+
+@pytest.fixture
+def fabric() -> Fabric:
+    return Fabric(Fabric.create(Topology(1, 1), 1 << 16), COORDINATOR, 1)
+
+
+def test_every_kind_has_its_line(fabric: Fabric):
+    assert {type(event) for event in LINES} == {*get_args(Event)}
+    log, chronicle = EventLog(fabric.events(fabric.topology.engine(0))), Chronicle(fabric)
+    for event in LINES:
+        log.write(event)
+    rows = chronicle.read()
+    assert [event_line(row)[14:] for row in rows] == [f"engine 0     {line}" for line in LINES.values()]
+    assert {*KINDS} == {row["kind"] for row in rows} | {"missed"}
+    assert [concerns(row, "cmpl-a") for row in rows] == [row["kind"] != "engine" for row in rows]
+    assert [concerns(row, "ff") for row in rows] == ["rid" in row for row in rows]
+    assert [concerns(row, "cmpl-a-0") for row in rows] == [row["kind"] != "engine" for row in rows]
+    assert not any(concerns(row, other) for row in rows for other in ("cmpl", "cmpl-a-1-0", "cmpl-b"))
+
+
+def test_logs_are_merged_by_time_and_gaps_are_told(fabric: Fabric):
+    chronicle = Chronicle(fabric)
+    logs = [EventLog(fabric.events(p)) for p in range(fabric.topology.processes)]
+    for n in range(30):
+        logs[n % 3].write(Preempted(n, "", 0))
+    rows = chronicle.read()
+    assert [row["rid"] for row in rows] == list(range(30))
+    assert chronicle.read() == []
+    assert [row["rid"] for row in Chronicle(fabric).read(since=rows[9]["time"])] == list(range(10, 30))
+    for _ in range(300):
+        logs[1].write(EngineChanged("serving"))
+    first, *rest = chronicle.read()
+    assert (first["kind"], first["process"]) == ("missed", "frontend 0") and first["count"] + len(rest) == 300
+    assert event_line(first).endswith(f"{first['count']} events were overwritten before they could be read")
+
+
+def test_a_kind_of_a_later_daemon_is_shown_as_it_is():
+    row = {"time": 0.0, "process": "engine 0", "kind": "paused", "why": "rain"}
+    assert event_line(row).endswith("engine 0     paused      why=rain")

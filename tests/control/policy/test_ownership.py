@@ -1,0 +1,143 @@
+"""The frontend's verdicts: one winner an epoch, no token lost or doubled, and nobody left untold."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.control.policy import ownership
+from daemon.control.policy.ownership import Custody, Order, Output, Owner, Verdict, fresh
+from daemon.ipc.messages import AskBack, Cancel, Grant, HandBack, Release, Reprioritise, Takeover, TokenLogprobs
+
+A, B, C = Owner(0, 1), Owner(1, 1), Owner(2, 1)
+HELD = Custody(rid=5, epoch=3, owner=A, accepted=4)
+
+
+def takeover(start=4, tokens=(), epoch=3, logprobs=None) -> Takeover:
+    return Takeover(5, epoch, start, list(tokens), logprobs)
+
+
+def ask_back(start=4, tokens=(), epoch=3) -> AskBack:
+    return AskBack(5, epoch, start, list(tokens), None)
+
+
+def test_the_destination_wins_and_the_source_is_released():
+    verdict = ownership.takeover(HELD, B, takeover(3, [13, 14, 15]))
+    assert verdict == Verdict(
+        Custody(5, 4, B, 6), Output([14, 15], None), (Order(B, Grant(5, 3, 4)), Order(A, Release(5, 3)))
+    )
+
+
+def test_the_source_wins_and_nobody_is_released():
+    assert ownership.ask_back(HELD, A, ask_back()) == Verdict(Custody(5, 4, A, 4), orders=(Order(A, Grant(5, 3, 4)),))
+
+
+def test_logprobs_are_spliced_with_their_tokens():
+    entries = [TokenLogprobs(-float(i), [], []) for i in range(3)]
+    verdict = ownership.takeover(HELD, B, takeover(3, [13, 14, 15], logprobs=entries))
+    assert verdict.output == Output([14, 15], entries[1:])
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_claims_at_another_epoch_are_refused(epoch):
+    refusal = (Order(B, Release(5, epoch)),)
+    assert ownership.takeover(HELD, B, takeover(epoch=epoch)) == Verdict(HELD, orders=refusal)
+    assert ownership.ask_back(HELD._replace(owner=B), B, ask_back(epoch=epoch)).orders == refusal
+
+
+def test_only_the_owner_asks_back_or_hands_back():
+    former = Owner(A.engine, A.incarnation - 1)
+    assert ownership.ask_back(HELD, former, ask_back()) == Verdict(HELD, orders=(Order(former, Release(5, 3)),))
+    assert ownership.hand_back(HELD, former, HandBack(5, 3)) == Verdict(HELD)
+    assert ownership.hand_back(HELD, A, HandBack(5, 2)) == Verdict(HELD)
+
+
+def test_whoever_reaches_the_frontend_second_is_refused():
+    taken = ownership.takeover(HELD, B, takeover()).custody
+    assert ownership.ask_back(taken, A, ask_back()).orders == (Order(A, Release(5, 3)),)
+    back = ownership.ask_back(HELD, A, ask_back()).custody
+    assert ownership.takeover(back, B, takeover()).orders == (Order(B, Release(5, 3)),)
+
+
+def test_the_owners_death_orphans_and_no_other():
+    assert ownership.engine_died(HELD, B) == ownership.engine_died(HELD, Owner(0, 2)) == Verdict(HELD)
+    orphan = ownership.engine_died(HELD, A)
+    assert orphan == Verdict(HELD._replace(owner=None), redispatch=True)
+    assert ownership.started(orphan.custody, C) == Custody(5, 4, C, 4)
+
+
+def test_a_claim_may_come_before_an_orphan_is_started():
+    orphan = ownership.engine_died(HELD, A).custody
+    assert ownership.takeover(orphan, B, takeover()) == Verdict(
+        Custody(5, 4, B, 4), orders=(Order(B, Grant(5, 3, 4)),)
+    )
+
+
+def test_what_is_handed_back_is_started_anew_without_a_word():
+    assert ownership.hand_back(HELD, A, HandBack(5, 3)) == Verdict(HELD._replace(owner=None), redispatch=True)
+
+
+def test_the_suspect_is_told_to_let_go():
+    assert ownership.disown(HELD) == Verdict(HELD._replace(owner=None), None, (Order(A, Release(5, 3)),), True)
+    assert ownership.disown(HELD._replace(owner=None)).orders == ()
+
+
+def test_a_cancel_goes_to_the_owner():
+    assert ownership.cancel(HELD) == (Order(A, Cancel(5, 3)),)
+    assert ownership.cancel(HELD._replace(owner=None)) == ()
+
+
+def test_a_priority_goes_to_the_owner_at_its_epoch():
+    urgent = HELD._replace(priority=-1, changed=True)
+    assert ownership.reprioritise(HELD, -1) == Verdict(urgent, orders=(Order(A, Reprioritise(5, 3, -1)),))
+    assert ownership.reprioritise(HELD._replace(owner=None), -1) == Verdict(urgent._replace(owner=None))
+
+
+def test_the_winner_of_an_award_hears_of_a_priority_changed_meanwhile_and_once():
+    changed = ownership.reprioritise(HELD, -1).custody
+    verdict = ownership.takeover(changed, B, takeover())
+    grant, priority, release = Grant(5, 3, 4), Reprioritise(5, 4, -1), Release(5, 3)
+    assert verdict.orders == (Order(B, grant), Order(B, priority), Order(A, release))
+    assert verdict.custody == Custody(5, 4, B, 4, -1)
+    later = ownership.takeover(verdict.custody, C, takeover(epoch=4))
+    assert later.orders == (Order(C, Grant(5, 4, 5)), Order(B, Release(5, 4)))
+    assert ownership.ask_back(changed, A, ask_back()).orders == (Order(A, grant), Order(A, priority))
+
+
+def test_a_request_started_anew_keeps_its_priority():
+    orphan = ownership.hand_back(ownership.reprioritise(HELD, -1).custody, A, HandBack(5, 3)).custody
+    assert ownership.started(orphan, C) == Custody(5, 4, C, 4, -1)
+
+
+positions = st.integers(0, 12)
+
+
+@given(positions, positions, positions)
+def test_fresh_is_set_arithmetic(accepted, start, count):
+    known = fresh(accepted, start, count)
+    if start > accepted:
+        assert known is None
+    else:
+        assert known == len(set(range(start, start + count)) & set(range(accepted)))
+
+
+@given(positions, positions, positions, st.sampled_from([A, B]))
+def test_an_award_leaves_no_gap_and_no_double(accepted, start, count, winner):
+    """Tokens are their own positions: what is accepted must be 0, 1, 2, ..."""
+    custody = HELD._replace(accepted=accepted)
+    carried = list(range(start, start + count))
+    if winner == A:
+        verdict = ownership.ask_back(custody, A, ask_back(start, carried))
+    else:
+        verdict = ownership.takeover(custody, B, takeover(start, carried))
+    stream = list(range(accepted)) + (verdict.output.tokens if verdict.output else [])
+    assert stream == list(range(len(stream)))
+    lost = start > accepted or start + count < accepted
+    assert verdict.fault == verdict.redispatch == lost
+    if lost:
+        assert verdict.custody == custody._replace(owner=None) and not verdict.output
+        assert {o.to for o in verdict.orders} == {A, winner}
+        assert all(o.message == Release(5, 3) for o in verdict.orders)
+    else:
+        assert verdict.custody == Custody(5, 4, winner, max(accepted, start + count))

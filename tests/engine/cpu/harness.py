@@ -1,0 +1,101 @@
+"""Driving a CPU runner by hand: requests, block tables, chunks; and what Transformers says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from daemon.engine.cpu.runner import CpuRunner
+from daemon.engine.request import Request
+from daemon.engine.runner import Row, StepPlan
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.models.model_config import read_card
+
+_ids = count(1)
+
+
+def make_runner(path: Path, *, blocks: int = 400, **options: Any) -> CpuRunner:
+    """A loaded fp32 runner with a pool of noise: whatever reads KV that was never written shows."""
+    defaults: dict[str, Any] = {"threads": 1, "dtype": "fp32", "deterministic": False, "load_format": "auto",
+                                "block_size": 16, "max_num_seqs": 64, "max_batch_tokens": 512, "max_model_len": 512}
+    settings = defaults | options
+    runner = CpuRunner(read_card(path, load_format=settings["load_format"]), **settings)
+    pool = bytearray(runner.pool_spec(blocks).nbytes)
+    noise = np.frombuffer(pool, np.uint8)
+    noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)  # about 10 as a float
+    runner.load(memoryview(pool))
+    return runner
+
+
+def request(tokens: list[int], blocks: Iterator[int], total: int, block_size: int = 16) -> Request:
+    """A greedy request with blocks for `total` tokens."""
+    params = RequestParams(SamplingParams(max_tokens=10**6, seed=0, temperature=0.0), arrival=0.0)
+    table = [next(blocks) for _ in range(-(-total // block_size))]
+    return Request(rid=next(_ids), epoch=1, frontend=0, params=params, tokens=list(tokens),
+                   prompt_len=len(tokens), block_table=table)
+
+
+def step(runner: CpuRunner, decodes: list[Request], chunks: list[tuple[Request, int]] = ()) -> None:
+    """One step: a token for each of `decodes`, and so many prompt tokens of each of `chunks`; progress is noted."""
+    rows = [Row(r, r.num_computed, 1, True) for r in decodes]
+    rows += [Row(r, r.num_computed, n, n == r.pending) for r, n in chunks]
+    result = runner.execute(StepPlan(rows, len(decodes)))
+    tokens = iter(result.tokens)
+    for row in rows:
+        row.request.num_computed += row.count
+        if row.sample:
+            row.request.tokens.append(next(tokens))
+    assert next(tokens, None) is None
+
+
+def generate(runner: CpuRunner, requests: list[Request], output: int, chunk: int = 10**6, budget: int = 512) -> None:
+    """Run all requests together, chunks beside decodes, until each has `output` tokens more than its prompt."""
+    while unfinished := [r for r in requests if r.num_output < output]:
+        decodes = [r for r in unfinished if r.pending == 1]
+        left, chunks = budget - len(decodes), []
+        for r in unfinished:
+            n = min(r.pending, chunk, left)
+            if r.pending > 1 and n > 0:
+                chunks.append((r, n))
+                left -= n
+        step(runner, decodes, chunks)
+
+
+class Spy:
+    """Stands before a runner's sampler and keeps the logits it is given, by (request id, position)."""
+
+    def __init__(self, runner: CpuRunner) -> None:
+        self.logits: dict[tuple[int, int], torch.Tensor] = {}
+        self._sampler = runner._sampler
+        runner._sampler = self
+
+    def sample(self, logits: torch.Tensor, requests: list[Request]) -> Any:
+        for row, r in zip(logits, requests, strict=True):
+            self.logits[r.rid, len(r.tokens)] = row.clone()
+        return self._sampler.sample(logits, requests)
+
+    def of(self, r: Request) -> list[torch.Tensor]:
+        """The logits of one request, in order of position."""
+        return [row for (rid, _), row in sorted(self.logits.items(), key=lambda item: item[0]) if rid == r.rid]
+
+
+def transformers_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, r: Request) -> torch.Tensor:
+    """Transformers' logits for each output token of `r`, [output, vocab]: one forward over all its tokens."""
+    return model(torch.tensor([r.tokens[:-1]])).logits[0, r.prompt_len - 1 :]
+
+
+def is_greedy(model: Any, r: Request) -> bool:
+    """Whether Transformers, fed prompt and output so far, would have chosen each output token too."""
+    return reference_logits(model, r).argmax(-1).tolist() == r.tokens[r.prompt_len :]

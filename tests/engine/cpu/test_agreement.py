@@ -1,0 +1,106 @@
+"""The engine's answers do not depend on how it got there: batches, chunks, preemption, prefix hits, recompute."""
+
+import random
+from itertools import count
+
+import pytest
+import torch
+
+from daemon.engine.request import Request
+from daemon.engine.scheduler import Scheduler
+from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.kvpool.block_manager import BlockManager
+from tests.engine.cpu.harness import Spy, generate, is_greedy, make_runner, request, step, transformers_model
+from tests.models.tiny_model import make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), heads=6, kv_heads=2, hidden=96)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 thread", "2 threads"])
+def deterministic(model_dir, request):
+    runner = make_runner(model_dir, deterministic=True, dtype="auto", blocks=800, threads=request.param)
+    return runner, Spy(runner)
+
+
+def tokens(rng, n):
+    return [rng.randrange(3, 380) for _ in range(n)]
+
+
+def same_bits(a, b):
+    return torch.equal(torch.stack(a).view(torch.int32), torch.stack(b).view(torch.int32))
+
+
+def test_same_bits_alone_in_any_batch_and_in_any_chunks(deterministic):
+    runner, spy = deterministic
+    rng = random.Random(7)
+    prompt, output = tokens(rng, 75), 40
+    alone = request(prompt, count(1), 128)
+    generate(runner, [alone], output)
+    for chunk, company in ((1, 0), (7, 3), (10**6, 5), (33, 40)):
+        blocks = count(1)
+        others = [request(tokens(rng, rng.randint(1, 90)), blocks, 160) for _ in range(company)]
+        again = request(prompt, blocks, 128)
+        place = company // 2
+        generate(runner, [*others[:place], again, *others[place:]], output, chunk=chunk)
+        assert again.tokens == alone.tokens
+        assert same_bits(spy.of(again), spy.of(alone))
+
+
+def test_same_bits_when_output_is_recomputed_as_prompt(deterministic):
+    runner, spy = deterministic
+    prompt, output = tokens(random.Random(8), 50), 60
+    alone = request(prompt, count(1), 128)
+    generate(runner, [alone], output)
+    for kept in (1, 14, 37):
+        resumed = request(alone.tokens[: len(prompt) + kept], count(20), 128)
+        generate(runner, [resumed], output - kept, chunk=29)
+        assert resumed.tokens == alone.tokens
+        assert same_bits(spy.of(resumed), spy.of(alone)[kept:])
+
+
+def test_same_bits_over_blocks_that_another_request_computed(deterministic):
+    runner, spy = deterministic
+    rng = random.Random(9)
+    shared = tokens(rng, 64)
+    prompt = shared + tokens(rng, 9)
+    alone = request(prompt, count(1), 128)
+    generate(runner, [alone], 20)
+    donor = request(shared + tokens(rng, 30), count(100), 128)
+    step(runner, [], [(donor, 50)])
+    step(runner, [], [(donor, donor.pending)])
+    reusing = request(prompt, count(200), 128)
+    reusing.block_table[:4] = donor.block_table[:4]
+    reusing.num_computed = 64
+    generate(runner, [reusing], 20)
+    assert same_bits(spy.of(reusing), spy.of(alone))
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["fp32", "deterministic"])
+def test_scheduled_requests_agree_with_transformers(model_dir, options):
+    """A pool too small for all, so that requests are preempted; common beginnings, so that blocks are shared."""
+    num_blocks, budget, output = 40, 96, 64
+    runner = make_runner(model_dir, blocks=num_blocks, max_batch_tokens=budget, **options)
+    blocks = BlockManager(num_blocks, 16)
+    scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=())
+    rng = random.Random(3)
+    beginnings = [tokens(rng, 40), tokens(rng, 17), []]
+    requests = []
+    for rid in range(50):
+        prompt = rng.choice(beginnings) + tokens(rng, rng.randint(1, 60))
+        params = RequestParams(SamplingParams(max_tokens=output, seed=0, temperature=0.0), arrival=float(rid))
+        requests.append(Request(rid, 1, 0, params, prompt, len(prompt)))
+        scheduler.add(requests[-1])
+    now = 0.0
+    while plan := scheduler.plan(now):
+        scheduler.fold(plan, runner.execute(plan), now)
+        scheduler.check()
+        now += 1.0
+    assert scheduler.num_preemptions > 0
+    assert scheduler.prefix_hit_tokens > 0
+    reference = transformers_model(model_dir)
+    for r in requests:
+        assert r.num_output == output
+        assert is_greedy(reference, r)

@@ -1,0 +1,93 @@
+"""Linear layers: right, and tiled ones independent of their batch; the small kernels between them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from daemon.engine.cpu import linear
+from daemon.engine.cpu.linear import Linear, choose_arithmetic
+from daemon.engine.cpu.ops import compile_ops
+from daemon.models.model_config import read_card
+from tests.models.tiny_model import make_tiny_llama
+
+OPS = compile_ops(parallel=False)
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bits(tensor):
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_is_a_linear_layer(dtype, error, bias, tiled):
+    weight, b = random(70, 48, dtype=dtype) / 7, random(70, dtype=dtype, seed=1) if bias else None
+    layer = Linear(weight, b, tiled=tiled)
+    for rows in (1, 2, 16, 33):
+        x = random(rows, 48, dtype=dtype, seed=rows)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert layer(x).dtype is dtype
+        assert (layer(x).double() - expected).abs().max() < error * expected.abs().max()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 50), st.integers(0, 2**31))
+def test_a_tiled_rows_bits_do_not_depend_on_its_batch_or_place(rows, seed):
+    layer = Linear(random(576, 1536), tiled=True)
+    x = random(rows, 1536, seed=seed)
+    together = layer(x)
+    for i in {0, rows // 2, rows - 1}:
+        assert torch.equal(layer(x[i : i + 1])[0], together[i])
+
+
+def test_arithmetic_is_fp32_where_bf16_is_emulated(monkeypatch, tmp_path):
+    card = read_card(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    monkeypatch.setattr(linear, "_has_bf16", lambda: False)
+    assert choose_arithmetic(card) == "fp32"
+
+
+@pytest.mark.parametrize("slow, choice", [("bf16", "fp32"), ("fp32", "bf16")])
+def test_arithmetic_is_the_faster_one(monkeypatch, tmp_path, slow, choice):
+    card = read_card(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    monkeypatch.setattr(linear, "_has_bf16", lambda: True)
+    monkeypatch.setattr(linear, "_layer_seconds", lambda _, arithmetic: 2.0 if arithmetic == slow else 1.0)
+    assert choose_arithmetic(card) == choice
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_silu_mul(dtype):
+    x = random(5, 2 * 40, dtype=dtype) * 30
+    out = torch.empty(5, 40, dtype=dtype)
+    OPS.silu_mul(bits(x), bits(out))
+    gate, up = x.float().chunk(2, dim=1)
+    torch.testing.assert_close(out, (torch.nn.functional.silu(gate) * up).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_add_rms_norm_updates_the_residual_and_picks_rows(dtype):
+    residual, delta, weight = random(6, 40), random(6, 40, dtype=dtype, seed=1), random(40, seed=2)
+    total = residual + delta.float()
+    rows = np.array([4, 1], np.int32)
+    out = torch.empty(2, 40, dtype=dtype)
+    OPS.add_rms_norm(residual.numpy(), bits(delta), rows, weight.numpy(), np.float32(1e-5), bits(out))
+    expected = torch.nn.functional.rms_norm(total[[4, 1]], (40,), weight, 1e-5)
+    torch.testing.assert_close(residual[[4, 1]], total[[4, 1]])
+    torch.testing.assert_close(out, expected.to(dtype))
+
+
+@settings(deadline=None)
+@given(st.floats(-(2.0**127), 2.0**127, width=32))
+def test_narrowing_is_torchs_rounding_to_bfloat16(value):
+    """Seen through a rotation by nothing, which moves a value into the pool as it is."""
+    qkv = np.full((1, 6), value, np.float32)
+    pool, q = np.zeros(4, np.uint16), np.zeros((1, 2), np.float32)
+    one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    at = np.zeros(1, np.int64)
+    OPS.rope_and_store(qkv, at.astype(np.int32), at, one, zero, np.float32(1), 0, 2, 2, q, pool)
+    assert torch.equal(torch.from_numpy(pool).view(torch.bfloat16), torch.full((4,), value).bfloat16())

@@ -1,0 +1,237 @@
+"""The journal against a model, read through views over the same memory."""
+
+from __future__ import annotations
+
+import struct
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall, JournalView, SlotState
+from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
+from tests.ipc.crashing_memory import Died, Life, Mortal
+
+SIZE = 24 << 10
+token_ids = st.integers(0, 2**32 - 2)
+priorities = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 2)
+# Powers of two apart, so that float32 holds them: rounding has its own test.
+logs = st.integers(-800, 0).map(lambda n: n / 8)
+
+
+def params(
+    max_tokens: int = 16, logprobs: int = -1, label: str = "", seed: int = 7, priority: int = 0
+) -> RequestParams:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
+    return RequestParams(sampling, 1.5, priority, label=label)
+
+
+def memory(size: int = SIZE) -> memoryview:
+    return memoryview(bytearray(size))
+
+
+def entries(top: int) -> st.SearchStrategy[TokenLogprobs]:
+    alternatives = st.lists(st.tuples(token_ids, logs), max_size=top)
+    return st.builds(lambda own, pairs: TokenLogprobs(own, [p[0] for p in pairs], [p[1] for p in pairs]),
+                     logs, alternatives)  # fmt: skip
+
+
+class JournalModel(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = memory()
+        self.journal = Journal(self.memory)
+        self.view = JournalView(self.memory.toreadonly())
+        self.empty = self.journal.free_bytes
+        self.rids = count(1)
+        self.live: dict[int, dict] = {}  # by slot
+
+    def pick(self, which: int) -> int:
+        return sorted(self.live)[which % len(self.live)]
+
+    @rule(
+        prompt=st.lists(token_ids, max_size=300),
+        max_tokens=st.integers(0, 300),
+        logprobs=st.integers(-1, 3),
+        label=st.text(max_size=20),
+        priority=priorities,
+    )
+    def open(self, prompt: list[int], max_tokens: int, logprobs: int, label: str, priority: int) -> None:
+        wanted = params(max_tokens, logprobs, label, next(self.rids), priority)
+        rid = next(self.rids) << 32
+        try:
+            slot = self.journal.open(rid, wanted, prompt)
+        except JournalFull:
+            assert self.live, "an empty journal refused what it takes"
+            return
+        assert slot not in self.live
+        self.live[slot] = {"rid": rid, "params": wanted, "prompt": prompt, "output": [], "logprobs": [],
+                           "epoch": 0, "owner": (0xFFFF, 0), "priority": priority}  # fmt: skip
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 1000), by=st.integers(1, 9), engine=st.integers(0, 63), incarnation=st.integers(1, 99))
+    def assign(self, which: int, by: int, engine: int, incarnation: int) -> None:
+        entry = self.live[self.pick(which)]
+        entry["epoch"] += by
+        entry["owner"] = (engine, incarnation)
+        self.journal.assign(self.pick(which), entry["epoch"], engine, incarnation)
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 1000), priority=priorities)
+    def reprioritise(self, which: int, priority: int) -> None:
+        self.live[self.pick(which)]["priority"] = priority
+        self.journal.reprioritise(self.pick(which), priority)
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 1000), tokens=st.lists(token_ids, max_size=20), data=st.data())
+    def append(self, which: int, tokens: list[int], data: st.DataObject) -> None:
+        slot = self.pick(which)
+        entry = self.live[slot]
+        sampling = entry["params"].sampling
+        found = None
+        if sampling.logprobs >= 0:
+            some = entries(sampling.logprobs)
+            found = data.draw(st.lists(some, min_size=len(tokens), max_size=len(tokens)))
+        if len(entry["output"]) + len(tokens) > sampling.max_tokens:
+            with pytest.raises(ValueError, match="outgrows"):
+                self.journal.append(slot, tokens, found)
+            return
+        self.journal.append(slot, tokens, found)
+        entry["output"] += tokens
+        entry["logprobs"] += found if found is not None else [None] * len(tokens)
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 1000))
+    def close(self, which: int) -> None:
+        slot = self.pick(which)
+        self.journal.close(slot)
+        del self.live[slot]
+        assert self.view.state(slot) is SlotState.FREE
+
+    @invariant()
+    def a_view_reads_what_was_written(self) -> None:
+        view = self.view
+        assert view.live_slots() == sorted(self.live)
+        for slot, entry in self.live.items():
+            assert view.rid(slot) == entry["rid"]
+            assert view.params(slot) == entry["params"]  # as it was at admission
+            assert view.priority(slot) == entry["priority"]
+            assert view.prompt_len(slot) == len(entry["prompt"])
+            assert view.prompt(slot) == entry["prompt"]
+            assert view.num_output(slot) == len(entry["output"])
+            assert view.output(slot) == entry["output"]
+            middle = len(entry["output"]) // 2
+            assert view.output(slot, middle) == entry["output"][middle:]
+            assert (view.epoch(slot), view.owner(slot)) == (entry["epoch"], entry["owner"])
+            assert [view.logprobs(slot, i) for i in range(len(entry["output"]))] == entry["logprobs"]
+
+    def teardown(self) -> None:
+        for slot in list(self.live):
+            self.journal.close(slot)
+        assert self.journal.free_bytes == self.empty
+
+
+TestJournal = JournalModel.TestCase
+TestJournal.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@given(st.floats(allow_nan=False, width=64, max_value=0, min_value=-1e30), st.lists(st.floats(-100, 0), max_size=2))
+def test_logprobs_are_kept_as_float32(own: float, top: list[float]):
+    def single(x: float) -> float:
+        return struct.unpack("<f", struct.pack("<f", x))[0]
+
+    journal = Journal(memory())
+    slot = journal.open(1, params(2, logprobs=2), [5])
+    journal.append(slot, [8], [TokenLogprobs(own, list(range(len(top))), top)])
+    kept = journal.logprobs(slot, 0)
+    assert kept == TokenLogprobs(single(own), list(range(len(top))), [single(x) for x in top])
+
+
+def test_full_is_not_too_small():
+    journal = Journal(memory())
+    room = journal.free_bytes
+    with pytest.raises(JournalTooSmall, match="journal_memory"):
+        journal.open(1, params(room // 4), [1])
+    slot = journal.open(2, params(room // 8), [1])
+    with pytest.raises(JournalFull):
+        journal.open(3, params(room // 8), [1])
+    journal.close(slot)
+    journal.open(3, params(room // 8), [1])
+
+
+def test_slots_run_out_and_come_back():
+    journal = Journal(memory())
+    slots = [journal.open(rid, params(0), []) for rid in range(journal.num_slots)]
+    assert len(set(slots)) == journal.num_slots
+    with pytest.raises(JournalFull):
+        journal.open(999, params(0), [])
+    before = journal.free_bytes
+    journal.close(slots[0])
+    assert journal.open(999, params(0), []) == slots[0]
+    assert journal.free_bytes == before
+
+
+@pytest.mark.parametrize("odd", range(0, 64, 7))
+def test_any_size_of_segment_serves(odd: int):
+    """What fits an empty journal is never told to try again later."""
+    journal = Journal(memory(SIZE + odd))
+    room = journal.free_bytes
+    for max_tokens in range(room // 4 - 64, room // 4 + 1):
+        try:
+            journal.close(journal.open(1, params(max_tokens), []))
+        except JournalTooSmall:
+            break
+    else:
+        raise AssertionError("never too small")
+    assert journal.free_bytes == room
+
+
+def test_a_new_owner_begins_empty():
+    shared = memory()
+    first = Journal(shared)
+    slots = [first.open(rid, params(), [1, 2]) for rid in range(5)]
+    first.assign(slots[0], 3, 1, 1)
+    second = Journal(shared)
+    assert JournalView(shared).live_slots() == []
+    assert second.free_bytes == Journal(memory()).free_bytes
+    slot = second.open(77, params(label="new"), [9])
+    view = JournalView(shared)
+    assert (view.rid(slot), view.epoch(slot), view.prompt(slot), view.output(slot)) == (77, 0, [9], [])
+
+
+def test_an_owner_that_dies_while_opening_shows_nothing_half_done():
+    """At every store: a reader sees the request whole or not at all, and its output as a prefix."""
+    for k in count():
+        shared, life, died = memory(), Life(k), False
+        view = JournalView(shared)
+        journal = Journal(shared)
+        try:
+            journal = _mortal(journal, life)
+            slot = journal.open(5, params(8, logprobs=0, priority=-1), [1, 2, 3])
+            journal.assign(slot, 1, 2, 3)
+            journal.reprioritise(slot, 1)
+            journal.append(slot, [10, 11, 12], [TokenLogprobs(-1.0, [], [])] * 3)
+        except Died:
+            died = True
+        for slot in view.live_slots():
+            assert (view.rid(slot), view.prompt(slot)) == (5, [1, 2, 3])
+            assert view.params(slot) == params(8, logprobs=0, priority=-1)
+            assert view.priority(slot) in ((-1, 1) if view.epoch(slot) else (-1,))
+            assert (view.epoch(slot), view.owner(slot)[0]) in ((0, 0xFFFF), (1, 2))
+            output = view.output(slot)
+            assert output in ([], [10, 11, 12])
+            assert [view.logprobs(slot, i).logprob for i in range(len(output))] == [-1.0] * len(output)
+        if not died:
+            break
+    assert view.output(view.live_slots()[0]) == [10, 11, 12]
+    assert view.priority(view.live_slots()[0]) == 1
+    assert k > 15
+
+
+def _mortal(journal: Journal, life: Life) -> Journal:
+    """`journal`, with every store it makes from now on counted."""
+    for name in ("_words", "_u32", "_view"):
+        setattr(journal, name, Mortal(getattr(journal, name), life))
+    return journal

@@ -1,0 +1,188 @@
+"""GGUF files become the directories they were made from, as far as their quantisation remembers."""
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tokenizers
+
+from daemon.models import checkpoint
+from daemon.models.chat_template import ChatTemplate
+from daemon.models.gguf.convert import convert
+from daemon.models.gguf.tokenizer import _SPLITS, write_tokenizer
+from daemon.models.model_config import ModelError, read_card
+from daemon.models.tokenizer import Tokenizer
+from tests.models.gguf.tiny_gguf import make_tiny_gguf
+from tests.models.tiny_model import CHAT_TEMPLATE
+
+
+def converted(file, directory):
+    directory.mkdir()
+    convert.convert(convert.open_gguf(file), directory)
+    return read_card(directory)
+
+
+def weights_of(path):
+    from safetensors.torch import load_file
+
+    return {n: t.float().numpy() for f in set(checkpoint.weight_map(path).values()) for n, t in load_file(f).items()}
+
+
+def bfloat16(values):
+    return (checkpoint.to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rounded"),
+    [("F32", False), ("F16", True), ("BF16", True), ("Q8_0", True), ("Q4_1", True), ("Q5_0", True)],
+)
+@pytest.mark.parametrize("tie", [True, False])
+def test_converts_weights_and_config(tmp_path, kind, rounded, tie):
+    expected = make_tiny_gguf(tmp_path / "m.gguf", kind, tie=tie, rope_theta=7e4, layers=1, max_position=77)
+    card = converted(tmp_path / "m.gguf", tmp_path / "out")
+    assert (card.num_layers, card.hidden_size, card.num_heads, card.num_kv_heads) == (1, 64, 4, 2)
+    assert (card.rope_theta, card.rms_norm_eps, card.max_position) == (7e4, 1e-5, 77)
+    assert (card.tie_embeddings, card.eos_token_ids, card.vocab_size) == (tie, (2,), 384)
+    weights = weights_of(card.path)
+    assert weights.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (weights[name] == (bfloat16(values) if rounded else values)).all(), name
+    assert convert.open_gguf(tmp_path / "m.gguf").converted_bytes == card.num_params * (2 if rounded else 4)
+
+
+def test_transformers_reads_the_file_alike(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    make_tiny_gguf(tmp_path / "m.gguf", "Q4_1", rope_theta=7e4)
+    path = converted(tmp_path / "m.gguf", tmp_path / "out").path
+    ours = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    state = theirs.state_dict()
+    for name, weight in ours.state_dict().items():
+        assert (weight == state[name].bfloat16().float()).all(), name
+    assert ours.config.rms_norm_eps == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
+    for key in ("rope_parameters", "head_dim", "max_position_embeddings", "eos_token_id"):
+        assert getattr(ours.config, key) == getattr(theirs.config, key), key
+
+
+def test_biases_are_reordered_too(tmp_path):
+    expected = make_tiny_gguf(tmp_path / "m.gguf", attention_bias=True, mlp_bias=True)
+    card = converted(tmp_path / "m.gguf", tmp_path / "out")
+    assert card.attention_bias
+    assert card.mlp_bias
+    weights = weights_of(card.path)
+    name = "model.layers.1.self_attn.k_proj.bias"
+    assert (weights[name] == bfloat16(expected[name])).all()
+
+
+def test_tokenizer_and_chat_template_come_along(tmp_path):
+    make_tiny_gguf(tmp_path / "m.gguf")
+    converted(tmp_path / "m.gguf", tmp_path / "out")
+    ours = Tokenizer(tmp_path / "out")
+    source = tokenizers.Tokenizer.from_file(str(tmp_path / "source" / "tokenizer.json"))
+    for text in ("the quick brown fox 1234 \n\n naïve 🙂", "<|im_start|>user\nhi<|im_end|>"):
+        assert ours.encode(text, add_special=True) == source.encode(text).ids
+    assert ours.special_ids == {0, 1, 2}
+    assert ChatTemplate(tmp_path / "out").available
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_every_end_token_counts(tmp_path):
+    make_tiny_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eot_token_id": 9, "tokenizer.ggml.eos_token_id": 2})
+    assert converted(tmp_path / "m.gguf", tmp_path / "out").eos_token_ids == (2, 9)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_found_in_its_factors(tmp_path, factor):
+    """By the definition in Transformers: by wavelength against 8192 / low and 8192 / high."""
+    theta, dim = 500000.0, 64
+    divisors = []
+    for i in range(0, dim, 2):
+        wavelength = 2 * math.pi * theta ** (i / dim)
+        smooth = (8192 / wavelength - 1) / 3
+        divisors.append(
+            1.0 if wavelength < 2048 else factor if wavelength > 8192 else 1 / ((1 - smooth) / factor + smooth)
+        )
+    rope = np.array(divisors, dtype=np.float32)
+    make_tiny_gguf(
+        tmp_path / "m.gguf",
+        head_dim=dim,
+        rope_theta=theta,
+        extra={"rope_freqs.weight": rope},
+        metadata={"llama.attention.key_length": dim, "llama.attention.value_length": dim},
+    )
+    assert converted(tmp_path / "m.gguf", tmp_path / "out").rope_scaling == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    rope[5] = 3
+    make_tiny_gguf(
+        tmp_path / "m.gguf",
+        head_dim=dim,
+        rope_theta=theta,
+        extra={"rope_freqs.weight": rope},
+        metadata={"llama.attention.key_length": dim, "llama.attention.value_length": dim},
+    )
+    with pytest.raises(ModelError, match="frequency factors"):
+        convert.convert(convert.open_gguf(tmp_path / "m.gguf"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"general.architecture": "qwen2"}, "qwen2"),
+        ({"llama.expert_count": 8}, "experts"),
+        ({"split.count": 2}, "several parts"),
+        ({"llama.rope.dimension_count": 8}, "partly rotated"),
+        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.attention.head_count": None}, "attention.head_count"),
+        ({"llama.attention.head_count": [4, 2]}, "layer to layer"),
+        ({"tokenizer.ggml.pre": None}, "default"),
+        ({"tokenizer.ggml.pre": "strange"}, "strange"),
+        ({"tokenizer.ggml.model": "bert"}, "bert"),
+        ({"tokenizer.ggml.merges": ["zz zz"]}, "merges"),
+        ({"llama.block_count": 3}, r"lacks blk\.2"),
+    ],
+)
+def test_refuses(tmp_path, metadata, reason):
+    make_tiny_gguf(tmp_path / "m.gguf", metadata=metadata)
+    with pytest.raises(ModelError, match=reason):
+        converted(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_unknown_tensors_and_broken_files_are_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    make_tiny_gguf(file, extra={"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)})
+    with pytest.raises(ModelError, match="attn_sinks"):
+        convert.open_gguf(file)
+    whole = file.read_bytes()
+    for size in (8, 5000, len(whole) // 2, len(whole) - 4096):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match="not a whole GGUF"):
+            convert.open_gguf(file)
+
+
+@pytest.mark.parametrize("name", sorted(_SPLITS))
+def test_pretokenizers_lose_no_text(name):
+    pieces = _SPLITS[name]().pre_tokenize_str("I'd pay 12345 €, naïve 你好\r\n\n  x\t🙂 DON'T")
+    spans = [span for _, span in pieces]
+    assert spans[0][0] == 0
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
+    digits = [p for p, _ in pieces if p.strip("Ġ").isdigit()]
+    expected = {"llama-bpe": ["123", "45"], "gpt-2": ["Ġ12345"], "smollm": list("12345"), "qwen2": list("12345")}
+    assert digits == expected.get(name, digits)
+
+
+def test_bos_is_added_where_the_file_says_so(tmp_path):
+    file = tmp_path / "m.gguf"
+    make_tiny_gguf(file, metadata={"tokenizer.ggml.add_bos_token": True})
+    write_tokenizer(convert.open_gguf(file).metadata, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<|endoftext|>"
+    ours = Tokenizer(tmp_path)
+    assert ours.encode("a", add_special=True) == [0, *ours.encode("a", add_special=False)]

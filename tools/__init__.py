@@ -1,0 +1,1 @@
+"""Programs for the people who develop llumd; none of them ships."""

@@ -1,0 +1,250 @@
+"""FlashInfer's kernels and our own on the simulated device: the compiled modules check and launch, this computes.
+
+Each function here has the arguments of the module's function, as CPU tensors over the very memory, which it reads in
+the stream's turn. Attention follows the schedule that the module's own plan has made, tile by tile: one that is lost,
+overwritten or another step's shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import tvm_ffi
+
+from daemon.engine.cuda.ops import TorchOps
+from tests.engine.cuda.host_kernels import HostAppend, HostGemv
+from tools.simgpu.build import build_host
+from tools.simgpu.device import on_host, put_off
+
+_NHD = 0
+_CAUSAL = 1
+_ALL = 1 << 30
+_OPS = TorchOps()  # the definition
+
+
+def rmsnorm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
+    out.copy_(_OPS.rms_norm(x, weight, eps))
+
+
+def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
+    _OPS.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor, *_: Any) -> None:
+    out.copy_(_OPS.silu_mul(gate_up))
+
+
+class Plan(NamedTuple):
+    """A schedule of FlashInfer's fa2 prefill kernels, in the order in which its plan returns it. Offsets in bytes."""
+
+    tiles: int  # padding included
+    rows: int
+    rows_offset: int
+    tile_rows: int
+    requests_offset: int
+    q_tiles_offset: int
+    kv_tiles_offset: int
+    merge_offset: int
+    o_offset: int
+    kv_chunk_offset: int
+    v_offset: int
+    s_offset: int
+    valid_offset: int
+    graph: int
+    split: int
+
+
+class Tile(NamedTuple):
+    """What one block of threads computes: some rows of a request against a part of its KV. A row is a token and one
+    of the query heads that share a KV head. Ends may be past the request's."""
+
+    request: int
+    first: int
+    end: int
+    first_kv: int
+    end_kv: int
+
+
+def tiles_of(plan: Plan, schedule: torch.Tensor) -> list[Tile]:
+    """Read the schedule where the kernel would."""
+
+    def read(offset: int, count: int, dtype: torch.dtype) -> list[int]:
+        values: list[int] = schedule[offset : offset + count * dtype.itemsize].view(dtype).tolist()
+        return values
+
+    requests, q_tiles, kv_tiles = (read(offset, plan.tiles, torch.int32) for offset in (
+        plan.requests_offset, plan.q_tiles_offset, plan.kv_tiles_offset))
+    firsts = [tile * plan.tile_rows for tile in q_tiles]
+    ends = [first + plan.tile_rows for first in firsts]
+    if not plan.split:
+        return [Tile(r, first, end, 0, _ALL) for r, first, end in zip(requests, firsts, ends, strict=True)]
+    [chunk] = read(plan.kv_chunk_offset, 1, torch.int32)
+    valid = read(plan.valid_offset, plan.tiles, torch.bool)
+    return [Tile(r, first, end, k * chunk, (k + 1) * chunk)
+            for r, first, end, k, v in zip(requests, firsts, ends, kv_tiles, valid, strict=True) if v]
+
+
+class Paged(NamedTuple):
+    """Queries of a batch, and their sequences' KV in a pool of pages."""
+
+    q: torch.Tensor  # [tokens, heads, head_dim]
+    keys: torch.Tensor  # [pages, page_size, kv_heads, head_dim]
+    values: torch.Tensor
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    last_page_len: torch.Tensor
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.keys.shape[2]
+
+    def rows(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token and head in its group of each row of a tile."""
+        begin, stop = int(self.qo_indptr[tile.request]), int(self.qo_indptr[tile.request + 1])
+        packed = torch.arange(tile.first, min(tile.end, (stop - begin) * self.group))
+        return begin + packed // self.group, packed % self.group
+
+    def length(self, request: int) -> int:
+        pages = int(self.kv_indptr[request + 1] - self.kv_indptr[request])
+        return (pages - 1) * self.keys.shape[1] + int(self.last_page_len[request])
+
+    def kv(self, request: int, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [wanted, kv_heads, head_dim] of a sequence at the positions `wanted`."""
+        pages = self.kv_indices[int(self.kv_indptr[request]) : int(self.kv_indptr[request + 1])].long()
+        at = pages[wanted // self.keys.shape[1]], wanted % self.keys.shape[1]
+        return self.keys[at].float(), self.values[at].float()
+
+
+def paged_run(_floats: torch.Tensor, schedule: torch.Tensor, info: Any, *more: Any) -> None:
+    batch, (out, _lse, mask, layout), rest = Paged(*more[:7]), more[7:11], more[11:]
+    assert layout == _NHD
+    scale = [x for x in rest if isinstance(x, float)][1]  # behind the cap of logits, which is none
+    # The schedules of other kernels than fa2's are not read.
+    tiles = (tiles_of(Plan(*map(int, info)), schedule) if len(info) == len(Plan._fields)
+             else [Tile(request, 0, _ALL, 0, _ALL) for request in range(len(batch.last_page_len))])
+    partial = Partial(*batch.q.shape)
+    for tile in tiles:
+        _attend(batch, tile, partial, scale, causal=mask == _CAUSAL)
+    out.copy_(partial.total())
+
+
+def _attend(batch: Paged, tile: Tile, partial: Partial, scale: float, *, causal: bool) -> None:
+    rows, heads = batch.rows(tile)
+    length = batch.length(tile.request)
+    wanted = torch.arange(tile.first_kv, min(tile.end_kv, length))
+    if not len(rows) or not len(wanted):
+        return
+    stop = int(batch.qo_indptr[tile.request + 1])
+    own = length - stop + rows if causal else torch.full_like(rows, length)
+    hidden = wanted > own[:, None]
+    keys, values = batch.kv(tile.request, wanted)
+    for kv_head in range(keys.shape[1]):
+        at = rows, kv_head * batch.group + heads
+        scores = batch.q[at].float() @ keys[:, kv_head].T * scale
+        partial.merge(at, scores.masked_fill(hidden, -torch.inf), values[:, kv_head])
+
+
+class Partial:
+    """Attention over parts of the keys, merged as they come. What no part has reached is NaN in the end."""
+
+    def __init__(self, rows: int, heads: int, head_dim: int) -> None:
+        self._largest = torch.full((rows, heads), -torch.inf)
+        self._weight = torch.zeros(rows, heads)
+        self._value = torch.zeros(rows, heads, head_dim)
+
+    def merge(self, at: tuple[torch.Tensor, torch.Tensor], scores: torch.Tensor, v: torch.Tensor) -> None:
+        """`at`: token and head of each row of `scores` [rows, keys]."""
+        largest = torch.maximum(self._largest[at], scores.amax(-1))
+        base = largest.clamp(min=torch.finfo(torch.float32).min)  # where all are hidden still
+        weights, shrink = torch.exp(scores - base[:, None]), torch.exp(self._largest[at] - base)
+        self._value[at] = self._value[at] * shrink[:, None] + weights @ v
+        self._weight[at] = self._weight[at] * shrink + weights.sum(-1)
+        self._largest[at] = largest
+
+    def total(self) -> torch.Tensor:
+        return self._value / self._weight[..., None]
+
+
+def draw(logits: torch.Tensor, *more: torch.Tensor) -> None:
+    """By the kernel's own row algorithm."""
+    rows, vocab = logits.shape
+    logits = logits.contiguous()
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in more]
+    _host_draw().draw_rows(ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(vocab), *pointers,
+                           ctypes.c_uint32(1), ctypes.c_uint32(1))
+
+
+@lru_cache
+def _host_draw() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build_host("draw")))
+
+
+@lru_cache
+def _host_gemv() -> HostGemv:
+    return HostGemv(build_host("gemv"))
+
+
+@lru_cache
+def _host_append() -> HostAppend:
+    return HostAppend(build_host("append"))
+
+
+def append(*args: Any) -> None:
+    """This and the next four: by the kernel's own algorithm."""
+    _host_append().append(*args)
+
+
+def add(*args: Any) -> None:
+    _host_gemv().add(*args)
+
+
+def gate(*args: Any) -> None:
+    _host_gemv().gate(*args)
+
+
+def logits(*args: Any) -> None:
+    _host_gemv().logits(*args)
+
+
+def heads(*args: Any) -> None:
+    _host_gemv().heads(*args)
+
+
+_COMPUTED: dict[str, Callable[..., None]] = {f.__name__: f for f in (
+    rmsnorm, fused_add_rmsnorm, silu_and_mul, paged_run, draw, append, add, gate, logits, heads,
+)}
+_HOSTED = ("plan",)  # they compute on the host, and are as they are
+
+
+class Module:
+    """A compiled module whose launches are followed by what they would have computed."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        if name in _HOSTED:
+            return function
+
+        def call(*args: Any) -> Any:
+            if name not in _COMPUTED:
+                raise NotImplementedError(f"simgpu: {name} is not simulated")
+            result = function(*args)
+            held = [on_host(a) if isinstance(a, torch.Tensor) else a for a in args]
+            device = next(a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda)
+            put_off(lambda: _COMPUTED[name](*held), device)
+            return result
+
+        return call
+
+
+def install() -> None:
+    """Simulate what tvm-ffi loads from now on."""
+    load = tvm_ffi.load_module
+    tvm_ffi.load_module = lambda path, *args, **kwargs: Module(load(path, *args, **kwargs))
