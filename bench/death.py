@@ -96,8 +96,10 @@ def lines(found: dict[str, Any]) -> list[str]:
     table = [head, columns]
     for name, r in found.items():
         most = max(row["pause_max"] for row in r["rounds"])
-        table.append(f"{name:<12}{len(r['rounds']):>7}{r['struck']:>8.0f}{r['pause']:>9.2f}{most:>8.2f}"
-                     f"{r['others']:>10.2f}{r['all_done']:>12.1f}")
+        table.append(
+            f"{name:<12}{len(r['rounds']):>7}{r['struck']:>8.0f}{r['pause']:>9.2f}{most:>8.2f}"
+            f"{r['others']:>10.2f}{r['all_done']:>12.1f}"
+        )
     pairs = zip(*(found[name]["rounds"] for name in WAYS), strict=True)
     gain = statistics.median(anew["pause"] / resumed["pause"] for resumed, anew in pairs)
     return [*table, f"sent again over resumed: {gain:.1f} (median); every answer came to its end"]

@@ -29,9 +29,23 @@ from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.models.model_config import ModelCard, read_card
 
 SMOLLM2_135M = ModelCard(
-    path=Path("."), name="smollm2-135m-shape", vocab_size=49152, hidden_size=576, intermediate_size=1536,
-    num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5, rope_scaling=None,
-    max_position=8192, tie_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(2,),
+    path=Path("."),
+    name="smollm2-135m-shape",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1e5,
+    rope_scaling=None,
+    max_position=8192,
+    tie_embeddings=True,
+    attention_bias=False,
+    mlp_bias=False,
+    eos_token_ids=(2,),
 )
 BLOCK = 16
 
@@ -41,23 +55,43 @@ def main() -> None:
     card = read_card(args.model) if args.model else SMOLLM2_135M
     started = time.perf_counter()
     runner = CpuRunner(
-        card, threads=args.threads, dtype=args.dtype, deterministic=args.deterministic,
-        load_format="auto" if args.model else "dummy", block_size=BLOCK, max_num_seqs=64,
-        max_batch_tokens=512, max_model_len=4096,
+        card,
+        threads=args.threads,
+        dtype=args.dtype,
+        deterministic=args.deterministic,
+        load_format="auto" if args.model else "dummy",
+        block_size=BLOCK,
+        max_num_seqs=64,
+        max_batch_tokens=512,
+        max_model_len=4096,
     )
     spec = runner.pool_spec(1 + max(64 * 128, 32 * 1024) // BLOCK + 64)
     # Not zeros: untouched pages are all one page, which stays in the cache.
     runner.load(memoryview(bytearray(b"\x3c") * spec.nbytes))
-    result: dict[str, Any] = {"model": card.name, "arithmetic": runner.arithmetic, "threads": args.threads,
-                              "deterministic": args.deterministic, "load_seconds": time.perf_counter() - started}
-    result["machine"] = {"cpu": _cpu(), "cores": os.cpu_count(), "torch": version("torch"),
-                         "python": platform.python_version()}
+    result: dict[str, Any] = {
+        "model": card.name,
+        "arithmetic": runner.arithmetic,
+        "threads": args.threads,
+        "deterministic": args.deterministic,
+        "load_seconds": time.perf_counter() - started,
+    }
+    result["machine"] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+    }
     peak = _read_bandwidth()
     result["read_gb_per_second"] = peak
-    result["decode"] = [_decode(runner, card, batch, length, peak, args.repeat)
-                        for length in (128, 1024) for batch in (1, 2, 4, 8, 16, 32)]
-    result["prefill"] = [_prefill(runner, chunk, before, args.repeat)
-                         for chunk, before in ((32, 0), (128, 0), (512, 0), (512, 512), (512, 2048))]
+    result["decode"] = [
+        _decode(runner, card, batch, length, peak, args.repeat)
+        for length in (128, 1024)
+        for batch in (1, 2, 4, 8, 16, 32)
+    ]
+    result["prefill"] = [
+        _prefill(runner, chunk, before, args.repeat)
+        for chunk, before in ((32, 0), (128, 0), (512, 0), (512, 512), (512, 2048))
+    ]
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.write_text(text + "\n")
@@ -78,13 +112,21 @@ def _arguments() -> argparse.Namespace:
 def _decode(runner: CpuRunner, card: ModelCard, batch: int, length: int, peak: float, repeat: int) -> dict[str, Any]:
     """One token for each of `batch` sequences of `length` tokens."""
     each = -(-length // BLOCK)
-    rows = [Row(_request(length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
-            for i in range(batch)]
+    rows = [
+        Row(_request(length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
+        for i in range(batch)
+    ]
     seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
     read = weights_bytes(card, runner.arithmetic)
     read += batch * length * runner.pool_spec(1).block_bytes // BLOCK
-    return {"batch": batch, "length": length, "ms": seconds * 1e3, "tokens_per_second": batch / seconds,
-            "gb_per_second": read / seconds / 1e9, "bandwidth_share": read / seconds / 1e9 / peak}
+    return {
+        "batch": batch,
+        "length": length,
+        "ms": seconds * 1e3,
+        "tokens_per_second": batch / seconds,
+        "gb_per_second": read / seconds / 1e9,
+        "bandwidth_share": read / seconds / 1e9 / peak,
+    }
 
 
 def _prefill(runner: CpuRunner, chunk: int, before: int, repeat: int) -> dict[str, Any]:
@@ -97,8 +139,15 @@ def _prefill(runner: CpuRunner, chunk: int, before: int, repeat: int) -> dict[st
 
 def _request(length: int, blocks: list[int]) -> Request:
     params = RequestParams(SamplingParams(max_tokens=1, seed=1, temperature=0.0), arrival=0.0)
-    return Request(rid=1, epoch=1, frontend=0, params=params, tokens=[i % 1000 for i in range(length)],
-                   prompt_len=length, block_table=blocks)
+    return Request(
+        rid=1,
+        epoch=1,
+        frontend=0,
+        params=params,
+        tokens=[i % 1000 for i in range(length)],
+        prompt_len=length,
+        block_table=blocks,
+    )
 
 
 def _median(step: Callable[[], Any], repeat: int) -> float:

@@ -56,10 +56,42 @@ class Scale(NamedTuple):
     pushes: tuple[int, ...]  # blocks
 
 
-FULL = Scale(LLAMA_8B, "cuda:0", (1, 8, 32, 64, 128, 256), 60, 1024, (512, 2048, 8192), (1, 64, 256), 8192, 4 << 30,
-             0, (64, 1024, 128), ((1, 8), (64, 192), (256, 512)), (512, 128), (1024, 4096), 6, (64, 512, 4096))
-DRY = Scale(TINY, "cpu", (1, 8), 6, 64, (64, 200), (1, 4), 256, 1 << 20, 200, (4, 40, 6), ((1, 2), (4, 8)), (20, 8),
-            (64,), 2, (4,))
+FULL = Scale(
+    LLAMA_8B,
+    "cuda:0",
+    (1, 8, 32, 64, 128, 256),
+    60,
+    1024,
+    (512, 2048, 8192),
+    (1, 64, 256),
+    8192,
+    4 << 30,
+    0,
+    (64, 1024, 128),
+    ((1, 8), (64, 192), (256, 512)),
+    (512, 128),
+    (1024, 4096),
+    6,
+    (64, 512, 4096),
+)
+DRY = Scale(
+    TINY,
+    "cpu",
+    (1, 8),
+    6,
+    64,
+    (64, 200),
+    (1, 4),
+    256,
+    1 << 20,
+    200,
+    (4, 40, 6),
+    ((1, 2), (4, 8)),
+    (20, 8),
+    (64,),
+    2,
+    (4,),
+)
 
 
 class Section(NamedTuple):
@@ -75,8 +107,9 @@ class Context(NamedTuple):
     out: Path
     tell: Callable[[Figure], None]
 
-    def figure(self, what: str, value: float, unit: str, bar: float | None = None, *, at_most: bool = False,
-               **more: Any) -> None:
+    def figure(
+        self, what: str, value: float, unit: str, bar: float | None = None, *, at_most: bool = False, **more: Any
+    ) -> None:
         bar = None if self.scale.config is TINY else bar  # none is for a dry run
         self.tell(Figure(self.name, what, value, unit, bar, at_most, more))
 
@@ -129,13 +162,27 @@ def _decode(c: Context, runner: Any, made: Any, peaks: Peaks, batch: int, *, ove
 
     scale = c.scale
     steps = gpu_steps.decode(runner, made, batch, scale.context, scale.steps, overlap=overlap, graphs=graphs)
-    least = roofline.decode_seconds(c.card, batch, scale.context, bandwidth=peaks.bandwidth, rate=peaks.rate,
-                                    kv_item_bytes=1 if made.kv_dtype == "fp8" else roofline.BF16)
+    least = roofline.decode_seconds(
+        c.card,
+        batch,
+        scale.context,
+        bandwidth=peaks.bandwidth,
+        rate=peaks.rate,
+        kv_item_bytes=1 if made.kv_dtype == "fp8" else roofline.BF16,
+    )
     best = overlap and graphs
     idle = steps.idle / (steps.idle + steps.busy)
     name = f"batch {batch}" + ("" if overlap else ", no overlap") + ("" if graphs else ", no graphs")
-    c.figure(name, batch / steps.step, "tok/s", BARS.get(batch) if best else None, ms=steps.step * 1e3,
-             roofline=least / steps.step, device_ms=steps.busy * 1e3, idle_us=steps.idle * 1e6)
+    c.figure(
+        name,
+        batch / steps.step,
+        "tok/s",
+        BARS.get(batch) if best else None,
+        ms=steps.step * 1e3,
+        roofline=least / steps.step,
+        device_ms=steps.busy * 1e3,
+        idle_us=steps.idle * 1e6,
+    )
     if best:
         c.figure(f"{name}: device idle between steps", idle, "of step", IDLE_BAR, at_most=True)
 
@@ -148,8 +195,14 @@ def prefill(c: Context, **options: Any) -> None:
     for tokens in c.scale.prompts:
         seconds = gpu_steps.prefill(runner, made, tokens, 7)
         share = roofline.prefill_flop(c.card, tokens) / seconds / peaks.rate
-        c.figure(f"{tokens} tokens", share, "of rate", PREFILL_BAR if tokens == 2048 else None, ms=seconds * 1e3,
-                 tokens_per_second=tokens / seconds)
+        c.figure(
+            f"{tokens} tokens",
+            share,
+            "of rate",
+            PREFILL_BAR if tokens == 2048 else None,
+            ms=seconds * 1e3,
+            tokens_per_second=tokens / seconds,
+        )
 
 
 def offline(c: Context) -> None:
@@ -194,8 +247,12 @@ def copies(c: Context) -> None:
     block = 16 * roofline.kv_bytes(c.card)
     for there in [c.scale.device, *_gpus()[1:2]]:
         for found in copy_rates(c.scale.device, there, block, c.scale.pushes):
-            c.figure(f"{found['blocks']} {found['how']} blocks to {there}", found["gb_per_second"], "GB/s",
-                     ms=found["seconds"] * 1e3)
+            c.figure(
+                f"{found['blocks']} {found['how']} blocks to {there}",
+                found["gb_per_second"],
+                "GB/s",
+                ms=found["seconds"] * 1e3,
+            )
 
 
 def moves(c: Context) -> None:
@@ -204,9 +261,17 @@ def moves(c: Context) -> None:
     for row in measure(c.model(), _daemon_flags(c, two=True), c.scale.moved, c.scale.moves, c.card.vocab_size):
         for how in ("live", "blocking", "recompute"):
             found = row[how]
-            c.figure(f"{how}, {row['prompt_tokens']} tokens: pause", found["pause_steps"], "steps",
-                     PAUSE_BAR if how == "live" else None, at_most=True, ms=found["pause"] * 1e3,
-                     worst_ms=found["pause_max"] * 1e3, itl_ms=row["itl"] * 1e3, mb=found["bytes"] / 1e6)
+            c.figure(
+                f"{how}, {row['prompt_tokens']} tokens: pause",
+                found["pause_steps"],
+                "steps",
+                PAUSE_BAR if how == "live" else None,
+                at_most=True,
+                ms=found["pause"] * 1e3,
+                worst_ms=found["pause_max"] * 1e3,
+                itl_ms=row["itl"] * 1e3,
+                mb=found["bytes"] / 1e6,
+            )
 
 
 def served(c: Context) -> None:
@@ -311,8 +376,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for gpu.json, logs and models")
     p.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}; `device` always comes first")
     p.add_argument("--limit", type=float, default=530.0, help="seconds for all sections together")
-    p.add_argument("--dry-run", nargs="?", const="cpu", default="", metavar="DEVICE",
-                   help="a tiny model, on the CPU unless a device is named")
+    p.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="cpu",
+        default="",
+        metavar="DEVICE",
+        help="a tiny model, on the CPU unless a device is named",
+    )
     p.add_argument("--write-model", type=Path, metavar="DIR", help="only write the model, to build its kernels for")
     p.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     p.add_argument("--hold-pool", nargs=2, metavar=("DEVICE", "BYTES"), help=argparse.SUPPRESS)

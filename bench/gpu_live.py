@@ -45,8 +45,12 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
     from daemon.kvpool.cudart import CudaRuntime
 
     nbytes = (2 * max(blocks) + 1) * block_bytes
-    peer = subprocess.Popen([sys.executable, "-m", "bench.gpu", "--hold-pool", destination, str(nbytes)],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    peer = subprocess.Popen(
+        [sys.executable, "-m", "bench.gpu", "--hold-pool", destination, str(nbytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert peer.stdin and peer.stdout
     try:
         memory = torch.zeros(nbytes, dtype=torch.uint8, device=source)
@@ -65,8 +69,12 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
             for how, step in (("adjacent", 1), ("scattered", 2)):
                 pairs = [(1 + i * step, 1 + i * step) for i in range(count)]
                 seconds = statistics.median(_push(mover, pool, pairs, block_bytes) for _ in range(7))
-                yield {"blocks": count, "how": how, "seconds": seconds,
-                       "gb_per_second": count * block_bytes / seconds / 1e9}
+                yield {
+                    "blocks": count,
+                    "how": how,
+                    "seconds": seconds,
+                    "gb_per_second": count * block_bytes / seconds / 1e9,
+                }
         mover.close()
         runtime.close_ipc(base)
     finally:
@@ -88,8 +96,9 @@ def _push(mover: Any, pool: Any, pairs: list[tuple[int, int]], block_bytes: int)
 # -- daemons
 
 
-def moves(model: Path, flags: Sequence[str], lengths: Sequence[int], live: int,
-          vocab: int) -> Iterator[dict[str, Any]]:
+def moves(
+    model: Path, flags: Sequence[str], lengths: Sequence[int], live: int, vocab: int
+) -> Iterator[dict[str, Any]]:
     """What moves of one request between two engines cost it, by its length, as bench.migration measures it."""
     plan = migration.Plan(lengths, {"live": live, "blocking": live, "recompute": 1}, 1, 1.0)
     with serving(str(model), "--load-format", "dummy", *migration.FLAGS, *flags) as daemon:
@@ -98,17 +107,43 @@ def moves(model: Path, flags: Sequence[str], lengths: Sequence[int], live: int,
             yield migration.measure_length(daemon, plan, [300 + (i * 37) % (vocab - 300) for i in range(length)])
 
 
-def served(model: Path, flags: Sequence[str], loads: Sequence[tuple[int, int]], prompt: int, output: int, vocab: int,
-           tell: Callable[[dict[str, Any]], None]) -> None:
+def served(
+    model: Path,
+    flags: Sequence[str],
+    loads: Sequence[tuple[int, int]],
+    prompt: int,
+    output: int,
+    vocab: int,
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
     """bench.serve's client against `llumd serve`; `loads`: (requests in flight, requests)."""
     with serving(str(model), "--load-format", "dummy", *flags) as daemon:
         _await_engines(daemon)
         for concurrency, requests in loads:
-            arguments = serve.parse([
-                "--url", daemon.url, "--model", daemon.model, "--label", "llumd", "--endpoint", "completions",
-                "--prompt-tokens", str(prompt), "--token-ids", "300", str(vocab), "--output-tokens", str(output),
-                "--ignore-eos", "--concurrency", str(concurrency), "--requests", str(requests),
-            ])
+            arguments = serve.parse(
+                [
+                    "--url",
+                    daemon.url,
+                    "--model",
+                    daemon.model,
+                    "--label",
+                    "llumd",
+                    "--endpoint",
+                    "completions",
+                    "--prompt-tokens",
+                    str(prompt),
+                    "--token-ids",
+                    "300",
+                    str(vocab),
+                    "--output-tokens",
+                    str(output),
+                    "--ignore-eos",
+                    "--concurrency",
+                    str(concurrency),
+                    "--requests",
+                    str(requests),
+                ]
+            )
             tell(_run(arguments))
 
 

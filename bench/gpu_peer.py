@@ -23,8 +23,9 @@ def model_of(config: dict[str, Any], device: str) -> Any:
 def settings(output: int) -> Any:
     from transformers import GenerationConfig
 
-    return GenerationConfig(max_new_tokens=output, min_new_tokens=output, do_sample=False, eos_token_id=None,
-                            pad_token_id=0)
+    return GenerationConfig(
+        max_new_tokens=output, min_new_tokens=output, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
 
 
 def continuous(model: Any, prompts: Sequence[list[int]], output: int) -> tuple[float, int]:

@@ -23,8 +23,11 @@ from daemon.kvpool.block_manager import BlockManager
 from daemon.models.model_config import ModelCard
 
 # As integers: sign, mantissa and the last bit of the exponent stay as they are drawn, its other bits are put.
-_NOISE = {1: (torch.int8, ~0x78 | 0x08, 0x20), 2: (torch.int16, ~0x7F80 | 0x80, 0x3E00),
-          4: (torch.int32, ~0x7F800000 | 0x800000, 0x3E000000)}
+_NOISE = {
+    1: (torch.int8, ~0x78 | 0x08, 0x20),
+    2: (torch.int16, ~0x7F80 | 0x80, 0x3E00),
+    4: (torch.int32, ~0x7F800000 | 0x800000, 0x3E000000),
+}
 
 
 class Made(NamedTuple):
@@ -45,9 +48,16 @@ def make(card: ModelCard, made: Made) -> CudaRunner:
     item = 1 if made.kv_dtype == "fp8" else 2 if made.device != "cpu" else 4
     block = 2 * card.num_layers * made.block_size * card.num_kv_heads * card.head_dim * item
     runner = CudaRunner(
-        card, device=made.device, kv_dtype=made.kv_dtype, load_format="dummy", block_size=made.block_size,
-        max_num_seqs=made.max_num_seqs, max_batch_tokens=made.max_batch_tokens, max_model_len=made.max_model_len,
-        kv_memory=made.kv_blocks * block, prefill=made.prefill,  # type: ignore[arg-type]
+        card,
+        device=made.device,
+        kv_dtype=made.kv_dtype,
+        load_format="dummy",
+        block_size=made.block_size,
+        max_num_seqs=made.max_num_seqs,
+        max_batch_tokens=made.max_batch_tokens,
+        max_model_len=made.max_model_len,
+        kv_memory=made.kv_blocks * block,
+        prefill=made.prefill,  # type: ignore[arg-type]
     )
     runner.load()
     _fill(runner.pool_memory, item)
@@ -113,8 +123,9 @@ class Steps(NamedTuple):
     idle: float
 
 
-def decode(runner: CudaRunner, made: Made, batch: int, context: int, steps: int, *, overlap: bool,
-           graphs: bool) -> Steps:
+def decode(
+    runner: CudaRunner, made: Made, batch: int, context: int, steps: int, *, overlap: bool, graphs: bool
+) -> Steps:
     """Decode steps of `batch` sequences of `context` tokens and more, over KV of noise.
 
     Raises RuntimeError if the pool is too small.
@@ -140,12 +151,15 @@ def _standing(runner: CudaRunner, batch: int, context: int, more: int, block_siz
     each = -(-(context + more) // block_size)
     params = RequestParams(SamplingParams(max_tokens=10**6, seed=0, temperature=0.0), 0.0)
     prompts = random_prompts(batch, context, runner.vocab_size)
-    return [Request(i + 1, 1, 0, params, prompt, context, block_table=list(range(1 + i * each, 1 + (i + 1) * each)))
-            for i, prompt in enumerate(prompts)]
+    return [
+        Request(i + 1, 1, 0, params, prompt, context, block_table=list(range(1 + i * each, 1 + (i + 1) * each)))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
-def _take_steps(runner: CudaRunner, requests: Sequence[Request], context: int, first: int, stop: int,
-                overlap: bool) -> list[float]:
+def _take_steps(
+    runner: CudaRunner, requests: Sequence[Request], context: int, first: int, stop: int, overlap: bool
+) -> list[float]:
     """Steps [first, stop); the seconds from one result to the next."""
     flying: deque[Any] = deque()
     ends = []
@@ -195,8 +209,13 @@ class Served(NamedTuple):
 
 def offline(runner: CudaRunner, made: Made, prompts: Sequence[list[int]], output: int, *, overlap: bool) -> Served:
     """Answer all prompts, greedily, `output` tokens each."""
-    scheduler = Scheduler(BlockManager(runner.num_blocks, made.block_size), max_num_seqs=made.max_num_seqs,
-                          max_batch_tokens=made.max_batch_tokens, max_model_len=made.max_model_len, eos_token_ids=())
+    scheduler = Scheduler(
+        BlockManager(runner.num_blocks, made.block_size),
+        max_num_seqs=made.max_num_seqs,
+        max_batch_tokens=made.max_batch_tokens,
+        max_model_len=made.max_model_len,
+        eos_token_ids=(),
+    )
     params = SamplingParams(max_tokens=output, seed=0, temperature=0.0)
     for i, prompt in enumerate(prompts):
         scheduler.add(Request(i, 1, 0, RequestParams(params, float(i)), list(prompt), len(prompt)))

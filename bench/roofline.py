@@ -29,8 +29,9 @@ def kv_bytes(card: ModelCard, item_bytes: int = BF16) -> int:
     return 2 * card.num_layers * card.num_kv_heads * card.head_dim * item_bytes
 
 
-def decode_seconds(card: ModelCard, batch: int, context: int, *, bandwidth: float, rate: float,
-                   kv_item_bytes: int = BF16) -> float:
+def decode_seconds(
+    card: ModelCard, batch: int, context: int, *, bandwidth: float, rate: float, kv_item_bytes: int = BF16
+) -> float:
     """Least time of a decode step over sequences of `context` tokens; `bandwidth` in bytes/s, `rate` in FLOP/s."""
     params = layer_params(card) + head_params(card)
     read = params * BF16 + batch * context * kv_bytes(card, kv_item_bytes)

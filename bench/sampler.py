@@ -42,10 +42,14 @@ def logits_of(shape: str, rows: int, vocab: int) -> torch.Tensor:
 def requests_of(rows: int, vocab: int, options: dict[str, float]) -> list[Request]:
     """Requests with a prompt of 1024 tokens and 256 of output."""
     tokens = torch.randint(vocab, (rows, 1280), generator=torch.Generator().manual_seed(1)).tolist()
-    params = [RequestParams(SamplingParams(max_tokens=512, seed=row, **options), 0.0)  # type: ignore[arg-type]
-              for row in range(rows)]
-    return [Request(rid=row, epoch=0, frontend=0, params=params[row], tokens=tokens[row], prompt_len=1024)
-            for row in range(rows)]
+    params = [
+        RequestParams(SamplingParams(max_tokens=512, seed=row, **options), 0.0)  # type: ignore[arg-type]
+        for row in range(rows)
+    ]
+    return [
+        Request(rid=row, epoch=0, frontend=0, params=params[row], tokens=tokens[row], prompt_len=1024)
+        for row in range(rows)
+    ]
 
 
 def microseconds_per_row(vocab: int, shape: str, options: dict[str, float], rows: int, threads: int) -> float:
@@ -70,8 +74,11 @@ def main() -> None:
     print(f"{rows} rows, {threads} thread(s), µs a row")
     print(f"{'':24}" + "".join(f"{vocab:>9} {shape:<7}" for vocab in VOCABULARIES for shape in ("peaked", "flat")))
     for name, options in CASES.items():
-        cells = [microseconds_per_row(vocab, shape, options, rows, threads)
-                 for vocab in VOCABULARIES for shape in ("peaked", "flat")]
+        cells = [
+            microseconds_per_row(vocab, shape, options, rows, threads)
+            for vocab in VOCABULARIES
+            for shape in ("peaked", "flat")
+        ]
         print(f"{name:24}" + "".join(f"{cell:9.1f} {'':7}" for cell in cells))
 
 

@@ -56,8 +56,9 @@ def run_section(name: str, command: Sequence[str], budget: float, figures: Path,
     figures.touch()
     began, error = time.monotonic(), ""
     with output.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             status = process.wait(budget)
             if status:
@@ -75,8 +76,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_all(names: Iterable[str], budgets: dict[str, float], limit: float, run: Callable[[str, float], Outcome],
-            tell: Callable[[Outcome], None], clock: Callable[[], float] = time.monotonic) -> list[Outcome]:
+def run_all(
+    names: Iterable[str],
+    budgets: dict[str, float],
+    limit: float,
+    run: Callable[[str, float], Outcome],
+    tell: Callable[[Outcome], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
     """Each section in turn, within its budget and what is left of `limit` seconds for all."""
     end, outcomes = clock() + limit, []
     for name in names:
@@ -109,10 +116,15 @@ def table(outcomes: Iterable[Outcome]) -> str:
 
 
 def _line(figure: Figure) -> str:
-    more = ", ".join(f"{name} {_number(v) if isinstance(v, float) else v}" for name, v in figure.more.items()
-                     if not isinstance(v, dict | list))
-    return (f"{figure.section:<13}{figure.what:<42}{_number(figure.value):>12} {figure.unit:<8} "
-            f"{figure.verdict:<18} {more}").rstrip()
+    more = ", ".join(
+        f"{name} {_number(v) if isinstance(v, float) else v}"
+        for name, v in figure.more.items()
+        if not isinstance(v, dict | list)
+    )
+    return (
+        f"{figure.section:<13}{figure.what:<42}{_number(figure.value):>12} {figure.unit:<8} "
+        f"{figure.verdict:<18} {more}"
+    ).rstrip()
 
 
 def _number(value: float) -> str:

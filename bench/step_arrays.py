@@ -57,8 +57,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=64)
     args = parser.parse_args()
     seconds = measure(args.rows, args.blocks)
-    print(f"{args.rows} rows x {args.blocks} blocks: median {statistics.median(seconds) * 1e6:.0f} us, "
-          f"p90 {statistics.quantiles(seconds, n=10)[-1] * 1e6:.0f} us")
+    print(
+        f"{args.rows} rows x {args.blocks} blocks: median {statistics.median(seconds) * 1e6:.0f} us, "
+        f"p90 {statistics.quantiles(seconds, n=10)[-1] * 1e6:.0f} us"
+    )
 
 
 if __name__ == "__main__":

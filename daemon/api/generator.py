@@ -69,8 +69,9 @@ class Generator(Protocol):
         """Raises Overloaded or NoEngine."""
         ...
 
-    def submit(self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0,
-               cache_salt: bytes = b"") -> Stream:
+    def submit(
+        self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0, cache_salt: bytes = b""
+    ) -> Stream:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
         ...
 

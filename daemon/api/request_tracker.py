@@ -330,15 +330,22 @@ class Tracker:
         """
         row = self.engines.row(link)
         dead = row.incarnation - (row.life == Life.UP)
-        left = [f for f in self._flights.values()
-                if f.engine == link.index and f.incarnation <= dead and f.rid not in self._stranded]
+        left = [
+            f
+            for f in self._flights.values()
+            if f.engine == link.index and f.incarnation <= dead and f.rid not in self._stranded
+        ]
         crashed = [f for f in left if f.incarnation <= row.crashed]
         for flight in crashed:
             flight.crashes += 1
         lost = [f for f in crashed if f.crashes > self._config.max_resumes]
         if crashed:
-            log.warning("engine %d died: of its requests %d go on elsewhere, %d end with an error", link.index,
-                        len(crashed) - len(lost), len(lost))
+            log.warning(
+                "engine %d died: of its requests %d go on elsewhere, %d end with an error",
+                link.index,
+                len(crashed) - len(lost),
+                len(lost),
+            )
         for flight in lost:
             self._lose(flight, "the engine that ran this request died; please send it again")
         for flight in left:

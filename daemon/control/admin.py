@@ -115,7 +115,9 @@ async def _migrate(request: web.Request) -> web.Response:
     if not found:
         raise Refusal(f"no unfinished request is called {name!r}")
     for row in found:
-        balancer.migrate(overview.facts(), row["rid"], row["engine"], engine, request.query.get("how", MigrationMode.LIVE))
+        balancer.migrate(
+            overview.facts(), row["rid"], row["engine"], engine, request.query.get("how", MigrationMode.LIVE)
+        )
     log.info("request %s ordered to engine %d by %s", name, engine, _who(request))
     return web.json_response({"ordered": [row["id"] for row in found], "engine": engine})
 

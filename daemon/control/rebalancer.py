@@ -58,7 +58,12 @@ class Balancer:
         return text if self._config.rebalance else f"rebalance is off: only what drains is moved\n{text}"
 
     def migrate(
-        self, facts: Sequence[EngineFacts | None], rid: int, source: int, destination: int, how: str = MigrationMode.LIVE
+        self,
+        facts: Sequence[EngineFacts | None],
+        rid: int,
+        source: int,
+        destination: int,
+        how: str = MigrationMode.LIVE,
     ) -> None:
         """Order one request to move. Raises Refusal."""
         if how not in tuple(MigrationMode):
@@ -90,7 +95,13 @@ class Balancer:
         self._fabric.ring_bell(self._fabric.topology.engine(engine))
 
     def _order(
-        self, destination: int, *, rid: int = 0, drain: bool = False, how: str = MigrationMode.LIVE, reason: str = MigrationReason.OPERATOR
+        self,
+        destination: int,
+        *,
+        rid: int = 0,
+        drain: bool = False,
+        how: str = MigrationMode.LIVE,
+        reason: str = MigrationReason.OPERATOR,
     ) -> MigrateTo:
         lease = time.monotonic() + _LEASE_PERIODS * self._config.rebalance_period
         return MigrateTo(destination, lease, rid, self._config.migrate_choice, drain, how, reason)

@@ -60,8 +60,9 @@ if not any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbi")):
     logging.getLogger(__name__).info("compiling kernels for this CPU, %s: some seconds, more if it is busy", _kept)
 
 
-def kernel(*signatures: str, parallel: bool = False, fastmath: bool = False,
-           inline: bool = False) -> Callable[[F], F]:
+def kernel(
+    *signatures: str, parallel: bool = False, fastmath: bool = False, inline: bool = False
+) -> Callable[[F], F]:
     """Compile a function with numba, release the GIL in it and keep the machine code on disk where there is room.
 
     With `signatures` (such as ``"int64(float32[::1], uint64)"``) it compiles when its module is imported, from

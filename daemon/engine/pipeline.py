@@ -23,9 +23,7 @@ class Step(NamedTuple):
 class Pipeline:
     """Between scheduler and runner. With `overlap`, a runner that can is given a step beforehand."""
 
-    def __init__(
-        self, runner: Runner, *, overlap: bool = True, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, runner: Runner, *, overlap: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._runner = runner
         self._ahead = cast(Overlapping, runner) if overlap and hasattr(runner, "launch") else None
         self._clock = clock

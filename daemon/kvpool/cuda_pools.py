@@ -379,9 +379,7 @@ class CudaMover:
         self._lanes: dict[int, _Lane] = {}  # by engine, whatever its incarnation
         self._closed = False
 
-    def push(
-        self, key: Hashable, peer_pool: CudaPool, pairs: Sequence[tuple[int, int]], block_bytes: int
-    ) -> None:
+    def push(self, key: Hashable, peer_pool: CudaPool, pairs: Sequence[tuple[int, int]], block_bytes: int) -> None:
         """See `Transport`. `peer_pool` stays open until the completion has been told; `pairs` is copied."""
         if key in self._pushes:
             raise ValueError(f"a push with the key {key!r} is in flight")
@@ -496,8 +494,9 @@ class CudaMover:
         size = min(PROBE_BYTES, block_bytes)
         end = block_bytes - size
         try:
-            arrived = any(self._round_trip(lane, self._own.pointer + end, pool.pointer + end, size)
-                          for _ in range(_PROBES))
+            arrived = any(
+                self._round_trip(lane, self._own.pointer + end, pool.pointer + end, size) for _ in range(_PROBES)
+            )
         except CudaError as e:
             self._runtime.synchronize_stream(lane.stream)
             return f"{access}: {e}"

@@ -179,7 +179,9 @@ class Supervisor:
         handles = self._handles
         fds = [handles.segment, *handles.journals, *handles.doorbells, listener, child.pool]
         child.handle = self._context.Process(
-            target=child_entry.run, args=(birth, child_entry.Inherited([fd for fd in fds if fd >= 0])), name=child.name
+            target=child_entry.run,
+            args=(birth, child_entry.Inherited([fd for fd in fds if fd >= 0])),
+            name=child.name,
         )
         child.handle.start()
         child.pidfd = os.pidfd_open(child.handle.pid)

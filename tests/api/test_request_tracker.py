@@ -56,9 +56,7 @@ class Box:
     def engine(self, i: int, incarnation: int) -> Fabric:
         return Fabric(self.handles, self.topology.engine(i), incarnation)
 
-    def appear(
-        self, i: int, incarnation: int, *, crashed: int = 0, state: EngineState = EngineState.SERVING
-    ) -> None:
+    def appear(self, i: int, incarnation: int, *, crashed: int = 0, state: EngineState = EngineState.SERVING) -> None:
         """Engine i is up."""
         self.table.publish(self.topology.engine(i), ProcessFacts(Life.UP, incarnation, crashed=crashed))
         self.engine(i, incarnation).board().publish(encode(engine(incarnation=incarnation, state=state)))

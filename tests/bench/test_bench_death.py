@@ -21,6 +21,8 @@ def test_what_was_sent_again_paused_until_it_brought_something_new():
 
 def test_the_table_compares_round_by_round():
     row = {"struck": 8, "pause_max": 2.0, "others": 0.1, "all_done": 9.0}
-    found = {name: row | {"pause": median, "rounds": [row | {"pause": p} for p in pauses]}
-             for name, median, pauses in (("resumed", 1.0, [1.0, 2.0]), ("sent again", 4.0, [3.0, 8.0]))}
+    found = {
+        name: row | {"pause": median, "rounds": [row | {"pause": p} for p in pauses]}
+        for name, median, pauses in (("resumed", 1.0, [1.0, 2.0]), ("sent again", 4.0, [3.0, 8.0]))
+    }
     assert lines(found)[-1].startswith("sent again over resumed: 3.5 ")

@@ -20,9 +20,15 @@ def test_parameters_and_kv_of_the_8b(card):
     assert kv_bytes(card, 1) == 65_536
 
 
-@pytest.mark.parametrize(("batch", "context", "bandwidth", "ms"), [
-    (1, 1024, 4.8e12, 3.16), (64, 1024, 4.8e12, 4.92), (256, 1024, 4.3e12, 11.48), (32, 8192, 3.35e12, 14.74),
-])
+@pytest.mark.parametrize(
+    ("batch", "context", "bandwidth", "ms"),
+    [
+        (1, 1024, 4.8e12, 3.16),
+        (64, 1024, 4.8e12, 4.92),
+        (256, 1024, 4.3e12, 11.48),
+        (32, 8192, 3.35e12, 14.74),
+    ],
+)
 def test_decodes_bound_by_memory(card, batch, context, bandwidth, ms):
     assert decode_seconds(card, batch, context, bandwidth=bandwidth, rate=1e18) * 1e3 == pytest.approx(ms, abs=0.006)
 

@@ -176,7 +176,9 @@ def test_the_settings_that_run_are_those_for_gpus(machine: Machine, card: ModelC
     machine("9.0", "9.0")
     monkeypatch.setattr(devices, "check_gpus", lambda config, card: None)
     monkeypatch.setattr(llumd, "check_tokenizer", lambda path: None)
-    config, *_ = llumd._prepare(Config(model=str(card.path), load_format="dummy").replace({"max_num_seqs": 9}, "test"))
+    config, *_ = llumd._prepare(
+        Config(model=str(card.path), load_format="dummy").replace({"max_num_seqs": 9}, "test")
+    )
     assert config.devices == ["cuda:0", "cuda:1"]
     assert (config.max_num_seqs, config.max_batch_tokens, config.itl_target) == (9, 8192, 0.05)
 

@@ -15,7 +15,9 @@ def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
     with Swarm(daemon, bodies) as swarm:
         outcomes = swarm.join()
     wrong = [
-        i for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True)) if not hash_engine.exact(body, outcome)
+        i
+        for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True))
+        if not hash_engine.exact(body, outcome)
     ]
     assert not wrong
     daemon.await_idle()

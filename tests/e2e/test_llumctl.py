@@ -95,7 +95,8 @@ def test_top_in_a_terminal_is_drawn_in_place(daemon: Daemon, tmp_path: Path) -> 
     def screen() -> str:
         return tmux("capture-pane", "-p", "-t", "top")
 
-    top = f"{sys.executable} -m daemon.cli.llumctl --run-dir {daemon.run_dir} top --interval 0.1; echo left with $?; cat"
+    command = f"{sys.executable} -m daemon.cli.llumctl --run-dir {daemon.run_dir}"
+    top = f"{command} top --interval 0.1; echo left with $?; cat"
     tmux("new-session", "-d", "-s", "top", "-x", "120", "-y", "40", top)
     try:
         wait_for("an idle daemon on the screen", lambda: "no unfinished requests" in screen())

@@ -150,7 +150,9 @@ def test_all_choices_of_an_answer_move_while_they_run(pair: Daemon) -> None:
 
 
 def test_priorities_that_change_in_the_middle_of_moves(pair: Daemon) -> None:
-    asked = [hash_engine.request(i, length=100, output=hash_engine.ENDLESS) | {"priority": i % 3 - 1} for i in range(12)]
+    asked = [
+        hash_engine.request(i, length=100, output=hash_engine.ENDLESS) | {"priority": i % 3 - 1} for i in range(12)
+    ]
     before = pair.metric(TAKEOVERS)
     with Swarm(pair, asked) as swarm, Shuffler(pair, 7, engines=2):
         swarm.await_tokens(1)

@@ -193,6 +193,10 @@ def test_a_disturbed_engine_takes_its_time():
     largest = CPU.seconds(256, 256) * 3
     found = [(runner.calibrate(), runner.now) for runner in (Disturbed(CPU, seed) for seed in range(40))]
     assert all(now <= PATIENCE * BUDGET + largest for _, now in found)
-    near = [cost for cost, _ in found if cost.knee == pytest.approx(CPU.knee, rel=0.25)
-            and cost.ideal_tokens == pytest.approx(CPU.ideal_tokens, rel=0.5)]
+    near = [
+        cost
+        for cost, _ in found
+        if cost.knee == pytest.approx(CPU.knee, rel=0.25)
+        and cost.ideal_tokens == pytest.approx(CPU.ideal_tokens, rel=0.5)
+    ]
     assert len(near) >= 32

@@ -437,7 +437,8 @@ def test_a_request_keeps_its_arrival():
 
 
 @pytest.mark.parametrize(
-    "module", ["daemon.kvpool.block_manager", "daemon.engine.scheduler", "daemon.engine.request", "daemon.ipc.messages"]
+    "module",
+    ["daemon.kvpool.block_manager", "daemon.engine.scheduler", "daemon.engine.request", "daemon.ipc.messages"],
 )
 def test_pure_modules_import_no_number_crunching(module):
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'numba'}} & set(sys.modules)))"

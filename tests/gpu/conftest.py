@@ -41,8 +41,12 @@ def _kernels() -> tuple[Path | None, str]:
     arch = kernels.arch_of(*torch.cuda.get_device_capability(0))
     cards = [card_of(head_dim) for head_dim in HEAD_DIMS]
     try:
-        specs = [spec for card in cards for kv in ("auto", "fp8") for spec in kernels.required(card, arch=arch,
-                                                                                             kv_dtype=kv)]
+        specs = [
+            spec
+            for card in cards
+            for kv in ("auto", "fp8")
+            for spec in kernels.required(card, arch=arch, kv_dtype=kv)
+        ]
         return kernels.check({spec.name: spec for spec in specs}.values(), arch), ""
     except kernels.KernelError as e:
         return None, str(e)

@@ -30,24 +30,51 @@ BF16 = torch.bfloat16
 def card_of(head_dim: int) -> ModelCard:
     """A small model's card, of no files."""
     return ModelCard(
-        path=Path("."), name=f"head_dim {head_dim}", vocab_size=384, hidden_size=256, intermediate_size=512,
-        num_layers=2, num_heads=4, num_kv_heads=2, head_dim=head_dim, rms_norm_eps=1e-5, rope_theta=1e4,
-        rope_scaling=None, max_position=2048, tie_embeddings=True, attention_bias=False, mlp_bias=False,
+        path=Path("."),
+        name=f"head_dim {head_dim}",
+        vocab_size=384,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        max_position=2048,
+        tie_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
         eos_token_ids=(2,),
     )
 
 
 def small_llama(path: Path, **options: Any) -> Path:
     """A bf16 model directory whose heads the kernels know."""
-    defaults = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "layers": 3, "dtype": "bfloat16",
-                "max_position": 2048}
+    defaults = {
+        "hidden": 256,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "layers": 3,
+        "dtype": "bfloat16",
+        "max_position": 2048,
+    }
     return make_tiny_llama(path, **defaults | options)
 
 
 def make_gpu_runner(path: Path, *, blocks: int = 400, **options: Any) -> CudaRunner:
     """A loaded runner with a pool of noise: whatever reads KV that was never written shows."""
-    defaults: dict[str, Any] = {"device": DEVICE, "dtype": "bf16", "load_format": "auto", "block_size": 16,
-                                "max_num_seqs": 24, "max_batch_tokens": 128, "max_model_len": 512}
+    defaults: dict[str, Any] = {
+        "device": DEVICE,
+        "dtype": "bf16",
+        "load_format": "auto",
+        "block_size": 16,
+        "max_num_seqs": 24,
+        "max_batch_tokens": 128,
+        "max_model_len": 512,
+    }
     settings = defaults | options
     card = read_card(path, load_format=settings["load_format"])
     settings["kv_memory"] = blocks * 2 * card.num_layers * settings["block_size"] * card.num_kv_heads * card.head_dim

@@ -21,8 +21,19 @@ from tests.gpu.parts import SIMULATED, judged, small_llama, transformers_bf16
 OUTPUT, STREAMS = (120, 6) if SIMULATED else (1200, 24)
 LOADING = 180.0  # seconds that engines may take
 DEVICES = [f"cuda:{i % torch.cuda.device_count()}" for i in range(2)]
-FLAGS = ("--devices", ",".join(DEVICES), "--kv-memory", "64MiB", "--max-num-seqs", "24", "--no-rebalance",
-         "--max-batch-tokens", "256", "--dtype", "bf16")
+FLAGS = (
+    "--devices",
+    ",".join(DEVICES),
+    "--kv-memory",
+    "64MiB",
+    "--max-num-seqs",
+    "24",
+    "--no-rebalance",
+    "--max-batch-tokens",
+    "256",
+    "--dtype",
+    "bf16",
+)
 
 
 class Letters:
@@ -82,11 +93,15 @@ def bodies(count: int, seed: int) -> list[dict[str, Any]]:
     return [{"prompt": [rng.randrange(3, 250) for _ in range(rng.randint(20, 400))], **always} for _ in range(count)]
 
 
-def check(letters: Letters, reference: Any, asked: Sequence[dict[str, Any]], outcomes: Sequence[Outcome],
-          close: float) -> str:
+def check(
+    letters: Letters, reference: Any, asked: Sequence[dict[str, Any]], outcomes: Sequence[Outcome], close: float
+) -> str:
     """Every token that came is the reference's, but for near ties; the finding as a line."""
-    answers = [([*body["prompt"], *letters.ids(o.text)], len(body["prompt"]))
-               for body, o in zip(asked, outcomes, strict=True) if o.text]
+    answers = [
+        ([*body["prompt"], *letters.ids(o.text)], len(body["prompt"]))
+        for body, o in zip(asked, outcomes, strict=True)
+        if o.text
+    ]
     found = judged(reference, answers)
     assert found.worst <= close
     return f"{found.other} of {found.positions} tokens differ, the reference ahead by {found.worst:.1e} at most"

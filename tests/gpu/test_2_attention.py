@@ -12,7 +12,9 @@ LAYERS, LAYER = 3, 1
 MAX_LEN = 8192
 SHAPES = [Heads(4, 2, 64, 16), Heads(9, 3, 64, 16), Heads(4, 4, 64, 32), Heads(32, 8, 128, 16), Heads(32, 8, 128, 32)]
 DECODES = {
-    "short": [1, 2, 15, 16, 17, 31, 32, 33], "one long": [6000], "mixed": [1, 700, 16, 3000, 48, 5, 129],
+    "short": [1, 2, 15, 16, 17, 31, 32, 33],
+    "one long": [6000],
+    "mixed": [1, 700, 16, 3000, 48, 5, 129],
 }
 CHUNKS = {
     "whole prompts": [(1, 1), (16, 16), (300, 300), (17, 17)],
@@ -34,8 +36,9 @@ def pools(heads, blocks, kv_dtype):
 
 
 def engines(heads, kv_dtype, prefill="fa2"):
-    fast = FlashInferAttention(heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), turns=2,
-                               prefill_backend=prefill)
+    fast = FlashInferAttention(
+        heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), turns=2, prefill_backend=prefill
+    )
     return fast, TorchAttention(heads)
 
 

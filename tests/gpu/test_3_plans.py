@@ -13,8 +13,9 @@ MAX_LEN = 2048
 
 
 @pytest.mark.parametrize("kv_dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
-@pytest.mark.parametrize("heads", [Heads(4, 2, 64, 16), Heads(32, 8, 128, 16), Heads(32, 8, 128, 32)],
-                         ids=lambda h: "-".join(map(str, h)))
+@pytest.mark.parametrize(
+    "heads", [Heads(4, 2, 64, 16), Heads(32, 8, 128, 16), Heads(32, 8, 128, 32)], ids=lambda h: "-".join(map(str, h))
+)
 def test_a_bucket_has_one_layout(heads, kv_dtype):
     """`plan` compares it with the one at capture, and raises."""
     attention = FlashInferAttention(heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), turns=2)
@@ -23,6 +24,12 @@ def test_a_bucket_has_one_layout(heads, kv_dtype):
     for bucket in graph_buckets(256):
         bench.prepare(attention, bucket)
     for bucket in graph_buckets(256):
-        for lengths in ([1] * bucket, [MAX_LEN] * bucket, [1024] * (1 + bucket // 2), [MAX_LEN], [],
-                        [rng.randint(1, MAX_LEN) for _ in range(bucket)]):
+        for lengths in (
+            [1] * bucket,
+            [MAX_LEN] * bucket,
+            [1024] * (1 + bucket // 2),
+            [MAX_LEN],
+            [],
+            [rng.randint(1, MAX_LEN) for _ in range(bucket)],
+        ):
             bench.plan_decodes(attention, bench.rows([Span(n) for n in lengths], blocks), bucket)

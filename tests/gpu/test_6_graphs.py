@@ -17,13 +17,13 @@ from tests.gpu.parts import DEVICE, SIMULATED, make_gpu_runner, small_llama, tok
 LARGEST = 132
 
 
-@pytest.fixture(scope="module", params=[(64, "few rows"), (128, "all rows")],
-                ids=["head_dim 64, few rows", "head_dim 128"])
+@pytest.fixture(
+    scope="module", params=[(64, "few rows"), (128, "all rows")], ids=["head_dim 64, few rows", "head_dim 128"]
+)
 def runner(request, tmp_path_factory):
     head_dim, way = request.param
     path = small_llama(tmp_path_factory.mktemp("model"), head_dim=head_dim)
-    return make_gpu_runner(path, blocks=1 + LARGEST * 16, max_num_seqs=LARGEST, max_batch_tokens=2048,
-                           way=way)
+    return make_gpu_runner(path, blocks=1 + LARGEST * 16, max_num_seqs=LARGEST, max_batch_tokens=2048, way=way)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,9 @@ def test_the_quickest_way_is_taken_of_those_that_come_to_the_same():
             y.mul_(0.5)
         x.fill_(1.0)
 
-    ways = {"slow": slow, "nothing": partial(y.mul_, 0.5)} | {name: partial(x.fill_, value)
-                             for name, value in (("quick", 1.01), ("wrong", 1.5), ("nan", torch.nan))}
+    ways = {"slow": slow, "nothing": partial(y.mul_, 0.5)} | {
+        name: partial(x.fill_, value) for name, value in (("quick", 1.01), ("wrong", 1.5), ("nan", torch.nan))
+    }
     graphs = Graphs(stream)
     graphs.capture(4, ways, x)
     graphs.capture(2, {"wrong": ways["wrong"]}, x)  # by which nothing is measured

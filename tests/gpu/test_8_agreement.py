@@ -23,8 +23,15 @@ CLOSE_E4M3, RARE_E4M3 = 0.2, 0.15
 FAMILY = {
     "grouped, 64": {"hidden": 512, "heads": 8, "kv_heads": 2},
     "three to a group, 64": {"hidden": 576, "heads": 9, "kv_heads": 3},
-    "grouped, 128, biases": {"hidden": 512, "heads": 8, "kv_heads": 2, "head_dim": 128, "attention_bias": True,
-                             "mlp_bias": True, "tie": False},
+    "grouped, 128, biases": {
+        "hidden": 512,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 128,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie": False,
+    },
 }
 
 
@@ -63,8 +70,9 @@ def batch(n, output):
 
 def served(runner, requests, *, overlap):
     """Through a real scheduler and pipeline, with a pool too small for all."""
-    scheduler = Scheduler(BlockManager(90, 16), max_num_seqs=24, max_batch_tokens=96, max_model_len=512,
-                          eos_token_ids=())
+    scheduler = Scheduler(
+        BlockManager(90, 16), max_num_seqs=24, max_batch_tokens=96, max_model_len=512, eos_token_ids=()
+    )
     for r in requests:
         scheduler.add(r)
     pipeline, now = Pipeline(runner, overlap=overlap), 0.0
@@ -92,8 +100,10 @@ def test_scheduled_requests(runner, reference, graphs, overlap, monkeypatch, rem
     assert scheduler.prefix_hit_tokens > 0
     assert all(r.num_output == 64 for r in requests)
     found = judged(reference, [(r.tokens, r.prompt_len) for r in requests])
-    remark(f"{request.node.callspec.id}: {found.other} of {found.positions} greedy tokens differ, "
-           f"the reference ahead by {found.worst:.1e} of its logit at most")
+    remark(
+        f"{request.node.callspec.id}: {found.other} of {found.positions} greedy tokens differ, "
+        f"the reference ahead by {found.worst:.1e} of its logit at most"
+    )
     assert found.worst <= CLOSE
     assert found.other <= RARE * found.positions
 
@@ -104,8 +114,10 @@ def test_few_requests_at_a_time(few, reference, at_once, remark, request):
     for start in range(0, len(requests), at_once):
         served(few, requests[start : start + at_once], overlap=True)
     found = judged(reference, [(r.tokens, r.prompt_len) for r in requests])
-    remark(f"{request.node.callspec.id} at a time: {found.other} of {found.positions} greedy tokens differ, "
-           f"the reference ahead by {found.worst:.1e} of its logit at most")
+    remark(
+        f"{request.node.callspec.id} at a time: {found.other} of {found.positions} greedy tokens differ, "
+        f"the reference ahead by {found.worst:.1e} of its logit at most"
+    )
     assert found.worst <= CLOSE
     assert found.other <= RARE * found.positions
 
@@ -139,8 +151,10 @@ def test_e4m3_kv(model_dir, reference, remark, request):
     served(runner, requests, overlap=True)
     found = judged(reference, [(r.tokens, r.prompt_len) for r in requests])
     worst = measured(runner, reference)
-    remark(f"{request.node.callspec.id}, e4m3 KV: {found.other} of {found.positions} greedy tokens differ, ahead by "
-           f"{found.worst:.1e} at most; logits within {worst:.1e} of their spread")
+    remark(
+        f"{request.node.callspec.id}, e4m3 KV: {found.other} of {found.positions} greedy tokens differ, ahead by "
+        f"{found.worst:.1e} at most; logits within {worst:.1e} of their spread"
+    )
     assert found.worst <= CLOSE_E4M3
     assert found.other <= RARE_E4M3 * found.positions
 

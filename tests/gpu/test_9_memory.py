@@ -45,8 +45,9 @@ def cramped():
 
 def test_the_largest_chunk_ends_and_nobody_else(runner, reference):
     rng, blocks = random.Random(6), count(1)
-    decoding, small, big = (request(tokens(rng, n), blocks, total)
-                            for n, total in ((10, 64), (100, 128), (CHUNK, 2000)))
+    decoding, small, big = (
+        request(tokens(rng, n), blocks, total) for n, total in ((10, 64), (100, 128), (CHUNK, 2000))
+    )
     generate(runner, [decoding], 2)
     rows = [Row(decoding, decoding.num_computed, 1, True), Row(small, 0, 100, True), Row(big, 0, CHUNK, True)]
     with cramped():

@@ -203,8 +203,9 @@ def test_tiny_weights_depend_on_the_seed_alone(tmp_path):
 
 def test_serving_processes_import_no_torch():
     code = (
-        "import sys, daemon.models.model_config, daemon.models.tokenizer, daemon.models.chat_template, daemon.models.store, "
-        "daemon.models.stop_strings\nprint([m for m in ('torch', 'transformers', 'numpy', 'gguf') if m in sys.modules])"
+        "import sys, daemon.models.model_config, daemon.models.tokenizer, daemon.models.chat_template\n"
+        "import daemon.models.store, daemon.models.stop_strings\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'gguf') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

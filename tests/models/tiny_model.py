@@ -28,8 +28,13 @@ _CORPUS = [
     'def f(x): return {"a": [1, 2, 3], "b": "c"}\n\n\tif x > 0 and x != 1: pass\n',
 ]
 
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 FAMILY: dict[str, dict[str, Any]] = {
     "grouped": {"heads": 6, "kv_heads": 2, "hidden": 96},
     "multi-head, untied": {"heads": 4, "kv_heads": 4, "tie": False},

@@ -30,14 +30,13 @@ _SPECIAL = {
     "cublasLtMatmulPreferenceCreate": _HANDLE,
     "cublasLtMatrixLayoutCreate": _HANDLE,
     "cublasLtGetVersion": "unsigned long {name}(void) {{ return 130000; }}",
-    "cublasLtMatmulAlgoGetHeuristic":
-        "int {name}(void *h, void *d, void *a, void *b, void *c, void *o, void *p, int n, void *r, int *found)"
-        " {{ *found = 1; return 0; }}",
+    "cublasLtMatmulAlgoGetHeuristic": "int {name}(void *h, void *d, void *a, void *b, void *c, "
+    "void *o, void *p, int n, void *r, int *found)"
+    " {{ *found = 1; return 0; }}",
     "cuCtxGetCurrent": _HANDLE,
-    "cuMemGetAddressRange_v2":
-        "extern int sim_address_range(void *, void *, unsigned long) __attribute__((weak));\n"
-        "int {name}(void *base, void *size, unsigned long pointer)"
-        " {{ return sim_address_range ? sim_address_range(base, size, pointer) : 1; }}",
+    "cuMemGetAddressRange_v2": "extern int sim_address_range(void *, void *, unsigned long) __attribute__((weak));\n"
+    "int {name}(void *base, void *size, unsigned long pointer)"
+    " {{ return sim_address_range ? sim_address_range(base, size, pointer) : 1; }}",
 }
 _NOT_SUPPORTED = "int {name}(void) {{ return 801; }}"
 _SUCCESS = "int {name}(void) {{ return 0; }}"
@@ -90,8 +89,16 @@ def compile_library(folder: Path, name: str, texts: Sequence[str]) -> Path:
     sources = [folder / f"{name}.{i}.c" for i in range(len(texts))]
     for source, text in zip(sources, texts, strict=True):
         source.write_text(text)
-    command = ["cc", *FLAGS, f"-I{_headers()}", *map(str, sources), "-o", str(folder / name), f"-Wl,-soname,{name}",
-               "-pthread"]
+    command = [
+        "cc",
+        *FLAGS,
+        f"-I{_headers()}",
+        *map(str, sources),
+        "-o",
+        str(folder / name),
+        f"-Wl,-soname,{name}",
+        "-pthread",
+    ]
     if name != "libcuda.so.1":  # the driver's have none
         versions = folder / f"{name}.map"
         versions.write_text(f"{name} {{ global: *; }};\n")
@@ -128,8 +135,9 @@ def _imported(libraries: Iterable[Path]) -> dict[str, set[str]]:
     """Functions of CUDA that they need, by library; "" for those of the driver, which have no version."""
     names: dict[str, set[str]] = {}
     for library in libraries:
-        said = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True,
-                              check=True).stdout
+        said = subprocess.run(
+            ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+        ).stdout
         for name, version in re.findall(r"\b((?:cu[A-Z]|cuda|cublas|__cuda)\w*)(?:@(\S+))?$", said, re.MULTILINE):
             names.setdefault(version, set()).add(name)
     names[""] = {name for name in names.get("", set()) if re.match(r"cu[A-Z]", name)}

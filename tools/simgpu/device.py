@@ -23,12 +23,26 @@ DIED = 99  # exit status of a process in which a computation failed: nobody coul
 
 # They compute nothing.
 _SILENT = {
-    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
-    aten.new_empty_strided.default, aten.record_stream.default, aten.resize_.default, aten.is_pinned.default,
-    aten._pin_memory.default, aten.set_.source_Storage_storage_offset, aten._local_scalar_dense.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.record_stream.default,
+    aten.resize_.default,
+    aten.is_pinned.default,
+    aten._pin_memory.default,
+    aten.set_.source_Storage_storage_offset,
+    aten._local_scalar_dense.default,
 }
-_COPIES = {aten.copy_.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
-           aten.to.other}
+_COPIES = {
+    aten.copy_.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+}
 # The CPU has no kernels of these.
 _ELSEWISE: dict[Any, Callable[..., Any]] = {
     aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),

@@ -76,16 +76,21 @@ def tiles_of(plan: Plan, schedule: torch.Tensor) -> list[Tile]:
         values: list[int] = schedule[offset : offset + count * dtype.itemsize].view(dtype).tolist()
         return values
 
-    requests, q_tiles, kv_tiles = (read(offset, plan.tiles, torch.int32) for offset in (
-        plan.requests_offset, plan.q_tiles_offset, plan.kv_tiles_offset))
+    requests, q_tiles, kv_tiles = (
+        read(offset, plan.tiles, torch.int32)
+        for offset in (plan.requests_offset, plan.q_tiles_offset, plan.kv_tiles_offset)
+    )
     firsts = [tile * plan.tile_rows for tile in q_tiles]
     ends = [first + plan.tile_rows for first in firsts]
     if not plan.split:
         return [Tile(r, first, end, 0, _ALL) for r, first, end in zip(requests, firsts, ends, strict=True)]
     [chunk] = read(plan.kv_chunk_offset, 1, torch.int32)
     valid = read(plan.valid_offset, plan.tiles, torch.bool)
-    return [Tile(r, first, end, k * chunk, (k + 1) * chunk)
-            for r, first, end, k, v in zip(requests, firsts, ends, kv_tiles, valid, strict=True) if v]
+    return [
+        Tile(r, first, end, k * chunk, (k + 1) * chunk)
+        for r, first, end, k, v in zip(requests, firsts, ends, kv_tiles, valid, strict=True)
+        if v
+    ]
 
 
 class Paged(NamedTuple):
@@ -125,8 +130,11 @@ def paged_run(_floats: torch.Tensor, schedule: torch.Tensor, info: Any, *more: A
     assert layout == _NHD
     scale = [x for x in rest if isinstance(x, float)][1]  # behind the cap of logits, which is none
     # The schedules of other kernels than fa2's are not read.
-    tiles = (tiles_of(Plan(*map(int, info)), schedule) if len(info) == len(Plan._fields)
-             else [Tile(request, 0, _ALL, 0, _ALL) for request in range(len(batch.last_page_len))])
+    tiles = (
+        tiles_of(Plan(*map(int, info)), schedule)
+        if len(info) == len(Plan._fields)
+        else [Tile(request, 0, _ALL, 0, _ALL) for request in range(len(batch.last_page_len))]
+    )
     partial = Partial(*batch.q.shape)
     for tile in tiles:
         _attend(batch, tile, partial, scale, causal=mask == _CAUSAL)
@@ -175,8 +183,14 @@ def draw(logits: torch.Tensor, *more: torch.Tensor) -> None:
     rows, vocab = logits.shape
     logits = logits.contiguous()
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in more]
-    _host_draw().draw_rows(ctypes.c_void_p(logits.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(vocab), *pointers,
-                           ctypes.c_uint32(1), ctypes.c_uint32(1))
+    _host_draw().draw_rows(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(vocab),
+        *pointers,
+        ctypes.c_uint32(1),
+        ctypes.c_uint32(1),
+    )
 
 
 @lru_cache
@@ -215,9 +229,21 @@ def heads(*args: Any) -> None:
     _host_gemv().heads(*args)
 
 
-_COMPUTED: dict[str, Callable[..., None]] = {f.__name__: f for f in (
-    rmsnorm, fused_add_rmsnorm, silu_and_mul, paged_run, draw, append, add, gate, logits, heads,
-)}
+_COMPUTED: dict[str, Callable[..., None]] = {
+    f.__name__: f
+    for f in (
+        rmsnorm,
+        fused_add_rmsnorm,
+        silu_and_mul,
+        paged_run,
+        draw,
+        append,
+        add,
+        gate,
+        logits,
+        heads,
+    )
+}
 _HOSTED = ("plan",)  # they compute on the host, and are as they are
 
 

@@ -123,8 +123,9 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
     span = max(_SPAN, block_size)
 
     @kernel(fastmath=True, parallel=parallel)
-    def attend_tokens(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any,
-                      out: Any) -> None:
+    def attend_tokens(
+        q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, out: Any
+    ) -> None:
         for item in prange(positions.shape[0] * kv_heads):
             r, head = item // kv_heads, item % kv_heads
             origin = layer_offset + head * dim  # in a block: this head's key of the first token
@@ -143,15 +144,39 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
                     following = blocks[min(table + b + 1, last)] * block_width + origin
                     prefetch(block_size, dim, pool, at + value_offset, token_width)
                     prefetch(block_size, dim, pool, following, token_width)
-                    dots(group, dim, q, (r * heads + head * group) * dim, pool, at, token_width,
-                         scores, b * block_size, span, min(block_size, count - b * block_size))
+                    dots(
+                        group,
+                        dim,
+                        q,
+                        (r * heads + head * group) * dim,
+                        pool,
+                        at,
+                        token_width,
+                        scores,
+                        b * block_size,
+                        span,
+                        min(block_size, count - b * block_size),
+                    )
                 for g in range(group):
                     largest[g], shrink, added = _weigh(scores[g], count, largest[g], sums[g])
                     total[g] = total[g] * shrink + added
                 for b in range(used):
                     at = blocks[table + b] * block_width + origin + value_offset
-                    multiply(group, dim, 1, scores, b * block_size, span, pool, at, token_width,
-                             sums, 0, dim, min(block_size, count - b * block_size))
+                    multiply(
+                        group,
+                        dim,
+                        1,
+                        scores,
+                        b * block_size,
+                        span,
+                        pool,
+                        at,
+                        token_width,
+                        sums,
+                        0,
+                        dim,
+                        min(block_size, count - b * block_size),
+                    )
             for g in range(group):
                 _finish(sums[g], total[g], out[r, (head * group + g) * dim : (head * group + g + 1) * dim])
 
@@ -167,8 +192,9 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
     capacity = -(-TILE_QUERIES * group // _ROWS) * _ROWS
 
     @kernel(fastmath=True, parallel=parallel)
-    def attend_tiles(q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, tiles: Any,
-                     out: Any) -> None:
+    def attend_tiles(
+        q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, tiles: Any, out: Any
+    ) -> None:
         for item in prange(tiles.shape[0] * kv_heads):
             tile, head = item // kv_heads, item % kv_heads
             begin = tiles[tile, 0]
@@ -194,8 +220,9 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
                     _copy(pool[at + value_offset : at + value_offset + dim], values[t])
                 for r in range(0, rows, _ROWS):
                     for c in range(0, span, _SPAN):
-                        multiply(_ROWS, _SPAN, 0, folded, r * dim, dim, keys, c, span,
-                                 scores, r * span + c, span, dim)
+                        multiply(
+                            _ROWS, _SPAN, 0, folded, r * dim, dim, keys, c, span, scores, r * span + c, span, dim
+                        )
                 for r in range(rows):
                     seen = min(count, max(0, start + r // group + 1 - first))
                     largest[r], shrink, added = _weigh(scores[r], seen, largest[r], sums[r])
@@ -203,8 +230,9 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
                     scores[r, seen:count] = np.float32(0.0)
                 for r in range(0, rows, _ROWS):
                     for c in range(0, dim, columns):
-                        multiply(_ROWS, columns, 1, scores, r * span, span, values, c, dim,
-                                 sums, r * dim + c, dim, count)
+                        multiply(
+                            _ROWS, columns, 1, scores, r * span, span, values, c, dim, sums, r * dim + c, dim, count
+                        )
             for r in range(rows):
                 at = (head * group + r % group) * dim
                 _finish(sums[r], total[r], out[begin + r // group, at : at + dim])

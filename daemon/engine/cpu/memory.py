@@ -20,8 +20,9 @@ def embedding_bytes(card: ModelCard, item_bytes: int = 2) -> int:
     return _embedding(card) * item_bytes
 
 
-def activation_bytes(card: ModelCard, arithmetic: str, *, max_batch_tokens: int, max_num_seqs: int,
-                     max_model_len: int) -> int:
+def activation_bytes(
+    card: ModelCard, arithmetic: str, *, max_batch_tokens: int, max_num_seqs: int, max_model_len: int
+) -> int:
     """Bytes of a full step's activations, its logits and the rotary tables."""
     attention = card.num_heads * card.head_dim
     qkv = attention + 2 * card.num_kv_heads * card.head_dim

@@ -40,8 +40,19 @@ class Llama:
     `deterministic` makes every row's result independent of the batch around it, bit for bit.
     """
 
-    def __init__(self, card: ModelCard, weights: Weights, shape: AttentionShape, pool: npt.NDArray[Any], *,
-                 arithmetic: Arithmetic, deterministic: bool, threads: int, max_tokens: int, max_len: int) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        weights: Weights,
+        shape: AttentionShape,
+        pool: npt.NDArray[Any],
+        *,
+        arithmetic: Arithmetic,
+        deterministic: bool,
+        threads: int,
+        max_tokens: int,
+        max_len: int,
+    ) -> None:
         self._shape = shape
         self._pool = pool
         self._dtype = DTYPES[arithmetic]
@@ -98,14 +109,27 @@ class Llama:
         layer_offset = index * shape.layer_width
         queries = self._queries[: len(x)]
         out = self._attended[: len(x)]
-        self._ops.rope_and_store(_raw(layer.qkv(x)), batch.positions, batch.slots, self._cos, self._sin, self._scale,
-                                 layer_offset, shape.value_offset, shape.token_width, queries, pool)
+        self._ops.rope_and_store(
+            _raw(layer.qkv(x)),
+            batch.positions,
+            batch.slots,
+            self._cos,
+            self._sin,
+            self._scale,
+            layer_offset,
+            shape.value_offset,
+            shape.token_width,
+            queries,
+            pool,
+        )
         if batch.singles:
-            self._attention.attend_tokens(queries, pool, layer_offset, batch.positions[: batch.singles],
-                                          batch.tables, batch.blocks, _raw(out))
+            self._attention.attend_tokens(
+                queries, pool, layer_offset, batch.positions[: batch.singles], batch.tables, batch.blocks, _raw(out)
+            )
         if len(batch.tiles):
-            self._attention.attend_tiles(queries, pool, layer_offset, batch.positions, batch.tables, batch.blocks,
-                                         batch.tiles, _raw(out))
+            self._attention.attend_tiles(
+                queries, pool, layer_offset, batch.positions, batch.tables, batch.blocks, batch.tiles, _raw(out)
+            )
         return layer.out(out)
 
     def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
@@ -140,8 +164,10 @@ class _Builder:
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """The linear layers `names` of one input, as one."""
-        parts = [torch.cat([self._weights.get(f"{name}.{part}").to(self._dtype) for name in names])
-                 for part in (["weight", "bias"] if bias else ["weight"])]
+        parts = [
+            torch.cat([self._weights.get(f"{name}.{part}").to(self._dtype) for name in names])
+            for part in (["weight", "bias"] if bias else ["weight"])
+        ]
         return Linear(*parts, tiled=self._tiled)
 
     def norm(self, name: str) -> npt.NDArray[np.float32]:

@@ -122,8 +122,19 @@ def _rotate(heads: Any, cos: Any, sin: Any, scale: F32, out: Any) -> None:
             out_high[j] = narrow((y * cos[j] + x * sin[j]) * scale, out)
 
 
-def rope_and_store(qkv: Any, positions: Any, slots: Any, cos: Any, sin: Any, scale: Any, layer_offset: Any,
-                   value_offset: Any, kv_width: Any, q_out: Any, pool: Any) -> None:
+def rope_and_store(
+    qkv: Any,
+    positions: Any,
+    slots: Any,
+    cos: Any,
+    sin: Any,
+    scale: Any,
+    layer_offset: Any,
+    value_offset: Any,
+    kv_width: Any,
+    q_out: Any,
+    pool: Any,
+) -> None:
     """Rotate queries and keys; queries times `scale` go to q_out, keys and values into the pool.
 
     qkv [tokens, (heads + 2 kv_heads) * head_dim]; positions [tokens] int32; slots [tokens] int64: pool element

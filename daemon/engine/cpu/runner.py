@@ -34,8 +34,19 @@ class CpuRunner:
     settings that exclude each other.
     """
 
-    def __init__(self, card: ModelCard, *, threads: int, dtype: str, deterministic: bool, load_format: str,
-                 block_size: int, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        *,
+        threads: int,
+        dtype: str,
+        deterministic: bool,
+        load_format: str,
+        block_size: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+    ) -> None:
         if deterministic and dtype == "bf16":
             raise ModelError("deterministic needs fp32: set dtype to auto or fp32, or deterministic to false")
         _set_threads(threads)
@@ -62,9 +73,15 @@ class CpuRunner:
         flat = np.frombuffer(pool, np.uint16 if self.arithmetic == "bf16" else np.float32)
         with torch.inference_mode():
             self._model = Llama(
-                self._card, open_weights(self._card, self._load_format), self._shape, flat,
-                arithmetic=self.arithmetic, deterministic=self._deterministic, threads=self._threads,
-                max_tokens=max(self._max_batch_tokens, self._max_num_seqs), max_len=self.max_model_len,
+                self._card,
+                open_weights(self._card, self._load_format),
+                self._shape,
+                flat,
+                arithmetic=self.arithmetic,
+                deterministic=self._deterministic,
+                threads=self._threads,
+                max_tokens=max(self._max_batch_tokens, self._max_num_seqs),
+                max_len=self.max_model_len,
             )
             self._model.warm_up(TILE if self._deterministic else min(self._max_num_seqs, _WARM_ROWS))
         for plan in _warm_up_plans():

@@ -75,8 +75,22 @@ def _sum_lanes(builder: Any, value: Any, lanes: int) -> Any:
 
 
 @_emitted
-def multiply(_: Any, rows: Any, columns: Any, add: Any, a: Any, a0: Any, a_row: Any, b: Any, b0: Any, b_row: Any,
-             c: Any, c0: Any, c_row: Any, depth: Any) -> tuple[Any, Callable[..., Any]]:
+def multiply(
+    _: Any,
+    rows: Any,
+    columns: Any,
+    add: Any,
+    a: Any,
+    a0: Any,
+    a_row: Any,
+    b: Any,
+    b0: Any,
+    b_row: Any,
+    c: Any,
+    c0: Any,
+    c_row: Any,
+    depth: Any,
+) -> tuple[Any, Callable[..., Any]]:
     """``C = A B``, or ``C += A B`` where `add` is 1. A [rows, depth], B [depth, columns], C [rows, columns].
 
     `rows`, `columns` and `add` are compile-time constants: rows * columns / 16 vectors of sums (at most 24
@@ -98,8 +112,9 @@ def multiply(_: Any, rows: Any, columns: Any, add: Any, a: Any, a0: Any, a_row: 
         for place, total in cells:
             builder.store(out.load(place, lanes) if keep else ir.Constant(vector, [0.0] * lanes), total)
         with cgutils.for_range(builder, steps) as loop:
-            values = [right.load(right.at((b_stride, loop.index), (_I64(j), _I64(1))), lanes)
-                      for j in range(0, n, lanes)]
+            values = [
+                right.load(right.at((b_stride, loop.index), (_I64(j), _I64(1))), lanes) for j in range(0, n, lanes)
+            ]
             for i in range(m):
                 x = _splat(builder, builder.load(left.at((a_stride, _I64(i)), (loop.index, _I64(1)))), lanes)
                 for value, total in zip(values, sums[i], strict=True):
@@ -113,8 +128,20 @@ def multiply(_: Any, rows: Any, columns: Any, add: Any, a: Any, a0: Any, a_row: 
 
 
 @_emitted
-def dots(_: Any, rows: Any, length: Any, a: Any, a0: Any, b: Any, b0: Any, b_row: Any, c: Any, c0: Any,
-         c_row: Any, count: Any) -> tuple[Any, Callable[..., Any]]:
+def dots(
+    _: Any,
+    rows: Any,
+    length: Any,
+    a: Any,
+    a0: Any,
+    b: Any,
+    b0: Any,
+    b_row: Any,
+    c: Any,
+    c0: Any,
+    c_row: Any,
+    count: Any,
+) -> tuple[Any, Callable[..., Any]]:
     """``C = A B^T``. A [rows, length] contiguous, B [count, length] with row stride `b_row`, C [rows, count].
 
     `rows` and `length` are compile-time constants. A and C are float32; B may be bfloat16 bits.
@@ -128,11 +155,13 @@ def dots(_: Any, rows: Any, length: Any, a: Any, a0: Any, b: Any, b0: Any, b_row
         right = _Operand(context, builder, sig.args[4], args[4], args[5])
         out = _Operand(context, builder, sig.args[7], args[7], args[8])
         b_stride, c_stride, steps = args[6], args[9], args[10]
-        queries = [[left.load(left.at((_I64(i * n + j), _I64(1))), lanes) for j in range(0, n, lanes)]
-                   for i in range(m)]
+        queries = [
+            [left.load(left.at((_I64(i * n + j), _I64(1))), lanes) for j in range(0, n, lanes)] for i in range(m)
+        ]
         with cgutils.for_range(builder, steps) as loop:
-            keys = [right.load(right.at((b_stride, loop.index), (_I64(j), _I64(1))), lanes)
-                    for j in range(0, n, lanes)]
+            keys = [
+                right.load(right.at((b_stride, loop.index), (_I64(j), _I64(1))), lanes) for j in range(0, n, lanes)
+            ]
             for i, query in enumerate(queries):
                 total = builder.fmul(query[0], keys[0], flags=_FAST)
                 for x, y in zip(query[1:], keys[1:], strict=True):

@@ -61,8 +61,12 @@ class Inputs(NamedTuple):
     def cut(self, size: Size) -> Inputs:
         """The part that a step of `size` fills: views."""
         lengths = size._asdict()
-        return Inputs(*(array[: lengths[counted] + extra]
-                        for array, (_, counted, extra) in zip(self, _SHAPES.values(), strict=True)))
+        return Inputs(
+            *(
+                array[: lengths[counted] + extra]
+                for array, (_, counted, extra) in zip(self, _SHAPES.values(), strict=True)
+            )
+        )
 
 
 # name -> dtype, what is counted, one more than that
@@ -104,8 +108,13 @@ class DrawParams(NamedTuple):
 
 
 def _is_adjusted(sampling: SamplingParams) -> bool:
-    return bool(sampling.logprobs >= 0 or sampling.logit_bias or sampling.repetition_penalty != 1.0
-                or sampling.presence_penalty or sampling.frequency_penalty)
+    return bool(
+        sampling.logprobs >= 0
+        or sampling.logit_bias
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
 
 
 @kernel("void(int32[:, ::1], int64[::1], int32[::1], int32[::1])")
@@ -167,8 +176,9 @@ class StepArrays:
         places = np.full(bucket, DUMMY, np.int64)
         places[:count] = slots
         known = [request.tokens for request in requests]
-        into.tokens[:count] = [tokens[start] if start < len(tokens) else _UNKNOWN
-                               for tokens, start in zip(known, firsts, strict=True)]
+        into.tokens[:count] = [
+            tokens[start] if start < len(tokens) else _UNKNOWN for tokens, start in zip(known, firsts, strict=True)
+        ]
         into.tokens[count:bucket] = 0
         into.positions[:bucket] = starts
         every = np.arange(bucket + 1, dtype=np.int32)
@@ -206,8 +216,11 @@ class StepArrays:
         mine = self._on_host[places] | (below > 0)
         if not mine.any():
             return []
-        return [i for i in np.flatnonzero(mine).tolist() if rows[i].sample and (
-            self._on_host[places[i]] or rows[i].start + rows[i].count < below[i])]
+        return [
+            i
+            for i in np.flatnonzero(mine).tolist()
+            if rows[i].sample and (self._on_host[places[i]] or rows[i].start + rows[i].count < below[i])
+        ]
 
     def note_drawn(self, inputs: Inputs, size: Size) -> None:
         """A pass has been launched that leaves the tokens it draws in last_token."""
@@ -225,11 +238,19 @@ class StepArrays:
         places = inputs.slots[inputs.rows[unknown]]
         lost = self._drawn_at[places] != inputs.positions[unknown]
         if lost.any():
-            raise ValueError(f"no step in flight draws the tokens at positions "
-                             f"{inputs.positions[unknown][lost].tolist()} on the device: collect before launching")
+            raise ValueError(
+                f"no step in flight draws the tokens at positions "
+                f"{inputs.positions[unknown][lost].tolist()} on the device: collect before launching"
+            )
 
-    def _follow(self, requests: Sequence[Request], slots: Sequence[int], places: npt.NDArray[np.int64],
-                lengths: npt.NDArray[np.int32], into: Inputs) -> int:
+    def _follow(
+        self,
+        requests: Sequence[Request],
+        slots: Sequence[int],
+        places: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int32],
+        into: Inputs,
+    ) -> int:
         """Bring the rows' tables up to date and write their pages, for sequences of `lengths`; returns how many.
 
         A block table only ever grows at its end; whoever changes it otherwise puts another list in its place.
@@ -255,8 +276,10 @@ class StepArrays:
     def _grow(self, slot: int, request: Request, length: int) -> None:
         table = request.block_table
         if len(table) * self._block_size < length or length > self._max_len:
-            raise ValueError(f"request {request.rid} has {len(table)} blocks and a limit of {self._max_len} tokens: "
-                             f"no room for {length}")
+            raise ValueError(
+                f"request {request.rid} has {len(table)} blocks and a limit of {self._max_len} tokens: "
+                f"no room for {length}"
+            )
         known, count = int(self._known[slot]), min(len(table), self._tables.shape[1])
         self._tables[slot, known:count] = table[known:count]
         self._known[slot] = count

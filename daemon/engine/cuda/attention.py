@@ -108,8 +108,16 @@ class FlashInferAttention:
     those may be written by copies only, and never by a kernel.
     """
 
-    def __init__(self, shape: Heads, *, dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device, turns: int,
-                 prefill_backend: str = "fa2") -> None:
+    def __init__(
+        self,
+        shape: Heads,
+        *,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        device: torch.device,
+        turns: int,
+        prefill_backend: str = "fa2",
+    ) -> None:
         """`turns`: sets of staging buffers. `prefill_backend`: "fa2" or, not with e4m3 KV, "fa3"."""
         import flashinfer
 
@@ -130,14 +138,24 @@ class FlashInferAttention:
 
     def prepare(self, bucket: int, device: Inputs, host: Inputs) -> None:
         wrapper = self._fi.BatchDecodeWithPagedKVCacheWrapper(
-            self._floats, kv_layout="NHD", use_cuda_graph=True, use_tensor_cores=True,
-            paged_kv_indptr_buffer=device.kv_indptr[: bucket + 1], paged_kv_indices_buffer=device.kv_indices,
-            paged_kv_last_page_len_buffer=device.last_page_len[:bucket], backend="fa2",
+            self._floats,
+            kv_layout="NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=device.kv_indptr[: bucket + 1],
+            paged_kv_indices_buffer=device.kv_indices,
+            paged_kv_last_page_len_buffer=device.last_page_len[:bucket],
+            backend="fa2",
         )
         self._decode.lend(wrapper)
         pages = int(host.kv_indptr[bucket])
-        wrapper.plan(indptr=host.kv_indptr[: bucket + 1], indices=host.kv_indices[:pages],
-                     last_page_len=host.last_page_len[:bucket], non_blocking=False, **self._geometry("head_dim"))
+        wrapper.plan(
+            indptr=host.kv_indptr[: bucket + 1],
+            indices=host.kv_indices[:pages],
+            last_page_len=host.last_page_len[:bucket],
+            non_blocking=False,
+            **self._geometry("head_dim"),
+        )
         self._decoders[bucket] = wrapper
         self._plans[bucket] = [int(x) for x in wrapper._plan_info]
 
@@ -157,22 +175,30 @@ class FlashInferAttention:
     def _geometry(self, head_dim: str) -> dict[str, Any]:
         """Arguments that both wrappers' plans share; they call the head's width by different names."""
         heads, kv_heads, width, block_size = self._shape
-        return {"num_qo_heads": heads, "num_kv_heads": kv_heads, head_dim: width, "page_size": block_size,
-                **self._dtypes}
+        return {
+            "num_qo_heads": heads,
+            "num_kv_heads": kv_heads,
+            head_dim: width,
+            "page_size": block_size,
+            **self._dtypes,
+        }
 
     def _plan_decode(self, host: Inputs, bucket: int, turn: int) -> None:
         wrapper = self._decoders[bucket]
         info = self._native_plan(wrapper, self._decode, host, bucket, bucket, turn, graph=True, causal=False)
         if [int(x) for x in info] != self._plans[bucket]:
-            raise RuntimeError(f"FlashInfer lays out {bucket} rows otherwise than when their graph was captured: "
-                               "its version does not suit this engine")
+            raise RuntimeError(
+                f"FlashInfer lays out {bucket} rows otherwise than when their graph was captured: "
+                "its version does not suit this engine"
+            )
 
     def _plan_prefill(self, host: Inputs, device: Inputs, size: Size, turn: int) -> None:
         if self._prefiller is None:
             self._prefiller = self._make_prefiller(host, size)
         wrapper = self._prefiller
-        wrapper._plan_info = self._native_plan(wrapper, self._prefill, host, size.tokens, size.rows, turn,
-                                               graph=False, causal=True)
+        wrapper._plan_info = self._native_plan(
+            wrapper, self._prefill, host, size.tokens, size.rows, turn, graph=False, causal=True
+        )
         wrapper._batch_size = size.rows
         wrapper._qo_indptr_last = size.tokens
         wrapper._qo_indptr_buf = device.qo_indptr
@@ -183,18 +209,47 @@ class FlashInferAttention:
     def _make_prefiller(self, host: Inputs, size: Size) -> Any:
         wrapper = self._fi.BatchPrefillWithPagedKVCacheWrapper(self._floats, kv_layout="NHD", backend=self._backend)
         self._prefill.lend(wrapper)
-        wrapper.plan(qo_indptr=host.qo_indptr, paged_kv_indptr=host.kv_indptr, paged_kv_indices=host.kv_indices,
-                     paged_kv_last_page_len=host.last_page_len, causal=True, non_blocking=False,
-                     **self._geometry("head_dim_qk"))
+        wrapper.plan(
+            qo_indptr=host.qo_indptr,
+            paged_kv_indptr=host.kv_indptr,
+            paged_kv_indices=host.kv_indices,
+            paged_kv_last_page_len=host.last_page_len,
+            causal=True,
+            non_blocking=False,
+            **self._geometry("head_dim_qk"),
+        )
         return wrapper
 
-    def _native_plan(self, wrapper: Any, schedules: _Schedules, host: Inputs, tokens: int, rows: int, turn: int, *,
-                     graph: bool, causal: bool) -> Any:
+    def _native_plan(
+        self,
+        wrapper: Any,
+        schedules: _Schedules,
+        host: Inputs,
+        tokens: int,
+        rows: int,
+        turn: int,
+        *,
+        graph: bool,
+        causal: bool,
+    ) -> Any:
         heads, kv_heads, head_dim, block_size = self._shape
         arguments = [
-            self._floats, schedules.workspace, schedules.pinned[turn], host.qo_indptr[: rows + 1],
-            host.kv_indptr[: rows + 1], host.kv_lens[:rows], tokens, rows, heads, kv_heads, block_size, graph,
-            head_dim, head_dim, causal, -1,  # no sliding window
+            self._floats,
+            schedules.workspace,
+            schedules.pinned[turn],
+            host.qo_indptr[: rows + 1],
+            host.kv_indptr[: rows + 1],
+            host.kv_lens[:rows],
+            tokens,
+            rows,
+            heads,
+            kv_heads,
+            block_size,
+            graph,
+            head_dim,
+            head_dim,
+            causal,
+            -1,  # no sliding window
         ]
         if wrapper._backend == "fa2":
             arguments += [-1, False, 0]  # split as it sees fit, no blocks for others

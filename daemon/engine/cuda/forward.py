@@ -65,8 +65,9 @@ def _packed(room: Size) -> Packed:
 class Passes:
     """The device's static buffers, and what is computed from them. Every call must come from the stream's work."""
 
-    def __init__(self, model: Llama, attention: Attention, sampler: DeviceSampler, room: Room,
-                 device: torch.device) -> None:
+    def __init__(
+        self, model: Llama, attention: Attention, sampler: DeviceSampler, room: Room, device: torch.device
+    ) -> None:
         self.logits = torch.zeros(room.sampled, room.vocab_size, dtype=torch.float32, device=device)
         self._model = model
         self._attention = attention
@@ -116,5 +117,6 @@ class Passes:
 
 
 def _sample_params(inputs: Inputs) -> SampleParams:
-    return SampleParams(inputs.inverse_temperature, inputs.min_p_depth, inputs.top_k, inputs.top_p, inputs.seed,
-                        inputs.draw_position)
+    return SampleParams(
+        inputs.inverse_temperature, inputs.min_p_depth, inputs.top_k, inputs.top_p, inputs.seed, inputs.draw_position
+    )

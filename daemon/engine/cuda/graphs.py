@@ -67,8 +67,12 @@ class Graphs:
             if _alike(self._outcome(graphs[way], outcome), expected):
                 alike[way] = graphs[way]
             else:
-                log.error("decodes of %d rows by %s come to other logits than by %s on this device: not used", bucket,
-                          way, sure)
+                log.error(
+                    "decodes of %d rows by %s come to other logits than by %s on this device: not used",
+                    bucket,
+                    way,
+                    sure,
+                )
         seconds = self._time(alike)
         self.seconds[bucket] = seconds
         log.info("decodes of %d rows: %s", bucket, ", ".join(f"{way} {s * 1e3:.2f} ms" for way, s in seconds.items()))

@@ -19,8 +19,16 @@ class Llama:
     """A decoder; its KV is where `attention` keeps it. `max_len`: longest sequence in tokens. `gemv`: for decodes of
     few rows; None if all are computed as any pass."""
 
-    def __init__(self, card: ModelCard, weights: DeviceWeights, ops: Ops, attention: Attention, *,
-                 max_len: int, gemv: Gemv | None = None) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        weights: DeviceWeights,
+        ops: Ops,
+        attention: Attention,
+        *,
+        max_len: int,
+        gemv: Gemv | None = None,
+    ) -> None:
         self._weights = weights
         self._ops = ops
         self._attention = attention
@@ -30,8 +38,9 @@ class Llama:
         self._angles = torch.from_numpy(angles).to(weights.embedding.device)
         self._few = FewRows(card, weights, gemv, attention, self._angles) if gemv is not None else None
 
-    def logits(self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool,
-               way: Way = "all rows") -> None:
+    def logits(
+        self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool, way: Way = "all rows"
+    ) -> None:
         """Compute a pass and write the float32 logits of its sampled rows to `out` [sampled, vocab].
 
         `decode`: every row is one token and sampled. `way`: of decodes; only "all rows" for more than

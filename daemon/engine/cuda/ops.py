@@ -24,8 +24,16 @@ class Ops(Protocol):
         """In place: residual += x, then x = residual normalised. Both [n, hidden]."""
         ...
 
-    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-               inputs: Inputs, angles: torch.Tensor) -> None:
+    def append(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: Inputs,
+        angles: torch.Tensor,
+    ) -> None:
         """Rotary embedding of q [n, heads, head_dim] in place; k [n, kv_heads, head_dim], rotated too, and v go to
         their places in the pages `keys` and `values` [blocks, block_size, kv_heads, head_dim]. Any strides between
         tokens. angles float32[max_len, head_dim]: cosines, then sines, each head_dim / 2. May change k and v."""
@@ -52,8 +60,16 @@ class TorchOps:
         residual.add_(x)
         x.copy_(self.rms_norm(residual, weight, eps))
 
-    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-               inputs: Inputs, angles: torch.Tensor) -> None:
+    def append(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: Inputs,
+        angles: torch.Tensor,
+    ) -> None:
         self.rotate(inputs.positions, q, k, angles)
         page, place = inputs.positions.long() // keys.shape[1], inputs.positions.long() % keys.shape[1]
         blocks = inputs.kv_indices[inputs.kv_indptr[inputs.rows.long()].long() + page].long()
@@ -95,10 +111,19 @@ class FlashInferOps:
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         self._fi.fused_add_rmsnorm(x, residual, weight, eps=eps)
 
-    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-               inputs: Inputs, angles: torch.Tensor) -> None:
-        self._append(q, k, v, keys, values, inputs.kv_indices, inputs.kv_indptr, inputs.rows, inputs.positions,
-                     angles)
+    def append(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: Inputs,
+        angles: torch.Tensor,
+    ) -> None:
+        self._append(
+            q, k, v, keys, values, inputs.kv_indices, inputs.kv_indptr, inputs.rows, inputs.positions, angles
+        )
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._fi.silu_and_mul(gate_up)

@@ -74,11 +74,25 @@ class CudaRunner:
     weight is read.
     """
 
-    def __init__(self, card: ModelCard, *, device: str, dtype: str = "auto", kv_dtype: str = "auto",
-                 deterministic: bool = False, load_format: str, block_size: int, max_num_seqs: int,
-                 max_batch_tokens: int, max_model_len: int, kv_memory: int = 0, memory_share: float = 0.9,
-                 prefill: Literal["fa2", "fa3"] = "fa2", way: Way | Literal["auto"] = "auto",
-                 gemv: Gemv | None = None) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        *,
+        device: str,
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        deterministic: bool = False,
+        load_format: str,
+        block_size: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        kv_memory: int = 0,
+        memory_share: float = 0.9,
+        prefill: Literal["fa2", "fa3"] = "fa2",
+        way: Way | Literal["auto"] = "auto",
+        gemv: Gemv | None = None,
+    ) -> None:
         self._device = torch.device(device)
         self.device = device  # until it is known by its make
         self.eos_token_ids = card.eos_token_ids
@@ -157,8 +171,14 @@ class CudaRunner:
     def _parts(self) -> tuple[Ops, Attention, Gemv | None, Stream]:
         if self._device.type != "cuda":
             return TorchOps(), TorchAttention(self._heads), self._gemv, HostStream()
-        attention = FlashInferAttention(self._heads, dtype=self._format.dtype, kv_dtype=self._format.kv_dtype,
-                                        device=self._device, turns=IN_FLIGHT, prefill_backend=self._prefill)
+        attention = FlashInferAttention(
+            self._heads,
+            dtype=self._format.dtype,
+            kv_dtype=self._format.kv_dtype,
+            device=self._device,
+            turns=IN_FLIGHT,
+            prefill_backend=self._prefill,
+        )
         return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)
 
     def _settle(self) -> None:
@@ -193,8 +213,10 @@ class CudaRunner:
         peak = max(chunk_peak, decode_peak)
         blocks = pool_blocks(may_use, weights=mine, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
         if self._kv_memory > blocks * block_bytes:
-            raise ModelError(f"kv_memory: {self._kv_memory} bytes do not fit on {self._device}; "
-                             f"{blocks * block_bytes} are left for KV")
+            raise ModelError(
+                f"kv_memory: {self._kv_memory} bytes do not fit on {self._device}; "
+                f"{blocks * block_bytes} are left for KV"
+            )
         return self._kv_memory // block_bytes if self._kv_memory else blocks
 
     def _peak(self, step: partial[StepResult]) -> int:
@@ -277,9 +299,14 @@ class CudaRunner:
         self._check_room(plan)
         slots = self._assign(plan)
         first = plan.num_decodes
-        ticket = CudaTicket(plan, slots, choose_bucket(self._buckets, first) if first else 0,
-                            list(range(first, len(plan.rows))), self._arrays.on_host(plan.rows, slots),
-                            self._staging.next())
+        ticket = CudaTicket(
+            plan,
+            slots,
+            choose_bucket(self._buckets, first) if first else 0,
+            list(range(first, len(plan.rows))),
+            self._arrays.on_host(plan.rows, slots),
+            self._staging.next(),
+        )
         # Both before either is submitted: what is refused leaves nothing half begun.
         decoded = self._fill_decodes(ticket) if first else None
         chunked = self._fill_chunks(ticket) if ticket.chunks else None
@@ -309,15 +336,19 @@ class CudaRunner:
         tokens.update((i, NO_TOKEN) for i in ticket.shed)
         logprobs = self._draw_on_host(ticket, places, tokens) if ticket.hosted else {}
         sampled = [i for i, row in enumerate(ticket.plan.rows) if row.sample]
-        return StepResult([tokens[i] for i in sampled],
-                          [logprobs.get(i) for i in sampled] if any(logprobs.values()) else None,
-                          tuple(sorted(ticket.shed)))
+        return StepResult(
+            [tokens[i] for i in sampled],
+            [logprobs.get(i) for i in sampled] if any(logprobs.values()) else None,
+            tuple(sorted(ticket.shed)),
+        )
 
     def _check_room(self, plan: StepPlan) -> None:
         decodes, chunks = plan.num_decodes, plan.rows[plan.num_decodes :]
         if len(plan.rows) > self._buckets[-1] or sum(row.count for row in chunks) > self._room.chunks.tokens:
-            raise ValueError(f"a step of {decodes} decodes and {len(chunks)} chunks with {plan.num_tokens} tokens is "
-                             f"more than max_num_seqs {self._buckets[-1]} or max_batch_tokens allow")
+            raise ValueError(
+                f"a step of {decodes} decodes and {len(chunks)} chunks with {plan.num_tokens} tokens is "
+                f"more than max_num_seqs {self._buckets[-1]} or max_batch_tokens allow"
+            )
 
     def _assign(self, plan: StepPlan) -> list[int]:
         slots, fresh = self._slots.assign([row[0] for row in plan.rows])
@@ -338,8 +369,9 @@ class CudaRunner:
 
     def _fill_decodes(self, ticket: CudaTicket) -> Size:
         count = ticket.plan.num_decodes
-        return self._arrays.decodes(ticket.plan.rows[:count], ticket.slots[:count], ticket.bucket,
-                                    ticket.staged.decode_arrays)
+        return self._arrays.decodes(
+            ticket.plan.rows[:count], ticket.slots[:count], ticket.bucket, ticket.staged.decode_arrays
+        )
 
     def _fill_chunks(self, ticket: CudaTicket) -> Size:
         rows, slots = [ticket.plan.rows[i] for i in ticket.chunks], [ticket.slots[i] for i in ticket.chunks]
@@ -369,8 +401,13 @@ class CudaRunner:
         largest = max(ticket.chunks, key=lambda i: rows[i].count)
         ticket.chunks.remove(largest)
         ticket.shed.append(largest)
-        log.error("out of memory on %s: request %d ends with an error, a chunk of %d tokens did not fit; "
-                  "lower max_batch_tokens", self._device, rows[largest].request.rid, rows[largest].count)
+        log.error(
+            "out of memory on %s: request %d ends with an error, a chunk of %d tokens did not fit; "
+            "lower max_batch_tokens",
+            self._device,
+            rows[largest].request.rid,
+            rows[largest].count,
+        )
         self._stream.mark().wait()  # its arrays are about to be filled anew
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -379,8 +416,9 @@ class CudaRunner:
         sampled = sum(ticket.plan.rows[i].sample for i in ticket.chunks)
         self._passes.fetch(ticket.staged, ticket.bucket + sampled)
 
-    def _draw_on_host(self, ticket: CudaTicket, places: dict[int, int],
-                      tokens: dict[int, int]) -> dict[int, TokenLogprobs | None]:
+    def _draw_on_host(
+        self, ticket: CudaTicket, places: dict[int, int], tokens: dict[int, int]
+    ) -> dict[int, TokenLogprobs | None]:
         """Draw the tokens of the hosted rows from their logits, into `tokens`; returns their logprobs."""
         hosted = [i for i in ticket.hosted if i in places]
         rows = [ticket.plan.rows[i] for i in hosted]
@@ -432,8 +470,9 @@ def _ready(card: ModelCard, device: torch.device, kv_dtype: str, prefill: Litera
     missing."""
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:true" in settings.lower():
-        raise ModelError("expandable_segments is on in PYTORCH_ALLOC_CONF: other engines could not map such a pool; "
-                         "take it out")
+        raise ModelError(
+            "expandable_segments is on in PYTORCH_ALLOC_CONF: other engines could not map such a pool; take it out"
+        )
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"there is no {device}; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(device)
@@ -462,7 +501,8 @@ def _dummy_plan(counts: list[int], *, decode: bool) -> StepPlan:
     rows = []
     for count in counts:
         tokens = [0] * count
-        request = Request(rid=0, epoch=0, frontend=0, params=params, tokens=tokens, prompt_len=count,
-                          block_table=[0] * count)
+        request = Request(
+            rid=0, epoch=0, frontend=0, params=params, tokens=tokens, prompt_len=count, block_table=[0] * count
+        )
         rows.append(Row(request, count - 1, 1, True) if decode else Row(request, 0, count, True))
     return StepPlan(rows, len(rows) if decode else 0)

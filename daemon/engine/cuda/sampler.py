@@ -1,4 +1,4 @@
-"""The draw on the device: exactly the tokens that `daemon.engine.sampling.sampler` draws on the CPU from the same logits.
+"""The draw on the device: exactly the tokens that `engine.sampling.sampler` draws on the CPU from the same logits.
 
 `KernelDraw` launches one kernel (sampler.cu: a team of threads on a GPU; row.h: how a team draws a row; draw.h: the
 arithmetic). A row's logits are read once from memory and stay in the shared memory of a cluster of blocks; largest
@@ -111,8 +111,10 @@ def _checked(logits: torch.Tensor, params: SampleParams, out: torch.Tensor, voca
     if out.dtype != torch.int32:
         raise ValueError(f"tokens are int32, not {out.dtype}")
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.shape[1] != vocab_size or len(out) < rows:
-        raise ValueError(f"logits are {logits.dtype}{list(logits.shape)}: float32 with a vocabulary of {vocab_size} "
-                         f"and at most {len(out)} rows are wanted")
+        raise ValueError(
+            f"logits are {logits.dtype}{list(logits.shape)}: float32 with a vocabulary of {vocab_size} "
+            f"and at most {len(out)} rows are wanted"
+        )
     for name, tensor, dtype in zip(SampleParams._fields, params, _DTYPES, strict=True):
         if tensor.dtype != dtype or tensor.shape != (rows,):
             raise ValueError(f"{name} is {tensor.dtype}{list(tensor.shape)}: {dtype}[{rows}] is wanted")
@@ -150,8 +152,9 @@ def _lowest_of_largest(order: torch.Tensor) -> torch.Tensor:
     return torch.where(order == order.amax(1, keepdim=True), ids, order.shape[1]).amin(1)
 
 
-def _kept(ranked: torch.return_types.sort, largest: torch.Tensor, scaled: torch.Tensor,
-          params: SampleParams) -> torch.Tensor:
+def _kept(
+    ranked: torch.return_types.sort, largest: torch.Tensor, scaled: torch.Tensor, params: SampleParams
+) -> torch.Tensor:
     """Which tokens may be drawn, bool[rows, vocab]: a prefix of the ranked ones."""
     vocab = scaled.shape[1]
     least = _orders((largest + params.min_p_depth[:, None]).clamp(min=-_MAX_FLOAT))

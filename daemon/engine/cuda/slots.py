@@ -81,8 +81,10 @@ class Slots(Generic[Holder]):
                 self._release(slot)
             if len(self._free) >= wanted:
                 return
-        raise ValueError(f"{wanted} requests need a slot and {len(self._free)} are left: more requests in one step, "
-                         "or more steps in flight, than the engine was made for")
+        raise ValueError(
+            f"{wanted} requests need a slot and {len(self._free)} are left: more requests in one step, "
+            "or more steps in flight, than the engine was made for"
+        )
 
     def _release(self, slot: int) -> None:
         del self._references[slot]

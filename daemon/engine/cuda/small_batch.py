@@ -36,19 +36,40 @@ class Gemv(Protocol):
         """residual [rows, n] += the product, in place."""
         ...
 
-    def gate(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
-             out: torch.Tensor) -> None:
+    def gate(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
         """out [rows, n / 2] = silu(first half of the product) * second half."""
         ...
 
-    def logits(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
-               out: torch.Tensor) -> None:
+    def logits(
+        self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, out: torch.Tensor
+    ) -> None:
         """out float32[rows, n] = the product."""
         ...
 
-    def heads(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
-              q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor,
-              positions: torch.Tensor, angles: torch.Tensor, ahead: torch.Tensor | None) -> None:
+    def heads(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        indptr: torch.Tensor,
+        positions: torch.Tensor,
+        angles: torch.Tensor,
+        ahead: torch.Tensor | None,
+    ) -> None:
         """The fused product of query, key and value. Queries, rotated, go to q [rows, heads, head_dim]; keys,
         rotated, and values into pages [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where row i's
         sequence, whose blocks are ``indices[indptr[i] : indptr[i + 1]]``, has position ``positions[i]``. `angles`:
@@ -68,8 +89,9 @@ def few_buckets(buckets: tuple[int, ...], card: ModelCard, shared_memory: int) -
 class FewRows:
     """The layers and the head of a Llama. `angles`: see `Ops.append`."""
 
-    def __init__(self, card: ModelCard, weights: DeviceWeights, gemv: Gemv, attention: Attention,
-                 angles: torch.Tensor) -> None:
+    def __init__(
+        self, card: ModelCard, weights: DeviceWeights, gemv: Gemv, attention: Attention, angles: torch.Tensor
+    ) -> None:
         self._weights = weights
         self._gemv = gemv
         self._attention = attention
@@ -87,9 +109,21 @@ class FewRows:
             self._gemv.add(gated, *layer.down, residual)
         self._gemv.logits(residual, self._weights.norm, self._eps, self._weights.head, out)
 
-    def _attend(self, index: int, layer: Layer, inputs: Inputs, residual: torch.Tensor,
-                ahead: torch.Tensor | None) -> None:
+    def _attend(
+        self, index: int, layer: Layer, inputs: Inputs, residual: torch.Tensor, ahead: torch.Tensor | None
+    ) -> None:
         q = residual.new_empty(len(residual), self._heads, self._head_dim)
-        self._gemv.heads(residual, layer.attention_norm, self._eps, *layer.qkv, q, *self._attention.pages(index),
-                         inputs.kv_indices, inputs.kv_indptr, inputs.positions, self._angles, ahead)
+        self._gemv.heads(
+            residual,
+            layer.attention_norm,
+            self._eps,
+            *layer.qkv,
+            q,
+            *self._attention.pages(index),
+            inputs.kv_indices,
+            inputs.kv_indptr,
+            inputs.positions,
+            self._angles,
+            ahead,
+        )
         self._gemv.add(self._attention.attend(index, q, inputs, decode=True).flatten(1), *layer.out, residual)

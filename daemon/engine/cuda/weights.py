@@ -83,8 +83,10 @@ def _fuse(card: ModelCard, source: Weights, device: torch.device, dtype: torch.d
     shape_of: Callable[[str], tuple[int, ...]] = checkpoint.expected_tensors(card).__getitem__
 
     def linear(at: str, *names: str, bias: bool) -> Linear:
-        return Linear(tensor(*(f"{at}.{name}.weight" for name in names)),
-                      tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None)
+        return Linear(
+            tensor(*(f"{at}.{name}.weight" for name in names)),
+            tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None,
+        )
 
     def layer(at: str) -> Layer:
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"

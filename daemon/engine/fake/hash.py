@@ -109,8 +109,10 @@ class HashRunner:
 
     def launch(self, plan: StepPlan) -> _Ticket:
         """See `Overlapping`."""
-        lines = [_Line(row, row.request.tokens[row.start : row.start + row.count], row.request.block_table)
-                 for row in plan.rows]
+        lines = [
+            _Line(row, row.request.tokens[row.start : row.start + row.count], row.request.block_table)
+            for row in plan.rows
+        ]
         self._free_at = max(self._free_at, self._clock()) + self._step_seconds
         return _Ticket(plan, lines, self._free_at)
 

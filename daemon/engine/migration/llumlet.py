@@ -156,7 +156,10 @@ class Outgoing:
     copied: int = 0  # blocks
     skipped: int = 0  # blocks that were there
     froze: float = -1.0  # when, seconds
-    fate: tuple[MigrationResult, str] = (MigrationResult.TAKEN_BACK, "")  # how it will end, and why: the first cause counts
+    fate: tuple[MigrationResult, str] = (
+        MigrationResult.TAKEN_BACK,
+        "",
+    )  # how it will end, and why: the first cause counts
 
     @property
     def frozen(self) -> bool:
@@ -514,7 +517,9 @@ class Llumlet:
                 return self._ask_back(outgoing)
         return []
 
-    def _abort(self, outgoing: Outgoing, now: float, ended: MigrationResult = MigrationResult.FINISHED) -> list[Action]:
+    def _abort(
+        self, outgoing: Outgoing, now: float, ended: MigrationResult = MigrationResult.FINISHED
+    ) -> list[Action]:
         """Give up a move; the destination hears it once nothing is written there any more."""
         lost = outgoing.request.preemptions != outgoing.preemptions
         outgoing.settle(MigrationResult.PREEMPTED if lost else ended)

@@ -160,8 +160,9 @@ def _id_of(key: U64) -> I64:
 
 
 @kernel(inline=True)
-def _weigh(logits: np.ndarray, keys: np.ndarray, n: I64, largest: F32, inverse_temperature: F32,
-           weights: np.ndarray) -> I64:
+def _weigh(
+    logits: np.ndarray, keys: np.ndarray, n: I64, largest: F32, inverse_temperature: F32, weights: np.ndarray
+) -> I64:
     """Weights of the first n keys' tokens into `weights` (int64). Returns their sum."""
     total = np.int64(0)
     for j in range(n):
@@ -240,8 +241,9 @@ def _bucket(x: F32) -> I32:
 
 
 @kernel(inline=True)
-def _histogram(logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32,
-               histogram: np.ndarray) -> None:
+def _histogram(
+    logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32, histogram: np.ndarray
+) -> None:
     """Weight in each bucket, into `histogram` (int64[_BUCKETS])."""
     histogram[:] = 0
     bucket = np.empty(BLOCK, np.int32)
@@ -259,8 +261,9 @@ def _histogram(logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_
 
 
 @kernel(inline=True)
-def _collect_bucket(logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32,
-                    bucket: I32, keys: np.ndarray) -> I64:
+def _collect_bucket(
+    logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32, bucket: I32, keys: np.ndarray
+) -> I64:
     """Like `_collect`, for the tokens of one bucket."""
     n = 0
     for b in range(len(block_max)):
@@ -275,9 +278,15 @@ def _collect_bucket(logits: np.ndarray, block_max: np.ndarray, largest: F32, inv
 
 
 @kernel(inline=True)
-def _nucleus_by_histogram(logits: np.ndarray, block_max: np.ndarray, largest: F32,
-                          inverse_temperature: F32, target: I64, keys: np.ndarray,
-                          weights: np.ndarray) -> U64:
+def _nucleus_by_histogram(
+    logits: np.ndarray,
+    block_max: np.ndarray,
+    largest: F32,
+    inverse_temperature: F32,
+    target: I64,
+    keys: np.ndarray,
+    weights: np.ndarray,
+) -> U64:
     """The last key of the prefix that weighs `target`: find its bucket, then look only there."""
     histogram = np.empty(_BUCKETS, np.int64)
     _histogram(logits, block_max, largest, inverse_temperature, histogram)
@@ -291,8 +300,15 @@ def _nucleus_by_histogram(logits: np.ndarray, block_max: np.ndarray, largest: F3
 
 
 @kernel(inline=True)
-def _nucleus(logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32,
-             top_p: F64, keys: np.ndarray, weights: np.ndarray) -> U64:
+def _nucleus(
+    logits: np.ndarray,
+    block_max: np.ndarray,
+    largest: F32,
+    inverse_temperature: F32,
+    top_p: F64,
+    keys: np.ndarray,
+    weights: np.ndarray,
+) -> U64:
     """The last key that top-p keeps of the whole vocabulary. A peaked row needs no histogram."""
     total = _total_weight(logits, block_max, largest, inverse_temperature)
     target = _nucleus_target(total, top_p)
@@ -307,11 +323,24 @@ def _nucleus(logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_te
     return _nucleus_by_histogram(logits, block_max, largest, inverse_temperature, target, keys, weights)
 
 
-@kernel("void(float32[:, ::1], float32[:, ::1], int64, int64, float32[::1], float32[::1], int64[::1], float64[::1],"
-        " float32[::1], int64[::1], uint64[::1], int64[::1])")
-def find_cutoffs(logits: np.ndarray, block_max: np.ndarray, start: int, stop: int,
-                 inverse_temperature: np.ndarray, min_p_depth: np.ndarray, top_k: np.ndarray, top_p: np.ndarray,
-                 floor: np.ndarray, floor_id: np.ndarray, keys: np.ndarray, weights: np.ndarray) -> None:
+@kernel(
+    "void(float32[:, ::1], float32[:, ::1], int64, int64, float32[::1], float32[::1], int64[::1], float64[::1],"
+    " float32[::1], int64[::1], uint64[::1], int64[::1])"
+)
+def find_cutoffs(
+    logits: np.ndarray,
+    block_max: np.ndarray,
+    start: int,
+    stop: int,
+    inverse_temperature: np.ndarray,
+    min_p_depth: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    floor: np.ndarray,
+    floor_id: np.ndarray,
+    keys: np.ndarray,
+    weights: np.ndarray,
+) -> None:
     """The cutoffs of rows [start, stop), into `floor` (float32[rows]) and `floor_id` (int64[rows]).
 
     logits: float32[rows, vocab]; block_max: as from `find_maxima`; inverse_temperature: float32[rows], rows
@@ -335,15 +364,21 @@ def find_cutoffs(logits: np.ndarray, block_max: np.ndarray, start: int, stop: in
                 n = select_prefix(keys, weights, n, _nucleus_target(total, top_p[row]))
             last = _least(keys, n)
         else:
-            last = _nucleus(logits[row], block_max[row], largest, inverse_temperature[row], top_p[row], keys,
-                            weights)
+            last = _nucleus(logits[row], block_max[row], largest, inverse_temperature[row], top_p[row], keys, weights)
         floor_id[row] = _id_of(last)
         floor[row] = logits[row, floor_id[row]]
 
 
 @kernel("UniTuple(float64, 2)(float32[:, ::1], float32[:, ::1], int64, int64, int64[::1], uint64[::1], int64[::1])")
-def rank_row(logits: np.ndarray, block_max: np.ndarray, row: int, k: int, top_ids: np.ndarray, keys: np.ndarray,
-             weights: np.ndarray) -> tuple[float, float]:
+def rank_row(
+    logits: np.ndarray,
+    block_max: np.ndarray,
+    row: int,
+    k: int,
+    top_ids: np.ndarray,
+    keys: np.ndarray,
+    weights: np.ndarray,
+) -> tuple[float, float]:
     """(log of the sum of exp(logit), how many ids) of one row; its k likeliest ids, in order, into `top_ids`.
 
     The sum is as exact as float32 logits deserve, about 1e-7; it is -inf if no logit is above -inf. Arguments as for

@@ -170,8 +170,16 @@ def _scaled(logit: F32, largest: F32, inverse_temperature: F32) -> F32:
 
 
 @kernel(inline=True)
-def _draw(logits: np.ndarray, block_max: np.ndarray, floor: F32, floor_id: I64, inverse_temperature: F32,
-          seed: U64, position: U64, words: np.ndarray) -> I64:
+def _draw(
+    logits: np.ndarray,
+    block_max: np.ndarray,
+    floor: F32,
+    floor_id: I64,
+    inverse_temperature: F32,
+    seed: U64,
+    position: U64,
+    words: np.ndarray,
+) -> I64:
     """The definition's draw without computing most of it: a block's words are made only if its largest logit
     could still win, and a token's logarithms only if its word is small enough."""
     best = _argmax(logits, block_max)
@@ -211,11 +219,22 @@ def _draw(logits: np.ndarray, block_max: np.ndarray, floor: F32, floor_id: I64, 
     return best
 
 
-@kernel("void(float32[:, ::1], float32[:, ::1], int64, int64, float32[::1], int64[::1], float32[::1],"
-        " uint64[::1], int64[::1], int64[::1])")
-def draw_rows(logits: np.ndarray, block_max: np.ndarray, start: int, stop: int, floor: np.ndarray,
-              floor_id: np.ndarray, inverse_temperature: np.ndarray, seed: np.ndarray, position: np.ndarray,
-              out: np.ndarray) -> None:
+@kernel(
+    "void(float32[:, ::1], float32[:, ::1], int64, int64, float32[::1], int64[::1], float32[::1],"
+    " uint64[::1], int64[::1], int64[::1])"
+)
+def draw_rows(
+    logits: np.ndarray,
+    block_max: np.ndarray,
+    start: int,
+    stop: int,
+    floor: np.ndarray,
+    floor_id: np.ndarray,
+    inverse_temperature: np.ndarray,
+    seed: np.ndarray,
+    position: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """Draw a token for each of rows [start, stop) into `out` (int64[rows]); -1 where no logit is above -inf.
 
     logits: float32[rows, vocab]. block_max: float32[rows, ceil(vocab / BLOCK)] as `cutoff.find_maxima` leaves it.
@@ -225,5 +244,13 @@ def draw_rows(logits: np.ndarray, block_max: np.ndarray, start: int, stop: int, 
     """
     words = np.empty(BLOCK, np.uint32)
     for row in range(start, stop):
-        out[row] = _draw(logits[row], block_max[row], floor[row], floor_id[row], inverse_temperature[row],
-                         seed[row], np.uint64(position[row]), words)
+        out[row] = _draw(
+            logits[row],
+            block_max[row],
+            floor[row],
+            floor_id[row],
+            inverse_temperature[row],
+            seed[row],
+            np.uint64(position[row]),
+            words,
+        )

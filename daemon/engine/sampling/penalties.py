@@ -24,8 +24,9 @@ Undo = list[tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 
 @kernel("void(float32[::1], int64[::1], int32[::1], float32, float32, float32)")
-def penalise(logits: np.ndarray, ids: np.ndarray, counts: np.ndarray, repetition: float, frequency: float,
-             presence: float) -> None:
+def penalise(
+    logits: np.ndarray, ids: np.ndarray, counts: np.ndarray, repetition: float, frequency: float, presence: float
+) -> None:
     """Apply the three penalties to `logits` (float32[vocab]) of `ids` (int64[n]), `counts` (int32[n]) times in
     the output; an id with count 0 stands in the prompt alone."""
     for i in range(len(ids)):
@@ -55,8 +56,7 @@ class _Counts:
 
     def is_of(self, request: Request) -> bool:
         """`request` still is what this was counted from, perhaps with more output."""
-        return (self.epoch == request.epoch and self.tokens is request.tokens
-                and self._folded <= len(request.tokens))
+        return self.epoch == request.epoch and self.tokens is request.tokens and self._folded <= len(request.tokens)
 
     def update(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Count the tokens that are new. Returns (ids, times in the output)."""
@@ -109,8 +109,14 @@ class Penalties:
         if _penalises(sampling):
             ids, counts = self._counts_of(request).update()
             undo.append((ids, logits[ids]))
-            penalise(logits, ids, counts, sampling.repetition_penalty, sampling.frequency_penalty,
-                     sampling.presence_penalty)
+            penalise(
+                logits,
+                ids,
+                counts,
+                sampling.repetition_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+            )
         if request.num_output < sampling.min_tokens:
             fixed = self._fixed_of(request)
             undo.append((fixed.end_ids, logits[fixed.end_ids]))
@@ -132,8 +138,12 @@ class Penalties:
     def _fix(self, sampling: SamplingParams) -> _Fixed:
         bias = {t: b for t, b in sampling.logit_bias if 0 <= t < self._vocab_size}
         ends = {t for t in (*self._eos_token_ids, *sampling.stop_token_ids) if 0 <= t < self._vocab_size}
-        return _Fixed(sampling, np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32),
-                      np.array(sorted(ends), np.int64))
+        return _Fixed(
+            sampling,
+            np.array(list(bias), np.int64),
+            np.array(list(bias.values()), np.float32),
+            np.array(sorted(ends), np.int64),
+        )
 
 
 def restore(logits: NDArray[np.float32], undo: Undo) -> None:
@@ -143,5 +153,4 @@ def restore(logits: NDArray[np.float32], undo: Undo) -> None:
 
 
 def _penalises(sampling: SamplingParams) -> bool:
-    return (sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0
-            or sampling.presence_penalty != 0.0)
+    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0

@@ -81,8 +81,10 @@ class Sampler:
         CPU as it should be, the memory of `logits` as they were. Raises ValueError if the shapes do not fit.
         """
         if logits.shape != (len(requests), self._vocab_size):
-            raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(requests)} requests "
-                             f"and a vocabulary of {self._vocab_size}")
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} for {len(requests)} requests "
+                f"and a vocabulary of {self._vocab_size}"
+            )
         if not requests:
             return StepResult([])
         values = logits.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
@@ -138,8 +140,9 @@ class Sampler:
         if wanted < 0:
             return None
         keys, weights, top_ids = self._scratch[0]
-        log_total, found = filters.rank_row(batch.logits, batch.block_max, row, min(wanted, self._vocab_size), top_ids,
-                                           keys, weights)
+        log_total, found = filters.rank_row(
+            batch.logits, batch.block_max, row, min(wanted, self._vocab_size), top_ids, keys, weights
+        )
         return _Rank(log_total, top_ids[: int(found)].tolist())
 
     def _adjust(self, batch: _Batch, row: int, request: Request) -> penalties.Undo:
@@ -168,10 +171,32 @@ def _find_maxima(batch: _Batch, start: int, stop: int, _: _Scratch) -> None:
 
 
 def _find_tokens(batch: _Batch, start: int, stop: int, scratch: _Scratch) -> None:
-    filters.find_cutoffs(batch.logits, batch.block_max, start, stop, batch.inverse_temperature, batch.min_p_depth,
-                        batch.top_k, batch.top_p, batch.floor, batch.floor_id, scratch.keys, scratch.weights)
-    noise.draw_rows(batch.logits, batch.block_max, start, stop, batch.floor, batch.floor_id,
-                    batch.inverse_temperature, batch.seed, batch.position, batch.tokens)
+    filters.find_cutoffs(
+        batch.logits,
+        batch.block_max,
+        start,
+        stop,
+        batch.inverse_temperature,
+        batch.min_p_depth,
+        batch.top_k,
+        batch.top_p,
+        batch.floor,
+        batch.floor_id,
+        scratch.keys,
+        scratch.weights,
+    )
+    noise.draw_rows(
+        batch.logits,
+        batch.block_max,
+        start,
+        stop,
+        batch.floor,
+        batch.floor_id,
+        batch.inverse_temperature,
+        batch.seed,
+        batch.position,
+        batch.tokens,
+    )
 
 
 def _logprobs(logits: NDArray[np.float32], token: int, rank: _Rank | None) -> TokenLogprobs | None:

@@ -39,7 +39,15 @@ some_engine = st.builds(
     outgoing=st.integers(0, 4).map(lambda n: max(0, n - 3)),
 )
 boxes = st.lists(st.none() | some_engine, max_size=9)
-stale = st.lists(st.builds(Pair, st.integers(0, 10), st.integers(0, 10), st.sampled_from([r for r in MigrationReason if r is not MigrationReason.OPERATOR])), max_size=4)
+stale = st.lists(
+    st.builds(
+        Pair,
+        st.integers(0, 10),
+        st.integers(0, 10),
+        st.sampled_from([r for r in MigrationReason if r is not MigrationReason.OPERATOR]),
+    ),
+    max_size=4,
+)
 
 
 def check(pairs: list[Pair], facts: list[EngineFacts | None], config: Rebalance) -> None:
@@ -192,7 +200,9 @@ def test_what_was_held_is_not_believed_blindly():
     assert pair(facts, wide, [second]) == [second, Pair(0, 2, MigrationReason.MEMORY)]
     assert second not in pair(facts, wide, [first, second])
     assert first not in pair(facts, wide, [second, first])
-    assert pair(facts[:2], wide, [first, first, Pair(0, 2, MigrationReason.MEMORY), Pair(0, 0, MigrationReason.MEMORY)]) == [first]
+    assert pair(
+        facts[:2], wide, [first, first, Pair(0, 2, MigrationReason.MEMORY), Pair(0, 0, MigrationReason.MEMORY)]
+    ) == [first]
 
 
 # -- hysteresis ------------------------------------------------------------------------------------

@@ -21,8 +21,16 @@ _ids = count(1)
 
 def make_runner(path: Path, *, blocks: int = 400, **options: Any) -> CpuRunner:
     """A loaded fp32 runner with a pool of noise: whatever reads KV that was never written shows."""
-    defaults: dict[str, Any] = {"threads": 1, "dtype": "fp32", "deterministic": False, "load_format": "auto",
-                                "block_size": 16, "max_num_seqs": 64, "max_batch_tokens": 512, "max_model_len": 512}
+    defaults: dict[str, Any] = {
+        "threads": 1,
+        "dtype": "fp32",
+        "deterministic": False,
+        "load_format": "auto",
+        "block_size": 16,
+        "max_num_seqs": 64,
+        "max_batch_tokens": 512,
+        "max_model_len": 512,
+    }
     settings = defaults | options
     runner = CpuRunner(read_card(path, load_format=settings["load_format"]), **settings)
     pool = bytearray(runner.pool_spec(blocks).nbytes)
@@ -36,8 +44,15 @@ def request(tokens: list[int], blocks: Iterator[int], total: int, block_size: in
     """A greedy request with blocks for `total` tokens."""
     params = RequestParams(SamplingParams(max_tokens=10**6, seed=0, temperature=0.0), arrival=0.0)
     table = [next(blocks) for _ in range(-(-total // block_size))]
-    return Request(rid=next(_ids), epoch=1, frontend=0, params=params, tokens=list(tokens),
-                   prompt_len=len(tokens), block_table=table)
+    return Request(
+        rid=next(_ids),
+        epoch=1,
+        frontend=0,
+        params=params,
+        tokens=list(tokens),
+        prompt_len=len(tokens),
+        block_table=table,
+    )
 
 
 def step(runner: CpuRunner, decodes: list[Request], chunks: list[tuple[Request, int]] = ()) -> None:

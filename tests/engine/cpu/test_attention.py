@@ -29,8 +29,9 @@ class Case:
         ids = rng.permutation(np.arange(1, sum(sizes) + 1))
         self.blocks = ids.astype(np.int32)
         self.starts = np.cumsum([0, *sizes[:-1]]).astype(np.int32)
-        pool = np.full((sum(sizes) + 1, shape.layers, 2, shape.block_size, shape.kv_heads, shape.head_dim), np.nan,
-                       np.float32)
+        pool = np.full(
+            (sum(sizes) + 1, shape.layers, 2, shape.block_size, shape.kv_heads, shape.head_dim), np.nan, np.float32
+        )
         self.kv = []
         for n, start, size in zip(lengths, self.starts, sizes, strict=True):
             kv = torch.from_numpy(rng.standard_normal((2, n, shape.kv_heads, shape.head_dim)).astype(np.float32))
@@ -58,24 +59,38 @@ class Case:
 
     def tokens(self, q, sequences, positions):
         out = np.full((len(q), self.width), np.nan, np.float32)
-        kernels(self.shape).attend_tokens(q, self.pool, self.layer_offset, np.asarray(positions, np.int32),
-                                          self.starts[list(sequences)], self.blocks, out)
+        kernels(self.shape).attend_tokens(
+            q,
+            self.pool,
+            self.layer_offset,
+            np.asarray(positions, np.int32),
+            self.starts[list(sequences)],
+            self.blocks,
+            out,
+        )
         return out
 
     def tiles(self, q, sequence, first):
         """Queries at positions first..first + len(q) - 1 of one sequence."""
         out = np.full((len(q), self.width), np.nan, np.float32)
         tiles = [(i, min(TILE_QUERIES, len(q) - i)) for i in range(0, len(q), TILE_QUERIES)]
-        kernels(self.shape).attend_tiles(q, self.pool, self.layer_offset,
-                                         np.arange(first, first + len(q), dtype=np.int32),
-                                         np.full(len(q), self.starts[sequence], np.int32), self.blocks,
-                                         np.array(tiles, np.int32), out)
+        kernels(self.shape).attend_tiles(
+            q,
+            self.pool,
+            self.layer_offset,
+            np.arange(first, first + len(q), dtype=np.int32),
+            np.full(len(q), self.starts[sequence], np.int32),
+            self.blocks,
+            np.array(tiles, np.int32),
+            out,
+        )
         return out
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(SHAPES), st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 99),
-       st.booleans())
+@given(
+    st.sampled_from(SHAPES), st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 99), st.booleans()
+)
 def test_single_tokens(shape, lengths, seed, half):
     case = Case(shape, lengths, seed, half)
     q = case.queries(len(lengths))

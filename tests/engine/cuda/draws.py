@@ -80,8 +80,11 @@ def many_rows(vocab, rng, rows):
     logits = np.stack([make_logits(KINDS[i % len(KINDS)], vocab, rng) for i in range(rows)])
     sampling = [
         SamplingParams(
-            max_tokens=1, seed=int(rng.integers(2**63)), temperature=float(rng.choice([0.0, 0.3, 1.0, 1.0, 2.0])),
-            top_k=int(rng.choice([0, 0, 1, 20, 500, 5000])), top_p=float(rng.choice([1.0, 1.0, 0.3, 0.9, 0.999])),
+            max_tokens=1,
+            seed=int(rng.integers(2**63)),
+            temperature=float(rng.choice([0.0, 0.3, 1.0, 1.0, 2.0])),
+            top_k=int(rng.choice([0, 0, 1, 20, 500, 5000])),
+            top_p=float(rng.choice([1.0, 1.0, 0.3, 0.9, 0.999])),
             min_p=float(rng.choice([0.0, 0.0, 1e-6, 0.05])),
         )
         for _ in range(rows)

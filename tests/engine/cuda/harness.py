@@ -22,8 +22,14 @@ def make_cuda_runner(path: Path, *, blocks: int = 400, late: bool = False, **opt
 
     `late`: its device does nothing before somebody waits for it.
     """
-    defaults: dict[str, Any] = {"device": "cpu", "load_format": "auto", "block_size": 16, "max_num_seqs": 64,
-                                "max_batch_tokens": 512, "max_model_len": 512}
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "load_format": "auto",
+        "block_size": 16,
+        "max_num_seqs": 64,
+        "max_batch_tokens": 512,
+        "max_model_len": 512,
+    }
     settings = defaults | options
     torch.set_num_threads(1)  # tiny operations only wait for one another's threads
     runner = CudaRunner(read_card(path, load_format=settings["load_format"]), **settings)

@@ -12,8 +12,18 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "daemon" / "engine" / "cuda" / "csrc"
-FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC",
-         "-shared", "-pthread")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-march=native",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
 
 
 def sources_of(name: str) -> list[Path]:
@@ -40,8 +50,13 @@ class _Team(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("stride", ctypes.c_int64), ("width", ctypes.c_uint32),
-                ("norm", ctypes.c_void_p), ("eps", ctypes.c_float)]
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("width", ctypes.c_uint32),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+    ]
 
 
 class _Matrix(ctypes.Structure):
@@ -53,8 +68,14 @@ class _Ahead(ctypes.Structure):
 
 
 class _Pages(ctypes.Structure):
-    _fields_ = [("indices", ctypes.c_void_p), ("indptr", ctypes.c_void_p), ("block_size", ctypes.c_uint32),
-                ("block_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64)]
+    _fields_ = [
+        ("indices", ctypes.c_void_p),
+        ("indptr", ctypes.c_void_p),
+        ("block_size", ctypes.c_uint32),
+        ("block_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+    ]
 
 
 class _Tokens(ctypes.Structure):
@@ -62,10 +83,21 @@ class _Tokens(ctypes.Structure):
 
 
 class _Append(ctypes.Structure):
-    _fields_ = [("q", _Tokens), ("k", _Tokens), ("v", _Tokens), ("keys", ctypes.c_void_p),
-                ("values", ctypes.c_void_p), ("pages", _Pages), ("rows", ctypes.c_void_p),
-                ("positions", ctypes.c_void_p), ("angles", ctypes.c_void_p), ("tokens", ctypes.c_uint32),
-                ("heads", ctypes.c_uint32), ("kv_heads", ctypes.c_uint32), ("half", ctypes.c_uint32)]
+    _fields_ = [
+        ("q", _Tokens),
+        ("k", _Tokens),
+        ("v", _Tokens),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("pages", _Pages),
+        ("rows", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("angles", ctypes.c_void_p),
+        ("tokens", ctypes.c_uint32),
+        ("heads", ctypes.c_uint32),
+        ("kv_heads", ctypes.c_uint32),
+        ("half", ctypes.c_uint32),
+    ]
 
 
 def _pages(keys: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor) -> _Pages:
@@ -93,26 +125,69 @@ class HostGemv:
         self._team = _Team(*(team or Team()))
 
     def add(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> None:
-        self._library.add(*self._product(x, None, 0.0, weight, bias), _at(residual),
-                          ctypes.c_int64(residual.stride(0)), ctypes.c_uint32(len(weight)))
+        self._library.add(
+            *self._product(x, None, 0.0, weight, bias),
+            _at(residual),
+            ctypes.c_int64(residual.stride(0)),
+            ctypes.c_uint32(len(weight)),
+        )
 
-    def gate(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
-             out: torch.Tensor) -> None:
-        self._library.gate(*self._product(x, norm, eps, weight, bias), _at(out), ctypes.c_int64(out.stride(0)),
-                           ctypes.c_uint32(len(weight) // 2))
+    def gate(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        self._library.gate(
+            *self._product(x, norm, eps, weight, bias),
+            _at(out),
+            ctypes.c_int64(out.stride(0)),
+            ctypes.c_uint32(len(weight) // 2),
+        )
 
-    def logits(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor,
-               out: torch.Tensor) -> None:
-        self._library.logits(*self._product(x, norm, eps, weight, None), _at(out), ctypes.c_int64(out.stride(0)),
-                             ctypes.c_uint32(len(weight)))
+    def logits(
+        self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        self._library.logits(
+            *self._product(x, norm, eps, weight, None),
+            _at(out),
+            ctypes.c_int64(out.stride(0)),
+            ctypes.c_uint32(len(weight)),
+        )
 
-    def heads(self, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None,
-              q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor,
-              positions: torch.Tensor, angles: torch.Tensor, ahead: torch.Tensor | None) -> None:
-        self._library.heads(*self._product(x, norm, eps, weight, bias), _at(q), _at(keys), _at(values),
-                            _pages(keys, indices, indptr), _at(positions), _at(angles), ctypes.c_uint32(q.shape[1]),
-                            ctypes.c_uint32(keys.shape[2]), ctypes.c_uint32(q.shape[2] // 2),
-                            ctypes.c_bool(keys.dtype == torch.float8_e4m3fn), _ahead(ahead))
+    def heads(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        indptr: torch.Tensor,
+        positions: torch.Tensor,
+        angles: torch.Tensor,
+        ahead: torch.Tensor | None,
+    ) -> None:
+        self._library.heads(
+            *self._product(x, norm, eps, weight, bias),
+            _at(q),
+            _at(keys),
+            _at(values),
+            _pages(keys, indices, indptr),
+            _at(positions),
+            _at(angles),
+            ctypes.c_uint32(q.shape[1]),
+            ctypes.c_uint32(keys.shape[2]),
+            ctypes.c_uint32(q.shape[2] // 2),
+            ctypes.c_bool(keys.dtype == torch.float8_e4m3fn),
+            _ahead(ahead),
+        )
 
     def asked_ahead(self, ahead: torch.Tensor) -> list[int]:
         """How often each group of eight of `ahead` is asked for when a product ends."""
@@ -120,8 +195,9 @@ class HostGemv:
         self._library.asked_ahead(self._team, _ahead(ahead), _at(times))
         return times.tolist()
 
-    def _product(self, x: torch.Tensor, norm: torch.Tensor | None, eps: float, weight: torch.Tensor,
-                 bias: torch.Tensor | None) -> tuple[Any, ...]:
+    def _product(
+        self, x: torch.Tensor, norm: torch.Tensor | None, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[Any, ...]:
         """The arguments that all have."""
         assert x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous() and x.stride(1) == 1
         self._held = _aligned(norm), _aligned(weight)
@@ -136,10 +212,31 @@ class HostAppend:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
 
-    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-               indices: torch.Tensor, indptr: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
-               angles: torch.Tensor) -> None:
+    def append(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        indptr: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        angles: torch.Tensor,
+    ) -> None:
         tokens = [_Tokens(_at(x), x.stride(0)) for x in (q, k, v)]
-        everything = _Append(*tokens, _at(keys), _at(values), _pages(keys, indices, indptr), _at(rows),
-                             _at(positions), _at(angles), len(q), q.shape[1], k.shape[1], q.shape[2] // 2)
+        everything = _Append(
+            *tokens,
+            _at(keys),
+            _at(values),
+            _pages(keys, indices, indptr),
+            _at(rows),
+            _at(positions),
+            _at(angles),
+            len(q),
+            q.shape[1],
+            k.shape[1],
+            q.shape[2] // 2,
+        )
         self._library.append(ctypes.byref(everything), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))

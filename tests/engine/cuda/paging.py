@@ -31,8 +31,9 @@ class Paged:
             "rows": np.repeat(np.arange(len(counts)), counts),
             "positions": np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
         }
-        self.inputs: Any = SimpleNamespace(**{
-            name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()})
+        self.inputs: Any = SimpleNamespace(
+            **{name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()}
+        )
         card = card_of(shape.head_dim)
         self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(card, LONGEST)], 1).to(device)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim

@@ -11,8 +11,13 @@ from daemon.engine.cuda.ops import TorchOps
 from tests.engine.cuda.host_kernels import HostAppend
 from tests.engine.cuda.paging import Paged
 
-shapes = st.builds(lambda group, *rest: Heads(group * rest[0], *rest), st.integers(1, 4), st.integers(1, 3),
-                   st.sampled_from([16, 64, 128]), st.sampled_from([1, 8, 16, 32]))
+shapes = st.builds(
+    lambda group, *rest: Heads(group * rest[0], *rest),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([16, 64, 128]),
+    st.sampled_from([1, 8, 16, 32]),
+)
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +26,12 @@ def host(host_library):
 
 
 @settings(deadline=None, max_examples=100)
-@given(shape=shapes, counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-       dtype=st.sampled_from([torch.bfloat16, torch.float8_e4m3fn]), seed=st.integers(0, 2**31))
+@given(
+    shape=shapes,
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.bfloat16, torch.float8_e4m3fn]),
+    seed=st.integers(0, 2**31),
+)
 def test_it_is_what_torch_does(host, shape, counts, dtype, seed):
     paged = Paged(shape, counts, np.random.default_rng(seed))
     ours, theirs = (paged.pages(dtype) for _ in range(2))

@@ -83,8 +83,13 @@ def test_steps_of_growing_moving_and_replaced_requests(history):
 
     def adopt(request):
         slot = free.pop(0)
-        draws[slot] = DrawParams(float(np.float32(rng.random())), float(np.float32(-rng.random())),
-                                 int(rng.integers(0, 50)), float(rng.random()), int(rng.integers(-2**63, 2**63)))
+        draws[slot] = DrawParams(
+            float(np.float32(rng.random())),
+            float(np.float32(-rng.random())),
+            int(rng.integers(0, 50)),
+            float(rng.random()),
+            int(rng.integers(-(2**63), 2**63)),
+        )
         arrays.adopt(slot, request, draws[slot])
         if request.rid in slot_of:
             free.append(slot_of[request.rid])
@@ -115,8 +120,7 @@ def test_steps_of_growing_moving_and_replaced_requests(history):
             padded = rows + [Row(dummy, 0, 1, True)] * padding
             agree(inputs, size, obvious(padded, slots + [DUMMY] * padding, block_size, draws))
         starts = [int(rng.integers(0, len(r.tokens))) for r in chosen]
-        counts = [int(rng.integers(1, min(30, len(r.tokens) - s) + 1))
-                  for r, s in zip(chosen, starts, strict=True)]
+        counts = [int(rng.integers(1, min(30, len(r.tokens) - s) + 1)) for r, s in zip(chosen, starts, strict=True)]
         chunks = [Row(r, s, n, s + n == len(r.tokens)) for r, s, n in zip(chosen, starts, counts, strict=True)]
         if chunks:
             size = arrays.chunks(chunks, slots, inputs)
@@ -141,10 +145,18 @@ def test_a_decode_of_two_tokens_is_refused():
         StepArrays(SLOTS, MAX_LEN, 16).decodes([Row(request, 0, 2, True)], [1], 1, buffers(16))
 
 
-@pytest.mark.parametrize(("change", "hosted"), [
-    ({}, False), ({"logprobs": 0}, True), ({"logit_bias": ((3, 1.0),)}, True), ({"repetition_penalty": 1.1}, True),
-    ({"presence_penalty": -0.5}, True), ({"frequency_penalty": 0.5}, True), ({"top_p": 0.5, "top_k": 3}, False),
-])
+@pytest.mark.parametrize(
+    ("change", "hosted"),
+    [
+        ({}, False),
+        ({"logprobs": 0}, True),
+        ({"logit_bias": ((3, 1.0),)}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"presence_penalty": -0.5}, True),
+        ({"frequency_penalty": 0.5}, True),
+        ({"top_p": 0.5, "top_k": 3}, False),
+    ],
+)
 def test_whose_draw_it_is(change, hosted):
     arrays = StepArrays(SLOTS, MAX_LEN, 16)
     request = make_request([1, 2, 3], [5], SamplingParams(max_tokens=5, seed=0, **change))

@@ -22,11 +22,35 @@ def compiled(tmp_path_factory):
     libinfo = pytest.importorskip("tvm_ffi").libinfo
     includes = ["-isystem", libinfo.find_include_path(), "-isystem", libinfo.find_dlpack_include_path()]
     folders = {name: tmp_path_factory.mktemp(name) for name in FLAGS}
-    running = {name: subprocess.Popen(
-        ["nice", "-n15", nvcc, *FLAGS[name], "-gencode=arch=compute_90a,code=sm_90a", "-Werror", "all-warnings",
-         "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v", *includes, "--keep", "--keep-dir", str(folder),
-         "-c", str(kernels._SOURCES / f"{name}.cu"), "-o", str(folder / f"{name}.o")],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name, folder in folders.items()}
+    running = {
+        name: subprocess.Popen(
+            [
+                "nice",
+                "-n15",
+                nvcc,
+                *FLAGS[name],
+                "-gencode=arch=compute_90a,code=sm_90a",
+                "-Werror",
+                "all-warnings",
+                "-Xcompiler",
+                "-fPIC,-Wall,-Wextra",
+                "-Xptxas",
+                "-v",
+                *includes,
+                "--keep",
+                "--keep-dir",
+                str(folder),
+                "-c",
+                str(kernels._SOURCES / f"{name}.cu"),
+                "-o",
+                str(folder / f"{name}.o"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, folder in folders.items()
+    }
     said = {name: process.communicate()[0] for name, process in running.items()}
     for name, process in running.items():
         assert process.returncode == 0, said[name]

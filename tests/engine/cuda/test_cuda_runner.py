@@ -108,10 +108,16 @@ def test_scheduled_requests_agree_with_transformers(runner, reference):
         assert is_greedy(reference, r)
 
 
-@pytest.mark.parametrize("sampling", [
-    {"temperature": 0.8, "top_p": 0.9, "top_k": 40}, {"min_p": 0.05, "temperature": 1.2},
-    {"repetition_penalty": 1.3, "min_tokens": 5}, {"frequency_penalty": 0.7, "logit_bias": ((7, 4.0),)},
-], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+        {"min_p": 0.05, "temperature": 1.2},
+        {"repetition_penalty": 1.3, "min_tokens": 5},
+        {"frequency_penalty": 0.7, "logit_bias": ((7, 4.0),)},
+    ],
+    ids=str,
+)
 def test_sampled_requests_agree_with_the_cpu_engine(runner, model_dir, sampling):
     outputs = []
     for engine in (runner, make_runner(model_dir)):
@@ -269,8 +275,15 @@ def append(runner, ticket, group):
 def test_what_may_not_overlap_is_refused(runner):
     blocks = count(1)
     a, b, c = (request([5, 6, 7], blocks, 16) for _ in range(3))
-    adjusted = Request(99, 1, 0, RequestParams(SamplingParams(max_tokens=5, seed=0, logprobs=0), 0.0), [4, 5], 2,
-                       block_table=[next(blocks)])
+    adjusted = Request(
+        99,
+        1,
+        0,
+        RequestParams(SamplingParams(max_tokens=5, seed=0, logprobs=0), 0.0),
+        [4, 5],
+        2,
+        block_table=[next(blocks)],
+    )
     plan = StepPlan([Row(a, 0, 3, True)], 0)
     assert not runner.stands_alone(plan)
     first = runner.launch(plan)
@@ -412,8 +425,14 @@ def test_dummy_weights_are_the_cpu_engines(tmp_path):
 
 def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
     card = read_card(model_dir)
-    options = {"device": "cpu", "load_format": "auto", "block_size": 16, "max_num_seqs": 8, "max_batch_tokens": 64,
-               "max_model_len": 128}
+    options = {
+        "device": "cpu",
+        "load_format": "auto",
+        "block_size": 16,
+        "max_num_seqs": 8,
+        "max_batch_tokens": 64,
+        "max_model_len": 128,
+    }
     runner = CudaRunner(card, **options, kv_memory=10 * CudaRunner(card, **options).pool_spec(1).block_bytes + 5)
     runner.load()
     assert runner.num_blocks == 10
@@ -427,18 +446,37 @@ def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
     assert np.shares_memory(memory.numpy(), runner._pool.numpy())
 
 
-@pytest.mark.parametrize(("options", "reason"), [
-    ({"device": "cuda:0", "dtype": "fp32"}, "bf16"), ({"device": "cuda:0", "deterministic": True}, "deterministic"),
-    ({"device": "cpu", "kv_dtype": "fp4"}, "kv_dtype"),
-])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"device": "cuda:0", "dtype": "fp32"}, "bf16"),
+        ({"device": "cuda:0", "deterministic": True}, "deterministic"),
+        ({"device": "cpu", "kv_dtype": "fp4"}, "kv_dtype"),
+    ],
+)
 def test_what_cannot_work_is_refused_at_once(model_dir, options, reason):
     with pytest.raises(ModelError, match=reason):
-        CudaRunner(read_card(model_dir), load_format="auto", block_size=16, max_num_seqs=8, max_batch_tokens=64,
-                   max_model_len=128, **options)
+        CudaRunner(
+            read_card(model_dir),
+            load_format="auto",
+            block_size=16,
+            max_num_seqs=8,
+            max_batch_tokens=64,
+            max_model_len=128,
+            **options,
+        )
 
 
 def test_a_pool_of_no_block_is_refused(model_dir):
-    runner = CudaRunner(read_card(model_dir), device="cpu", load_format="auto", block_size=16, max_num_seqs=8,
-                        max_batch_tokens=64, max_model_len=128, kv_memory=100)
+    runner = CudaRunner(
+        read_card(model_dir),
+        device="cpu",
+        load_format="auto",
+        block_size=16,
+        max_num_seqs=8,
+        max_batch_tokens=64,
+        max_model_len=128,
+        kv_memory=100,
+    )
     with pytest.raises(ModelError, match="kv_memory"):
         runner.load()

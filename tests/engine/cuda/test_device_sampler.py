@@ -36,9 +36,15 @@ def each(function, *arrays, dtype):
 def host_draw(host, logits, params, blocks=1, threads=1):
     rows, vocab = logits.shape
     out = np.empty(rows, np.int32)
-    host.draw_rows(pointer(logits), ctypes.c_int64(rows), ctypes.c_int64(vocab),
-                   *(pointer(t.numpy()) for t in params), pointer(out), ctypes.c_uint32(blocks),
-                   ctypes.c_uint32(threads))
+    host.draw_rows(
+        pointer(logits),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(vocab),
+        *(pointer(t.numpy()) for t in params),
+        pointer(out),
+        ctypes.c_uint32(blocks),
+        ctypes.c_uint32(threads),
+    )
     return out.tolist()
 
 
@@ -48,8 +54,9 @@ def torch_draw(logits, params):
 
 # -- whole rows
 
-rows_of_all_kinds = st.lists(st.tuples(st.sampled_from(KINDS), samplings(), st.integers(1, 300)), min_size=1,
-                             max_size=6)
+rows_of_all_kinds = st.lists(
+    st.tuples(st.sampled_from(KINDS), samplings(), st.integers(1, 300)), min_size=1, max_size=6
+)
 
 
 def built(rows, size, seed):
@@ -74,8 +81,13 @@ def test_the_row_algorithm_draws_what_the_cpu_draws(host, rows, size, seed):
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows=rows_of_all_kinds, size=st.integers(1, 3000), seed=st.integers(0, 10**9), blocks=st.integers(1, 4),
-       threads=st.integers(1, 3))
+@given(
+    rows=rows_of_all_kinds,
+    size=st.integers(1, 3000),
+    seed=st.integers(0, 10**9),
+    blocks=st.integers(1, 4),
+    threads=st.integers(1, 3),
+)
 def test_the_team_does_not_matter(host, rows, size, seed, blocks, threads):
     logits, params, tokens = built(rows, size, seed)
     assert host_draw(host, logits, params, blocks, threads) == tokens
@@ -181,20 +193,35 @@ def cutoff_targets(totals, top_p, out):
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 2**32 - 1), stream=st.integers(0, 2**32 - 1),
-       tokens=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8))
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 2**32 - 1),
+    stream=st.integers(0, 2**32 - 1),
+    tokens=st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8),
+)
 def test_words(host, seed, position, stream, tokens):
     tokens = np.array(tokens, np.int32)
     expected, got = np.empty(len(tokens), np.uint32), np.empty(len(tokens), np.uint32)
     noise.token_words(np.uint64(seed), position, stream, tokens, expected)
-    host.words(ctypes.c_uint64(seed), ctypes.c_uint32(position), ctypes.c_uint32(stream), pointer(tokens),
-               pointer(got), ctypes.c_int64(len(tokens)))
+    host.words(
+        ctypes.c_uint64(seed),
+        ctypes.c_uint32(position),
+        ctypes.c_uint32(stream),
+        pointer(tokens),
+        pointer(got),
+        ctypes.c_int64(len(tokens)),
+    )
     assert got.tolist() == expected.tolist()
 
 
 def test_noise(host):
-    words = np.concatenate([ENDS, np.random.default_rng(0).integers(0, 2**32, 500_000, np.uint32),
-                            np.logspace(0, 9.6, 5000).astype(np.uint32)])
+    words = np.concatenate(
+        [
+            ENDS,
+            np.random.default_rng(0).integers(0, 2**32, 500_000, np.uint32),
+            np.logspace(0, 9.6, 5000).astype(np.uint32),
+        ]
+    )
     expected = np.empty(len(words), np.float32)
     noise.gumbel_noise(words, expected)
     got = each(host.gumbels, words, dtype=np.float32)
@@ -205,7 +232,7 @@ def test_noise(host):
 def test_weights(host):
     rng = np.random.default_rng(1)
     ends = np.float32([0, -0.0, -44, -1e-45, -1e-7, -0.34657, -0.34658, -27.7, -27.8])
-    wide, near = np.float32(-44) * rng.random(300_000, np.float32), -rng.random(100_000, np.float32) ** 8
+    wide, near = np.float32(-44) * rng.random(300_000, np.float32), -(rng.random(100_000, np.float32) ** 8)
     x = np.concatenate([ends, wide, near])
     expected = np.empty(len(x), np.int64)
     cutoff_weights(x, expected)

@@ -112,8 +112,9 @@ def test_later_chunks_run_with_their_own_arrays(module, attention):
     [run] = module.runs
     assert len(module.plans) == 3
     assert run[2] == [7, 8, 9]
-    for given, array in zip(run[6:10], (second.qo_indptr, second.kv_indptr, second.kv_indices, second.last_page_len),
-                            strict=True):
+    for given, array in zip(
+        run[6:10], (second.qo_indptr, second.kv_indptr, second.kv_indices, second.last_page_len), strict=True
+    ):
         assert given.data_ptr() == array.data_ptr() and given.shape == array.shape
 
 
@@ -125,15 +126,16 @@ def test_a_layout_other_than_the_graphs_is_not_replayed(module, attention):
         attention.plan(cut, cut, size, decode=True, turn=0)
 
 
-@pytest.mark.parametrize(("name", "used"), [
-    ("rmsnorm", "input weight eps"),
-    ("fused_add_rmsnorm", "input residual weight eps"),
-    ("silu_and_mul", "input"),
-])
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("rmsnorm", "input weight eps"),
+        ("fused_add_rmsnorm", "input residual weight eps"),
+        ("silu_and_mul", "input"),
+    ],
+)
 def test_functions_take_the_arguments_we_pass(name, used):
     import inspect
 
     parameters = inspect.signature(getattr(flashinfer, name)).parameters
     assert set(used.split()) <= set(parameters)
-
-

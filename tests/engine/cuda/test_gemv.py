@@ -120,9 +120,18 @@ def test_gates(library, team, rows, width, columns, biased, seed):
 
 
 @settings(deadline=None, max_examples=60)
-@given(team=teams, rows=rows, width=widths, kv_heads=st.integers(1, 3), group=st.integers(1, 3),
-       head_dim=st.sampled_from([8, 64]), block_size=st.sampled_from([1, 8, 16]),
-       kv_dtype=st.sampled_from([BF16, E4M3]), biased=st.booleans(), seed=seeds)
+@given(
+    team=teams,
+    rows=rows,
+    width=widths,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 64]),
+    block_size=st.sampled_from([1, 8, 16]),
+    kv_dtype=st.sampled_from([BF16, E4M3]),
+    biased=st.booleans(),
+    seed=seeds,
+)
 def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size, kv_dtype, biased, seed):
     noise, rng = Noise(seed), np.random.default_rng(seed)
     heads = kv_heads * group
@@ -134,10 +143,13 @@ def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size
     blocks = rng.permutation(indptr[-1])
     pool = torch.zeros(len(blocks), 2, 2, block_size, kv_heads, head_dim, dtype=BF16).to(kv_dtype)
     angles = torch.from_numpy(np.concatenate(rope_tables(card_of(head_dim), 100), 1))
-    q, arrays = torch.empty(rows, heads, head_dim, dtype=BF16), [torch.from_numpy(a.astype(np.int32)) for a in
-                                                                 (blocks, indptr, positions)]
-    HostGemv(library, team).heads(x, norm, EPS, weight, bias, q, pool[:, 1, 0], pool[:, 1, 1], *arrays, angles,
-                                  noise(3, 8))
+    q, arrays = (
+        torch.empty(rows, heads, head_dim, dtype=BF16),
+        [torch.from_numpy(a.astype(np.int32)) for a in (blocks, indptr, positions)],
+    )
+    HostGemv(library, team).heads(
+        x, norm, EPS, weight, bias, q, pool[:, 1, 0], pool[:, 1, 1], *arrays, angles, noise(3, 8)
+    )
 
     exact, magnitude = product(normed(HostGemv(library, team), x, norm), weight, bias)
     most = magnitude.amax()
@@ -165,15 +177,23 @@ def test_what_comes_next_is_asked_for_once(library, team, groups):
 
 def test_numbers_are_rounded_as_torch_rounds_them(library):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(BF16).float()
-    near = torch.cat([every, every * (1 + 2**-9), every * (1 + 2**-8), every * (1 - 2**-9),
-                      torch.tensor([447.9, 448.0, 464.0, 1e9, 2**-6, 2**-9, 2**-10, 1.5 * 2**-9, 2.5 * 2**-9, 0.0])])
+    near = torch.cat(
+        [
+            every,
+            every * (1 + 2**-9),
+            every * (1 + 2**-8),
+            every * (1 - 2**-9),
+            torch.tensor([447.9, 448.0, 464.0, 1e9, 2**-6, 2**-9, 2**-10, 1.5 * 2**-9, 2.5 * 2**-9, 0.0]),
+        ]
+    )
     near = near[near.isfinite()]
     functions = ctypes.CDLL(str(library))
 
     def rounded(name, values, item):
         out = torch.zeros(len(values), dtype=item)
-        getattr(functions, name)(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()),
-                                 ctypes.c_int64(len(values)))
+        getattr(functions, name)(
+            ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(len(values))
+        )
         return out
 
     assert torch.equal(rounded("to_bf16", near, torch.int16), near.to(BF16).view(torch.int16))
@@ -195,8 +215,9 @@ def model_dir(request, tmp_path_factory):
     return make_tiny_llama(tmp_path_factory.mktemp("model"), **shape)
 
 
-@pytest.mark.parametrize(("kv_dtype", "way"),
-                         [("auto", "few rows"), ("auto", "few rows, ahead"), ("fp8", "few rows")])
+@pytest.mark.parametrize(
+    ("kv_dtype", "way"), [("auto", "few rows"), ("auto", "few rows, ahead"), ("fp8", "few rows")]
+)
 def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
     """One to four requests, that come and go, over KV that chunks have written and decodes go on with."""
     used, ahead = [], set()
@@ -210,13 +231,15 @@ def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
             ahead.add(None if given[-1] is None else tuple(given[-1].shape))
             super().heads(*given)
 
-    runner = make_cuda_runner(model_dir, dtype="bf16", kv_dtype=kv_dtype, way=way,
-                              gemv=Counting(library, Team(2, 1, 1)))
+    runner = make_cuda_runner(
+        model_dir, dtype="bf16", kv_dtype=kv_dtype, way=way, gemv=Counting(library, Team(2, 1, 1))
+    )
     rng, blocks = random.Random(0), count(1)
     answers = []
     for at_once in (1, 2, 3, 4, 6):
-        requests = [request([rng.randrange(3, 380) for _ in range(rng.randint(1, 90))], blocks, 128)
-                    for _ in range(at_once)]
+        requests = [
+            request([rng.randrange(3, 380) for _ in range(rng.randint(1, 90))], blocks, 128) for _ in range(at_once)
+        ]
         lengths = [len(r.tokens) for r in requests]
         generate(runner, requests, output=16, chunk=50)
         answers += [(r.tokens, n) for r, n in zip(requests, lengths, strict=True)]

@@ -693,7 +693,9 @@ def test_a_refusal_after_the_handover_is_reported_when_the_frontend_has_decided(
     assert told(source) == (MigrationResult.DECLINED, "the request has moved on")
 
 
-@pytest.mark.parametrize(("end", "result"), [("finish", MigrationResult.FINISHED), ("preempt", MigrationResult.PREEMPTED)])
+@pytest.mark.parametrize(
+    ("end", "result"), [("finish", MigrationResult.FINISHED), ("preempt", MigrationResult.PREEMPTED)]
+)
 def test_what_becomes_of_the_request_meanwhile_is_reported(source, there, make, end, result):
     request = source.run(make(max_tokens=3), 2)
     copy = copying(source, there)
@@ -765,7 +767,9 @@ def test_what_is_handed_back_is_reported_with_the_reason_of_the_order(journal, m
     assert source.llumlet.reports[1:] == []  # it is moving already
     source.llumlet.on_peer(THERE, Declined(1, 1, 1, "full"), 0.0)
     source.move(rid=1, how="recompute")
-    assert source.llumlet.reports[2] == Report(running, -1, "operator", MigrationResult.HANDED_BACK, "to be computed anew")
+    assert source.llumlet.reports[2] == Report(
+        running, -1, "operator", MigrationResult.HANDED_BACK, "to be computed anew"
+    )
 
 
 # -- when enough is moved ----------------------------------------------------------------------

@@ -22,9 +22,20 @@ def kept(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
     vocab = row.shape[1]
     floor, floor_id = np.empty(1, np.float32), np.empty(1, np.int64)
     depth = temperature * math.log(min_p) if min_p else -math.inf
-    filters.find_cutoffs(row, block_maxima(row), 0, 1, np.array([1 / temperature], np.float32),
-                        np.array([depth], np.float32), np.array([top_k]), np.array([top_p]), floor, floor_id,
-                        np.empty(vocab, np.uint64), np.empty(vocab, np.int64))
+    filters.find_cutoffs(
+        row,
+        block_maxima(row),
+        0,
+        1,
+        np.array([1 / temperature], np.float32),
+        np.array([depth], np.float32),
+        np.array([top_k]),
+        np.array([top_p]),
+        floor,
+        floor_id,
+        np.empty(vocab, np.uint64),
+        np.empty(vocab, np.int64),
+    )
     ids = np.arange(vocab)
     stay = (row[0] > floor) | ((row[0] == floor) & (ids <= floor_id))
     return set(ids[stay & (row[0] > -np.inf)].tolist())
@@ -64,9 +75,15 @@ KINDS = st.sampled_from(["flat", "wide", "peaked", "steps", "holes"])
 
 
 @settings(deadline=None, max_examples=300)
-@given(KINDS, st.integers(1, 6000), st.integers(0, 10**9), st.sampled_from([0, 1, 2, 40, 900]),
-       st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.99, 1.0]), st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
-       st.sampled_from([0.01, 0.7, 1.0, 3.0]))
+@given(
+    KINDS,
+    st.integers(1, 6000),
+    st.integers(0, 10**9),
+    st.sampled_from([0, 1, 2, 40, 900]),
+    st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.99, 1.0]),
+    st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
+    st.sampled_from([0.01, 0.7, 1.0, 3.0]),
+)
 def test_cutoffs_are_those_of_a_full_sort(kind, size, seed, top_k, top_p, min_p, temperature):
     logits = rows(kind, size, np.random.default_rng(seed))
     sure, edge = kept_by_sorting(logits, top_k, top_p, min_p, temperature)

@@ -71,9 +71,17 @@ def pruned_draw(logits, seed, position, inverse_temperature, floor=-np.inf, floo
     filters.find_maxima(logits.view(np.int32), 0, 1, block_max.view(np.int32))
     out = np.empty(1, np.int64)
     noise.draw_rows(
-        logits, block_max, 0, 1, np.array([floor], np.float32),
+        logits,
+        block_max,
+        0,
+        1,
+        np.array([floor], np.float32),
         np.array([logits.shape[1] - 1 if floor_id is None else floor_id]),
-        np.array([inverse_temperature], np.float32), np.array([seed], np.uint64), np.array([position]), out)
+        np.array([inverse_temperature], np.float32),
+        np.array([seed], np.uint64),
+        np.array([position]),
+        out,
+    )
     return int(out[0])
 
 
@@ -84,19 +92,25 @@ def test_published_philox_vectors():
     assert philox(*pi) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, M32), st.integers(0, M32),
-       st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8))
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, M32),
+    st.integers(0, M32),
+    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8),
+)
 def test_words_follow_the_definition(seed, position, stream, tokens):
     expected = [plain_word(seed, position, t, stream) for t in tokens]
     assert words_of(seed, position, tokens, stream).tolist() == expected
 
 
 def test_noise_follows_the_definition_bit_for_bit():
-    words = np.concatenate([
-        np.array([0, 1, 2, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32),
-        np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32),
-        np.logspace(0, 9.6, 5000).astype(np.uint32),
-    ])
+    words = np.concatenate(
+        [
+            np.array([0, 1, 2, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1], np.uint32),
+            np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32),
+            np.logspace(0, 9.6, 5000).astype(np.uint32),
+        ]
+    )
     got = np.empty(len(words), np.float32)
     noise.gumbel_noise(words, got)
     assert (got.view(np.uint32) == plain_noise(words).view(np.uint32)).all()
@@ -150,8 +164,14 @@ def make_logits(kind, size, rng):
 
 
 @settings(deadline=None, max_examples=300)
-@given(logits_like, st.integers(1, 700), st.integers(0, 2**64 - 1), st.integers(0, 10**6),
-       st.sampled_from([1e-5, 0.05, 0.7, 1.0, 2.0, 100.0]), st.booleans())
+@given(
+    logits_like,
+    st.integers(1, 700),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 10**6),
+    st.sampled_from([1e-5, 0.05, 0.7, 1.0, 2.0, 100.0]),
+    st.booleans(),
+)
 def test_pruned_draw_is_the_plain_draw(kind, size, seed, position, temperature, cut):
     rng = np.random.default_rng(seed)
     logits = make_logits(kind, size, rng)
@@ -173,8 +193,12 @@ def barely(seed, position, token, by):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.sampled_from([2, 100, 5000]),
-       st.sampled_from([0.0, 1e-6, -1e-6, 1e-4, -1e-4, 0.1]))
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 10**6),
+    st.sampled_from([2, 100, 5000]),
+    st.sampled_from([0.0, 1e-6, -1e-6, 1e-4, -1e-4, 0.1]),
+)
 def test_pruning_is_exact_at_its_edge(seed, position, size, by):
     token = 1 + int(words_of(seed, position, range(1, size)).argmin())
     logits = barely(seed, position, token, by)
@@ -201,15 +225,18 @@ def test_pruned_draw_is_the_plain_draw_on_many_seeds_of_a_real_size():
         assert pruned_draw(logits, trial, 17, 1.0) == plain_draw(logits, trial, 17, 1.0)
 
 
-@pytest.mark.parametrize("logits", [
-    [0, 1e30, 3.3e38, -3.3e38],
-    [np.inf, 0, np.inf, 1],
-    [-np.inf, np.nan, -5, -np.inf],
-    [np.nan, -np.nan, 1],
-    [-3e38, -3e38, -np.inf],
-    [-0.0, 0.0, -0.0],
-    [1e-45, -1e-45, 0],
-])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0, 1e30, 3.3e38, -3.3e38],
+        [np.inf, 0, np.inf, 1],
+        [-np.inf, np.nan, -5, -np.inf],
+        [np.nan, -np.nan, 1],
+        [-3e38, -3e38, -np.inf],
+        [-0.0, 0.0, -0.0],
+        [1e-45, -1e-45, 0],
+    ],
+)
 def test_extreme_logits_follow_the_definition(logits):
     logits = np.array(logits, np.float32)
     for seed in range(20):
@@ -239,6 +266,5 @@ def test_choice_seed_needs_neither_torch_nor_numba():
     import subprocess
     import sys
 
-    code = ("import sys, daemon.api.seeds; "
-            "assert not {'torch', 'numba', 'numpy'} & set(sys.modules)")
+    code = "import sys, daemon.api.seeds; assert not {'torch', 'numba', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

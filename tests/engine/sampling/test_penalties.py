@@ -43,15 +43,19 @@ def applied(penalties, logits, req):
 
 
 tokens_of = st.lists(st.integers(0, VOCAB - 1), max_size=60)
-options_of = st.fixed_dictionaries({}, optional={
-    "repetition_penalty": st.sampled_from([0.5, 1.3, 2.0]),
-    "frequency_penalty": st.sampled_from([-1.5, 0.4, 2.0]),
-    "presence_penalty": st.sampled_from([-2.0, 0.7]),
-    "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 0.5, 100.0]), max_size=4)
-        .map(lambda d: tuple(d.items())),
-    "min_tokens": st.integers(0, 20),
-    "stop_token_ids": st.sampled_from([(), (0, 39)]),
-})
+options_of = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.sampled_from([0.5, 1.3, 2.0]),
+        "frequency_penalty": st.sampled_from([-1.5, 0.4, 2.0]),
+        "presence_penalty": st.sampled_from([-2.0, 0.7]),
+        "logit_bias": st.dictionaries(
+            st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 0.5, 100.0]), max_size=4
+        ).map(lambda d: tuple(d.items())),
+        "min_tokens": st.integers(0, 20),
+        "stop_token_ids": st.sampled_from([(), (0, 39)]),
+    },
+)
 
 
 @settings(deadline=None)
@@ -104,8 +108,15 @@ def test_min_tokens_masks_every_end_until_reached():
 def test_ids_outside_the_vocabulary_touch_nothing():
     memory = np.zeros(3 * VOCAB, np.float32)
     row = memory[VOCAB : 2 * VOCAB]
-    req = request([-1, VOCAB, 10**6, -1, VOCAB], 3, repetition_penalty=2.0, presence_penalty=1.0, min_tokens=9,
-                  logit_bias=((VOCAB, 5.0), (-1, 5.0)), stop_token_ids=(VOCAB, -3))
+    req = request(
+        [-1, VOCAB, 10**6, -1, VOCAB],
+        3,
+        repetition_penalty=2.0,
+        presence_penalty=1.0,
+        min_tokens=9,
+        logit_bias=((VOCAB, 5.0), (-1, 5.0)),
+        stop_token_ids=(VOCAB, -3),
+    )
     Penalties(VOCAB, (VOCAB + 1, -2)).apply(row, req)
     assert not memory.any()
 

@@ -44,22 +44,27 @@ OPTIONS = [
 
 def mixed_requests(seed=0):
     rng = np.random.default_rng(seed)
-    return [request(rng.integers(0, VOCAB, 10 + i).tolist(), 5, rid=i, seed=int(rng.integers(2**63)), **options)
-            for i, options in enumerate(OPTIONS)]
+    return [
+        request(rng.integers(0, VOCAB, 10 + i).tolist(), 5, rid=i, seed=int(rng.integers(2**63)), **options)
+        for i, options in enumerate(OPTIONS)
+    ]
 
 
 # -- the distribution
 
 
-@pytest.mark.parametrize(("options", "masked"), [
-    ({}, []),
-    ({"temperature": 0.5}, []),
-    ({"temperature": 3.0}, []),
-    ({"top_k": 3}, [0, 1, 2]),
-    ({"top_p": 0.8}, [0, 1, 2]),
-    ({"min_p": 0.2}, [0, 1, 2]),
-    ({"min_tokens": 9}, [5]),
-])
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [
+        ({}, []),
+        ({"temperature": 0.5}, []),
+        ({"temperature": 3.0}, []),
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_p": 0.8}, [0, 1, 2]),
+        ({"min_p": 0.2}, [0, 1, 2]),
+        ({"min_tokens": 9}, [5]),
+    ],
+)
 @pytest.mark.parametrize("along", ["seeds", "positions"])
 def test_tokens_come_as_often_as_the_softmax_says(options, masked, along):
     n = 4000
@@ -134,18 +139,33 @@ def test_seeds_are_taken_modulo_64_bits():
 # -- parameters at their ends
 
 
-@pytest.mark.parametrize("options", [
-    {"temperature": 0.0}, {"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}, {"min_p": 1.0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1e-6},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+    ],
+)
 def test_what_leaves_one_token_is_greedy(options):
     logits = random_logits(20)
     requests = [request(seed=s, **options) for s in range(20)]
     assert Sampler(VOCAB).sample(logits, requests).tokens == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("options", [
-    {"top_k": VOCAB}, {"top_k": 10**9}, {"top_k": -1}, {"top_p": 1.0}, {"min_p": 0.0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": VOCAB},
+        {"top_k": 10**9},
+        {"top_k": -1},
+        {"top_p": 1.0},
+        {"min_p": 0.0},
+    ],
+)
 def test_what_leaves_every_token_changes_nothing(options):
     logits = random_logits(20)
     plain = Sampler(VOCAB).sample(logits, [request(seed=s) for s in range(20)])
@@ -193,13 +213,16 @@ def test_tied_logprobs_come_by_lowest_id():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("logits", "possible"), [
-    ([-np.inf] * 99 + [0.0], {99}),
-    ([np.nan] * 99 + [-5.0], {99}),
-    ([1e30] + [0.0] * 99, {0}),
-    ([0.0] * 99 + [np.inf], {99}),
-    ([-3e38] * 99 + [3e38], {99}),
-])
+@pytest.mark.parametrize(
+    ("logits", "possible"),
+    [
+        ([-np.inf] * 99 + [0.0], {99}),
+        ([np.nan] * 99 + [-5.0], {99}),
+        ([1e30] + [0.0] * 99, {0}),
+        ([0.0] * 99 + [np.inf], {99}),
+        ([-3e38] * 99 + [3e38], {99}),
+    ],
+)
 def test_one_possible_token_is_drawn(options, logits, possible):
     options = {"logprobs": 5} | options
     result = Sampler(100).sample(torch.tensor([logits]), [request(**options)])
