@@ -28,15 +28,15 @@ from typing import Any
 
 from bench import actor
 from bench.machine import describe
-from daemon.api.request_state import Flight
-from daemon.api.request_tracker import Tracker
+from daemon.api.request_state import RequestState
+from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
-from daemon.control.rebalancer import Balancer
+from daemon.control.rebalancer import Rebalancer
 from daemon.control.status import Overview
 from daemon.ipc import doorbell, segment
 from daemon.ipc.board import BoardReader, BoardWriter
-from daemon.ipc.child import Birth
-from daemon.ipc.layout import COORDINATOR, Fabric, FabricHandles, Topology
+from daemon.ipc.child import ChildSpec
+from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles, Topology
 from daemon.ipc.messages import (
     Demand,
     EngineFacts,
@@ -47,7 +47,7 @@ from daemon.ipc.messages import (
     decode_to_frontend,
     encode,
 )
-from daemon.ipc.process_table import Life, ProcessFacts
+from daemon.ipc.process_table import ProcessFacts, ProcessState
 from daemon.ipc.ring import RingReader, RingWriter, ring_bytes
 
 ENGINES, FRONTENDS, PROMPT = 8, 2, 1000
@@ -78,7 +78,7 @@ def main() -> None:
 # -- dispatch -------------------------------------------------------------------------------------
 
 
-class Engines:
+class EngineLinks:
     """Both ends' worth of engines without a process: they publish facts and empty their rings."""
 
     def __init__(self, handles: FabricHandles, running: int) -> None:
@@ -143,18 +143,18 @@ class Dispatching:
         handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20)
         table = Fabric(handles, -1, 0).table_writer()
         for process in range(handles.topology.processes):
-            table.publish(process, ProcessFacts(life=Life.UP, incarnation=1))
-        self._engines = Engines(handles, running)
+            table.publish(process, ProcessFacts(state=ProcessState.UP, incarnation=1))
+        self._engines = EngineLinks(handles, running)
         self._engines.publish()
         config = Config(max_queued=10_000, prefix_affinity=affinity)
         self._fabric = _Stamped(handles, handles.topology.frontend(0), 1)
-        self._tracker = Tracker(self._fabric, config)
-        self._sibling = Tracker(Fabric(handles, handles.topology.frontend(1), 1), Config())
+        self._tracker = RequestTracker(self._fabric, config)
+        self._sibling = RequestTracker(Fabric(handles, handles.topology.frontend(1), 1), Config())
         self._prompt = [random.randrange(50_000) for _ in range(PROMPT)]
         self._params = SamplingParams(max_tokens=256, seed=1)
         self._unfinished = [self._submit() for _ in range(running)]
 
-    def _submit(self) -> Flight:
+    def _submit(self) -> RequestState:
         flight = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
         self._engines.take()
         return flight
@@ -219,11 +219,11 @@ def measure_cycle(rounds: int) -> dict[str, float]:
     handles = Fabric.create(topology, 1 << 20)
     table = Fabric(handles, -1, 0).table_writer()
     for process in range(topology.processes):
-        table.publish(process, ProcessFacts(life=Life.UP, incarnation=1))
+        table.publish(process, ProcessFacts(state=ProcessState.UP, incarnation=1))
     config = Config(devices=["cpu"] * engines)
-    birth = Birth(config, handles, COORDINATOR, 1, os.getpid(), "")
+    birth = ChildSpec(config, handles, COORDINATOR, 1, os.getpid(), "")
     fabric = Fabric(handles, COORDINATOR, 1)
-    overview, balancer = Overview(fabric, birth), Balancer(fabric, config)
+    overview, rebalancer = Overview(fabric, birth), Rebalancer(fabric, config)
     boards = [Fabric(handles, topology.engine(i), 1).board() for i in range(engines)]
     rings = [Fabric(handles, topology.engine(i), 1).reader(COORDINATOR) for i in range(engines)]
     times = []
@@ -231,7 +231,7 @@ def measure_cycle(rounds: int) -> dict[str, float]:
         for board in boards:
             board.publish(encode(facts(step, random.randrange(100, 50_000), [Demand(1, 0, 0)])))
         start = time.perf_counter_ns()
-        balancer.cycle(overview.facts())
+        rebalancer.cycle(overview.facts())
         times.append((time.perf_counter_ns() - start) / 1e3)
         for ring in rings:
             while ring.read() is not None:

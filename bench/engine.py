@@ -26,9 +26,9 @@ from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.models.model_config import ModelCard, read_card
+from daemon.models.model_config import ModelConfig, read_model_config
 
-SMOLLM2_135M = ModelCard(
+SMOLLM2_135M = ModelConfig(
     path=Path("."),
     name="smollm2-135m-shape",
     vocab_size=49152,
@@ -52,10 +52,10 @@ BLOCK = 16
 
 def main() -> None:
     args = _arguments()
-    card = read_card(args.model) if args.model else SMOLLM2_135M
+    config = read_model_config(args.model) if args.model else SMOLLM2_135M
     started = time.perf_counter()
     runner = CpuRunner(
-        card,
+        config,
         threads=args.threads,
         dtype=args.dtype,
         deterministic=args.deterministic,
@@ -69,7 +69,7 @@ def main() -> None:
     # Not zeros: untouched pages are all one page, which stays in the cache.
     runner.load(memoryview(bytearray(b"\x3c") * spec.nbytes))
     result: dict[str, Any] = {
-        "model": card.name,
+        "model": config.name,
         "arithmetic": runner.arithmetic,
         "threads": args.threads,
         "deterministic": args.deterministic,
@@ -84,7 +84,7 @@ def main() -> None:
     peak = _read_bandwidth()
     result["read_gb_per_second"] = peak
     result["decode"] = [
-        _decode(runner, card, batch, length, peak, args.repeat)
+        _decode(runner, config, batch, length, peak, args.repeat)
         for length in (128, 1024)
         for batch in (1, 2, 4, 8, 16, 32)
     ]
@@ -109,7 +109,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _decode(runner: CpuRunner, card: ModelCard, batch: int, length: int, peak: float, repeat: int) -> dict[str, Any]:
+def _decode(
+    runner: CpuRunner, config: ModelConfig, batch: int, length: int, peak: float, repeat: int
+) -> dict[str, Any]:
     """One token for each of `batch` sequences of `length` tokens."""
     each = -(-length // BLOCK)
     rows = [
@@ -117,7 +119,7 @@ def _decode(runner: CpuRunner, card: ModelCard, batch: int, length: int, peak: f
         for i in range(batch)
     ]
     seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
-    read = weights_bytes(card, runner.arithmetic)
+    read = weights_bytes(config, runner.arithmetic)
     read += batch * length * runner.pool_spec(1).block_bytes // BLOCK
     return {
         "batch": batch,

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench import machine, roofline
-from bench.gpu_model import LLAMA_8B, TINY, card_of, write_model
+from bench.gpu_model import LLAMA_8B, TINY, model_config_of, write_model
 from bench.sections import Figure, Outcome, append_figure, run_all, run_section, table
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own
@@ -114,8 +114,8 @@ class Context(NamedTuple):
         self.tell(Figure(self.name, what, value, unit, bar, at_most, more))
 
     @property
-    def card(self) -> ModelCard:
-        return card_of(self.scale.config, self.out / "shape")
+    def model_config(self) -> ModelConfig:
+        return model_config_of(self.scale.config, self.out / "shape")
 
     def model(self) -> Path:
         """The model as a daemon serves it."""
@@ -144,7 +144,7 @@ def decode(c: Context, **options: Any) -> None:
 
     made, peaks = _made(c, **options), c.peaks()
     began = time.perf_counter()
-    runner = gpu_steps.make(c.card, made)
+    runner = gpu_steps.make(c.model_config, made)
     c.figure("loaded and captured in", time.perf_counter() - began, "s", blocks=runner.num_blocks)
     for rows, ways in sorted(runner.ways.items()):
         for way, seconds in ways.items():
@@ -163,7 +163,7 @@ def _decode(c: Context, runner: Any, made: Any, peaks: Peaks, batch: int, *, ove
     scale = c.scale
     steps = gpu_steps.decode(runner, made, batch, scale.context, scale.steps, overlap=overlap, graphs=graphs)
     least = roofline.decode_seconds(
-        c.card,
+        c.model_config,
         batch,
         scale.context,
         bandwidth=peaks.bandwidth,
@@ -191,10 +191,10 @@ def prefill(c: Context, **options: Any) -> None:
     from bench import gpu_steps
 
     made, peaks = _made(c, **options), c.peaks()
-    runner = gpu_steps.make(c.card, made._replace(max_num_seqs=8))
+    runner = gpu_steps.make(c.model_config, made._replace(max_num_seqs=8))
     for tokens in c.scale.prompts:
         seconds = gpu_steps.prefill(runner, made, tokens, 7)
-        share = roofline.prefill_flop(c.card, tokens) / seconds / peaks.rate
+        share = roofline.prefill_flop(c.model_config, tokens) / seconds / peaks.rate
         c.figure(
             f"{tokens} tokens",
             share,
@@ -210,8 +210,8 @@ def offline(c: Context) -> None:
     from bench import gpu_steps
 
     made, (count, length, output) = _made(c), c.scale.offline
-    runner = gpu_steps.make(c.card, made._replace(max_num_seqs=count))
-    prompts = gpu_steps.random_prompts(count, length, c.card.vocab_size)
+    runner = gpu_steps.make(c.model_config, made._replace(max_num_seqs=count))
+    prompts = gpu_steps.random_prompts(count, length, c.model_config.vocab_size)
     for overlap in (True, False):
         gpu_steps.offline(runner, made, prompts[:2], 4, overlap=overlap)
         served = gpu_steps.offline(runner, made, prompts, output, overlap=overlap)
@@ -226,7 +226,7 @@ def transformers(c: Context) -> None:
 
     count, length, output = c.scale.offline
     model = gpu_peer.model_of(c.scale.config, c.scale.device)
-    prompts = gpu_steps.random_prompts(count, length, c.card.vocab_size)
+    prompts = gpu_steps.random_prompts(count, length, c.model_config.vocab_size)
     failures = []
     for name, run in (("static batch", gpu_peer.static), ("continuous batching", gpu_peer.continuous)):
         try:
@@ -244,7 +244,7 @@ def copies(c: Context) -> None:
 
     if c.scale.device == "cpu":
         raise RuntimeError("pools in a GPU's memory need one")
-    block = 16 * roofline.kv_bytes(c.card)
+    block = 16 * roofline.kv_bytes(c.model_config)
     for there in [c.scale.device, *_gpus()[1:2]]:
         for found in copy_rates(c.scale.device, there, block, c.scale.pushes):
             c.figure(
@@ -258,7 +258,9 @@ def copies(c: Context) -> None:
 def moves(c: Context) -> None:
     from bench.gpu_live import moves as measure
 
-    for row in measure(c.model(), _daemon_flags(c, two=True), c.scale.moved, c.scale.moves, c.card.vocab_size):
+    for row in measure(
+        c.model(), _daemon_flags(c, two=True), c.scale.moved, c.scale.moves, c.model_config.vocab_size
+    ):
         for how in ("live", "blocking", "recompute"):
             found = row[how]
             c.figure(
@@ -283,7 +285,7 @@ def served(c: Context) -> None:
         c.figure(run["load"], run["output_tokens_per_second"], "tok/s", client_cpu=client, **times)
 
     prompt, output = c.scale.served
-    measure(c.model(), _daemon_flags(c, two=False), c.scale.loads, prompt, output, c.card.vocab_size, tell)
+    measure(c.model(), _daemon_flags(c, two=False), c.scale.loads, prompt, output, c.model_config.vocab_size, tell)
 
 
 SECTIONS: dict[str, Section] = {

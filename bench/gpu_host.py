@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import gpu_steps, machine
-from bench.gpu_model import LLAMA_8B, card_of
+from bench.gpu_model import LLAMA_8B, model_config_of
 from daemon.engine.runner import Row, StepPlan
 
 # As many layers, heads and calls as an 8B has; widths, which only the device feels, are small.
@@ -34,7 +34,7 @@ ROUNDS = 200
 def measure() -> dict[str, Any]:
     """Median microseconds of launch and of collect, by step."""
     with tempfile.TemporaryDirectory() as folder:
-        runner = gpu_steps.make(card_of(SHAPE, Path(folder)), MADE)
+        runner = gpu_steps.make(model_config_of(SHAPE, Path(folder)), MADE)
     found: dict[str, Any] = {}
     for batch, length in DECODES:
         requests = gpu_steps._standing(batch, length, 1, MADE.block_size)

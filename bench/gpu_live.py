@@ -64,7 +64,7 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
         told = cuda_pools._decode(bytes.fromhex(handle))
         base = runtime.open_ipc(told.handle)
         pool = cuda_pools.CudaPool(1, 1, base, base + told.offset, told.nbytes, told.device)
-        mover = cuda_pools.CudaMover(runtime, own, device, doorbell.create())
+        mover = cuda_pools.CudaTransport(runtime, own, device, doorbell.create())
         for count in blocks:
             for how, step in (("adjacent", 1), ("scattered", 2)):
                 pairs = [(1 + i * step, 1 + i * step) for i in range(count)]

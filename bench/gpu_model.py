@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from daemon.models.model_config import ModelCard, read_card
+from daemon.models.model_config import ModelConfig, read_model_config
 
 _COMMON = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,17 +43,17 @@ TINY: dict[str, Any] = _COMMON | {
 }
 
 
-def card_of(config: dict[str, Any], directory: Path) -> ModelCard:
+def model_config_of(config: dict[str, Any], directory: Path) -> ModelConfig:
     """The card of a model directory without weights and tokenizer, which this writes."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    return read_card(directory, load_format="dummy")
+    return read_model_config(directory, load_format="dummy")
 
 
 def write_model(config: dict[str, Any], directory: Path) -> Path:
     """A directory that `llumd serve --load-format dummy` serves. Every id has a text of its own: a client that
     counts by texts must see each token that random weights give."""
-    card_of(config, directory)
+    model_config_of(config, directory)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: i for i, text in enumerate(["<s>", "</s>", *letters])}
     vocab |= {f"Ġw{i}": i for i in range(len(vocab), config["vocab_size"])}

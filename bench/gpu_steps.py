@@ -20,7 +20,7 @@ from daemon.engine.runner import Row, StepPlan
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.kvpool.block_manager import BlockManager
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 # As integers: sign, mantissa and the last bit of the exponent stay as they are drawn, its other bits are put.
 _NOISE = {
@@ -43,12 +43,12 @@ class Made(NamedTuple):
     kv_blocks: int = 0
 
 
-def make(card: ModelCard, made: Made) -> CudaRunner:
+def make(config: ModelConfig, made: Made) -> CudaRunner:
     """Load a runner with dummy weights, its pool full of noise: a chip's clock depends on the bits it moves."""
     item = 1 if made.kv_dtype == "fp8" else 2 if made.device != "cpu" else 4
-    block = 2 * card.num_layers * made.block_size * card.num_kv_heads * card.head_dim * item
+    block = 2 * config.num_layers * made.block_size * config.num_kv_heads * config.head_dim * item
     runner = CudaRunner(
-        card,
+        config,
         device=made.device,
         kv_dtype=made.kv_dtype,
         load_format="dummy",
@@ -242,7 +242,7 @@ def _serve(scheduler: Scheduler, pipeline: Pipeline) -> tuple[int, list[bool]]:
                 plain.append(plan.num_decodes == len(plan.rows))
         ended = pipeline.collect(leave=1 if plan is not None else 0)
         if ended is not None:
-            scheduler.fold(ended.plan, ended.result, now)
+            scheduler.apply_result(ended.plan, ended.result, now)
             drawn += len(ended.result.tokens)
         elif plan is None:
             return drawn, plain

@@ -30,7 +30,7 @@ from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
 from daemon.ipc import doorbell, segment
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.kvpool.host_transport import REST, SLICE_BYTES, Mover
+from daemon.kvpool.host_transport import REST, SLICE_BYTES, HostTransport
 
 Pairs = list[tuple[int, int]]
 Segment = Callable[[], memoryview]  # a fresh mapping of it
@@ -155,7 +155,7 @@ def _throughput(
     _touch(own)
     found: dict[str, Any] = {"blocks": len(pairs), "layout": how}
     for name, rest in (("default", REST), ("no_rest", 0.0)):
-        mover = Mover(own, bell, rest=rest)
+        mover = HostTransport(own, bell, rest=rest)
         rates: dict[str, list[float]] = {"first": [], "again": []}
         for _ in range(repeat):
             peer = destination()
@@ -171,7 +171,7 @@ def _touch(pool: memoryview) -> None:
     np.frombuffer(pool, np.uint8)[::4096].sum()
 
 
-def _push(mover: Mover, bell: int, peer: memoryview, pairs: Pairs, block_bytes: int) -> float:
+def _push(mover: HostTransport, bell: int, peer: memoryview, pairs: Pairs, block_bytes: int) -> float:
     """Seconds until the engine knows of the end."""
     start = time.perf_counter()
     mover.push("bench", peer, pairs, block_bytes)
@@ -184,7 +184,7 @@ def _push(mover: Mover, bell: int, peer: memoryview, pairs: Pairs, block_bytes: 
 class _Stream:
     """A mover that never runs out of pushes: two are always in flight."""
 
-    def __init__(self, mover: Mover, peer: memoryview, pairs: Pairs, block_bytes: int) -> None:
+    def __init__(self, mover: HostTransport, peer: memoryview, pairs: Pairs, block_bytes: int) -> None:
         self._mover = mover
         self._work = (peer, pairs, block_bytes)
         self._keys = count()
@@ -224,7 +224,7 @@ def _slowdown(
     """Decode steps alone and during an endless copy, in turns: medians of the rounds' ratios."""
     slice_bytes, rest = pace
     plan, bell = _decodes(batch), doorbell.create()
-    mover = Mover(own, bell, slice_bytes=slice_bytes, rest=rest)
+    mover = HostTransport(own, bell, slice_bytes=slice_bytes, rest=rest)
     stream = _Stream(mover, peer, _scattered(blocks), block_bytes)
     alone: list[list[float]] = []
     copying: list[list[float]] = []

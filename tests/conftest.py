@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from daemon.ipc.layout import FabricHandles
+from daemon.ipc.fabric import FabricHandles
 from tests.ipc.factories import handles_of
 
 # A landing must not hang on luck: there the examples are the same each time. At a desk they differ.

@@ -13,7 +13,7 @@ from daemon.api.errors import cancelled, lost
 from daemon.api.generator import Piece
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
 from daemon.api.params import wanted_logprobs
-from daemon.api.request_metrics import REASONS, Meter
+from daemon.api.request_metrics import REASONS, RequestMetrics
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
 from daemon.ipc.messages import Finish, SamplingParams
@@ -41,16 +41,16 @@ class Answer:
         self.id = id
         self.chat = isinstance(request, ChatRequest)
         self.created = int(time.time())
-        self.model = service.card.name
+        self.model = service.model_config.name
         self.choices: list[Choice] = []
-        self._meters: list[Meter] = []
+        self._meters: list[RequestMetrics] = []
         self.unfinished = 0
 
     def add(self, params: SamplingParams) -> None:
         """The next choice, now that it was submitted."""
         request, service = self._request, self._service
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        eos = () if params.ignore_eos else service.card.eos_token_ids
+        eos = () if params.ignore_eos else service.model_config.eos_token_ids
         choice = Choice(
             service.output_detokenizer(request.skip_special_tokens is not False),
             stops=stops,
@@ -60,7 +60,7 @@ class Answer:
         )
         prompt = self._prompts[len(self.choices) // self._n]
         self.choices.append(choice)
-        self._meters.append(Meter(service.page, self._arrival, len(prompt.tokens), params.max_tokens))
+        self._meters.append(RequestMetrics(service.page, self._arrival, len(prompt.tokens), params.max_tokens))
         self.unfinished += 1
 
     def _logprobs_format(self) -> LogprobsFormat | None:

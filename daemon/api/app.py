@@ -25,7 +25,7 @@ from daemon.api.request_metrics import count_rejection
 from daemon.api.service import Service, explain
 from daemon.config import Config
 from daemon.models.chat_template import ChatTemplate
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 from daemon.models.tokenizer import Tokenizer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -48,7 +48,7 @@ def build_app(
     generator: Generator,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
-    card: ModelCard,
+    model_config: ModelConfig,
     keys: KeyRing | None,
     metrics: FrontendMetrics,
 ) -> web.Application:
@@ -58,7 +58,7 @@ def build_app(
         generator=generator,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        card=card,
+        model_config=model_config,
         metrics=metrics,
     )
     gate = _Gate(config, keys, metrics)
@@ -110,7 +110,9 @@ class _Health:
 
     async def metrics(self, http: web.Request) -> web.Response:
         fleet = self._service.metrics.fleet()
-        text = metrics.render(self._service.card.name, fleet.frontends, fleet.engines, fleet.facts, fleet.states)
+        text = metrics.render(
+            self._service.model_config.name, fleet.frontends, fleet.engines, fleet.facts, fleet.states
+        )
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

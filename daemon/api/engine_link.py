@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-from daemon.ipc.layout import Fabric
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import Demand, EngineFacts, FrontendFacts, decode_engine_facts, decode_frontend_facts
 
 
-class Link:
+class EngineLink:
     """This frontend's ends towards one engine."""
 
     def __init__(self, fabric: Fabric, index: int) -> None:
@@ -41,7 +41,7 @@ class Link:
         return self.facts
 
 
-class Peer:
+class OtherFrontend:
     """Another frontend's board, for the demand it has submitted."""
 
     def __init__(self, fabric: Fabric, index: int) -> None:

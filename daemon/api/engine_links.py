@@ -7,36 +7,44 @@ from array import array
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from daemon.api.engine_link import Link, Peer
+from daemon.api.engine_link import EngineLink, OtherFrontend
 from daemon.api.generator import NoEngine
-from daemon.api.prefix_affinity import Affinity
+from daemon.api.prefix_affinity import PrefixAffinity
 from daemon.config import Config
 from daemon.control.policy.dispatch import choose, in_flight
 from daemon.control.policy.freeness import policy_of
-from daemon.control.policy.ownership import Owner
-from daemon.ipc.layout import Fabric
-from daemon.ipc.messages import Demand, EngineFacts, EngineState, FrontendFacts, Start, ToEngine, encode
-from daemon.ipc.process_table import Life, ProcessFacts, engine_state
+from daemon.ipc.fabric import Fabric
+from daemon.ipc.messages import (
+    Demand,
+    EngineFacts,
+    EngineIncarnation,
+    EngineState,
+    FrontendFacts,
+    Start,
+    ToEngine,
+    encode,
+)
+from daemon.ipc.process_table import ProcessFacts, ProcessState, engine_state
 
 _FULL_RETRY = 0.05  # seconds until a command that found its ring full is tried again
 
 
-class Engines:
+class EngineLinks:
     """Of one frontend, on its event loop's thread."""
 
     def __init__(self, fabric: Fabric, config: Config) -> None:
         topology = fabric.topology
         _, index = topology.role(fabric.process)
-        self.links = [Link(fabric, i) for i in range(topology.engines)]
-        self._peers = [Peer(fabric, k) if k != index else None for k in range(topology.frontends)]
+        self.links = [EngineLink(fabric, i) for i in range(topology.engines)]
+        self._peers = [OtherFrontend(fabric, k) if k != index else None for k in range(topology.frontends)]
         self._fabric = fabric
         self._table = fabric.table()
         self._board = fabric.board()
         self._mine = FrontendFacts(fabric.incarnation, [link.submitted for link in self.links], 0, True)
         self._policy = policy_of(config.policy, config.headroom)
-        self._affinity: Affinity | None = None
+        self._affinity: PrefixAffinity | None = None
         if config.prefix_affinity and config.prefix_caching and topology.engines > 1:
-            self._affinity = Affinity(topology.engines, config.block_size)
+            self._affinity = PrefixAffinity(topology.engines, config.block_size)
         self._turn = index
 
     # -- who is there -----------------------------------------------------------------------------
@@ -45,16 +53,16 @@ class Engines:
         """Read the process table; whether it has changed."""
         return self._table.refresh()
 
-    def row(self, link: Link) -> ProcessFacts:
+    def row(self, link: EngineLink) -> ProcessFacts:
         """What the table says of an engine."""
         return self._table.rows[link.process]
 
-    def meet(self) -> list[Link]:
+    def meet(self) -> list[EngineLink]:
         """Know all who are alive by the table; those of them who are new."""
         new = []
         for link in self.links:
             row = self.row(link)
-            alive = row.incarnation if row.life == Life.UP else 0
+            alive = row.incarnation if row.state == ProcessState.UP else 0
             if alive != link.incarnation:
                 link.meet(alive)
                 if self._affinity is not None:
@@ -63,14 +71,14 @@ class Engines:
                     new.append(link)
         return new
 
-    def owner(self, engine: int) -> Owner:
+    def owner(self, engine: int) -> EngineIncarnation:
         """The present life of an engine."""
-        return Owner(engine, self.links[engine].incarnation)
+        return EngineIncarnation(engine, self.links[engine].incarnation)
 
     def may_come(self, *, draining: bool) -> bool:
         """Whether an engine may serve some time, though none does now. None is started while the daemon drains."""
-        coming = (Life.UP,) if draining else (Life.UP, Life.DEAD, Life.ABSENT)
-        return any(self.row(link).life in coming for link in self.links)
+        coming = (ProcessState.UP,) if draining else (ProcessState.UP, ProcessState.DEAD, ProcessState.ABSENT)
+        return any(self.row(link).state in coming for link in self.links)
 
     def facts(self) -> list[EngineFacts | None]:
         """Facts of each engine as last published; None of one that is not there."""
@@ -85,7 +93,7 @@ class Engines:
         for link in self.links:
             facts, progress = link.refresh(), self._fabric.progress(link.process)
             published = EngineState(facts.state) if facts is not None else progress.state
-            found.append(engine_state(self.row(link).life, published))
+            found.append(engine_state(self.row(link).state, published))
         return found
 
     # -- dispatch ---------------------------------------------------------------------------------
@@ -118,14 +126,14 @@ class Engines:
 
     # -- messages ---------------------------------------------------------------------------------
 
-    def start(self, owner: Owner, message: Start) -> None:
+    def start(self, owner: EngineIncarnation, message: Start) -> None:
         """Send a Start, and count it in what was sent; `publish` it then."""
         link = self.links[owner.engine]
         before = link.submitted
         link.submitted = Demand(before.peer, before.requests + 1, before.tokens + message.tokens)
         self.send(owner, message)
 
-    def send(self, owner: Owner, message: ToEngine) -> None:
+    def send(self, owner: EngineIncarnation, message: ToEngine) -> None:
         """To that life of the engine, be it known here yet or not: another one drops it."""
         link, blob = self.links[owner.engine], encode(message)
         if link.backlog or not link.commands.put(blob, owner.incarnation):
@@ -133,7 +141,7 @@ class Engines:
             asyncio.get_running_loop().call_later(_FULL_RETRY, self.flush, link)
         self._fabric.ring_bell(link.process)
 
-    def flush(self, link: Link) -> None:
+    def flush(self, link: EngineLink) -> None:
         """Send what found the ring full, as far as it goes."""
         if not link.backlog:
             return

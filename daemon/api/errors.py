@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from daemon.api.generator import Lost, NoEngine, Overloaded, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, TooLong
 
 _NO_RETRY = {"x-should-retry": "false"}
 
@@ -109,7 +109,7 @@ def from_exception(error: BaseException) -> ApiError | None:
             known = ApiError(503, message, type="server_error", code="no_engine", headers=headers)
         case TooLong():
             known = bad_request(str(error), code="context_length_exceeded")
-        case Lost():
+        case EngineLost():
             known = lost(str(error))
         case web.HTTPException():
             known = _from_http(error)

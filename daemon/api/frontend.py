@@ -13,15 +13,15 @@ from aiohttp import web
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing
 from daemon.api.metrics import Fleet, FrontendMetrics
-from daemon.api.request_tracker import Tracker
+from daemon.api.request_tracker import RequestTracker
 from daemon.ipc import child, doorbell
-from daemon.ipc.child import LEAVE, Birth
-from daemon.ipc.layout import Fabric
+from daemon.ipc.child import STOP_SIGNAL, ChildSpec
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import EngineState
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
 from daemon.ipc.process_table import Progress
 from daemon.models.chat_template import ChatTemplate
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 from daemon.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -30,17 +30,17 @@ _BEAT = 1.0  # seconds between signs of life
 _BEAT_DEADLINE = 30.0
 
 
-def main(birth: Birth) -> None:
+def main(spec: ChildSpec) -> None:
     """Entry point of the frontend process."""
-    fabric = child.begin(birth)
+    fabric = child.begin(spec)
     fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _BEAT_DEADLINE)
-    uvloop.run(_serve(birth, fabric))
+    uvloop.run(_serve(spec, fabric))
 
 
-async def _serve(birth: Birth, fabric: Fabric) -> None:
+async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     loop = asyncio.get_running_loop()
-    tracker = Tracker(fabric, birth.config)
-    app = _application(birth, fabric, tracker)
+    tracker = RequestTracker(fabric, spec.config)
+    app = _application(spec, fabric, tracker)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     assert runner.server is not None
@@ -51,8 +51,8 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
 
     loop.add_reader(fabric.bell, rung)
     stop = asyncio.Event()
-    loop.add_signal_handler(LEAVE, stop.set)
-    listener = socket.socket(fileno=birth.listener)
+    loop.add_signal_handler(STOP_SIGNAL, stop.set)
+    listener = socket.socket(fileno=spec.listener)
     listener.setblocking(False)
     acceptor = Acceptor(listener, runner.server)
     acceptor.start()
@@ -63,26 +63,26 @@ async def _serve(birth: Birth, fabric: Fabric) -> None:
     tracker.draining = True
     progress.enter(EngineState.DRAINING, fabric.incarnation, _BEAT_DEADLINE)
     # New connections are still taken while requests run: a 503 is a better answer than a reset at the end.
-    await _drained(tracker, birth.config.drain_timeout)
+    await _drained(tracker, spec.config.drain_timeout)
     acceptor.stop()
     beating.cancel()
     await runner.cleanup()
 
 
-def _application(birth: Birth, fabric: Fabric, tracker: Tracker) -> web.Application:
-    config, model_dir = birth.config, Path(birth.model_dir)
+def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> web.Application:
+    config, model_dir = spec.config, Path(spec.model_dir)
     return build_app(
         config=config,
         generator=tracker,
         tokenizer=Tokenizer(model_dir),
         chat_template=ChatTemplate(model_dir),
-        card=read_card(model_dir, config.served_name, "dummy"),
+        model_config=read_model_config(model_dir, config.served_name, "dummy"),
         keys=KeyRing.load(Path(config.api_key_file)) if config.api_key_file else None,
         metrics=FrontendMetrics(tracker.stats, lambda: _fleet(fabric, tracker)),
     )
 
 
-def _fleet(fabric: Fabric, tracker: Tracker) -> Fleet:
+def _fleet(fabric: Fabric, tracker: RequestTracker) -> Fleet:
     """Everybody's counters: any frontend can answer for the whole daemon."""
     topology = fabric.topology
     frontends = [fabric.stats(topology.frontend(k)) for k in range(topology.frontends)]
@@ -101,7 +101,7 @@ async def _beat(progress: Progress) -> None:
         await asyncio.sleep(_BEAT)
 
 
-async def _drained(tracker: Tracker, timeout: float) -> None:
+async def _drained(tracker: RequestTracker, timeout: float) -> None:
     """Wait for running requests; what is left after `timeout` seconds is cut off."""
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout

@@ -23,7 +23,7 @@ class TooLong(Exception):
     """The request can never run here (prompt, or its reservation, exceeds what an engine has): 400."""
 
 
-class Lost(Exception):
+class EngineLost(Exception):
     """The request's engine died or gave up in the middle: an error event, then the stream closes."""
 
 

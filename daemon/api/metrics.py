@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 from daemon.ipc.messages import EngineFacts, EngineState
-from daemon.ipc.metrics_page import Counter, Histogram, HistogramValue, Snapshot, StatsPage
+from daemon.ipc.metrics_page import Counter, Histogram, HistogramValue, MetricsPage, Snapshot
 from daemon.ipc.process_table import ENGINE_STATES
 
 # What vLLM counts as well goes by its name; the rest has our own prefix.
@@ -52,7 +52,7 @@ class Fleet:
 class FrontendMetrics:
     """This frontend's own page to count on, and the way to everybody's."""
 
-    page: StatsPage
+    page: MetricsPage
     fleet: Callable[[], Fleet]
 
 

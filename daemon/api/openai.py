@@ -61,12 +61,12 @@ class OpenAI:
 
     async def model(self, http: web.Request) -> web.Response:
         asked = http.match_info["model"]
-        if asked != self._service.card.name:
-            raise model_not_found(asked[:200], self._service.card.name)
+        if asked != self._service.model_config.name:
+            raise model_not_found(asked[:200], self._service.model_config.name)
         return _json(self._model())
 
     def _model(self) -> dict[str, Any]:
-        name = self._service.card.name
+        name = self._service.model_config.name
         owner = {"owned_by": "llumd", "root": name, "parent": None}
         length = {"max_model_len": self._service.max_model_len}
         return {"id": name, "object": "model", "created": self._started} | owner | length

@@ -15,7 +15,7 @@ _CAPACITY = 1 << 15  # beginnings remembered
 _SHORTEST, _LONGEST = 4, 1 << 10  # blocks
 
 
-class Affinity:
+class PrefixAffinity:
     """The memory of one frontend, of at most `capacity` beginnings: the longest unused is forgotten."""
 
     def __init__(self, engines: int, block_size: int, capacity: int = _CAPACITY) -> None:

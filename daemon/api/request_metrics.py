@@ -5,7 +5,7 @@ from __future__ import annotations
 from daemon.api.errors import ApiError
 from daemon.enums import Rejection
 from daemon.ipc.messages import Finish
-from daemon.ipc.metrics_page import StatsPage
+from daemon.ipc.metrics_page import MetricsPage
 
 REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.CANCELLED: "abort", Finish.ERROR: "error"}
 _REJECTED = {
@@ -15,12 +15,12 @@ _REJECTED = {
 }
 
 
-class Meter:
+class RequestMetrics:
     """Times one choice. All times are seconds of CLOCK_MONOTONIC."""
 
     __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_tokens")
 
-    def __init__(self, page: StatsPage, arrival: float, prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(self, page: MetricsPage, arrival: float, prompt_tokens: int, max_tokens: int) -> None:
         self._page = page
         self._arrival = arrival
         self._first = self._last = -1.0
@@ -58,7 +58,7 @@ class Meter:
                 page.observe("request_time_per_output_token_seconds", decode / (self._tokens - 1))
 
 
-def count_rejection(page: StatsPage, error: ApiError) -> None:
+def count_rejection(page: MetricsPage, error: ApiError) -> None:
     """A request for an answer that failed before it ran, or while it did."""
     if error.code in _REJECTED:
         page.inc("admission_rejections", 1, _REJECTED[error.code])

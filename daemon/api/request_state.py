@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from daemon.api.generator import Lost, Piece
-from daemon.control.policy.ownership import Custody, Owner
-from daemon.ipc.messages import Finish, TokenLogprobs
+from daemon.api.generator import EngineLost, Piece
+from daemon.control.policy.ownership import Ownership
+from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
 
 if TYPE_CHECKING:
-    from daemon.api.request_tracker import Tracker
+    from daemon.api.request_tracker import RequestTracker
 
 
-class Flight:
+class RequestState:
     """One request in flight: what arrived and was not taken by its reader yet. Implements `Stream`."""
 
     __slots__ = (
@@ -22,11 +22,11 @@ class Flight:
         "priority", "rid", "slot",
     )  # fmt: skip
 
-    def __init__(self, tracker: Tracker, rid: int, slot: int, priority: int) -> None:
+    def __init__(self, tracker: RequestTracker, rid: int, slot: int, priority: int) -> None:
         self._tracker = tracker
         self.rid = rid
         self.slot = slot
-        self.names: list[int] = []  # of its prompt's beginnings, see `Affinity`
+        self.names: list[int] = []  # of its prompt's beginnings, see `PrefixAffinity`
         self.priority = priority  # as it is now
         self.changed = False  # its priority, since this epoch began
         self.epoch = 0
@@ -55,7 +55,7 @@ class Flight:
             finally:
                 self._waiter = None
         if self._failure is not None and not self._arrived:
-            raise Lost(self._failure)
+            raise EngineLost(self._failure)
         finish = Finish.NONE if self._failure is not None else self._finish
         piece = Piece(self._arrived, self._logprobs, finish, self.cached)
         self._arrived, self._logprobs = [], None
@@ -66,10 +66,10 @@ class Flight:
             self._tracker.cancel(self, Finish.CANCELLED)
 
     @property
-    def custody(self) -> Custody:
+    def ownership(self) -> Ownership:
         """Who runs it, as the journal has it."""
-        owner = Owner(self.engine, self.incarnation)
-        return Custody(self.rid, self.epoch, owner, self.accepted, self.priority, self.changed)
+        owner = EngineIncarnation(self.engine, self.incarnation)
+        return Ownership(self.rid, self.epoch, owner, self.accepted, self.priority, self.changed)
 
     def deliver(
         self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None, finish: Finish, cached: int

@@ -13,43 +13,44 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from daemon.api.engine_link import Link
-from daemon.api.engine_links import Engines
+from daemon.api.engine_link import EngineLink
+from daemon.api.engine_links import EngineLinks
 from daemon.api.generator import NoEngine, Overloaded, TooLong
-from daemon.api.request_state import Flight
+from daemon.api.request_state import RequestState
 from daemon.config import Config
 from daemon.control.policy import ownership
-from daemon.control.policy.ownership import Custody, Order, Owner, Verdict
+from daemon.control.policy.ownership import Decision, Order, Ownership
 from daemon.enums import DispatchKind
-from daemon.ipc.event_ring import EventLog
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Dispatched, TakenOver
+from daemon.ipc.fabric import COORDINATOR, Fabric
 from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall
-from daemon.ipc.layout import COORDINATOR, Fabric
 from daemon.ipc.messages import (
-    AskBack,
     CancelRequest,
+    EngineIncarnation,
     Finish,
     HandBack,
+    OwnedRequests,
+    Reclaim,
     Refused,
     RequestParams,
     SamplingParams,
     SetPriority,
     Start,
-    Statement,
     StepOutput,
     Takeover,
     decode_from_coordinator,
     decode_to_frontend,
 )
-from daemon.ipc.metrics_page import FRONTEND, StatsPage
-from daemon.ipc.process_table import Life
+from daemon.ipc.metrics_page import FRONTEND, MetricsPage
+from daemon.ipc.process_table import ProcessState
 
 log = logging.getLogger(__name__)
 
 _RESCUE_PERIOD = 0.1  # seconds from one look for an engine to the next, while requests are without
 
 
-class Tracker:
+class RequestTracker:
     """All requests of one frontend. Implements `Generator`. Lives on the event loop's thread."""
 
     def __init__(self, fabric: Fabric, config: Config) -> None:
@@ -57,11 +58,11 @@ class Tracker:
         self._fabric = fabric
         self._config = config
         self._journal = Journal(fabric.journal(index, writable=True))
-        self.engines = Engines(fabric, config)
+        self.engines = EngineLinks(fabric, config)
         self._advice = fabric.reader(COORDINATOR)
-        self.stats = StatsPage(fabric.stats(fabric.process), FRONTEND)
-        self._log = EventLog(fabric.events(fabric.process))
-        self._flights: dict[int, Flight] = {}
+        self.stats = MetricsPage(fabric.stats(fabric.process), FRONTEND)
+        self._log = EventWriter(fabric.events(fabric.process))
+        self._flights: dict[int, RequestState] = {}
         self._stranded: dict[int, str] = {}  # requests that no engine has, and why
         self._rescue: asyncio.TimerHandle | None = None  # the next look for an engine
         self._reserved = 0  # admitted and not submitted yet
@@ -104,7 +105,7 @@ class Tracker:
         label: str,
         priority: int = 0,
         cache_salt: bytes = b"",
-    ) -> Flight:
+    ) -> RequestState:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
         if self.draining:
             raise NoEngine("shutting down")
@@ -116,21 +117,21 @@ class Tracker:
         record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
         slot = self._open(rid, record, prompt)
         self._next_rid += 1
-        flight = Flight(self, rid, slot, priority)
+        flight = RequestState(self, rid, slot, priority)
         flight.names = names
         self._flights[rid] = flight
-        self._assign(flight, Custody(rid, 1, self.engines.owner(engine), 0, priority))
+        self._assign(flight, Ownership(rid, 1, self.engines.owner(engine), 0, priority))
         self._start(flight, len(prompt))
         self._note_dispatch(flight, len(prompt), label)
         return flight
 
-    def _start(self, flight: Flight, prompt_len: int) -> None:
+    def _start(self, flight: RequestState, prompt_len: int) -> None:
         """Send the Start to the flight's engine, and say how much was sent."""
-        owner = Owner(flight.engine, flight.incarnation)
+        owner = EngineIncarnation(flight.engine, flight.incarnation)
         self.engines.start(owner, Start(flight.rid, flight.epoch, flight.slot, prompt_len))
         self._publish()
 
-    def _note_dispatch(self, flight: Flight, prompt_len: int, label: str, again: str = "") -> None:
+    def _note_dispatch(self, flight: RequestState, prompt_len: int, label: str, again: str = "") -> None:
         """For the record, after the engine was rung: it need not wait for that."""
         self.engines.note(flight.names, flight.engine)
         self.stats.inc("dispatches", 1.0, DispatchKind.AGAIN if again else DispatchKind.FIRST)
@@ -148,14 +149,14 @@ class Tracker:
             self.engines.flush(link)
         while (record := self._advice.read()) is not None:
             if record.receiver == self._fabric.incarnation:
-                self._obey(decode_from_coordinator(record.payload))
+                self._handle(decode_from_coordinator(record.payload))
         self._advice.ack()
         if changed:
             self._handle_changes()
 
-    def cancel(self, flight: Flight, finish: Finish) -> None:
+    def cancel(self, flight: RequestState, finish: Finish) -> None:
         """End a request from this side and free its blocks."""
-        for order in ownership.cancel(flight.custody):
+        for order in ownership.cancel(flight.ownership):
             self._order(order)
         self._close(flight)
         flight.end(finish)
@@ -165,7 +166,7 @@ class Tracker:
         for flight in list(self._flights.values()):
             self._lose(flight, reason)
 
-    def _drain(self, link: Link) -> None:
+    def _drain(self, link: EngineLink) -> None:
         link.refresh()  # now, while nobody waits for a dispatch
         read = link.outputs.read
         while (record := read()) is not None:
@@ -175,7 +176,7 @@ class Tracker:
             if type(message) is StepOutput:
                 self._accept(message)
             else:
-                self._judge(message, Owner(link.index, record.sender))
+                self._judge(message, EngineIncarnation(link.index, record.sender))
         link.outputs.ack()
 
     def _accept(self, out: StepOutput) -> None:
@@ -210,7 +211,7 @@ class Tracker:
                 self._close(flight)
             flight.deliver(tokens, logprobs, Finish(finish), cached)
 
-    def _judge(self, claim: Refused | Takeover | AskBack | HandBack, sender: Owner) -> None:
+    def _judge(self, claim: Refused | Takeover | Reclaim | HandBack, sender: EngineIncarnation) -> None:
         """What an engine says about one request."""
         flight = self._flights.get(claim.rid)
         if flight is None:
@@ -221,44 +222,44 @@ class Tracker:
                 if flight.epoch == epoch:
                     self._lose(flight, reason)
             case Takeover():
-                verdict = ownership.takeover(flight.custody, sender, claim)
-                if verdict.custody.owner == sender and verdict.custody.epoch > flight.epoch:
-                    self._note_takeover(flight, verdict.custody)
-                self._apply(flight, verdict)
-            case AskBack():
-                self._apply(flight, ownership.ask_back(flight.custody, sender, claim))
+                decision = ownership.takeover(flight.ownership, sender, claim)
+                if decision.ownership.owner == sender and decision.ownership.epoch > flight.epoch:
+                    self._note_takeover(flight, decision.ownership)
+                self._apply(flight, decision)
+            case Reclaim():
+                self._apply(flight, ownership.reclaim(flight.ownership, sender, claim))
             case HandBack():
-                self._apply(flight, ownership.hand_back(flight.custody, sender, claim))
+                self._apply(flight, ownership.hand_back(flight.ownership, sender, claim))
 
-    def _note_takeover(self, flight: Flight, custody: Custody) -> None:
-        """For the record, before `custody` takes the place of the flight's own."""
-        assert custody.owner is not None
+    def _note_takeover(self, flight: RequestState, ownership: Ownership) -> None:
+        """For the record, before `ownership` takes the place of the flight's own."""
+        assert ownership.owner is not None
         flight.paused = flight.paused or flight.heard
         self.stats.inc("takeovers")
         name = self._journal.params(flight.slot).label or f"{flight.rid:x}"
-        to = custody.owner.engine
+        to = ownership.owner.engine
         self.engines.note(flight.names, to)
-        self._log.write(TakenOver(flight.rid, name, flight.engine, to, custody.epoch, custody.accepted))
+        self._log.write(TakenOver(flight.rid, name, flight.engine, to, ownership.epoch, ownership.accepted))
 
-    def _apply(self, flight: Flight, verdict: Verdict, why: str = "handed back") -> None:
+    def _apply(self, flight: RequestState, decision: Decision, why: str = "handed back") -> None:
         """Journal the output, then the custody with one store, then send the orders. `why`: it is started anew, for
         the record."""
-        output = verdict.output
+        output = decision.output
         if output is not None:
             self._journal.append(flight.slot, output.tokens, output.logprobs)
             flight.accepted += len(output.tokens)
             flight.deliver(output.tokens, output.logprobs, Finish.NONE, flight.cached)
-        if verdict.redispatch:
-            self._redispatch(flight, verdict, "output was lost" if verdict.fault else why)
+        if decision.redispatch:
+            self._redispatch(flight, decision, "output was lost" if decision.fault else why)
             return
-        if verdict.custody != flight.custody:
-            self._assign(flight, verdict.custody)
-        for order in verdict.orders:
+        if decision.ownership != flight.ownership:
+            self._assign(flight, decision.ownership)
+        for order in decision.orders:
             self._order(order)
 
-    def _redispatch(self, flight: Flight, verdict: Verdict, why: str) -> None:
+    def _redispatch(self, flight: RequestState, decision: Decision, why: str) -> None:
         """Nobody runs it now: start it where there is most room, as soon as there is an engine."""
-        for order in verdict.orders:
+        for order in decision.orders:
             self._order(order)
         self._stranded[flight.rid] = why
         self._place_stranded()
@@ -280,23 +281,23 @@ class Tracker:
             else:
                 self._restart(flight, engine, why)
 
-    def _restart(self, flight: Flight, engine: int, why: str) -> None:
-        self._assign(flight, ownership.started(flight.custody, self.engines.owner(engine)))
+    def _restart(self, flight: RequestState, engine: int, why: str) -> None:
+        self._assign(flight, ownership.started(flight.ownership, self.engines.owner(engine)))
         prompt_len = self._journal.prompt_len(flight.slot)
         self._start(flight, prompt_len)
         self._note_dispatch(flight, prompt_len, self._journal.params(flight.slot).label, why)
 
-    def _assign(self, flight: Flight, custody: Custody) -> None:
-        assert custody.owner is not None
+    def _assign(self, flight: RequestState, ownership: Ownership) -> None:
+        assert ownership.owner is not None
         self._stranded.pop(flight.rid, None)
-        flight.epoch, flight.changed = custody.epoch, custody.changed
-        flight.engine, flight.incarnation = custody.owner
-        self._journal.assign(flight.slot, custody.epoch, *custody.owner)
+        flight.epoch, flight.changed = ownership.epoch, ownership.changed
+        flight.engine, flight.incarnation = ownership.owner
+        self._journal.assign(flight.slot, ownership.epoch, *ownership.owner)
 
     def _order(self, order: Order) -> None:
         self.engines.send(order.to, order.message)
 
-    def _obey(self, advice: CancelRequest | SetPriority) -> None:
+    def _handle(self, advice: CancelRequest | SetPriority) -> None:
         flight = self._flights.get(advice.rid)
         if flight is None:
             return
@@ -306,12 +307,12 @@ class Tracker:
             case SetPriority(priority=priority):
                 self._reprioritise(flight, priority)
 
-    def _reprioritise(self, flight: Flight, priority: int) -> None:
+    def _reprioritise(self, flight: RequestState, priority: int) -> None:
         """Journal it first: whoever is sent a Start or a Handover from now on reads it there."""
-        verdict = ownership.reprioritise(flight.custody, priority)
-        flight.priority, flight.changed = verdict.custody.priority, verdict.custody.changed
+        decision = ownership.reprioritise(flight.ownership, priority)
+        flight.priority, flight.changed = decision.ownership.priority, decision.ownership.changed
         self._journal.reprioritise(flight.slot, flight.priority)
-        for order in verdict.orders:
+        for order in decision.orders:
             self._order(order)
 
     # -- engines come and go ------------------------------------------------------------------------
@@ -321,15 +322,15 @@ class Tracker:
         for link in self.engines.meet():
             self._state(link)
         for link in self.engines.links:
-            self._bury(link)
+            self._handle_engine_death(link)
         self._publish()
 
-    def _bury(self, link: Link) -> None:
+    def _handle_engine_death(self, link: EngineLink) -> None:
         """Have what lives of the engine that are over have left go on elsewhere. What one that was parked still owned
         had never reached it. A request may be what made one crash, so it is not taken from engine to engine for long.
         """
         row = self.engines.row(link)
-        dead = row.incarnation - (row.life == Life.UP)
+        dead = row.incarnation - (row.state == ProcessState.UP)
         left = [
             f
             for f in self._flights.values()
@@ -352,23 +353,23 @@ class Tracker:
             if flight.crashes <= self._config.max_resumes:
                 self._resume(flight, crashed=flight.incarnation <= row.crashed)
 
-    def _resume(self, flight: Flight, *, crashed: bool) -> None:
+    def _resume(self, flight: RequestState, *, crashed: bool) -> None:
         if crashed:
             self.stats.inc("resumes")
-        verdict = ownership.engine_died(flight.custody, Owner(flight.engine, flight.incarnation))
-        self._apply(flight, verdict, "its engine died" if crashed else "its engine was parked")
+        decision = ownership.engine_died(flight.ownership, EngineIncarnation(flight.engine, flight.incarnation))
+        self._apply(flight, decision, "its engine died" if crashed else "its engine was parked")
 
-    def _state(self, link: Link) -> None:
+    def _state(self, link: EngineLink) -> None:
         """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""
         owner = self.engines.owner(link.index)
         owned = [f for f in self._flights.values() if (f.engine, f.incarnation) == owner]
-        self.engines.send(owner, Statement([f.rid for f in owned], [f.epoch for f in owned]))
+        self.engines.send(owner, OwnedRequests([f.rid for f in owned], [f.epoch for f in owned]))
 
-    def _lose(self, flight: Flight, reason: str) -> None:
+    def _lose(self, flight: RequestState, reason: str) -> None:
         self._close(flight)
         flight.fail(reason)
 
-    def _close(self, flight: Flight) -> None:
+    def _close(self, flight: RequestState) -> None:
         del self._flights[flight.rid]
         self._stranded.pop(flight.rid, None)
         self._journal.close(flight.slot)
@@ -397,7 +398,7 @@ class Tracker:
 class _Places:
     """Places in the queue limit, held from before tokenising until the requests are submitted."""
 
-    def __init__(self, tracker: Tracker, count: int) -> None:
+    def __init__(self, tracker: RequestTracker, count: int) -> None:
         self._tracker = tracker
         self._count = count
 

@@ -21,10 +21,10 @@ from daemon.api.params import asked_max_tokens, default_max_tokens, sampling_par
 from daemon.api.schemas import ChatRequest
 from daemon.api.service import Service, explain
 from daemon.api.sse import EventStream
-from daemon.api.stream_group import Fan
+from daemon.api.stream_group import StreamGroup
 from daemon.api.validation import check_length, priority_class
 
-Deliver = Callable[[Answer, Fan], Awaitable[web.StreamResponse]]
+Deliver = Callable[[Answer, StreamGroup], Awaitable[web.StreamResponse]]
 
 
 class Task:
@@ -63,7 +63,7 @@ async def _run(service: Service, task: Task, deliver: Deliver) -> web.StreamResp
     seconds = service.config.request_deadline
     try:
         async with asyncio.timeout(seconds if seconds > 0 else None):
-            with Fan() as fan:
+            with StreamGroup() as fan:
                 answer = await _start(service, task, fan)
                 with answer:
                     return await deliver(answer, fan)
@@ -71,7 +71,7 @@ async def _run(service: Service, task: Task, deliver: Deliver) -> web.StreamResp
         raise deadline_exceeded(seconds) from None
 
 
-async def _start(service: Service, task: Task, fan: Fan) -> Answer:
+async def _start(service: Service, task: Task, fan: StreamGroup) -> Answer:
     """Every choice submitted. Raises what admission and submission raise."""
     # Places are taken before any work is done: a burst must not be tokenised to be turned away.
     with service.generator.admit(task.count * (task.request.n or 1)):
@@ -81,7 +81,7 @@ async def _start(service: Service, task: Task, fan: Fan) -> Answer:
         return answer
 
 
-def _submit(service: Service, task: Task, prompts: list[Prompt], answer: Answer, fan: Fan) -> None:
+def _submit(service: Service, task: Task, prompts: list[Prompt], answer: Answer, fan: StreamGroup) -> None:
     """Start every choice of every prompt."""
     request, priority = task.request, task.priority
     asked, longest = asked_max_tokens(request), service.max_model_len
@@ -101,7 +101,7 @@ def _submit(service: Service, task: Task, prompts: list[Prompt], answer: Answer,
             answer.add(params)
 
 
-async def _whole(answer: Answer, fan: Fan) -> web.StreamResponse:
+async def _whole(answer: Answer, fan: StreamGroup) -> web.StreamResponse:
     texts: list[list[str]] = [[] for _ in answer.choices]
     while answer.unfinished:
         for i, piece in await fan.next():
@@ -112,7 +112,7 @@ async def _whole(answer: Answer, fan: Fan) -> web.StreamResponse:
     return web.Response(body=body, content_type="application/json")
 
 
-async def _stream(task: Task, events: EventStream, answer: Answer, fan: Fan) -> web.StreamResponse:
+async def _stream(task: Task, events: EventStream, answer: Answer, fan: StreamGroup) -> web.StreamResponse:
     options = task.request.stream_options
     include_usage = options is not None and bool(options.include_usage)
     continuous = include_usage and options is not None and bool(options.continuous_usage_stats)

@@ -20,7 +20,7 @@ from daemon.api.schemas import Message
 from daemon.api.validation import Limits
 from daemon.config import Config
 from daemon.models.chat_template import ChatError, ChatTemplate
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 from daemon.models.tokenizer import Detokenizer, Tokenizer
 
 T = TypeVar("T")
@@ -41,18 +41,18 @@ class Service:
         generator: Generator,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
-        card: ModelCard,
+        model_config: ModelConfig,
         metrics: FrontendMetrics,
     ) -> None:
         self.config = config
         self.generator = generator
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.card = card
+        self.model_config = model_config
         self.metrics = metrics
         self.page = metrics.page
         self.limits = Limits(
-            vocab_size=card.vocab_size,
+            vocab_size=model_config.vocab_size,
             max_choices=config.max_choices,
             max_queued=config.max_queued,
             max_prompt_tokens=config.max_prompt_tokens,
@@ -68,13 +68,13 @@ class Service:
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, tokens; what the model allows until an engine says so."""
-        served = self.config.max_model_len or self.card.max_position
+        served = self.config.max_model_len or self.model_config.max_position
         return self.generator.max_model_len or served
 
     def check_model(self, asked: str | None) -> None:
         """Raise ApiError (404) for a model that is not served. None means the one that is."""
-        if asked is not None and asked != self.card.name:
-            raise model_not_found(asked[:200], self.card.name)
+        if asked is not None and asked != self.model_config.name:
+            raise model_not_found(asked[:200], self.model_config.name)
 
     async def off_loop(self, work: Callable[[], T], size: int) -> T:
         """Run `work` here, or in a thread if it handles more than a few thousand characters (`size`)."""

@@ -8,7 +8,7 @@ from types import TracebackType
 from daemon.api.generator import Piece, Stream
 
 
-class Fan:
+class StreamGroup:
     """Waits for whichever streams have something. A context: leaving it cancels what has not ended.
 
     One stream, the common case, is awaited directly; several have a task each for as long as they live.
@@ -64,7 +64,7 @@ class Fan:
             self._failed = e
             self._wake.set()
 
-    def __enter__(self) -> Fan:
+    def __enter__(self) -> StreamGroup:
         return self
 
     def __exit__(

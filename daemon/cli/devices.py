@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 from daemon.config import Config, ConfigError
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.kernels import KernelError, KvDtype
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 _MOST_ENGINES = 64
 _CPU = ["cpu", "cpu"]
@@ -41,7 +41,7 @@ def find(config: Config, say: Callable[[str], None]) -> list[str]:
     return [f"cuda:{i}" for i in range(min(gpus, _MOST_ENGINES))] or list(_CPU)
 
 
-def check_gpus(config: Config, card: ModelCard) -> None:
+def check_gpus(config: Config, model_config: ModelConfig) -> None:
     """Refuse with a ConfigError, before anything is started, what engines on GPUs could not start with: no such GPU,
     packages without CUDA, kernels that nobody has compiled."""
     try:
@@ -50,7 +50,7 @@ def check_gpus(config: Config, card: ModelCard) -> None:
         _check_torch()
         kernels.flashinfer_version()
         if gpus.arch:  # else each engine looks for its kernels itself, before it loads the model
-            specs = kernels.required(card, arch=gpus.arch, kv_dtype=cast(KvDtype, config.kv_dtype))
+            specs = kernels.required(model_config, arch=gpus.arch, kv_dtype=cast(KvDtype, config.kv_dtype))
             kernels.check(specs, gpus.arch, build_command=_build_command(config))
     except KernelError as e:
         raise ConfigError(str(e)) from None

@@ -20,7 +20,7 @@ from daemon.config import Config, ConfigError
 from daemon.ipc.child import EXIT_CONFIG, start_logging
 from daemon.ipc.segment import SegmentError
 from daemon.models import store
-from daemon.models.model_config import ModelCard, ModelError, check_tokenizer, read_card
+from daemon.models.model_config import ModelConfig, ModelError, check_tokenizer, read_model_config
 
 _BACKLOG = 4096
 _EXAMPLE = """\
@@ -98,8 +98,8 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         config = _load(args)
         start_logging(config.log_level, "supervisor")
-        config, card, model_dir, pool = _prepare(config)
-        return _run(config, card, model_dir, pool)
+        config, model_config, model_dir, pool = _prepare(config)
+        return _run(config, model_config, model_dir, pool)
     except (ConfigError, ModelError, SegmentError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
@@ -107,13 +107,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     try:
-        config, card, _, pool = _prepare(_load(args))
+        config, model_config, _, pool = _prepare(_load(args))
     except (ConfigError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
     n = len(config.devices)
     kv = "KV in what their GPUs have free" if config.on_gpus else f"{pool >> 20} MiB of KV each"
-    print(f"{card.name}: {n} engine{'s' if n > 1 else ''}, {kv}; settings are fine")
+    print(f"{model_config.name}: {n} engine{'s' if n > 1 else ''}, {kv}; settings are fine")
     return 0
 
 
@@ -140,11 +140,13 @@ def _build_kernels(args: argparse.Namespace) -> int:
         if not archs:
             raise kernels.KernelError("no GPU is seen here; name the architecture to compile for: --arch 9.0a")
         model_dir = store.resolve(args.model, "auto", _say)
-        card = read_card(model_dir, load_format="dummy")  # what is compiled depends on no weight
+        model_config = read_model_config(model_dir, load_format="dummy")  # what is compiled depends on no weight
         for arch in sorted(archs):
-            specs = kernels.required(card, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill)
+            specs = kernels.required(
+                model_config, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill
+            )
             kernel_compiler.build(specs, arch, kernels.directory(arch), _say, jobs=args.jobs)
-            print(f"{len(specs)} kernels for {card.name} on {arch} are in {kernels.directory(arch)}")
+            print(f"{len(specs)} kernels for {model_config.name} on {arch} are in {kernels.directory(arch)}")
     except (kernels.KernelError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
@@ -175,7 +177,7 @@ def _default(value: object, unit: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:
+def _prepare(config: Config) -> tuple[Config, ModelConfig, Path, int]:
     """Everything that can be refused is refused here, before a process or a segment exists."""
     config = dataclasses.replace(config, devices=config.devices or devices.find(config, _say))
     config = config.for_gpus() if config.on_gpus else config
@@ -187,12 +189,17 @@ def _prepare(config: Config) -> tuple[Config, ModelCard, Path, int]:
     model_dir = store.resolve(config.model, config.load_format, _say)
     # The stub and hash engines compute nothing of the model; its tokenizer serves the frontends all the same.
     load_format = config.load_format if config.engine == "model" else "dummy"
-    card = read_card(model_dir, config.served_name, load_format)
+    model_config = read_model_config(model_dir, config.served_name, load_format)
     check_tokenizer(model_dir)
     if config.on_gpus:
-        devices.check_gpus(config, card)
-    config = dataclasses.replace(config, served_name=card.name)
-    return config, card, model_dir, kv_pool_bytes(config, card, len(config.devices), _available_memory())
+        devices.check_gpus(config, model_config)
+    config = dataclasses.replace(config, served_name=model_config.name)
+    return (
+        config,
+        model_config,
+        model_dir,
+        kv_pool_bytes(config, model_config, len(config.devices), _available_memory()),
+    )
 
 
 def _say(text: str) -> None:
@@ -206,7 +213,7 @@ def _available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _run(config: Config, card: ModelCard, model_dir: Path, pool: int) -> int:
+def _run(config: Config, model_config: ModelConfig, model_dir: Path, pool: int) -> int:
     from daemon.supervisor.supervisor import Supervisor
 
     directory = settings.run_dir(config)
@@ -217,19 +224,19 @@ def _run(config: Config, card: ModelCard, model_dir: Path, pool: int) -> int:
         admin = _listen_admin(directory / "admin.sock")
         try:
             supervisor = Supervisor(config, str(model_dir), pool, http, admin)
-            return supervisor.run(lambda: _announce(config, card, directory))
+            return supervisor.run(lambda: _announce(config, model_config, directory))
         finally:
             (directory / "admin.sock").unlink(missing_ok=True)
     finally:
         os.close(lock)
 
 
-def _announce(config: Config, card: ModelCard, directory: Path) -> None:
+def _announce(config: Config, model_config: ModelConfig, directory: Path) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     n = len(config.devices)
     ctl = f" --run-dir {directory}" if config.run_dir else ""
     url = f"http://{host}:{config.port}"
-    text = _EXAMPLE.format(name=card.name, url=url, engines=n, s="s" if n > 1 else "", ctl=ctl)
+    text = _EXAMPLE.format(name=model_config.name, url=url, engines=n, s="s" if n > 1 else "", ctl=ctl)
     print(text, flush=True)
 
 

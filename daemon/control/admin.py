@@ -11,7 +11,7 @@ from aiohttp import web
 
 from daemon.control.event_stream import OVERVIEW, add_events
 from daemon.control.policy.priority import parse_priority
-from daemon.control.rebalancer import Balancer, Refusal
+from daemon.control.rebalancer import Rebalancer, Refusal
 from daemon.control.status import Overview
 from daemon.enums import MigrationMode
 from daemon.ipc.events import Ordered
@@ -20,7 +20,7 @@ from daemon.ipc.messages import EngineState
 log = logging.getLogger(__name__)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_BALANCER = web.AppKey("balancer", Balancer)
+_REBALANCER = web.AppKey("rebalancer", Rebalancer)
 _STATES = {
     "drain": EngineState.DRAINING,
     "undrain": EngineState.SERVING,
@@ -29,13 +29,13 @@ _STATES = {
 }
 
 
-def build_admin(overview: Overview, balancer: Balancer) -> web.Application:
+def build_admin(overview: Overview, rebalancer: Rebalancer) -> web.Application:
     """Routes: GET /v1/status, /v1/requests, /v1/config, /v1/rebalance, /v1/events; DELETE /v1/requests/{id};
     POST /v1/requests/{id}/migrate/{engine}, /v1/requests/{id}/priority/{value},
     /v1/engines/{engine}/drain|undrain|park|wake."""
     app = web.Application(middlewares=[_no_browsers, _refusals, _on_record])
     app[OVERVIEW] = overview
-    app[_BALANCER] = balancer
+    app[_REBALANCER] = rebalancer
     app.router.add_get("/v1/status", _status)
     app.router.add_get("/v1/requests", _requests)
     app.router.add_delete("/v1/requests/{id}", _cancel)
@@ -69,7 +69,7 @@ async def _on_record(request: web.Request, handler: _Handler) -> web.StreamRespo
     """Whatever an operator orders, and is not refused, is an event."""
     response = await handler(request)
     if request.method != "GET" and response.status < 400:
-        request.app[_BALANCER].log.write(_ordered(request))
+        request.app[_REBALANCER].log.write(_ordered(request))
     return response
 
 
@@ -105,17 +105,17 @@ async def _cancel(request: web.Request) -> web.Response:
 
 async def _rebalance(request: web.Request) -> web.Response:
     overview = request.app[OVERVIEW]
-    return web.json_response({"explanation": request.app[_BALANCER].explain(overview.facts())})
+    return web.json_response({"explanation": request.app[_REBALANCER].explain(overview.facts())})
 
 
 async def _migrate(request: web.Request) -> web.Response:
-    overview, balancer = request.app[OVERVIEW], request.app[_BALANCER]
+    overview, rebalancer = request.app[OVERVIEW], request.app[_REBALANCER]
     name, engine = request.match_info["id"], int(request.match_info["engine"])
     found = overview.find(name)
     if not found:
         raise Refusal(f"no unfinished request is called {name!r}")
     for row in found:
-        balancer.migrate(
+        rebalancer.migrate(
             overview.facts(), row["rid"], row["engine"], engine, request.query.get("how", MigrationMode.LIVE)
         )
     log.info("request %s ordered to engine %d by %s", name, engine, _who(request))
@@ -136,10 +136,10 @@ async def _priority(request: web.Request) -> web.Response:
 
 
 async def _set_state(request: web.Request) -> web.Response:
-    overview, balancer = request.app[OVERVIEW], request.app[_BALANCER]
+    overview, rebalancer = request.app[OVERVIEW], request.app[_REBALANCER]
     engine, verb = int(request.match_info["engine"]), request.match_info["verb"]
     state = _STATES[verb]
-    balancer.set_state(overview.facts(), engine, state)
+    rebalancer.set_state(overview.facts(), engine, state)
     log.info("engine %d: %s by %s", engine, verb, _who(request))
     return web.json_response({"engine": engine, "wished": state.name.lower()})
 

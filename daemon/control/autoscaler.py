@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from daemon.config import Config
 from daemon.control.policy.freeness import policy_of
-from daemon.control.policy.scaling import Action, Park, Scaling, ScalingState, Wake, average, decide
-from daemon.ipc.desired_state import WishReader, served_without
+from daemon.control.policy.scaling import Action, Park, ScalingRules, ScalingState, Wake, average, decide
+from daemon.ipc.desired_state import DesiredStateReader, served_without
 from daemon.ipc.messages import EngineFacts, EngineState
 
 log = logging.getLogger(__name__)
@@ -16,18 +16,18 @@ log = logging.getLogger(__name__)
 Wish = Callable[[int, EngineState], None]
 
 
-class Scaler:
+class Autoscaler:
     """Wakes and parks engines by load. `wish` carries out; it does nothing unless `config.min_engines` is set."""
 
-    def __init__(self, wishes: WishReader, wish: Wish, config: Config, engines: int) -> None:
+    def __init__(self, wishes: DesiredStateReader, wish: Wish, config: Config, engines: int) -> None:
         self._wishes = wishes
         self._wish = wish
         self._state = ScalingState()
-        self._rules: Scaling | None = None
+        self._rules: ScalingRules | None = None
         if config.min_engines:
             most = config.max_engines or engines
             judge = policy_of(config.policy, config.headroom)
-            self._rules = Scaling.of(judge, most, config.min_engines, config.scale_period)
+            self._rules = ScalingRules.of(judge, most, config.min_engines, config.scale_period)
 
     @property
     def on(self) -> bool:
@@ -47,7 +47,7 @@ class Scaler:
             self._carry_out(action, expected, self._rules)
         return done
 
-    def _carry_out(self, action: Action, expected: Sequence[EngineFacts | None], rules: Scaling) -> None:
+    def _carry_out(self, action: Action, expected: Sequence[EngineFacts | None], rules: ScalingRules) -> None:
         engines = {i: f for i, f in enumerate(expected) if f is not None}
         serving = {i for i, f in engines.items() if f.state == EngineState.SERVING}
         free = average(engines, serving, rules.policy)

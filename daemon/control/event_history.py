@@ -7,12 +7,12 @@ from typing import Any
 
 from daemon.ipc.event_ring import Entry, EventReader
 from daemon.ipc.events import MISSED, fields_of, kind_of
-from daemon.ipc.layout import Fabric
+from daemon.ipc.fabric import Fabric
 
 Row = dict[str, Any]
 
 
-class Chronicle:
+class EventHistory:
     """A reader of every log, from the oldest events that they still hold."""
 
     def __init__(self, fabric: Fabric) -> None:

@@ -12,7 +12,7 @@ import math
 import msgspec
 from aiohttp import web
 
-from daemon.control.event_history import Chronicle, Row
+from daemon.control.event_history import EventHistory, Row
 from daemon.control.status import Overview
 
 OVERVIEW = web.AppKey("overview", Overview)
@@ -38,27 +38,27 @@ async def _events(request: web.Request) -> web.StreamResponse:
         since = math.nan
     if not math.isfinite(since):
         return web.json_response({"error": "`since` must be a number of seconds since 1970"}, status=400)
-    chronicle = request.app[OVERVIEW].chronicle()
+    event_history = request.app[OVERVIEW].event_history()
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     try:
-        await response.write(_lines(chronicle.read(since)))
+        await response.write(_lines(event_history.read(since)))
         if request.query.get("follow") == "1":
-            await _follow(request, response, chronicle)
+            await _follow(request, response, event_history)
         await response.write_eof()
     except ConnectionError:
         pass  # whoever followed has left
     return response
 
 
-async def _follow(request: web.Request, response: web.StreamResponse, chronicle: Chronicle) -> None:
+async def _follow(request: web.Request, response: web.StreamResponse, event_history: EventHistory) -> None:
     """Until somebody leaves."""
     ending = request.app[_ENDING]
     while not ending.is_set() and request.transport is not None:
         try:
             await asyncio.wait_for(ending.wait(), _POLL)
         except TimeoutError:
-            if rows := chronicle.read():
+            if rows := event_history.read():
                 await response.write(_lines(rows))
 
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from daemon.config import Config
 from daemon.control.policy.freeness import policy_of
-from daemon.control.policy.rebalancing import Pair, Rebalance, explain, pair
+from daemon.control.policy.rebalancing import Pair, RebalanceRules, explain, pair
 from daemon.enums import MigrationMode, MigrationReason
-from daemon.ipc.desired_state import WishWriter, served_without
-from daemon.ipc.event_ring import EventLog
+from daemon.ipc.desired_state import DesiredStateWriter, served_without
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Ordered
-from daemon.ipc.layout import Fabric
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import EngineFacts, EngineState, MigrateTo, ToLlumlet, encode
 
 _LEASE_PERIODS = 2
@@ -26,18 +26,18 @@ class Refusal(Exception):
     """What an operator asks for cannot be done; the message says why."""
 
 
-class Balancer:
+class Rebalancer:
     """Pairs engines once a period, and says which are to serve."""
 
     def __init__(self, fabric: Fabric, config: Config) -> None:
         topology = fabric.topology
         self._fabric = fabric
         self._config = config
-        self._rules = Rebalance.of(policy_of(config.policy, config.headroom))
+        self._rules = RebalanceRules.of(policy_of(config.policy, config.headroom))
         self._lanes = [fabric.writer(topology.engine(i)) for i in range(topology.engines)]
         self._pairs: list[Pair] = []
-        self.wishes = WishWriter(fabric.wishes())
-        self.log = EventLog(fabric.events(fabric.process))  # the coordinator's
+        self.wishes = DesiredStateWriter(fabric.wishes())
+        self.log = EventWriter(fabric.events(fabric.process))  # the coordinator's
 
     def cycle(self, facts: Sequence[EngineFacts | None]) -> None:
         """One period: renew and make pairs, and tell their sources."""

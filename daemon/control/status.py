@@ -9,15 +9,15 @@ from typing import Any
 
 from daemon import __version__
 from daemon.config import options
-from daemon.control.event_history import Chronicle
+from daemon.control.event_history import EventHistory
 from daemon.control.policy.dispatch import in_flight
 from daemon.control.policy.freeness import InFlight, policy_of
 from daemon.control.policy.projection import emptied, outlook
 from daemon.ipc import metrics_page
-from daemon.ipc.child import Birth
-from daemon.ipc.desired_state import WishReader
+from daemon.ipc.child import ChildSpec
+from daemon.ipc.desired_state import DesiredStateReader
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.journal import JournalView, SlotState
-from daemon.ipc.layout import Fabric
 from daemon.ipc.messages import (
     CancelRequest,
     EngineFacts,
@@ -29,20 +29,20 @@ from daemon.ipc.messages import (
     decode_frontend_facts,
     encode,
 )
-from daemon.ipc.process_table import Life, ProcessFacts, engine_state
+from daemon.ipc.process_table import ProcessFacts, ProcessState, engine_state
 
 
 class Overview:
     """A reader of everything shared; its only deeds are to pass on cancellations and priorities."""
 
-    def __init__(self, fabric: Fabric, birth: Birth) -> None:
+    def __init__(self, fabric: Fabric, spec: ChildSpec) -> None:
         topology = fabric.topology
         self._fabric = fabric
-        self._birth = birth
-        self._policy = policy_of(birth.config.policy, birth.config.headroom)
+        self._birth = spec
+        self._policy = policy_of(spec.config.policy, spec.config.headroom)
         self._topology = topology
         self._table = fabric.table()
-        self._wishes = WishReader(fabric.wishes())
+        self._wishes = DesiredStateReader(fabric.wishes())
         self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
         self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
         self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
@@ -56,13 +56,13 @@ class Overview:
     def outlook(self, facts: Sequence[EngineFacts | None]) -> list[EngineFacts | None]:
         """`facts`, just read, as they will be once each engine has done as wished."""
         engines = range(self._topology.engines)
-        loading = [facts[i] is None and self._row(i).life == Life.UP for i in engines]
+        loading = [facts[i] is None and self._row(i).state == ProcessState.UP for i in engines]
         starting = [self._last(i) if loading[i] else None for i in engines]
         return outlook(facts, starting, [self._wishes.of(i) for i in engines])
 
-    def chronicle(self) -> Chronicle:
+    def event_history(self) -> EventHistory:
         """A reader of everybody's events."""
-        return Chronicle(self._fabric)
+        return EventHistory(self._fabric)
 
     def find(self, name: str) -> list[dict[str, Any]]:
         """Unfinished requests called `name`: all choices of an answer, or one by its own id."""
@@ -133,8 +133,8 @@ class Overview:
         process = self._process(self._topology.engine(i))
         row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
         row["wished"] = self._wishes.of(i).name.lower()
-        life = self._row(i).life
-        if facts is None or life != Life.UP:
+        life = self._row(i).state
+        if facts is None or life != ProcessState.UP:
             return row
         free = self._policy.dispatch(facts, flying)
         page = metrics_page.snapshot(self._fabric.stats(self._topology.engine(i)), metrics_page.ENGINE)
@@ -166,10 +166,10 @@ class Overview:
         row: ProcessFacts = self._table.rows[process]
         progress = self._fabric.progress(process)
         return {
-            "state": engine_state(row.life, progress.state),
-            "pid": row.pid if row.life == Life.UP else None,
+            "state": engine_state(row.state, progress.state),
+            "pid": row.pid if row.state == ProcessState.UP else None,
             "incarnation": row.incarnation,
-            "uptime_seconds": time.monotonic() - row.born if row.life == Life.UP else 0.0,
+            "uptime_seconds": time.monotonic() - row.born if row.state == ProcessState.UP else 0.0,
             "restarts": row.restarts,
             "last_exit": row.last_exit,
         }
@@ -200,9 +200,13 @@ class Overview:
 
     def _engine_facts(self, i: int) -> EngineFacts | None:
         last, row = self._last(i), self._row(i)
-        if last is not None and row.life == Life.PARKED:
+        if last is not None and row.state == ProcessState.PARKED:
             return emptied(last, EngineState.PARKED)
-        return last if last is not None and row.life == Life.UP and last.incarnation == row.incarnation else None
+        return (
+            last
+            if last is not None and row.state == ProcessState.UP and last.incarnation == row.incarnation
+            else None
+        )
 
     def _last(self, i: int) -> EngineFacts | None:
         """What engine i has published last, in this life or an earlier one."""

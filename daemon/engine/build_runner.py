@@ -6,34 +6,34 @@ import os
 
 from daemon.config import Config
 from daemon.engine.runner import DeviceRunner, Runner
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 
-def build_runner(config: Config, card: ModelCard, device: str = "cpu") -> Runner:
+def build_runner(config: Config, model_config: ModelConfig, device: str = "cpu") -> Runner:
     """The runner that `config.engine` asks for, on that device. Raises ModelError for a model that cannot run here.
 
     One on a GPU is a `DeviceRunner`.
     """
-    length = min(config.max_model_len or card.max_position, card.max_position)
+    length = min(config.max_model_len or model_config.max_position, model_config.max_position)
     if config.engine == "stub":
         from daemon.engine.fake.stub import StubRunner
 
         return StubRunner(
             step_seconds=config.stub_step,
-            vocab_size=card.vocab_size,
+            vocab_size=model_config.vocab_size,
             max_model_len=length,
             block_size=config.block_size,
         )
     if config.engine == "hash":
         from daemon.engine.fake.hash import HashRunner
 
-        return HashRunner(card.vocab_size, length, config.block_size, step_seconds=config.stub_step)
+        return HashRunner(model_config.vocab_size, length, config.block_size, step_seconds=config.stub_step)
     if config.on_gpus:
-        return _build_cuda(config, card, device, length)
+        return _build_cuda(config, model_config, device, length)
     from daemon.engine.cpu.runner import CpuRunner
 
     return CpuRunner(
-        card,
+        model_config,
         threads=config.threads or max(1, cores() // max(1, len(config.devices))),
         dtype=config.dtype,
         deterministic=config.deterministic,
@@ -45,14 +45,14 @@ def build_runner(config: Config, card: ModelCard, device: str = "cpu") -> Runner
     )
 
 
-def _build_cuda(config: Config, card: ModelCard, device: str, length: int) -> DeviceRunner:
+def _build_cuda(config: Config, model_config: ModelConfig, device: str, length: int) -> DeviceRunner:
     from daemon.engine.cuda import numa
     from daemon.engine.cuda.runner import CudaRunner
     from daemon.kvpool.cudart import CudaRuntime
 
     sharing = config.devices.count(device)
     runner = CudaRunner(
-        card,
+        model_config,
         device=device,
         dtype=config.dtype,
         kv_dtype=config.kv_dtype,

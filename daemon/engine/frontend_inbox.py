@@ -5,28 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from daemon.engine.frontend_outbox import Outbox
-from daemon.engine.journal_reader import Records
+from daemon.engine.frontend_outbox import FrontendOutbox
+from daemon.engine.journal_reader import JournalReader
 from daemon.engine.migration.llumlet import Action, Llumlet
 from daemon.ipc.messages import (
     Cancel,
     Demand,
     Grant,
+    OwnedRequests,
     Refused,
     Release,
     Reprioritise,
     Start,
-    Statement,
     ToEngine,
     decode_to_engine,
 )
 from daemon.ipc.ring import RingReader
 
 
-class Inbox:
+class FrontendInbox:
     """Commands from one frontend. Counts what it has taken, for the dispatch of all frontends.
 
-    `carry_out` gets what the llumlet wants done.
+    `execute` gets what the llumlet wants done.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class Inbox:
         frontend: int,
         incarnation: int,
         ring: RingReader,
-        records: Records,
+        records: JournalReader,
         llumlet: Llumlet,
-        outbox: Outbox,
-        carry_out: Callable[[list[Action]], None],
+        outbox: FrontendOutbox,
+        execute: Callable[[list[Action]], None],
     ) -> None:
         self._frontend = frontend
         self._incarnation = incarnation
@@ -45,7 +45,7 @@ class Inbox:
         self._records = records
         self._llumlet = llumlet
         self._outbox = outbox
-        self._carry_out = carry_out
+        self._execute = execute
         self._requests = 0
         self._tokens = 0
 
@@ -58,19 +58,19 @@ class Inbox:
         """Take every command on the ring; acknowledge when all have taken effect."""
         while (record := self._ring.read()) is not None:
             if record.receiver == self._incarnation:
-                self._meet(record.sender)
-                self._carry_out(self._obey(decode_to_engine(record.payload), time.monotonic()))
+                self._on_new_incarnation(record.sender)
+                self._execute(self._handle(decode_to_engine(record.payload), time.monotonic()))
         self._ring.ack()
 
-    def _meet(self, sender: int) -> None:
+    def _on_new_incarnation(self, sender: int) -> None:
         """A new incarnation of the frontend owns nothing that its predecessor started, until it states so."""
         if sender == self._outbox.peer:
             return
         self._requests = self._tokens = 0
         self._outbox.forget(sender)
-        self._carry_out(self._llumlet.on_statement(self._frontend, {}, time.monotonic()))
+        self._execute(self._llumlet.on_owned_requests(self._frontend, {}, time.monotonic()))
 
-    def _obey(self, message: ToEngine, now: float) -> list[Action]:
+    def _handle(self, message: ToEngine, now: float) -> list[Action]:
         match message:
             case Start():
                 return self._start(message, now)
@@ -83,8 +83,8 @@ class Inbox:
             case Reprioritise(rid=rid, epoch=epoch, priority=priority):
                 self._llumlet.on_reprioritise(rid, epoch, priority)
                 return []
-            case Statement(rids=rids, epochs=epochs):
-                return self._llumlet.on_statement(self._frontend, dict(zip(rids, epochs, strict=True)), now)
+            case OwnedRequests(rids=rids, epochs=epochs):
+                return self._llumlet.on_owned_requests(self._frontend, dict(zip(rids, epochs, strict=True)), now)
 
     def _start(self, start: Start, now: float) -> list[Action]:
         self._requests += 1

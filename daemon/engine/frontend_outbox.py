@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import deque
 
 from daemon.engine.scheduler import Emission
-from daemon.ipc.messages import AskBack, HandBack, Refused, StepOutput, Takeover, TokenLogprobs, encode
+from daemon.ipc.messages import HandBack, Reclaim, Refused, StepOutput, Takeover, TokenLogprobs, encode
 from daemon.ipc.ring import RingWriter
 
 _ROWS_A_RECORD = 512  # keeps a record well under half a ring even with 20 logprobs a token
 
-Note = Refused | Takeover | AskBack | HandBack
+Note = Refused | Takeover | Reclaim | HandBack
 
 
-class Outbox:
+class FrontendOutbox:
     """Rows and notes for one frontend, each in order. A note carries what it needs of the rows before it."""
 
     def __init__(self, ring: RingWriter) -> None:

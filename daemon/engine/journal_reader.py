@@ -10,7 +10,7 @@ from daemon.engine.request import Request
 from daemon.ipc.journal import JournalView, SlotState
 
 
-class Records:
+class JournalReader:
     """The journals of all frontends, by their index. Implements the llumlet's `Journals`."""
 
     def __init__(self, journals: Sequence[JournalView]) -> None:

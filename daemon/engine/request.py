@@ -30,8 +30,8 @@ class Request:
     preemptions: int = 0
     admitted: float = -1.0  # first time it entered the batch
     slot: int = -1  # journal slot of its frontend
-    ahead: int = 0  # tokens whose KV steps in flight compute, after those of `num_computed`
-    drawing: bool = False  # a step in flight draws the token after those known
+    num_inflight_tokens: int = 0  # tokens whose KV steps in flight compute, after those of `num_computed`
+    num_sampling: bool = False  # a step in flight draws the token after those known
     held: bool = False  # left out of further steps, so that none in flight contains it soon
 
     @property
@@ -45,17 +45,17 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens known or being drawn."""
-        return len(self.tokens) + self.drawing
+        return len(self.tokens) + self.num_sampling
 
     @property
     def pending(self) -> int:
         """Tokens whose KV is neither computed nor on its way; 1 for a decoding request."""
-        return self.length - self.num_computed - self.ahead
+        return self.length - self.num_computed - self.num_inflight_tokens
 
     @property
     def in_flight(self) -> bool:
         """A step that is launched and not folded yet writes its KV."""
-        return self.ahead > 0
+        return self.num_inflight_tokens > 0
 
     @property
     def last_position(self) -> int:

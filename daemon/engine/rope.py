@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daemon.models.model_config import ModelCard, ModelError
+from daemon.models.model_config import ModelConfig, ModelError
 
 
-def rope_tables(card: ModelCard, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def rope_tables(config: ModelConfig, length: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """(cos, sin) of positions 0..length-1, each [length, head_dim / 2] float32."""
-    angles = np.outer(np.arange(length, dtype=np.float32), frequencies(card))
+    angles = np.outer(np.arange(length, dtype=np.float32), frequencies(config))
     return np.cos(angles), np.sin(angles)
 
 
-def frequencies(card: ModelCard) -> npt.NDArray[np.float32]:
+def frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
     """Radians a position, [head_dim / 2] float32, after the model's scaling. ModelError if that is unknown."""
-    exponents = np.arange(0, card.head_dim, 2, dtype=np.float32) / np.float32(card.head_dim)
-    plain = (1.0 / np.float32(card.rope_theta) ** exponents).astype(np.float32)
-    scaling = card.rope_scaling
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    plain = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
     if scaling is None:
         return plain
     kind = scaling["rope_type"]

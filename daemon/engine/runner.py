@@ -23,7 +23,7 @@ class Row(NamedTuple):
     start: int
     count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
     sample: bool
-    life: int = 0  # the request's preemptions when this was planned: after another one the row is void
+    preemptions: int = 0  # the request's preemptions when this was planned: after another one the row is void
 
 
 @dataclass(slots=True)
@@ -46,13 +46,13 @@ NO_TOKEN = -1  # nothing could be drawn: the request ends with an error, its bat
 class StepResult(NamedTuple):
     """`tokens[i]` is the token drawn for the i-th row with `sample`, or NO_TOKEN; logprobs likewise.
 
-    `shed`: indices of plan rows that were not computed for want of memory. Their KV is not there, so their requests
-    must end, and no block of theirs may become findable; where they sample, the token is NO_TOKEN.
+    `dropped`: indices of plan rows that were not computed for want of memory. Their KV does not exist, so their
+    requests must end and none of their blocks may be registered; where they sample, the token is NO_TOKEN.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
-    shed: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 class PoolSpec(NamedTuple):

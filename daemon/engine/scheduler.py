@@ -142,7 +142,7 @@ class Scheduler:
     def cancel(self, rid: int, epoch: int) -> bool:
         """Drop request `rid` if it is here at `epoch` or an older one, and free its blocks at once.
 
-        A step in flight may still write to them; `fold` ignores its row.
+        A step in flight may still write to them; `apply_result` ignores its row.
         """
         request = self.get(rid)
         if request is None or request.epoch > epoch:
@@ -184,8 +184,8 @@ class Scheduler:
             self._unsettled.update(dict.fromkeys(request.block_table[first:], self._plans))
         self.blocks.free(request.block_table)
         request.block_table = []
-        request.num_computed = request.ahead = 0
-        request.drawing = request.held = False
+        request.num_computed = request.num_inflight_tokens = 0
+        request.num_sampling = request.held = False
 
     # -- migration: in and out of the batch with the KV ----------------------------------------
 
@@ -262,7 +262,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if there is nothing to compute. `now`: seconds, for the ordering key.
 
-        It counts as in flight from now on: `fold` it, in turn.
+        It counts as in flight from now on: `apply_result` it, in turn.
         """
         if self._drifts:
             self.waiting.reorder(lambda request: self._urgency(request, now))
@@ -275,8 +275,8 @@ class Scheduler:
             return None
         self._plans += 1
         for row in rows:
-            row.request.ahead += row.count
-            row.request.drawing = row.sample
+            row.request.num_inflight_tokens += row.count
+            row.request.num_sampling = row.sample
         return StepPlan(rows, len(decoding), preempted, self._plans)
 
     def _budget(self, decodes: int) -> int:
@@ -288,7 +288,7 @@ class Scheduler:
     def _rests(self, request: Request) -> bool:
         """Nothing of it is to be computed: it is held, or the token being drawn is its last."""
         output = request.length - request.prompt_len
-        return request.held or (request.drawing and self._is_last(request, output, request.length))
+        return request.held or (request.num_sampling and self._is_last(request, output, request.length))
 
     def _grow(self, now: float) -> list[Request]:
         """Give every running request room for its known tokens; returns whom that cost its place."""
@@ -309,11 +309,11 @@ class Scheduler:
         if not self.waiting:
             return []
         budget = self._budget(sum(r.pending == 1 for r in self.running.values()))
-        ahead = sorted(self.running.values(), key=lambda r: -r.params.priority)
+        num_inflight_tokens = sorted(self.running.values(), key=lambda r: -r.params.priority)
         preempted: list[Request] = []
         while head := self.waiting.head:
-            while ahead and ahead[-1].params.priority <= head.params.priority:
-                budget -= ahead.pop().pending
+            while num_inflight_tokens and num_inflight_tokens[-1].params.priority <= head.params.priority:
+                budget -= num_inflight_tokens.pop().pending
             if budget <= 0 or not (self._fits(head) or self._displace(head, preempted, now)):
                 break
             self._enter(head, now)
@@ -387,7 +387,7 @@ class Scheduler:
 
     # -- folding -------------------------------------------------------------------------------
 
-    def fold(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
+    def apply_result(self, plan: StepPlan, result: StepResult, now: float) -> list[Emission]:
         """Take in what the step computed; returns what the frontends must hear, in the order of the rows.
 
         A row whose request has been cancelled or preempted since the plan is ignored; one that was shed ends its
@@ -399,10 +399,10 @@ class Scheduler:
         for i, row in enumerate(plan.rows):
             request = row.request
             token, logprobs = next(drawn) if row.sample else (-1, None)
-            if self.running.get(request.rid) is not request or request.preemptions != row.life:
+            if self.running.get(request.rid) is not request or request.preemptions != row.preemptions:
                 continue
-            request.ahead -= row.count
-            if i in result.shed:
+            request.num_inflight_tokens -= row.count
+            if i in result.dropped:
                 emissions.append(self._append(request, NO_TOKEN, None))
                 continue
             self._advance(request, row.start + row.count)
@@ -426,7 +426,7 @@ class Scheduler:
     def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Emission:
         start = request.num_output
         if not request.in_flight:
-            request.drawing = False
+            request.num_sampling = False
         if token == NO_TOKEN:
             self._end(request, Finish.ERROR)
             return Emission(request, start, [], Finish.ERROR, None)
@@ -467,7 +467,7 @@ class Scheduler:
             return "both waits and runs"
         if waits and (request.block_table or request.num_computed):
             return "waits and holds blocks"
-        if request.num_computed + request.ahead > len(request.block_table) * self.blocks.block_size:
+        if request.num_computed + request.num_inflight_tokens > len(request.block_table) * self.blocks.block_size:
             return "has computed more tokens than its blocks hold"
         if request.pending < 1:
             return "has nothing to compute"
@@ -485,4 +485,10 @@ def _split(requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
 
 def _row(request: Request, count: int) -> Row:
     """The next `count` tokens to compute."""
-    return Row(request, request.num_computed + request.ahead, count, count == request.pending, request.preemptions)
+    return Row(
+        request,
+        request.num_computed + request.num_inflight_tokens,
+        count,
+        count == request.pending,
+        request.preemptions,
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from daemon.engine.migration.llumlet import Llumlet
-from daemon.ipc.desired_state import WishReader
-from daemon.ipc.layout import Fabric
+from daemon.ipc.desired_state import DesiredStateReader
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import EngineState
 
 DEADLINE = 5.0  # seconds within which whoever changes its state gives a sign of life
@@ -17,11 +17,11 @@ class Standing:
         _, self._me = fabric.topology.role(fabric.process)
         self._incarnation = fabric.incarnation
         self._progress = fabric.progress(fabric.process)
-        self._wishes = WishReader(fabric.wishes())
+        self._wishes = DesiredStateReader(fabric.wishes())
         self._llumlet = llumlet
         self.state = EngineState.LOADING
 
-    def heed(self) -> None:
+    def apply(self) -> None:
         """Do as is wished; one load if that is nothing new."""
         wished = self._wishes.of(self._me)
         if wished == self.state:

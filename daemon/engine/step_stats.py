@@ -7,7 +7,7 @@ _MIN_DEADLINE = 10.0  # seconds a step may always take
 _DEADLINE_FACTOR = 50  # times the average step
 
 
-class Pace:
+class StepStats:
     """Step time (exponential average) and tokens a second (over the last full second)."""
 
     def __init__(self, now: float) -> None:

@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from daemon.engine.migration.llumlet import Report
 from daemon.engine.request import Request
 from daemon.enums import MigrationResult
-from daemon.ipc.event_ring import EventLog
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import EngineChanged, HandedBack, MoveEnded, Preempted
 from daemon.ipc.messages import EngineState
-from daemon.ipc.metrics_page import StatsPage
+from daemon.ipc.metrics_page import MetricsPage
 
 
-class Logbook:
+class Telemetry:
     """Writes `log` and `page`. `block_bytes`: of a KV block."""
 
-    def __init__(self, log: EventLog, page: StatsPage, block_bytes: int) -> None:
+    def __init__(self, log: EventWriter, page: MetricsPage, block_bytes: int) -> None:
         self._log = log
         self._page = page
         self._block_bytes = block_bytes

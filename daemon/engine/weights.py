@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from daemon.models import checkpoint
-from daemon.models.model_config import ModelCard, ModelError
+from daemon.models.model_config import ModelConfig, ModelError
 
 
 class Weights(Protocol):
@@ -31,10 +31,10 @@ class Checkpoint:
     Raises ModelError where a tensor is missing or misshapen.
     """
 
-    def __init__(self, card: ModelCard) -> None:
-        checkpoint.check(card)
+    def __init__(self, config: ModelConfig) -> None:
+        checkpoint.check(config)
         self._files: dict[Path, Any] = {}
-        self._where = checkpoint.weight_map(card.path)
+        self._where = checkpoint.weight_map(config.path)
 
     def get(self, name: str) -> torch.Tensor:
         file = self._where[name]
@@ -49,8 +49,8 @@ class Checkpoint:
 class Dummy:
     """Random weights that depend on the card and the tensor's name alone: the same on every engine."""
 
-    def __init__(self, card: ModelCard) -> None:
-        self._shapes = checkpoint.expected_tensors(card)
+    def __init__(self, config: ModelConfig) -> None:
+        self._shapes = checkpoint.expected_tensors(config)
 
     def get(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
@@ -60,6 +60,6 @@ class Dummy:
         return torch.empty(shape).uniform_(-0.03, 0.03, generator=generator)
 
 
-def open_weights(card: ModelCard, load_format: str) -> Weights:
+def open_weights(config: ModelConfig, load_format: str) -> Weights:
     """The weights for `load_format`: "auto" or "dummy"."""
-    return Dummy(card) if load_format == "dummy" else Checkpoint(card)
+    return Dummy(config) if load_format == "dummy" else Checkpoint(config)

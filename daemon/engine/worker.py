@@ -16,28 +16,28 @@ from daemon.engine.build_runner import build_runner
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
 from daemon.engine.consensus import Measure, agree
 from daemon.engine.cost import StepCost
-from daemon.engine.frontend_inbox import Inbox
-from daemon.engine.frontend_outbox import Outbox
-from daemon.engine.journal_reader import Records
-from daemon.engine.migration.executor import Hands
-from daemon.engine.migration.llumlet import Llumlet, Peer
-from daemon.engine.peer_inbox import Neighbours
+from daemon.engine.frontend_inbox import FrontendInbox
+from daemon.engine.frontend_outbox import FrontendOutbox
+from daemon.engine.journal_reader import JournalReader
+from daemon.engine.migration.executor import MigrationExecutor
+from daemon.engine.migration.llumlet import Llumlet
+from daemon.engine.peer_inbox import PeerInbox
 from daemon.engine.pipeline import Pipeline, Step
 from daemon.engine.runner import DeviceRunner, PoolSpec, Runner, StepPlan
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.engine.standing import Standing
-from daemon.engine.step_stats import Pace
-from daemon.engine.telemetry import Logbook
+from daemon.engine.step_stats import StepStats
+from daemon.engine.telemetry import Telemetry
 from daemon.ipc import child, doorbell, metrics_page, segment
-from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, LEAVE, Birth
-from daemon.ipc.event_ring import EventLog
+from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, STOP_SIGNAL, ChildSpec
+from daemon.ipc.event_ring import EventWriter
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.journal import JournalView
-from daemon.ipc.layout import Fabric
-from daemon.ipc.messages import EngineFacts, EngineState, encode
+from daemon.ipc.messages import EngineFacts, EngineIncarnation, EngineState, encode
 from daemon.kvpool.block_manager import BlockManager
-from daemon.kvpool.host_pools import Peers, Pools
-from daemon.kvpool.host_transport import Mover, Transport
-from daemon.models.model_config import ModelError, read_card
+from daemon.kvpool.host_pools import HostPools, PeerPools
+from daemon.kvpool.host_transport import HostTransport, Transport
+from daemon.models.model_config import ModelError, read_model_config
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +47,22 @@ IDLE_DEADLINE = 5.0
 GRANT_WAIT = 0.003  # seconds that a step waits for the verdict on a request just handed over
 
 
-def main(birth: Birth) -> None:
+def main(spec: ChildSpec) -> None:
     """Entry point of the engine process."""
-    fabric = child.begin(birth)
-    signal.signal(LEAVE, lambda *_: sys.exit(0))
+    fabric = child.begin(spec)
+    signal.signal(STOP_SIGNAL, lambda *_: sys.exit(0))
     progress = fabric.progress(fabric.process)
-    progress.enter(EngineState.LOADING, fabric.incarnation, birth.config.load_timeout)
+    progress.enter(EngineState.LOADING, fabric.incarnation, spec.config.load_timeout)
     try:
-        _load_or_give_up(birth, fabric).run()
+        _load_or_give_up(spec, fabric).run()
     except Exception as e:
         _fail(e)
     os._exit(EXIT_PARKED)  # all it owed is out, and what an interpreter tidies up at its end takes seconds with torch
 
 
-def _load_or_give_up(birth: Birth, fabric: Fabric) -> Worker:
+def _load_or_give_up(spec: ChildSpec, fabric: Fabric) -> Worker:
     try:
-        return _load(birth, fabric)
+        return _load(spec, fabric)
     except ModelError as e:
         log.error("%s", e)
         sys.exit(EXIT_CONFIG)
@@ -74,17 +74,17 @@ def _fail(error: Exception) -> NoReturn:
     os._exit(EXIT_FAILED)
 
 
-def _load(birth: Birth, fabric: Fabric) -> Worker:
-    config = birth.config
+def _load(spec: ChildSpec, fabric: Fabric) -> Worker:
+    config = spec.config
     started = time.monotonic()
     load_format = config.load_format if config.engine == "model" else "dummy"
-    card = read_card(Path(birth.model_dir), config.served_name, load_format)
+    model_config = read_model_config(Path(spec.model_dir), config.served_name, load_format)
     _, index = fabric.topology.role(fabric.process)
-    runner = build_runner(config, card, config.devices[index])
+    runner = build_runner(config, model_config, config.devices[index])
     if config.on_gpus:
         kv = _load_on_device(fabric, cast(DeviceRunner, runner))
     else:
-        kv = _load_on_host(birth, fabric, runner)
+        kv = _load_on_host(spec, fabric, runner)
     blocks = BlockManager(kv.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
     cost = _measure(config, runner, kv.num_blocks)
     scheduler = Scheduler(
@@ -116,20 +116,20 @@ class _Kv(NamedTuple):
     """What became of the pool: its blocks, the dummy among them, those of the others, and the way there."""
 
     num_blocks: int
-    peers: Pools
+    peers: PeerPools
     transport: Transport
     handle: bytes = b""  # by which others open it, if they must be told
 
 
-def _load_on_host(birth: Birth, fabric: Fabric, runner: Runner) -> _Kv:
+def _load_on_host(spec: ChildSpec, fabric: Fabric, runner: Runner) -> _Kv:
     """The model, and the pool that the supervisor has made."""
-    pool = segment.attach(birth.pool)
+    pool = segment.attach(spec.pool)
     num_blocks = len(pool) // runner.pool_spec(1).block_bytes
     if num_blocks < 2:
         raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
     runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
-    peers = Peers(fabric.table(), fabric.topology, birth.parent)
-    return _Kv(num_blocks, peers, Mover(pool, fabric.bell))
+    peers = HostPools(fabric.table(), fabric.topology, spec.parent)
+    return _Kv(num_blocks, peers, HostTransport(pool, fabric.bell))
 
 
 def _load_on_device(fabric: Fabric, runner: DeviceRunner) -> _Kv:
@@ -187,13 +187,13 @@ class Worker:
         self._scheduler = scheduler
         self._progress = fabric.progress(fabric.process)
         self._board = fabric.board()
-        self._stats = metrics_page.StatsPage(fabric.stats(fabric.process), metrics_page.ENGINE)
-        self._pace = Pace(time.monotonic())
+        self._stats = metrics_page.MetricsPage(fabric.stats(fabric.process), metrics_page.ENGINE)
+        self._step_stats = StepStats(time.monotonic())
         self._steps = 0
         self._checked = True  # the books, since the last step
         self._counted = dict.fromkeys(("preemptions", "prefix_cache_queries", "prefix_cache_hits"), 0)
-        self._outboxes = [Outbox(fabric.writer(topology.frontend(k))) for k in range(topology.frontends)]
-        records = Records([JournalView(fabric.journal(k)) for k in range(topology.frontends)])
+        self._outboxes = [FrontendOutbox(fabric.writer(topology.frontend(k))) for k in range(topology.frontends)]
+        records = JournalReader([JournalView(fabric.journal(k)) for k in range(topology.frontends)])
         spec = runner.pool_spec(1)
         self._kv_format = _kv_format(spec)
         self._policy = policy
@@ -204,18 +204,20 @@ class Worker:
         self._standing = Standing(fabric, self._llumlet)
         self._peers = kv.peers
         self._pool_handle = kv.handle
-        self._logbook = Logbook(EventLog(fabric.events(fabric.process)), self._stats, spec.block_bytes)
-        self._hands = Hands(fabric, self._outboxes, kv.peers, kv.transport, spec.block_bytes, self._logbook)
-        self._neighbours = Neighbours(fabric, self._llumlet, self._kv_format, self._hands.carry_out)
+        self._telemetry = Telemetry(EventWriter(fabric.events(fabric.process)), self._stats, spec.block_bytes)
+        self._executor = MigrationExecutor(
+            fabric, self._outboxes, kv.peers, kv.transport, spec.block_bytes, self._telemetry
+        )
+        self._peer_inbox = PeerInbox(fabric, self._llumlet, self._kv_format, self._executor.execute)
         self._inboxes = [
-            Inbox(
+            FrontendInbox(
                 k,
                 fabric.incarnation,
                 fabric.reader(topology.frontend(k)),
                 records,
                 self._llumlet,
                 self._outboxes[k],
-                self._hands.carry_out,
+                self._executor.execute,
             )
             for k in range(topology.frontends)
         ]
@@ -223,14 +225,14 @@ class Worker:
     def run(self) -> None:
         """Serve until told to leave; returns once the engine is wished parked and nothing is left here."""
         while True:
-            self._standing.heed()
+            self._standing.apply()
             self._answer()
             plan = None if self._pipeline.closed else self._scheduler.plan(time.monotonic())
             if plan is not None:
                 self._launch(plan)
             step = self._pipeline.collect(leave=0 if plan is None else 1)
             if step is not None:
-                self._fold(step)
+                self._apply_result(step)
             self._publish()  # before the bells: who is woken finds the facts fresh
             self._deliver()
             if plan is None and step is None:
@@ -255,7 +257,7 @@ class Worker:
         self._listen()
         self._deliver()
         # With a step in flight the next one must be launched before that has ended.
-        wait = min(GRANT_WAIT, self._pace.step_seconds / 3) if len(self._pipeline) else GRANT_WAIT
+        wait = min(GRANT_WAIT, self._step_stats.step_seconds / 3) if len(self._pipeline) else GRANT_WAIT
         end = time.monotonic() + wait
         while len(self._llumlet.pending) > pending and time.monotonic() < end:
             doorbell.wait(self._fabric.bell, wait)
@@ -264,44 +266,44 @@ class Worker:
 
     def _listen(self) -> None:
         """Take what everybody has written, and what copies have ended."""
-        self._neighbours.listen()
+        self._peer_inbox.listen()
         self._peers.refresh()  # else the pool of a dead peer stays in memory
         for inbox in self._inboxes:
             inbox.drain()
-        for move, arrived, nbytes in self._hands.ended():
+        for move, arrived, nbytes in self._executor.ended():
             now = time.monotonic()
             self._stats.inc("migrated_bytes", nbytes)
-            self._hands.carry_out(
+            self._executor.execute(
                 self._llumlet.copied(move, now) if arrived else self._llumlet.copy_failed(move, now)
             )
         if not self._llumlet.idle:
-            self._hands.carry_out(self._llumlet.tick(time.monotonic()))
+            self._executor.execute(self._llumlet.tick(time.monotonic()))
 
     def _launch(self, plan: StepPlan) -> None:
         self._checked = False
-        self._progress.beat(self._pace.step_deadline)
+        self._progress.beat(self._step_stats.step_deadline)
         self._pipeline.launch(plan)
 
-    def _fold(self, step: Step) -> None:
+    def _apply_result(self, step: Step) -> None:
         """Take in a step that has ended."""
-        self._progress.beat(self._pace.step_deadline)
+        self._progress.beat(self._step_stats.step_deadline)
         now = time.monotonic()
-        emissions = self._scheduler.fold(step.plan, step.result, now)
+        emissions = self._scheduler.apply_result(step.plan, step.result, now)
         for emission in emissions:
             self._outboxes[emission.request.frontend].emit(emission)
-        self._hands.carry_out(self._llumlet.after_step(emissions, now, self._pace.step_seconds))
-        self._logbook.preempted(step.plan.preempted)
+        self._executor.execute(self._llumlet.after_step(emissions, now, self._step_stats.step_seconds))
+        self._telemetry.preempted(step.plan.preempted)
         self._account(step.plan, emissions, step.seconds, now)
 
     def _deliver(self) -> None:
         for k, outbox in enumerate(self._outboxes):
             if outbox.flush():
                 self._fabric.ring_bell(self._fabric.topology.frontend(k))
-        self._hands.flush()
+        self._executor.flush()
 
     def _rest(self) -> None:
         """Nothing to compute: sleep until somebody rings or time is up, and check the books meanwhile."""
-        self._pace.tick(time.monotonic())
+        self._step_stats.tick(time.monotonic())
         moving = not self._llumlet.idle
         if not doorbell.wait(self._fabric.bell, MOVING_BEAT if moving else IDLE_BEAT) and not self._checked:
             # Only once it has been quiet: a large pool takes milliseconds to check.
@@ -312,7 +314,7 @@ class Worker:
     def _account(self, plan: StepPlan, emissions: list[Emission], seconds: float, now: float) -> None:
         tokens = sum(len(e.tokens) for e in emissions)
         self._steps += 1
-        self._pace.step(seconds, tokens, now)
+        self._step_stats.step(seconds, tokens, now)
         self._stats.inc("steps")
         self._stats.observe("step_seconds", seconds)
         self._stats.observe("iteration_tokens", plan.num_tokens)
@@ -341,15 +343,15 @@ class Worker:
                 self._counted[name] = total
 
     def _publish(self) -> None:
-        if self._agreed_at != self._pace.seconds:
-            self._agreed_at = self._pace.seconds
-            self._agreed = agree(self._measured, self._make, self._neighbours.alive())
-        self._logbook.state(self._standing.state)
+        if self._agreed_at != self._step_stats.seconds:
+            self._agreed_at = self._step_stats.seconds
+            self._agreed = agree(self._measured, self._make, self._peer_inbox.alive())
+        self._telemetry.state(self._standing.state)
         self._board.publish(encode(self._facts()))
 
-    def _busier_than(self, peer: Peer) -> bool:
+    def _busier_than(self, peer: EngineIncarnation) -> bool:
         """Whether a move there still evens things out; it may be that we know nothing of it any more."""
-        theirs = self._neighbours.facts_of(peer)
+        theirs = self._peer_inbox.facts_of(peer)
         return theirs is not None and self._policy.migration(self._facts()) < self._policy.migration(theirs)
 
     def _facts(self) -> EngineFacts:
@@ -369,8 +371,8 @@ class Worker:
             waiting_tokens=scheduler.waiting_tokens,
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self._runner.max_model_len,
-            step_seconds=self._pace.step_seconds,
-            tokens_per_second=self._pace.tokens_per_second,
+            step_seconds=self._step_stats.step_seconds,
+            tokens_per_second=self._step_stats.tokens_per_second,
             consumed=[inbox.consumed for inbox in self._inboxes],
             high_running=sum(r.params.priority < 0 for r in scheduler.running.values()),
             high_waiting=sum(r.params.priority < 0 for r in scheduler.waiting),

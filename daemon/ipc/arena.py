@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 ALIGN = 64
 
 
-class Extents:
+class Arena:
     """Hands out [offset, offset + size) of an arena of `size` bytes, 64-byte aligned."""
 
     def __init__(self, size: int) -> None:

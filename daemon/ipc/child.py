@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import setproctitle
 
 from daemon.config import Config
-from daemon.ipc.layout import Fabric, FabricHandles
+from daemon.ipc.fabric import Fabric, FabricHandles
 
 PR_SET_PDEATHSIG = 1
 EXIT_FAILED = 1
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_PARKED = 79  # an engine that is wished parked and has nothing left to do
-LEAVE = signal.SIGUSR1  # the supervisor's word to finish and exit
+STOP_SIGNAL = signal.SIGUSR1  # the supervisor's word to finish and exit
 
 
 @dataclass(frozen=True, slots=True)
-class Birth:
+class ChildSpec:
     """Everything a child is told: plain values and descriptors."""
 
     config: Config
@@ -35,16 +35,16 @@ class Birth:
     pool: int = -1  # engines: their KV pool segment
 
 
-def begin(birth: Birth) -> Fabric:
+def begin(spec: ChildSpec) -> Fabric:
     """Tie this process to the supervisor's life and attach it to the fabric."""
-    _die_with(birth.parent)
-    role, index = birth.handles.topology.role(birth.process)
+    _die_with(spec.parent)
+    role, index = spec.handles.topology.role(spec.process)
     name = role if role == "coordinator" else f"{role} {index}"
     setproctitle.setproctitle(f"llumd: {name}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they may reach the whole group; the supervisor decides
-    start_logging(birth.config.log_level, name)
-    return Fabric(birth.handles, birth.process, birth.incarnation)
+    start_logging(spec.config.log_level, name)
+    return Fabric(spec.handles, spec.process, spec.incarnation)
 
 
 def start_logging(level: str, name: str) -> None:

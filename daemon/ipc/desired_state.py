@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from daemon.ipc.messages import EngineFacts, EngineState
 
 
-class WishReader:
+class DesiredStateReader:
     """What is wished, by engine: SERVING (also where nothing was ever written), DRAINING or PARKED."""
 
     def __init__(self, words: memoryview) -> None:
@@ -21,7 +21,7 @@ class WishReader:
         return EngineState(self._words[engine] or EngineState.SERVING)
 
 
-class WishWriter(WishReader):
+class DesiredStateWriter(DesiredStateReader):
     """The coordinator's hand on the words."""
 
     def put(self, engine: int, state: EngineState) -> None:
@@ -31,7 +31,7 @@ class WishWriter(WishReader):
         self._words[engine] = state
 
 
-def served_without(engine: int, facts: Sequence[EngineFacts | None], wishes: WishReader) -> bool:
+def served_without(engine: int, facts: Sequence[EngineFacts | None], wishes: DesiredStateReader) -> bool:
     """Whether an engine other than `engine` serves and is to go on serving."""
     return any(
         f is not None and f.state == EngineState.SERVING and wishes.of(i) == EngineState.SERVING

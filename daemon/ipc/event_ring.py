@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     event: Event
 
 
-class EventLog:
+class EventWriter:
     """The writing end, for one thread of one process.
 
     `view` is writable, 8-byte aligned, a multiple of SLOT_BYTES long and was zeroed when it was created.

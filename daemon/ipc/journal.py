@@ -27,7 +27,7 @@ from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 
-from daemon.ipc.arena import ALIGN, Extents, rounded
+from daemon.ipc.arena import ALIGN, Arena, rounded
 from daemon.ipc.messages import RequestParams, TokenLogprobs, decode_params, encode
 
 SLOT_WORDS = 9
@@ -131,7 +131,7 @@ class Journal(JournalView):
         super().__init__(view)
         self._arena = rounded(self.num_slots * SLOT_WORDS * 8)
         self._capacity = len(view) - self._arena & -ALIGN
-        self._extents = Extents(self._capacity)
+        self._extents = Arena(self._capacity)
         for slot in range(self.num_slots):
             self._words[slot * SLOT_WORDS + 1] = SlotState.FREE
         self._free_slots = list(range(self.num_slots - 1, -1, -1))

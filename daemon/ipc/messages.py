@@ -7,6 +7,7 @@ A message travels in a ring record whose header names the incarnations of sender
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,6 +24,13 @@ class Finish(IntEnum):
     LENGTH = 2  # max_tokens or the model's context
     CANCELLED = 3  # by the client, an operator or the deadline
     ERROR = 4  # the engine could not go on; see the log
+
+
+class EngineIncarnation(NamedTuple):
+    """One incarnation of one engine: the pair names the process, not only its place."""
+
+    engine: int
+    incarnation: int
 
 
 class SamplingParams(Struct, array_like=True, frozen=True):
@@ -88,7 +96,7 @@ class Cancel(Struct, tag=2, array_like=True, frozen=True):
     epoch: int
 
 
-class Statement(Struct, tag=3, array_like=True, frozen=True):
+class OwnedRequests(Struct, tag=3, array_like=True, frozen=True):
     """All that the (restarted) frontend owns at this engine; whatever it omits is dropped."""
 
     rids: list[int]
@@ -118,7 +126,7 @@ class Reprioritise(Struct, tag=6, array_like=True, frozen=True):
     priority: int
 
 
-ToEngine = Start | Cancel | Statement | Grant | Release | Reprioritise
+ToEngine = Start | Cancel | OwnedRequests | Grant | Release | Reprioritise
 
 
 # -- coordinator -> engine -----------------------------------------------------------------------
@@ -244,7 +252,7 @@ class Takeover(Struct, tag=3, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs | None] | None
 
 
-class AskBack(Struct, tag=4, array_like=True, frozen=True):
+class Reclaim(Struct, tag=4, array_like=True, frozen=True):
     """The source of a migration, which froze the request, asks to go on with it. Carries the same output."""
 
     rid: int
@@ -261,7 +269,7 @@ class HandBack(Struct, tag=5, array_like=True, frozen=True):
     epoch: int
 
 
-ToFrontend = StepOutput | Refused | Takeover | AskBack | HandBack
+ToFrontend = StepOutput | Refused | Takeover | Reclaim | HandBack
 
 
 # -- coordinator -> frontend -------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Table:
         self.nbytes = cell * CELL
 
 
-class StatsPage:
+class MetricsPage:
     """The writer's side of a page.
 
     `view` is writable, 8-byte aligned, at least `table.nbytes` long and was zeroed when it was created.

@@ -18,7 +18,7 @@ from daemon.ipc.messages import EngineState
 PROGRESS_BYTES = 64
 
 
-class Life(IntEnum):
+class ProcessState(IntEnum):
     """What the supervisor knows of a process."""
 
     ABSENT = 0  # not started yet
@@ -38,15 +38,15 @@ ENGINE_STATES = (
 
 def engine_state(life: int, published: EngineState) -> str:
     """One of ENGINE_STATES. An engine that publishes PARKED is only on its way: parked is who has gone."""
-    if life != Life.UP:
-        return Life(life).name.lower()
+    if life != ProcessState.UP:
+        return ProcessState(life).name.lower()
     return "parking" if published == EngineState.PARKED else published.name.lower()
 
 
 class ProcessFacts(msgspec.Struct, array_like=True, frozen=True):
     """One row of the table."""
 
-    life: int = Life.ABSENT
+    state: int = ProcessState.ABSENT
     incarnation: int = 0
     pid: int = 0
     born: float = 0.0  # CLOCK_MONOTONIC seconds

@@ -9,8 +9,8 @@ So no copy need wait for the compute stream of either side.
 
 **When a peer dies in mid-copy** its memory may vanish under the copy. The driver may let it finish, fail the copy, or
 declare this process's context lost, after which every call fails. The first two end in a completion, the last in a
-CudaError out of `CudaMover`: the engine must end, for the supervisor to start another. To make that rare nothing new
-goes to a pool once its engine is known to be dead, and it is closed when the last copy into it has ended.
+CudaError out of `CudaTransport`: the engine must end, for the supervisor to start another. To make that rare nothing
+new goes to a pool once its engine is known to be dead, and it is closed when the last copy into it has ended.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import msgspec
 
 from daemon.ipc import doorbell
 from daemon.ipc.board import BoardReader
-from daemon.ipc.layout import Fabric, Topology
+from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import decode_engine_facts
-from daemon.ipc.process_table import Life, ProcessFacts, TableReader
+from daemon.ipc.process_table import ProcessFacts, ProcessState, TableReader
 from daemon.kvpool.cudart import CudaError, CudaRuntime
 from daemon.kvpool.host_transport import MAX_PUSHES, Completion, Outcome, Run, check_bounds, merge
 
@@ -89,8 +89,8 @@ class CudaPool:
 class CudaKv(NamedTuple):
     """What an engine on a GPU has of the others, and they of it."""
 
-    peers: CudaPeers
-    mover: CudaMover
+    peers: CudaPools
+    mover: CudaTransport
     handle: bytes  # for its board
 
 
@@ -105,8 +105,8 @@ def for_runner(fabric: Fabric, memory: Any, runtime: CudaRuntime | None = None) 
     runtime.set_device(device)
     own = OwnPool(memory.data_ptr(), memory.numel(), runtime.pci_address(device))
     boards = {i: fabric.board_of(fabric.topology.engine(i)) for i in range(fabric.topology.engines)}
-    peers = CudaPeers(runtime, fabric.table(), fabric.topology, boards)
-    return CudaKv(peers, CudaMover(runtime, own, device, fabric.bell), export(runtime, own))
+    peers = CudaPools(runtime, fabric.table(), fabric.topology, boards)
+    return CudaKv(peers, CudaTransport(runtime, own, device, fabric.bell), export(runtime, own))
 
 
 def export(runtime: CudaRuntime, own: OwnPool) -> bytes:
@@ -120,8 +120,8 @@ def export(runtime: CudaRuntime, own: OwnPool) -> bytes:
     return bytes(_encode(PoolHandle(handle, own.pointer - allocation.base, own.nbytes, own.device)))
 
 
-class CudaPeers:
-    """The pools of all engines, as one of them sees them: `Pools`. Called from the engine's loop alone.
+class CudaPools:
+    """The pools of all engines, as one of them sees them: `PeerPools`. Called from the engine's loop alone.
 
     `table`: a reader of its own, not shared with others who wait for changes. `boards`: one an engine.
     """
@@ -145,7 +145,7 @@ class CudaPeers:
         """
         self.refresh()
         row = self._row(engine)
-        if row.life != Life.UP or (incarnation and incarnation != row.incarnation):
+        if row.state != ProcessState.UP or (incarnation and incarnation != row.incarnation):
             return None
         if engine not in self._held:
             self._open(engine, row.incarnation)
@@ -172,7 +172,7 @@ class CudaPeers:
 
     def _stands(self, engine: int, incarnation: int) -> bool:
         row = self._row(engine)
-        return row.life == Life.UP and row.incarnation == incarnation
+        return row.state == ProcessState.UP and row.incarnation == incarnation
 
     def _open(self, engine: int, incarnation: int) -> None:
         if self._refused.get(engine) == incarnation:
@@ -347,7 +347,7 @@ class _Lane:
             doorbell.ring(self._bell)
 
 
-class CudaMover:
+class CudaTransport:
     """The `Transport` between pools in GPUs' memory: copies on a stream of low priority for each peer.
 
     The engine's loop begins the copies, slice by slice, and sees their end; threads only wake it. So a call takes the

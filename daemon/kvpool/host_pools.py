@@ -13,13 +13,13 @@ import stat
 from typing import Any, NamedTuple, Protocol
 
 from daemon.ipc import segment
-from daemon.ipc.layout import Topology
-from daemon.ipc.process_table import Life, ProcessFacts, TableReader
+from daemon.ipc.fabric import Topology
+from daemon.ipc.process_table import ProcessFacts, ProcessState, TableReader
 
 log = logging.getLogger(__name__)
 
 
-class Pools(Protocol):
+class PeerPools(Protocol):
     """The pools of all engines, as one of them sees them, whatever memory they are in."""
 
     def pool(self, engine: int, incarnation: int = 0) -> Any:
@@ -37,7 +37,7 @@ class _Mapping(NamedTuple):
     pool: memoryview
 
 
-class Peers:
+class HostPools:
     """The pools of all engines, as one of them sees them. Called from the engine's loop alone.
 
     `table`: a reader of its own, not shared with others who wait for changes. `supervisor`: its pid.
@@ -59,7 +59,7 @@ class Peers:
         """
         self.refresh()
         row = self._row(engine)
-        if row.life != Life.UP or (incarnation and incarnation != row.incarnation):
+        if row.state != ProcessState.UP or (incarnation and incarnation != row.incarnation):
             return None
         if engine not in self._mapped:
             self._map(engine, row)
@@ -101,7 +101,7 @@ class Peers:
 
 
 def _stands(row: ProcessFacts, incarnation: int) -> bool:
-    return row.life == Life.UP and row.incarnation == incarnation
+    return row.state == ProcessState.UP and row.incarnation == incarnation
 
 
 def _open(supervisor: int, row: ProcessFacts) -> memoryview:

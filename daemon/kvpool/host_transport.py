@@ -1,8 +1,8 @@
 """Copying KV blocks from this engine's pool into a peer's while the engine goes on computing.
 
-`Transport` is what a migration needs of any backend; `Mover` is the one for pools in shared memory. Its thread
-competes with the step for cores, memory bandwidth and the interpreter lock, so it copies a slice at a time, rests
-in between and has the lower priority. What fits in one slice, such as the tail of a frozen request, the caller
+`Transport` is what a migration needs of any backend; `HostTransport` is the one for pools in shared memory. Its
+thread competes with the step for cores, memory bandwidth and the interpreter lock, so it copies a slice at a time,
+rests in between and has the lower priority. What fits in one slice, such as the tail of a frozen request, the caller
 copies itself: that takes a fraction of the time in which a thread wakes up.
 """
 
@@ -181,7 +181,7 @@ class _Push:
         return Completion(self.key, self.copied, time.monotonic() - self.started, outcome, reason)
 
 
-class Mover:
+class HostTransport:
     """The `Transport` between pools in shared memory: one thread, which takes the pushes in turn slice by slice.
 
     A push of at most a slice is over when `push` returns.

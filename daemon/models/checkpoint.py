@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from daemon.models.model_config import ModelCard, ModelError, read_json
+from daemon.models.model_config import ModelConfig, ModelError, read_json
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SHARD_BYTES = 4 * 10**9
@@ -34,24 +34,24 @@ class Tensor(NamedTuple):
     end: int
 
 
-def expected_tensors(card: ModelCard) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a model of this card is made of, and its shape ([out, in] for a linear layer)."""
-    hidden, inner, vocab = card.hidden_size, card.intermediate_size, card.vocab_size
-    q, kv = card.num_heads * card.head_dim, card.num_kv_heads * card.head_dim
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     layer["post_attention_layernorm.weight"] = (hidden,)
-    for room, linears, bias in (("self_attn", attention, card.attention_bias), ("mlp", mlp, card.mlp_bias)):
+    for room, linears, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
         for name, shape in linears.items():
             layer[f"{room}.{name}.weight"] = shape
             if bias:
                 layer[f"{room}.{name}.bias"] = shape[:1]
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for i in range(card.num_layers):
+    for i in range(config.num_layers):
         out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     out["model.norm.weight"] = (hidden,)
-    if not card.tie_embeddings:
+    if not config.tie_embeddings:
         out["lm_head.weight"] = (vocab, hidden)
     return out
 
@@ -98,22 +98,22 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check(card: ModelCard) -> None:
+def check(config: ModelConfig) -> None:
     """Raises ModelError unless the directory holds exactly the weights the card describes."""
-    where = weight_map(card.path)
+    where = weight_map(config.path)
     headers = {file: read_header(file) for file in set(where.values())}
-    expected = expected_tensors(card)
+    expected = expected_tensors(config)
     for name, shape in expected.items():
         file = where.get(name)
         if file is None or name not in headers[file]:
-            raise ModelError(f"{card.path}: the weights lack {name}")
+            raise ModelError(f"{config.path}: the weights lack {name}")
         _check_tensor(f"{file}: {name}", headers[file][name], shape)
-    tied = {"lm_head.weight"} if card.tie_embeddings else set()
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
     extra = [n for n in where if n not in expected and n not in tied and not n.endswith(_IGNORED)]
     if extra:
         # Computing without them would be another model than the checkpoint's.
         raise ModelError(
-            f"{card.path}: the weights hold {len(extra)} tensors that config.json has no place for, "
+            f"{config.path}: the weights hold {len(extra)} tensors that config.json has no place for, "
             f"such as {extra[0]}"
         )
 

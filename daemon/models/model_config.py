@@ -13,7 +13,7 @@ class ModelError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelConfig:
     """A Llama-family decoder, as its Hugging Face directory describes it."""
 
     path: Path
@@ -44,7 +44,7 @@ class ModelCard:
         return self.num_layers * layer + head + self.hidden_size
 
 
-def read_card(path: Path, name: str = "", load_format: str = "auto") -> ModelCard:
+def read_model_config(path: Path, name: str = "", load_format: str = "auto") -> ModelConfig:
     """Read and check a Hugging Face directory; weights are checked by their headers alone.
 
     `name` defaults to the directory's. With `load_format` "dummy" only config.json is needed.
@@ -56,15 +56,15 @@ def read_card(path: Path, name: str = "", load_format: str = "auto") -> ModelCar
     if config is None:
         raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory")
     try:
-        card = _card(path, name or path.absolute().name, config)
+        model_config = _card(path, name or path.absolute().name, config)
     except ModelError as e:
         raise ModelError(f"{path}/config.json: {e}") from None
     if load_format != "dummy":
         from daemon.models import checkpoint
 
-        checkpoint.check(card)
+        checkpoint.check(model_config)
         check_tokenizer(path)
-    return card
+    return model_config
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
@@ -107,7 +107,7 @@ def check_tokenizer(path: Path) -> None:
     raise ModelError(f"{path} holds no tokenizer.json; copy it from the model's repository")
 
 
-def _card(path: Path, name: str, config: dict[str, Any]) -> ModelCard:
+def _card(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
     _check_architecture(config)
     heads = _count(config, "num_attention_heads")
     kv_heads = _count(config, "num_key_value_heads", heads)
@@ -126,7 +126,7 @@ def _card(path: Path, name: str, config: dict[str, Any]) -> ModelCard:
     if any(token >= vocab for token in eos):
         raise ModelError(f"eos_token_id {max(eos)} lies outside the vocabulary of {vocab}")
     mistral = _architecture(config) == "MistralForCausalLM"
-    return ModelCard(
+    return ModelConfig(
         path=path,
         name=name,
         vocab_size=vocab,

@@ -35,7 +35,7 @@ def resolve(model: str, load_format: str, progress: Progress) -> Path:
     """The Hugging Face directory of `model`: "demo", such a directory, or a .gguf file.
 
     Fetches and converts at most once, telling `progress` what takes time; else it takes milliseconds. Whether a
-    directory can be served is `card.read_card`'s to say. Raises ModelError.
+    directory can be served is `model_config.read_model_config`'s to say. Raises ModelError.
     """
     if model == "demo":
         return _demo(progress)

@@ -6,7 +6,7 @@ import importlib
 
 from multiprocess.context import get_spawning_popen
 
-from daemon.ipc.child import Birth
+from daemon.ipc.child import ChildSpec
 
 _MAIN = {
     "coordinator": "daemon.control.coordinator",
@@ -28,7 +28,7 @@ class Inherited:
         return {}
 
 
-def run(birth: Birth, _keep: Inherited) -> None:
-    """Become the process that `birth` names."""
-    role, _ = birth.handles.topology.role(birth.process)
-    importlib.import_module(_MAIN[role]).main(birth)
+def run(spec: ChildSpec, _keep: Inherited) -> None:
+    """Become the process that `spec` names."""
+    role, _ = spec.handles.topology.role(spec.process)
+    importlib.import_module(_MAIN[role]).main(spec)

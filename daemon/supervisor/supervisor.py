@@ -23,11 +23,11 @@ import setproctitle
 
 from daemon.config import Config
 from daemon.ipc import segment
-from daemon.ipc.child import EXIT_CONFIG, EXIT_PARKED, LEAVE, Birth
-from daemon.ipc.desired_state import WishReader
-from daemon.ipc.layout import COORDINATOR, Fabric, Topology
+from daemon.ipc.child import EXIT_CONFIG, EXIT_PARKED, STOP_SIGNAL, ChildSpec
+from daemon.ipc.desired_state import DesiredStateReader
+from daemon.ipc.fabric import COORDINATOR, Fabric, Topology
 from daemon.ipc.messages import EngineState
-from daemon.ipc.process_table import Life, ProcessFacts, Progress
+from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
 from daemon.supervisor.systemd import Notifier
 
@@ -58,7 +58,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        return self.facts.life == Life.UP
+        return self.facts.state == ProcessState.UP
 
     @property
     def serving(self) -> bool:
@@ -84,7 +84,7 @@ class Supervisor:
         self._handles = Fabric.create(self._topology, config.journal_memory)
         self._fabric = Fabric(self._handles, -1, 0)
         self._table = self._fabric.table_writer()
-        self._wishes = WishReader(self._fabric.wishes())
+        self._wishes = DesiredStateReader(self._fabric.wishes())
         self._notifier = Notifier()
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
@@ -108,9 +108,9 @@ class Supervisor:
             if now - last_tick > LATE_TICK:
                 self._forgiven_until = now + self._config.hang_timeout
             last_tick = now
-            self._tend(now)
+            self._tick(now)
             self._announce(ready)
-            if all(c.facts.life == Life.FAILED for c in self._engines()):
+            if all(c.facts.state == ProcessState.FAILED for c in self._engines()):
                 log.error("no engine can run; see above")
                 self._stop(drain=False)
                 return EXIT_CONFIG
@@ -125,7 +125,7 @@ class Supervisor:
             self._notifier.send("READY=1")
             ready()
         state = "ready" if self._announced else "loading"
-        parked = sum(c.facts.life == Life.PARKED for c in engines)
+        parked = sum(c.facts.state == ProcessState.PARKED for c in engines)
         asleep = f", {parked} parked" if parked else ""
         self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving{asleep}", "WATCHDOG=1")
 
@@ -142,7 +142,7 @@ class Supervisor:
     def _end(self, children: list[Child], grace: float) -> None:
         for child in children:
             child.start_at = float("inf")
-            self._signal(child, LEAVE)
+            self._signal(child, STOP_SIGNAL)
         end = time.monotonic() + grace
         while any(c.alive for c in children) and time.monotonic() < end and not self._signals:
             self._wait(TICK)
@@ -166,7 +166,7 @@ class Supervisor:
             listener = self._admin.fileno()
         if role == "engine":
             self._renew_pool(child)
-        birth = Birth(
+        spec = ChildSpec(
             self._config,
             self._handles,
             child.process,
@@ -180,7 +180,7 @@ class Supervisor:
         fds = [handles.segment, *handles.journals, *handles.doorbells, listener, child.pool]
         child.handle = self._context.Process(
             target=child_entry.run,
-            args=(birth, child_entry.Inherited([fd for fd in fds if fd >= 0])),
+            args=(spec, child_entry.Inherited([fd for fd in fds if fd >= 0])),
             name=child.name,
         )
         child.handle.start()
@@ -190,7 +190,7 @@ class Supervisor:
         child.progress.enter(EngineState.STARTING, incarnation, self._config.load_timeout)
         pool = {"pool_fd": child.pool, "pool_bytes": self._pool_bytes} if role == "engine" else {}
         self._record(
-            child, life=Life.UP, incarnation=incarnation, pid=child.handle.pid, born=time.monotonic(), **pool
+            child, state=ProcessState.UP, incarnation=incarnation, pid=child.handle.pid, born=time.monotonic(), **pool
         )
 
     def _renew_pool(self, child: Child) -> None:
@@ -204,7 +204,7 @@ class Supervisor:
             os.close(child.pool)
             child.pool = -1
 
-    def _bury(self, child: Child) -> None:
+    def _reap(self, child: Child) -> None:
         """The kernel says that the child is dead."""
         self._epoll.unregister(child.pidfd)
         os.close(child.pidfd)
@@ -215,7 +215,7 @@ class Supervisor:
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         stopping = child.start_at == float("inf")
         if stopping:
-            self._record(child, life=Life.STOPPED, last_exit=how)
+            self._record(child, state=ProcessState.STOPPED, last_exit=how)
             return
         if code == EXIT_PARKED:
             log.info("%s is parked", child.name)
@@ -224,7 +224,7 @@ class Supervisor:
         crashed = child.facts.incarnation
         if code == EXIT_CONFIG:
             log.error("%s cannot run and is not started again", child.name)
-            self._record(child, life=Life.FAILED, last_exit=how, crashed=crashed)
+            self._record(child, state=ProcessState.FAILED, last_exit=how, crashed=crashed)
             return
         if self._wish(child) == EngineState.PARKED:
             log.error("%s (pid %d) died while it was to be parked: %s", child.name, child.facts.pid, how)
@@ -238,12 +238,12 @@ class Supervisor:
         )
         child.backoff = min(MAX_BACKOFF, child.backoff * 2)
         restarts = child.facts.restarts + 1
-        self._record(child, life=Life.DEAD, last_exit=how, restarts=restarts, crashed=crashed)
+        self._record(child, state=ProcessState.DEAD, last_exit=how, restarts=restarts, crashed=crashed)
 
     def _park(self, child: Child, **changes: Any) -> None:
         """Let it sleep. First the table says so, then the descriptor of its pool may go."""
         child.start_at, child.backoff = 0.0, FIRST_BACKOFF
-        self._record(child, life=Life.PARKED, pool_fd=-1, pool_bytes=0, **changes)
+        self._record(child, state=ProcessState.PARKED, pool_fd=-1, pool_bytes=0, **changes)
         self._close_pool(child)
 
     def _wish(self, child: Child) -> EngineState:
@@ -252,8 +252,8 @@ class Supervisor:
 
     def _due(self, child: Child, now: float) -> bool:
         """Whether it is to be started now."""
-        woken = child.facts.life == Life.PARKED and self._wish(child) == EngineState.SERVING
-        return (child.facts.life == Life.DEAD or woken) and now >= child.start_at
+        woken = child.facts.state == ProcessState.PARKED and self._wish(child) == EngineState.SERVING
+        return (child.facts.state == ProcessState.DEAD or woken) and now >= child.start_at
 
     def _record(self, child: Child, **changes: Any) -> None:
         """Change the child's row in the table and wake everybody who is alive to read it."""
@@ -263,7 +263,7 @@ class Supervisor:
         for process in range(self._topology.processes):
             self._fabric.ring_bell(process)
 
-    def _tend(self, now: float) -> None:
+    def _tick(self, now: float) -> None:
         """Start who is due, and kill who has been silent for too long."""
         for child in self._children:
             if self._due(child, now):
@@ -320,4 +320,4 @@ class Supervisor:
                 os.read(self._wake_read, 4096)
         for child in self._children:
             if child.pidfd in dead:
-                self._bury(child)
+                self._reap(child)

@@ -12,13 +12,13 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing, parse_key
-from daemon.api.generator import Lost, NoEngine, Overloaded, Piece, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, Piece, TooLong
 from daemon.api.metrics import Fleet, FrontendMetrics
 from daemon.config import Config
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
-from daemon.ipc.metrics_page import ENGINE, FRONTEND, StatsPage, empty, snapshot
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, MetricsPage, empty, snapshot
 from daemon.models.chat_template import ChatTemplate
-from daemon.models.model_config import ModelCard, read_card
+from daemon.models.model_config import ModelConfig, read_model_config
 from daemon.models.tokenizer import Tokenizer
 from tests.models.tiny_model import EOS_ID, make_tiny_llama
 
@@ -27,7 +27,7 @@ ANSWER = "the quick brown fox jumps over the lazy dog, naïve café 🙂"
 
 @dataclass(frozen=True)
 class Model:
-    card: ModelCard
+    model_config: ModelConfig
     tokenizer: Tokenizer
     chat: ChatTemplate
 
@@ -59,7 +59,7 @@ class ScriptedStream:
         if g.hang_after is not None and self._at >= g.hang_after:
             await asyncio.Event().wait()
         if g.lose_after is not None and self._at >= g.lose_after:
-            raise Lost("gone")
+            raise EngineLost("gone")
         tokens = self._tokens[self._at : self._at + g.piece]
         self._at += len(tokens)
         done = self._at >= len(self._tokens)
@@ -151,7 +151,7 @@ class World:
 
 def make_model(directory: Path) -> Model:
     path = make_tiny_llama(directory, weights=False, vocab=384)
-    return Model(read_card(path, "tiny", "dummy"), Tokenizer(path), ChatTemplate(path))
+    return Model(read_model_config(path, "tiny", "dummy"), Tokenizer(path), ChatTemplate(path))
 
 
 def make_world(model: Model, *, keys: list[str] | None = None, **options: object) -> World:
@@ -161,7 +161,7 @@ def make_world(model: Model, *, keys: list[str] | None = None, **options: object
     generator = ScriptedGenerator(reply=lambda prompt, params: tokens)
     page = bytearray(FRONTEND.nbytes)
     metrics = FrontendMetrics(
-        StatsPage(memoryview(page), FRONTEND),
+        MetricsPage(memoryview(page), FRONTEND),
         lambda: Fleet([snapshot(memoryview(page), FRONTEND)], [empty(ENGINE)], [None]),
     )
     app = build_app(
@@ -169,7 +169,7 @@ def make_world(model: Model, *, keys: list[str] | None = None, **options: object
         generator=generator,
         tokenizer=model.tokenizer,
         chat_template=model.chat,
-        card=model.card,
+        model_config=model.model_config,
         keys=KeyRing(filter(None, map(parse_key, keys))) if keys else None,
         metrics=metrics,
     )

@@ -4,12 +4,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.api.metrics import render
 from daemon.ipc.messages import EngineFacts, EngineState
-from daemon.ipc.metrics_page import ENGINE, FRONTEND, StatsPage, Table, snapshot
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, MetricsPage, Table, snapshot
 
 
 def _page(table: Table, fill):
     memory = memoryview(bytearray(table.nbytes))
-    fill(StatsPage(memory, table))
+    fill(MetricsPage(memory, table))
     return snapshot(memory, table)
 
 
@@ -53,13 +53,13 @@ def test_each_engine_is_in_one_state():
 
 
 def test_totals_are_sums_over_processes():
-    def frontend(page: StatsPage) -> None:
+    def frontend(page: MetricsPage) -> None:
         page.inc("generation_tokens", 5)
         page.inc("request_success", 1, "stop")
         page.observe("time_to_first_token_seconds", 0.3)
         page.observe("time_to_first_token_seconds", 1e9)
 
-    def engine(page: StatsPage) -> None:
+    def engine(page: MetricsPage) -> None:
         page.inc("preemptions", 2)
         page.observe("iteration_tokens", 100)
 

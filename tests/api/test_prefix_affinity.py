@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.api.prefix_affinity import Affinity
+from daemon.api.prefix_affinity import PrefixAffinity
 
 BLOCK = 8
 LENGTHS = [4, 8, 16, 32]  # blocks
@@ -23,11 +23,11 @@ def forked(common: int, own: int, seed: int) -> array[int]:
     return prompt(common) + prompt(own, seed + 1)
 
 
-def matched(memory: Affinity, tokens: array[int], salt: bytes = b"") -> list[int] | None:
+def matched(memory: PrefixAffinity, tokens: array[int], salt: bytes = b"") -> list[int] | None:
     return memory.matched(memory.names(tokens, salt))
 
 
-def record(memory: Affinity, tokens: array[int], engine: int, salt: bytes = b"") -> None:
+def record(memory: PrefixAffinity, tokens: array[int], engine: int, salt: bytes = b"") -> None:
     memory.record(memory.names(tokens, salt), engine)
 
 
@@ -36,13 +36,13 @@ def record(memory: Affinity, tokens: array[int], engine: int, salt: bytes = b"")
     [(0, None), (31, None), (32, 4), (33, 4), (63, 4), (64, 8), (100, 8), (128, 16), (255, 16), (256, 32), (300, 32)],
 )
 def test_at_least_half_of_a_common_beginning_is_found(common: int, found: int | None):
-    memory = Affinity(3, BLOCK)
+    memory = PrefixAffinity(3, BLOCK)
     record(memory, forked(common, 400 - common, 1), 2)
     assert matched(memory, forked(common, 400 - common, 2)) == (None if found is None else [0, 0, found])
 
 
 def test_the_last_token_is_computed_in_any_case():
-    memory = Affinity(2, BLOCK)
+    memory = PrefixAffinity(2, BLOCK)
     record(memory, prompt(500), 1)
     assert matched(memory, prompt(4 * BLOCK)) is None
     assert matched(memory, prompt(4 * BLOCK + 1)) == [0, 4]
@@ -50,14 +50,14 @@ def test_the_last_token_is_computed_in_any_case():
 
 
 def test_prompts_of_another_salt_are_not_alike():
-    memory = Affinity(2, BLOCK)
+    memory = PrefixAffinity(2, BLOCK)
     record(memory, prompt(100), 1, b"tenant")
     assert matched(memory, prompt(100)) is None
     assert matched(memory, prompt(100), b"tenant") == [0, 8]
 
 
 def test_what_all_engines_hold_favours_none():
-    memory = Affinity(2, BLOCK)
+    memory = PrefixAffinity(2, BLOCK)
     record(memory, forked(64, 300, 1), 0)
     record(memory, forked(64, 300, 2), 1)
     assert matched(memory, forked(64, 300, 3)) is None
@@ -65,7 +65,7 @@ def test_what_all_engines_hold_favours_none():
 
 
 def test_a_replaced_engine_holds_nothing():
-    memory = Affinity(3, BLOCK)
+    memory = PrefixAffinity(3, BLOCK)
     record(memory, prompt(100), 0)
     record(memory, prompt(100), 2)
     memory.forget(2)
@@ -75,7 +75,7 @@ def test_a_replaced_engine_holds_nothing():
 
 
 def test_the_longest_unused_is_forgotten():
-    memory = Affinity(2, BLOCK, capacity=4)  # of beginnings: two prompts of 100 tokens
+    memory = PrefixAffinity(2, BLOCK, capacity=4)  # of beginnings: two prompts of 100 tokens
     for seed in (1, 2):
         record(memory, prompt(100, seed), 1)
     record(memory, prompt(100, 1), 1)  # used again
@@ -92,7 +92,7 @@ def test_agrees_with_all_prompts_compared(
     script: list[tuple[int, int, int, int] | int], common: int, own: int, seed: int
 ):
     """An integer: that engine is replaced."""
-    memory = Affinity(4, BLOCK)
+    memory = PrefixAffinity(4, BLOCK)
     given: list[tuple[int, array[int]]] = []
     for event in script:
         if isinstance(event, int):

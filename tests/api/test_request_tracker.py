@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from daemon.api.generator import Lost
-from daemon.api.request_state import Flight
-from daemon.api.request_tracker import Tracker
+from daemon.api.generator import EngineLost
+from daemon.api.request_state import RequestState
+from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
+from daemon.ipc.fabric import Fabric, FabricHandles
 from daemon.ipc.journal import JournalView
-from daemon.ipc.layout import Fabric, FabricHandles
 from daemon.ipc.messages import (
     EngineState,
     Finish,
@@ -28,7 +28,7 @@ from daemon.ipc.messages import (
 )
 from daemon.ipc.metrics_page import FRONTEND as FRONTEND_STATS
 from daemon.ipc.metrics_page import snapshot
-from daemon.ipc.process_table import Life, ProcessFacts
+from daemon.ipc.process_table import ProcessFacts, ProcessState
 from tests.control.factories import engine
 from tests.ipc.factories import handles_of
 
@@ -49,16 +49,16 @@ class Box:
         self.handles = handles
         self.topology = handles.topology
         self.table = Fabric(handles, -1, 0).table_writer()
-        self.table.publish(self.topology.frontend(0), ProcessFacts(Life.UP, FRONTEND))
+        self.table.publish(self.topology.frontend(0), ProcessFacts(ProcessState.UP, FRONTEND))
         self.journal = JournalView(Fabric(handles, -1, 0).journal(0))
-        self.tracker = Tracker(Fabric(handles, self.topology.frontend(0), FRONTEND), Config(max_queued=10))
+        self.tracker = RequestTracker(Fabric(handles, self.topology.frontend(0), FRONTEND), Config(max_queued=10))
 
     def engine(self, i: int, incarnation: int) -> Fabric:
         return Fabric(self.handles, self.topology.engine(i), incarnation)
 
     def appear(self, i: int, incarnation: int, *, crashed: int = 0, state: EngineState = EngineState.SERVING) -> None:
         """Engine i is up."""
-        self.table.publish(self.topology.engine(i), ProcessFacts(Life.UP, incarnation, crashed=crashed))
+        self.table.publish(self.topology.engine(i), ProcessFacts(ProcessState.UP, incarnation, crashed=crashed))
         self.engine(i, incarnation).board().publish(encode(engine(incarnation=incarnation, state=state)))
         self.tracker.on_doorbell()
 
@@ -70,11 +70,11 @@ class Box:
         self.engine(i, incarnation).writer(self.topology.frontend(0)).put(encode(message), FRONTEND)
         self.tracker.on_doorbell()
 
-    def leave(self, i: int, incarnation: int, life: Life = Life.PARKED, *, crashed: int = 0) -> None:
+    def leave(self, i: int, incarnation: int, life: ProcessState = ProcessState.PARKED, *, crashed: int = 0) -> None:
         self.table.publish(self.topology.engine(i), ProcessFacts(life, incarnation, crashed=crashed))
         self.tracker.on_doorbell()
 
-    def submit(self) -> Flight:
+    def submit(self) -> RequestState:
         with self.tracker.admit(1):
             return self.tracker.submit([1, 2, 3], PARAMS, label="x")
 
@@ -143,15 +143,15 @@ async def test_two_engines_parked_at_once_send_nothing_to_each_other(box: Box) -
     box.appear(1, 1)
     flights = [box.submit(), box.submit()]
     assert {f.engine for f in flights} == {0, 1}
-    box.table.publish(box.topology.engine(1), ProcessFacts(Life.PARKED, 1))
+    box.table.publish(box.topology.engine(1), ProcessFacts(ProcessState.PARKED, 1))
     box.leave(0, 1)
     for flight in flights:
-        with pytest.raises(Lost, match="no engine is ready"):
+        with pytest.raises(EngineLost, match="no engine is ready"):
             await flight.next()
 
 
-@pytest.mark.parametrize("life", [Life.DEAD, Life.PARKED])
-def test_what_a_crashed_engine_had_goes_on_elsewhere(handles: FabricHandles, life: Life) -> None:
+@pytest.mark.parametrize("life", [ProcessState.DEAD, ProcessState.PARKED])
+def test_what_a_crashed_engine_had_goes_on_elsewhere(handles: FabricHandles, life: ProcessState) -> None:
     """Also what one had which was to be parked, and so is not started again. Nothing that it said is lost or asked
     for twice."""
 
@@ -177,12 +177,12 @@ async def test_a_request_that_may_be_what_kills_engines_ends(box: Box) -> None:
     box.appear(0, 1)
     flight = box.submit()
     box.appear(1, 1)
-    box.leave(0, 1, Life.DEAD, crashed=1)
+    box.leave(0, 1, ProcessState.DEAD, crashed=1)
     younger = box.submit()
     assert younger.engine == 1
     box.appear(0, 2, crashed=1)
-    box.leave(1, 1, Life.DEAD, crashed=1)
-    with pytest.raises(Lost, match="died"):
+    box.leave(1, 1, ProcessState.DEAD, crashed=1)
+    with pytest.raises(EngineLost, match="died"):
         await flight.next()
     assert not younger.done
     assert box.starts(0, 2) == [(younger.rid, 2)]
@@ -192,7 +192,7 @@ async def test_a_request_that_may_be_what_kills_engines_ends(box: Box) -> None:
 async def test_it_waits_for_the_only_engines_successor(box: Box) -> None:
     box.appear(0, 1)
     flights = [box.submit() for _ in range(3)]
-    box.leave(0, 1, Life.DEAD, crashed=1)
+    box.leave(0, 1, ProcessState.DEAD, crashed=1)
     flights[1].cancel()
     await asyncio.sleep(0.25)
     assert [f.done for f in flights] == [False, True, False]
@@ -205,9 +205,9 @@ async def test_it_waits_for_the_only_engines_successor(box: Box) -> None:
 async def test_it_ends_when_no_engine_can_come_any_more(box: Box) -> None:
     box.appear(0, 1)
     flight = box.submit()
-    box.leave(0, 1, Life.FAILED, crashed=1)
-    box.leave(1, 0, Life.FAILED)
-    with pytest.raises(Lost, match="no engine is ready"):
+    box.leave(0, 1, ProcessState.FAILED, crashed=1)
+    box.leave(1, 0, ProcessState.FAILED)
+    with pytest.raises(EngineLost, match="no engine is ready"):
         await flight.next()
 
 
@@ -217,7 +217,7 @@ async def test_the_destination_of_its_move_may_still_take_it_over(box: Box) -> N
     box.appear(0, 1)
     flight = box.submit()
     box.appear(1, 1, state=EngineState.DRAINING)
-    box.leave(0, 1, Life.DEAD, crashed=1)
+    box.leave(0, 1, ProcessState.DEAD, crashed=1)
     box.say(1, 1, Takeover(flight.rid, 1, 0, [5], None))
     assert (flight.engine, flight.epoch, flight.accepted) == (1, 2, 1)
     box.appear(0, 2, crashed=1)

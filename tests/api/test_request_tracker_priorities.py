@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from daemon.api.request_state import Flight
+from daemon.api.request_state import RequestState
+from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles
 from daemon.ipc.journal import JournalView
-from daemon.ipc.layout import COORDINATOR, Fabric, FabricHandles
 from daemon.ipc.messages import (
-    AskBack,
     Grant,
     HandBack,
+    OwnedRequests,
+    Reclaim,
     Release,
     Reprioritise,
     SetPriority,
     Start,
-    Statement,
     Takeover,
     encode,
 )
-from daemon.ipc.process_table import Life, ProcessFacts
+from daemon.ipc.process_table import ProcessFacts, ProcessState
 from tests.api.test_request_tracker import FRONTEND, Box
 from tests.control.factories import engine
 
@@ -40,10 +40,10 @@ def say(box: Box, i: int, message: Any) -> None:
 
 
 def orders(box: Box, i: int) -> list[Any]:
-    return [m for m in box.told(i, 1) if not isinstance(m, Statement)]
+    return [m for m in box.told(i, 1) if not isinstance(m, OwnedRequests)]
 
 
-def shown(box: Box, flight: Flight) -> int:
+def shown(box: Box, flight: RequestState) -> int:
     """What a reader of the journal sees."""
     return JournalView(box.tracker._fabric.journal(0)).priority(flight.slot)
 
@@ -72,7 +72,7 @@ def test_a_new_owner_hears_of_a_change_that_it_may_have_missed(handles: FabricHa
         prioritise(box, flight.rid, -1)
         say(box, 1, Takeover(flight.rid, 1, 0, [], None))
         assert orders(box, 1) == [Grant(flight.rid, 1, 2), Reprioritise(flight.rid, 2, -1)]
-        say(box, 1, AskBack(flight.rid, 2, 0, [], None))
+        say(box, 1, Reclaim(flight.rid, 2, 0, [], None))
         assert orders(box, 1)[2:] == [Grant(flight.rid, 2, 3)]
         assert orders(box, 0)[1:] == [Reprioritise(flight.rid, 1, -1), Release(flight.rid, 1)]
         assert shown(box, flight) == -1
@@ -92,7 +92,7 @@ def test_what_is_handed_back_goes_where_its_present_priority_belongs(
         flight = box.submit()
         gathering = {"used_blocks": 60, "running": 3, "high_running": 3}
         for i, fields in ((1, {}), (2, gathering)):
-            box.table.publish(box.topology.engine(i), ProcessFacts(Life.UP, 1))
+            box.table.publish(box.topology.engine(i), ProcessFacts(ProcessState.UP, 1))
             facts = engine(total_blocks=851, max_num_seqs=256, **fields)
             box.engine(i, 1).board().publish(encode(facts))
         prioritise(box, flight.rid, priority)

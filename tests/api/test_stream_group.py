@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from daemon.api.generator import Lost, Piece
-from daemon.api.stream_group import Fan
+from daemon.api.generator import EngineLost, Piece
+from daemon.api.stream_group import StreamGroup
 from daemon.ipc.messages import Finish
 
 
@@ -21,7 +21,7 @@ class Counting:
         await asyncio.sleep(0)
         self.given += 1
         if self._lose and self.given == self._end:
-            raise Lost("gone")
+            raise EngineLost("gone")
         return Piece([self.given], None, Finish.LENGTH if self.given == self._end else Finish.NONE, 0)
 
     def cancel(self) -> None:
@@ -34,7 +34,7 @@ def test_every_piece_arrives_once_and_in_order(ends):
 
     async def collect() -> list[list[int]]:
         found: list[list[int]] = [[] for _ in ends]
-        with Fan() as fan:
+        with StreamGroup() as fan:
             for stream in streams:
                 fan.add(stream)
             while any(len(f) < end for f, end in zip(found, ends, strict=True)):
@@ -50,7 +50,7 @@ def test_slow_reader_takes_no_more_than_a_piece_ahead():
     streams = [Counting(1000), Counting(1000)]
 
     async def linger() -> None:
-        with Fan() as fan:
+        with StreamGroup() as fan:
             for stream in streams:
                 fan.add(stream)
             await fan.next()
@@ -66,7 +66,7 @@ def test_stopped_stream_gives_nothing_more_and_others_go_on():
 
     async def collect() -> set[int]:
         seen = set()
-        with Fan() as fan:
+        with StreamGroup() as fan:
             for stream in streams:
                 fan.add(stream)
             await fan.next()
@@ -85,12 +85,12 @@ def test_loss_of_one_ends_all():
     streams = [Counting(3, lose=True), Counting(1000)]
 
     async def collect() -> None:
-        with Fan() as fan:
+        with StreamGroup() as fan:
             for stream in streams:
                 fan.add(stream)
             while True:
                 await fan.next()
 
-    with pytest.raises(Lost):
+    with pytest.raises(EngineLost):
         asyncio.run(collect())
     assert all(s.cancelled for s in streams)

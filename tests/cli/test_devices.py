@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from daemon.cli import devices, llumd
 from daemon.config import Config, ConfigError
 from daemon.engine.cuda import kernels
-from daemon.models.model_config import ModelCard, read_card
+from daemon.models.model_config import ModelConfig, read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
 Machine = Callable[..., None]
 
 
 @pytest.fixture
-def card(tmp_path: Path) -> ModelCard:
-    return read_card(make_tiny_llama(tmp_path / "tiny", head_dim=64, weights=False), load_format="dummy")
+def model_config(tmp_path: Path) -> ModelConfig:
+    return read_model_config(make_tiny_llama(tmp_path / "tiny", head_dim=64, weights=False), load_format="dummy")
 
 
 @pytest.fixture
@@ -113,71 +113,75 @@ def test_unlike_gpus_have_no_common_architecture(machine: Machine):
 # -- refusals ----------------------------------------------------------------------------------
 
 
-def refusal(config: Config, card: ModelCard) -> str:
+def refusal(config: Config, model_config: ModelConfig) -> str:
     with pytest.raises(ConfigError) as refused:
-        devices.check_gpus(config, card)
+        devices.check_gpus(config, model_config)
     return str(refused.value)
 
 
-def test_no_gpu(machine: Machine, card: ModelCard):
+def test_no_gpu(machine: Machine, model_config: ModelConfig):
     machine()
-    said = refusal(Config(devices=["cuda:0"]), card)
+    said = refusal(Config(devices=["cuda:0"]), model_config)
     assert said.startswith("devices: there is no cuda:0: no NVIDIA GPU is seen") and "--devices cpu,cpu" in said
 
 
-def test_a_gpu_too_many(machine: Machine, card: ModelCard):
+def test_a_gpu_too_many(machine: Machine, model_config: ModelConfig):
     machine("9.0", "9.0", shown="1")
-    said = refusal(Config(devices=["cuda:0", "cuda:1"]), card)
+    said = refusal(Config(devices=["cuda:0", "cuda:1"]), model_config)
     assert "no cuda:1: GPUs here are numbered 0 to 0" in said and "CUDA_VISIBLE_DEVICES is '1'" in said
 
 
-def test_a_pytorch_for_the_cpu(machine: Machine, card: ModelCard):
+def test_a_pytorch_for_the_cpu(machine: Machine, model_config: ModelConfig):
     machine("9.0", cuda=None)
-    assert "LLUMD_TORCH=cuda bin/serve" in refusal(Config(devices=["cuda:0"]), card)
+    assert "LLUMD_TORCH=cuda bin/serve" in refusal(Config(devices=["cuda:0"]), model_config)
 
 
-def test_no_flashinfer(machine: Machine, card: ModelCard, monkeypatch: pytest.MonkeyPatch):
+def test_no_flashinfer(machine: Machine, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch):
     def gone(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)
 
     machine("9.0", "8.9")
     monkeypatch.setattr(importlib.metadata, "version", gone)
-    assert "flashinfer-python is not installed" in refusal(Config(devices=["cuda:0"]), card)
+    assert "flashinfer-python is not installed" in refusal(Config(devices=["cuda:0"]), model_config)
 
 
-def test_missing_kernels_come_with_the_command_that_builds_them(machine: Machine, card: ModelCard):
+def test_missing_kernels_come_with_the_command_that_builds_them(machine: Machine, model_config: ModelConfig):
     pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
     machine("9.0")
-    said = refusal(Config(model="my models/a", devices=["cuda:0"], kv_dtype="fp8"), card)
+    said = refusal(Config(model="my models/a", devices=["cuda:0"], kv_dtype="fp8"), model_config)
     assert "e4m3" in said and "rotary" in said
     assert "llumd kernels build 'my models/a' --kv-dtype fp8 --arch 9.0a" in said
 
 
-def test_with_everything_there_nothing_is_refused(machine: Machine, card: ModelCard):
+def test_with_everything_there_nothing_is_refused(machine: Machine, model_config: ModelConfig):
     pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
     machine("9.0")
-    for spec in kernels.required(card, arch="9.0a"):
+    for spec in kernels.required(model_config, arch="9.0a"):
         folder = kernels.directory("9.0a") / spec.name
         folder.mkdir(parents=True)
         (folder / f"{spec.name}.so").write_bytes(b"library")
         (folder / kernels.RECORD).write_text(json.dumps({"size": 7, "nvcc": "13.0", "tvm_ffi": "0.1.6"}))
-    devices.check_gpus(Config(devices=["cuda:0", "cuda:0"]), card)
+    devices.check_gpus(Config(devices=["cuda:0", "cuda:0"]), model_config)
 
 
-def test_check_says_so_and_exits_with_the_code_for_settings(machine: Machine, card: ModelCard, capsys):
+def test_check_says_so_and_exits_with_the_code_for_settings(machine: Machine, model_config: ModelConfig, capsys):
     machine("9.0", cuda=None)
     with pytest.raises(SystemExit) as done:
-        llumd.main(["check", str(card.path), "--load-format", "dummy"])  # the GPU is found without being named
+        llumd.main(
+            ["check", str(model_config.path), "--load-format", "dummy"]
+        )  # the GPU is found without being named
     assert done.value.code == llumd.EXIT_CONFIG
     assert "LLUMD_TORCH=cuda" in capsys.readouterr().err
 
 
-def test_the_settings_that_run_are_those_for_gpus(machine: Machine, card: ModelCard, monkeypatch: pytest.MonkeyPatch):
+def test_the_settings_that_run_are_those_for_gpus(
+    machine: Machine, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+):
     machine("9.0", "9.0")
-    monkeypatch.setattr(devices, "check_gpus", lambda config, card: None)
+    monkeypatch.setattr(devices, "check_gpus", lambda config, model_config: None)
     monkeypatch.setattr(llumd, "check_tokenizer", lambda path: None)
     config, *_ = llumd._prepare(
-        Config(model=str(card.path), load_format="dummy").replace({"max_num_seqs": 9}, "test")
+        Config(model=str(model_config.path), load_format="dummy").replace({"max_num_seqs": 9}, "test")
     )
     assert config.devices == ["cuda:0", "cuda:1"]
     assert (config.max_num_seqs, config.max_batch_tokens, config.itl_target) == (9, 8192, 0.05)

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from daemon.cli.format import concerns, event_line
-from daemon.control.event_history import Chronicle
-from daemon.ipc.event_ring import EventLog
+from daemon.control.event_history import EventHistory
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import (
     KINDS,
     Dispatched,
@@ -20,7 +20,7 @@ from daemon.ipc.events import (
     Preempted,
     TakenOver,
 )
-from daemon.ipc.layout import COORDINATOR, Fabric, Topology
+from daemon.ipc.fabric import COORDINATOR, Fabric, Topology
 
 LINES = {
     Dispatched(255, "cmpl-a-0", 1, 9, -1, "handed back"): "dispatched  cmpl-a-0 to engine 1, 9 prompt tokens, "
@@ -42,10 +42,10 @@ def fabric() -> Fabric:
 
 def test_every_kind_has_its_line(fabric: Fabric):
     assert {type(event) for event in LINES} == {*get_args(Event)}
-    log, chronicle = EventLog(fabric.events(fabric.topology.engine(0))), Chronicle(fabric)
+    log, event_history = EventWriter(fabric.events(fabric.topology.engine(0))), EventHistory(fabric)
     for event in LINES:
         log.write(event)
-    rows = chronicle.read()
+    rows = event_history.read()
     assert [event_line(row)[14:] for row in rows] == [f"engine 0     {line}" for line in LINES.values()]
     assert {*KINDS} == {row["kind"] for row in rows} | {"missed"}
     assert [concerns(row, "cmpl-a") for row in rows] == [row["kind"] != "engine" for row in rows]
@@ -55,17 +55,17 @@ def test_every_kind_has_its_line(fabric: Fabric):
 
 
 def test_logs_are_merged_by_time_and_gaps_are_told(fabric: Fabric):
-    chronicle = Chronicle(fabric)
-    logs = [EventLog(fabric.events(p)) for p in range(fabric.topology.processes)]
+    event_history = EventHistory(fabric)
+    logs = [EventWriter(fabric.events(p)) for p in range(fabric.topology.processes)]
     for n in range(30):
         logs[n % 3].write(Preempted(n, "", 0))
-    rows = chronicle.read()
+    rows = event_history.read()
     assert [row["rid"] for row in rows] == list(range(30))
-    assert chronicle.read() == []
-    assert [row["rid"] for row in Chronicle(fabric).read(since=rows[9]["time"])] == list(range(10, 30))
+    assert event_history.read() == []
+    assert [row["rid"] for row in EventHistory(fabric).read(since=rows[9]["time"])] == list(range(10, 30))
     for _ in range(300):
         logs[1].write(EngineChanged("serving"))
-    first, *rest = chronicle.read()
+    first, *rest = event_history.read()
     assert (first["kind"], first["process"]) == ("missed", "frontend 0") and first["count"] + len(rest) == 300
     assert event_line(first).endswith(f"{first['count']} events were overwritten before they could be read")
 

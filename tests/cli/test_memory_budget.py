@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from daemon.cli.memory_budget import MODELLESS_POOL, kv_pool_bytes
 from daemon.config import Config, ConfigError, options
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 MIB, GIB = 1 << 20, 1 << 30
-CARD = ModelCard(
+CARD = ModelConfig(
     path=Path("m"), name="m", vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, max_position=512,
     tie_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(2,),
@@ -56,12 +56,12 @@ def test_what_does_not_fit_is_refused():
         kv_pool_bytes(Config(kv_memory=2 * GIB), CARD, 3, 6 * GIB)
 
 
-def least(config: Config, card: ModelCard) -> int:
+def least(config: Config, model_config: ModelConfig) -> int:
     """MiB of free memory at which one engine begins to fit."""
 
     def fits(mib: int) -> bool:
         try:
-            return bool(kv_pool_bytes(config, card, 1, mib * MIB))
+            return bool(kv_pool_bytes(config, model_config, 1, mib * MIB))
         except ConfigError:
             return False
 

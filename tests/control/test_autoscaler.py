@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.config import Config
-from daemon.control.autoscaler import Scaler
+from daemon.control.autoscaler import Autoscaler
 from daemon.control.policy.projection import emptied, outlook
 from daemon.control.policy.scaling import Action, Park, Wake
-from daemon.control.rebalancer import Balancer, Refusal
-from daemon.ipc.layout import COORDINATOR, Fabric, FabricHandles, Topology
+from daemon.control.rebalancer import Rebalancer, Refusal
+from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles, Topology
 from daemon.ipc.messages import EngineFacts, EngineState
 from tests.control.factories import engine
 
@@ -32,17 +32,17 @@ class Box:
         fabric = Fabric(handles, COORDINATOR, 1)
         self.up: Facts = list(up)
         self.loading: Facts = [None] * len(up)
-        self.balancer = Balancer(fabric, config)
-        self.scaler = Scaler(self.balancer.wishes, self.balancer.wish, config, len(up))
+        self.rebalancer = Rebalancer(fabric, config)
+        self.autoscaler = Autoscaler(self.rebalancer.wishes, self.rebalancer.wish, config, len(up))
         self.now = 0.0
 
     @property
     def wished(self) -> list[EngineState]:
-        return [self.balancer.wishes.of(i) for i in range(len(self.up))]
+        return [self.rebalancer.wishes.of(i) for i in range(len(self.up))]
 
     def cycle(self, seconds: float = 0.0) -> list[Action]:
         self.now += seconds
-        return self.scaler.cycle(self.up, outlook(self.up, self.loading, self.wished), self.now)
+        return self.autoscaler.cycle(self.up, outlook(self.up, self.loading, self.wished), self.now)
 
 
 def busy(running: int, **fields: int) -> EngineFacts:
@@ -69,8 +69,8 @@ def test_one_that_loads_is_not_taken_for_missing(handles: FabricHandles):
     """Loading takes many periods: nobody else is woken meanwhile, for load nor for number."""
     asleep = emptied(engine(), PARKED)
     box = Box(handles, replace(SCALING, min_engines=2), busy(40), asleep, asleep)
-    box.balancer.wish(1, PARKED)
-    box.balancer.wish(2, PARKED)
+    box.rebalancer.wish(1, PARKED)
+    box.rebalancer.wish(2, PARKED)
     assert box.cycle() == [Wake(1)]
     box.up[1], box.loading[1] = None, busy(50)
     assert [box.cycle(1.0) for _ in range(60)] == [[]] * 60
@@ -88,8 +88,8 @@ def test_the_last_that_answers_stays_though_another_loads(handles: FabricHandles
 
 def test_a_drain_by_an_operator_is_left_alone(handles: FabricHandles):
     box = Box(handles, SCALING, busy(64), engine(state=DRAINING), emptied(engine(), PARKED))
-    box.balancer.wish(1, DRAINING)
-    box.balancer.wish(2, DRAINING)  # parked before
+    box.rebalancer.wish(1, DRAINING)
+    box.rebalancer.wish(2, DRAINING)  # parked before
     assert [box.cycle(1.0) for _ in range(30)] == [[]] * 30
     assert box.wished == [SERVING, DRAINING, DRAINING]
 
@@ -151,11 +151,11 @@ def _come_about(box: Box, running: Sequence[int]) -> None:
 @pytest.mark.parametrize("state", [DRAINING, PARKED])
 def test_the_last_that_serves_is_kept(handles: FabricHandles, state: EngineState):
     box = Box(handles, Config(), engine(), engine(), None)
-    box.balancer.set_state(box.up, 0, state)
+    box.rebalancer.set_state(box.up, 0, state)
     with pytest.raises(Refusal, match="engine 1 is the last"):
-        box.balancer.set_state(box.up, 1, state)  # though engine 0's board still says that it serves
+        box.rebalancer.set_state(box.up, 1, state)  # though engine 0's board still says that it serves
     assert box.wished == [state, SERVING, SERVING]
-    box.balancer.set_state([engine(state=DRAINING), None, None], 0, PARKED)  # who drains already serves nobody
+    box.rebalancer.set_state([engine(state=DRAINING), None, None], 0, PARKED)  # who drains already serves nobody
     assert box.wished == [PARKED, SERVING, SERVING]
 
 
@@ -163,7 +163,7 @@ def test_orders_to_nobody_are_refused(handles: FabricHandles):
     box = Box(handles, Config(), engine(), engine(), None)
     for number, state in ((3, SERVING), (-1, SERVING), (3, PARKED), (2, PARKED), (2, DRAINING)):
         with pytest.raises(Refusal, match=f"no engine {number}"):
-            box.balancer.set_state(box.up, number, state)
+            box.rebalancer.set_state(box.up, number, state)
     assert box.wished == [SERVING] * 3
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from daemon.control.policy.dispatch import choose
 from daemon.control.policy.freeness import NOTHING, POLICIES, Policy
-from daemon.control.policy.rebalancing import Pair, Rebalance, pair
+from daemon.control.policy.rebalancing import Pair, RebalanceRules, pair
 from daemon.enums import MigrationReason
 from daemon.ipc.messages import EngineFacts
 from tests.control.factories import engine
@@ -36,14 +36,14 @@ scenes = pytest.mark.parametrize(
 @pytest.mark.parametrize("policy", BY_MEMORY, ids=lambda policy: policy.name)
 def test_memory_alone_never_pairs_them(policy: Policy, overloaded: EngineFacts, other: EngineFacts):
     facts: list[EngineFacts | None] = [overloaded, other]
-    assert pair(facts, Rebalance.of(policy)) == []
+    assert pair(facts, RebalanceRules.of(policy)) == []
     assert min(policy.migration(overloaded), policy.migration(other)) > policy.marks.migrate_low
 
 
 @scenes
 def test_llumd_pairs_them_for_lack_of_compute(overloaded: EngineFacts, other: EngineFacts):
     facts: list[EngineFacts | None] = [overloaded, other]
-    assert pair(facts, Rebalance.of(LLUMD)) == [Pair(0, 1, MigrationReason.COMPUTE)]
+    assert pair(facts, RebalanceRules.of(LLUMD)) == [Pair(0, 1, MigrationReason.COMPUTE)]
 
 
 @pytest.mark.parametrize("policy", BY_MEMORY, ids=lambda policy: policy.name)
@@ -67,5 +67,5 @@ def test_a_knee_that_was_not_measured_is_the_size_of_the_batch(overloaded: Engin
     def blind(facts: EngineFacts) -> EngineFacts:
         return engine(**{name: getattr(facts, name) for name in facts.__struct_fields__} | {"knee": 0})
 
-    found = pair([blind(overloaded), blind(other)], Rebalance.of(LLUMD))
+    found = pair([blind(overloaded), blind(other)], RebalanceRules.of(LLUMD))
     assert bool(found) == (overloaded is READING)

@@ -8,7 +8,7 @@ from typing import Any
 from daemon.api.seeds import choice_seed
 from daemon.engine.fake.hash import expected_stream
 from daemon.models import store
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 from daemon.models.tokenizer import Tokenizer
 from tests.e2e.load_client import Outcome
 
@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def vocab_size() -> int:
-    return read_card(store.resolve("demo", "dummy", print), "", "dummy").vocab_size
+    return read_model_config(store.resolve("demo", "dummy", print), "", "dummy").vocab_size
 
 
 def prompt_of(i: int, length: int, shared: int = 0) -> list[int]:

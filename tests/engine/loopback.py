@@ -6,13 +6,13 @@ import os
 from itertools import count
 
 from daemon.engine.fake.hash import HashRunner
-from daemon.engine.frontend_inbox import Inbox
-from daemon.engine.frontend_outbox import Outbox
-from daemon.engine.journal_reader import Records
+from daemon.engine.frontend_inbox import FrontendInbox
+from daemon.engine.frontend_outbox import FrontendOutbox
+from daemon.engine.journal_reader import JournalReader
 from daemon.engine.migration.llumlet import Action, Llumlet, Tell
 from daemon.engine.scheduler import Scheduler
+from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.journal import Journal, JournalView
-from daemon.ipc.layout import Fabric, Topology
 from daemon.ipc.messages import (
     RequestParams,
     SamplingParams,
@@ -44,11 +44,11 @@ class Lane:
         self.scheduler = Scheduler(
             BlockManager(100, 8), max_num_seqs=16, max_batch_tokens=64, max_model_len=MAX_LEN, eos_token_ids=()
         )
-        self.outbox = Outbox(fabric.writer(topology.frontend(0)))
+        self.outbox = FrontendOutbox(fabric.writer(topology.frontend(0)))
         self.view = JournalView(fabric.journal(0))
-        records = Records([self.view])
+        records = JournalReader([self.view])
         self.llumlet = Llumlet(self.scheduler, records)
-        self.inbox = Inbox(0, ENGINE_INCARNATION, fabric.reader(topology.frontend(0)), records, self.llumlet,
+        self.inbox = FrontendInbox(0, ENGINE_INCARNATION, fabric.reader(topology.frontend(0)), records, self.llumlet,
                            self.outbox, self._carry_out)  # fmt: skip
         self._rids = count(incarnation << 32)
         self.restart_frontend(incarnation)
@@ -110,7 +110,7 @@ class Lane:
         """One step of the engine; False if it had nothing to do."""
         plan = self.scheduler.plan(0.0)
         if plan is not None:
-            for emission in self.scheduler.fold(plan, self.runner.execute(plan), 0.0):
+            for emission in self.scheduler.apply_result(plan, self.runner.execute(plan), 0.0):
                 self.outbox.emit(emission)
         self.outbox.flush()
         self.scheduler.check()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from daemon.engine.standing import Standing
-from daemon.ipc.desired_state import WishWriter
-from daemon.ipc.layout import COORDINATOR, Fabric
+from daemon.ipc.desired_state import DesiredStateWriter
+from daemon.ipc.fabric import COORDINATOR, Fabric
 from daemon.ipc.messages import EngineState
 from tests.engine.loopback import ENGINE_INCARNATION, Lane
 
@@ -22,22 +22,22 @@ def lane() -> Iterator[Lane]:
 
 def test_it_does_as_wished_until_wished_otherwise(lane: Lane):
     fabric = Fabric(lane.handles, lane.engine_process, ENGINE_INCARNATION)
-    wishes = WishWriter(Fabric(lane.handles, COORDINATOR, 1).wishes())
+    wishes = DesiredStateWriter(Fabric(lane.handles, COORDINATOR, 1).wishes())
     standing, progress = Standing(fabric, lane.llumlet), fabric.progress(lane.engine_process)
-    standing.heed()  # it serves where nobody has wished anything
+    standing.apply()  # it serves where nobody has wished anything
     assert (standing.state, progress.state) == (EngineState.SERVING, EngineState.SERVING)
     assert lane.llumlet.accepting
     for state in (EngineState.DRAINING, EngineState.PARKED, EngineState.SERVING):
         wishes.put(0, state)
-        standing.heed()
+        standing.apply()
         assert (standing.state, progress.state) == (state, state)
         assert progress.incarnation == ENGINE_INCARNATION
         assert lane.llumlet.accepting == (state == EngineState.SERVING)
 
 
 def test_a_successor_begins_as_its_predecessor_was_wished(lane: Lane):
-    WishWriter(Fabric(lane.handles, COORDINATOR, 1).wishes()).put(0, EngineState.DRAINING)
+    DesiredStateWriter(Fabric(lane.handles, COORDINATOR, 1).wishes()).put(0, EngineState.DRAINING)
     standing = Standing(Fabric(lane.handles, lane.engine_process, ENGINE_INCARNATION + 1), lane.llumlet)
-    standing.heed()
+    standing.apply()
     assert standing.state == EngineState.DRAINING
     assert not lane.llumlet.accepting

@@ -8,7 +8,7 @@ import pytest
 from msgspec import DecodeError
 
 from daemon.engine.fake.hash import expected_stream
-from daemon.ipc.messages import Cancel, Demand, Refused, Reprioritise, Start, Statement, StepOutput
+from daemon.ipc.messages import Cancel, Demand, OwnedRequests, Refused, Reprioritise, Start, StepOutput
 from tests.engine.loopback import ENGINE_INCARNATION, MAX_LEN, VOCAB, Lane
 
 
@@ -155,7 +155,7 @@ def test_statement_drops_what_it_omits(lane: Lane):
     kept, omitted, older = (lane.write([n]) for n in (1, 2, 3))
     lane.tell(kept, omitted, older)
     lane.step()
-    lane.tell(Statement([kept.rid, older.rid, 999], [1, 2, 1]))
+    lane.tell(OwnedRequests([kept.rid, older.rid, 999], [1, 2, 1]))
     assert lane.here() == {kept.rid}
     lane.scheduler.check()
 
@@ -176,10 +176,10 @@ def test_what_was_owed_to_the_old_incarnation_goes_to_nobody(lane: Lane):
     old = lane.write([1, 2, 3])
     lane.tell(old)
     plan = lane.scheduler.plan(0.0)
-    for emission in lane.scheduler.fold(plan, lane.runner.execute(plan), 0.0):
+    for emission in lane.scheduler.apply_result(plan, lane.runner.execute(plan), 0.0):
         lane.outbox.emit(emission)  # not flushed: the ring was full, say
     lane.restart_frontend(lane.incarnation + 1)
-    lane.tell(Statement([], []))
+    lane.tell(OwnedRequests([], []))
     assert not lane.outbox.flush()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.frontend_outbox import Outbox
+from daemon.engine.frontend_outbox import FrontendOutbox
 from daemon.engine.request import Request
 from daemon.engine.scheduler import Emission
 from daemon.ipc.messages import (
@@ -27,9 +27,9 @@ def request(rid: int, epoch: int = 1, cached: int = 0) -> Request:
     return Request(rid, epoch, 0, params, [1], 1, num_cached=cached)
 
 
-def outbox(capacity: int) -> tuple[Outbox, RingReader]:
+def outbox(capacity: int) -> tuple[FrontendOutbox, RingReader]:
     memory = memoryview(bytearray(ring_bytes(capacity)))
-    made = Outbox(RingWriter(memory, 1))
+    made = FrontendOutbox(RingWriter(memory, 1))
     made.forget(PEER)
     return made, RingReader(memory)
 

@@ -44,7 +44,7 @@ def step(s: Scheduler, token=9, now=0.0):
     """One step in which every row draws `token`: (rid, start, count) of the rows, rids preempted, emissions."""
     plan = s.plan(now)
     drawn = [token for row in plan.rows if row.sample]
-    emissions = s.fold(plan, StepResult(drawn), now)
+    emissions = s.apply_result(plan, StepResult(drawn), now)
     s.check()
     return [(r.request.rid, r.start, r.count) for r in plan.rows], [r.rid for r in plan.preempted], emissions
 
@@ -357,7 +357,7 @@ def test_logprobs_follow_their_rows():
     add(s, request(1, 2), request(2, 2), request(3, 5))
     plan = s.plan(0.0)
     lp = TokenLogprobs(-0.5, [9], [-0.5])
-    first, second = s.fold(plan, StepResult([8, 9], [None, lp]), 0.0)
+    first, second = s.apply_result(plan, StepResult([8, 9], [None, lp]), 0.0)
     assert (first.tokens, first.logprobs, second.tokens, second.logprobs) == ([8], None, [9], [lp])
 
 
@@ -383,7 +383,7 @@ def test_what_was_cancelled_or_preempted_during_the_step_is_not_heard():
     s.cancel(1, 1)
     s.preempt(s.running[2], 0.0)
     add(s, request(3, epoch=2))
-    emissions = s.fold(plan, StepResult([11, 12, 13, 14]), 0.0)
+    emissions = s.apply_result(plan, StepResult([11, 12, 13, 14]), 0.0)
     assert [(e.request.rid, e.tokens) for e in emissions] == [(4, [14])]
     s.check()
 
@@ -394,8 +394,8 @@ def test_a_row_of_an_older_epoch_is_not_taken_for_the_newer_one():
     old_plan = s.plan(0.0)
     add(s, request(1, epoch=2, output=[8]))
     plan = s.plan(1.0)
-    assert s.fold(old_plan, StepResult([11]), 2.0) == []
-    assert [e.start for e in s.fold(plan, StepResult([12]), 2.0)] == [1]
+    assert s.apply_result(old_plan, StepResult([11]), 2.0) == []
+    assert [e.start for e in s.apply_result(plan, StepResult([12]), 2.0)] == [1]
 
 
 def test_a_frontend_that_states_what_it_owns_loses_the_rest():
@@ -403,7 +403,7 @@ def test_a_frontend_that_states_what_it_owns_loses_the_rest():
     add(s, *(request(i, frontend=i % 2) for i in range(6)), request(6, epoch=2))
     step(s)
     held = [*s.running.values(), *s.waiting]
-    Llumlet(s, journals=None).on_statement(0, {0: 1, 2: 2, 6: 2}, 0.0)  # no journal is read for it
+    Llumlet(s, journals=None).on_owned_requests(0, {0: 1, 2: 2, 6: 2}, 0.0)  # no journal is read for it
     assert sorted(r.rid for r in held if r.finish is Finish.CANCELLED) == [2, 4]
     assert rids(s) == ([0, 1], [3, 5, 6])
     s.check()
@@ -449,7 +449,7 @@ def test_pure_modules_import_no_number_crunching(module):
 def test_a_request_without_a_drawable_token_ends_alone():
     s = scheduler()
     add(s, request(1), request(2))
-    lost, other = s.fold(s.plan(0.0), StepResult([NO_TOKEN, 9]), 0.0)
+    lost, other = s.apply_result(s.plan(0.0), StepResult([NO_TOKEN, 9]), 0.0)
     s.check()
     assert (lost.request.rid, lost.tokens, lost.finish) == (1, [], Finish.ERROR)
     assert (other.request.rid, other.tokens, other.finish) == (2, [9], Finish.NONE)
@@ -466,10 +466,10 @@ def test_the_next_step_computes_the_token_that_the_last_one_draws():
     second = s.plan(0.0)
     assert [(row.start, row.count, row.sample) for row in second.rows] == [(4, 1, True)]
     assert second.rows[0].start == len(r.tokens) and second.num_decodes == 1
-    s.fold(first, StepResult([9]), 0.0)
-    assert (r.num_computed, r.ahead, r.drawing) == (4, 1, True)
-    s.fold(second, StepResult([8]), 0.0)
-    assert r.tokens[4:] == [9, 8] and not r.in_flight and not r.drawing
+    s.apply_result(first, StepResult([9]), 0.0)
+    assert (r.num_computed, r.num_inflight_tokens, r.num_sampling) == (4, 1, True)
+    s.apply_result(second, StepResult([8]), 0.0)
+    assert r.tokens[4:] == [9, 8] and not r.in_flight and not r.num_sampling
 
 
 def test_nothing_is_computed_past_the_last_token():
@@ -477,7 +477,7 @@ def test_nothing_is_computed_past_the_last_token():
     add(s, request(1, max_tokens=1))
     plan = s.plan(0.0)
     assert s.plan(0.0) is None
-    assert s.fold(plan, StepResult([9]), 0.0)[0].finish == Finish.LENGTH
+    assert s.apply_result(plan, StepResult([9]), 0.0)[0].finish == Finish.LENGTH
 
 
 def test_a_row_planned_before_a_preemption_is_void_though_the_request_is_back():
@@ -486,8 +486,8 @@ def test_a_row_planned_before_a_preemption_is_void_though_the_request_is_back():
     first = s.plan(0.0)
     s.preempt(r, 0.0)
     second = s.plan(0.0)
-    assert s.fold(first, StepResult([9]), 0.0) == []
-    assert s.fold(second, StepResult([7]), 0.0)[0].tokens == [7]
+    assert s.apply_result(first, StepResult([9]), 0.0) == []
+    assert s.apply_result(second, StepResult([7]), 0.0)[0].tokens == [7]
 
 
 def test_a_peer_gets_no_block_to_which_a_step_in_flight_still_writes():
@@ -500,7 +500,7 @@ def test_a_peer_gets_no_block_to_which_a_step_in_flight_still_writes():
     assert not set(s.allocate_settled(free)) & set(written)
     with pytest.raises(PoolError):
         s.allocate_settled(1)
-    s.fold(plan, StepResult([9]), 0.0)
+    s.apply_result(plan, StepResult([9]), 0.0)
     assert set(s.allocate_settled(1)) <= set(written)
 
 
@@ -514,5 +514,5 @@ def test_a_held_request_is_left_out_until_it_is_released():
     plan = s.plan(0.0)
     with pytest.raises(ValueError, match="in flight"):
         s.detach(r)
-    s.fold(plan, StepResult([9]), 0.0)
+    s.apply_result(plan, StepResult([9]), 0.0)
     s.detach(r)

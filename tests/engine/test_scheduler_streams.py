@@ -174,7 +174,7 @@ class Run:
         assert len(self.scheduler.running) <= self.engine.max_num_seqs
         assert len({row.request.rid for row in plan.rows}) == len(plan.rows)
         for i, (request, start, count, sample, _) in enumerate(plan.rows):
-            assert start == request.num_computed + request.ahead - count and count >= 1
+            assert start == request.num_computed + request.num_inflight_tokens - count and count >= 1
             assert sample == (start + count >= len(request.tokens))
             assert len(request.block_table) * size >= start + count
             assert (i < plan.num_decodes) <= (count == 1 and sample)
@@ -193,7 +193,7 @@ class Run:
             self.pipeline.launch(plan)
         self.happen(before_plan=False)
         if done := self.pipeline.collect(leave=1 if plan else 0):
-            self.hear(self.scheduler.fold(done.plan, done.result, float(self.step)))
+            self.hear(self.scheduler.apply_result(done.plan, done.result, float(self.step)))
         self.scheduler.check([table for _, table in self.reserved])
         waiting = list(self.scheduler.waiting)
         assert self.scheduler.waiting_tokens == sum(len(r.tokens) for r in waiting)

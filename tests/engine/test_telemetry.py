@@ -6,12 +6,12 @@ import pytest
 
 from daemon.engine.migration.llumlet import Report
 from daemon.engine.request import Request
-from daemon.engine.telemetry import Logbook
+from daemon.engine.telemetry import Telemetry
 from daemon.enums import MigrationReason, MigrationResult
-from daemon.ipc.event_ring import SLOT_BYTES, EventLog, EventReader
+from daemon.ipc.event_ring import SLOT_BYTES, EventReader, EventWriter
 from daemon.ipc.events import EngineChanged, HandedBack, MoveEnded, Preempted
 from daemon.ipc.messages import EngineState, MigrateTo, RequestParams, SamplingParams
-from daemon.ipc.metrics_page import ENGINE, MOVE_REASONS, MOVE_RESULTS, StatsPage, snapshot
+from daemon.ipc.metrics_page import ENGINE, MOVE_REASONS, MOVE_RESULTS, MetricsPage, snapshot
 
 
 class Desk:
@@ -20,7 +20,7 @@ class Desk:
     def __init__(self) -> None:
         log, self.page = memoryview(bytearray(8 * SLOT_BYTES)), memoryview(bytearray(ENGINE.nbytes))
         self._reader = EventReader(log)
-        self.logbook = Logbook(EventLog(log), StatsPage(self.page, ENGINE), block_bytes=100)
+        self.telemetry = Telemetry(EventWriter(log), MetricsPage(self.page, ENGINE), block_bytes=100)
 
     @property
     def events(self) -> list:
@@ -38,7 +38,7 @@ def request(label: str = "cmpl-1-0") -> Request:
 
 def test_a_move(desk: Desk):
     report = Report(request(), 1, "memory", MigrationResult.MOVED, "", 2, 7, 3, 0.5, 0.25)
-    desk.logbook.move(report)
+    desk.telemetry.move(report)
     assert desk.events == [MoveEnded(255, "cmpl-1-0", 1, "memory", "moved", "", 2, 7, 3, 700, 0.5, 0.25)]
     seen = snapshot(desk.page, ENGINE)
     assert seen.counter("migrations", "memory", "moved") == 1
@@ -50,17 +50,17 @@ def test_a_move(desk: Desk):
 
 @pytest.mark.parametrize("result", [r for r in MigrationResult if r is not MigrationResult.MOVED])
 def test_the_sizes_of_moves_are_those_of_moves_that_went_well(desk: Desk, result: MigrationResult):
-    desk.logbook.move(Report(request(), 1, "operator", result, "why", 1, 1, 1, 1.0, 1.0))
+    desk.telemetry.move(Report(request(), 1, "operator", result, "why", 1, 1, 1, 1.0, 1.0))
     seen = snapshot(desk.page, ENGINE)
     assert seen.counter("migrations", "operator", result) == 1
     assert sum(seen.histogram("migration_stages").counts) == 0
 
 
 def test_other_events(desk: Desk):
-    desk.logbook.move(Report(request(""), -1, "draining", MigrationResult.HANDED_BACK, "it waited"))
-    desk.logbook.preempted([request()])
+    desk.telemetry.move(Report(request(""), -1, "draining", MigrationResult.HANDED_BACK, "it waited"))
+    desk.telemetry.preempted([request()])
     for state in (EngineState.SERVING, EngineState.SERVING, EngineState.DRAINING):
-        desk.logbook.state(state)
+        desk.telemetry.state(state)
     assert desk.events == [
         HandedBack(255, "ff", "draining", "it waited"),
         Preempted(255, "cmpl-1-0", 3),

@@ -10,7 +10,7 @@ from daemon.engine.cpu.memory import activation_bytes, weights_bytes
 from daemon.engine.cpu.model import Llama
 from daemon.engine.weights import open_weights
 from daemon.models import checkpoint
-from daemon.models.model_config import ModelError, read_card
+from daemon.models.model_config import ModelError, read_model_config
 from tests.engine.cpu.harness import make_runner
 from tests.models.tiny_model import make_tiny_llama, random_weights, write_weights
 
@@ -19,7 +19,7 @@ from tests.models.tiny_model import make_tiny_llama, random_weights, write_weigh
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_tensor_comes_as_stored(tmp_path, shards, dtype):
     path = make_tiny_llama(tmp_path, shards=shards, dtype=dtype, seed=4, tie=False)
-    weights = open_weights(read_card(path), "auto")
+    weights = open_weights(read_model_config(path), "auto")
     stored = random_weights(json.loads((path / "config.json").read_text()), 4)
     for name, value in stored.items():
         tensor = weights.get(name)
@@ -29,7 +29,7 @@ def test_every_tensor_comes_as_stored(tmp_path, shards, dtype):
 
 def test_a_checkpoint_is_mapped_not_copied(tmp_path):
     path = make_tiny_llama(tmp_path)
-    tensor = open_weights(read_card(path), "auto").get("model.embed_tokens.weight")
+    tensor = open_weights(read_model_config(path), "auto").get("model.embed_tokens.weight")
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
     ranges = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in mapped]
     assert any(low <= tensor.data_ptr() < high for low, high in ranges)
@@ -38,7 +38,7 @@ def test_a_checkpoint_is_mapped_not_copied(tmp_path):
 @pytest.mark.parametrize("change", ["missing", "misshapen"])
 def test_a_wrong_checkpoint_is_refused_by_name(tmp_path, change):
     path = make_tiny_llama(tmp_path)
-    card = read_card(path)
+    config = read_model_config(path)
     stored = random_weights(json.loads((path / "config.json").read_text()), 0)
     name = "model.layers.1.mlp.up_proj.weight"
     if change == "missing":
@@ -47,13 +47,13 @@ def test_a_wrong_checkpoint_is_refused_by_name(tmp_path, change):
         stored[name] = stored[name][:-1]
     write_weights(path, stored)
     with pytest.raises(ModelError, match=name.replace(".", r"\.")):
-        open_weights(card, "auto")
+        open_weights(config, "auto")
 
 
 def test_dummy_weights_depend_on_the_name_and_nothing_else(tmp_path):
-    card = read_card(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
-    one, two = open_weights(card, "dummy"), open_weights(card, "dummy")
-    names = [n for n in checkpoint.expected_tensors(card) if "proj" in n]
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    one, two = open_weights(config, "dummy"), open_weights(config, "dummy")
+    names = [n for n in checkpoint.expected_tensors(config) if "proj" in n]
     for name in names:
         assert torch.equal(one.get(name), two.get(name))
     firsts = [float(one.get(name).flatten()[0]) for name in names]
@@ -63,18 +63,18 @@ def test_dummy_weights_depend_on_the_name_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("arithmetic, tie", [("fp32", True), ("fp32", False), ("bf16", True)])
 def test_the_estimate_covers_what_is_held(tmp_path, arithmetic, tie):
     path = make_tiny_llama(tmp_path, tie=tie)
-    card = read_card(path)
+    config = read_model_config(path)
     model: Llama = make_runner(path, dtype=arithmetic)._model
     linears = [x for layer in model._layers for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    params = sum(x.in_features * x.out_features for x in linears) + card.hidden_size * (2 * card.num_layers + 1)
+    params = sum(x.in_features * x.out_features for x in linears) + config.hidden_size * (2 * config.num_layers + 1)
     head = model._head.in_features * model._head.out_features * 4
-    assert weights_bytes(card, arithmetic) == params * (4 if arithmetic == "fp32" else 2) + head
+    assert weights_bytes(config, arithmetic) == params * (4 if arithmetic == "fp32" else 2) + head
 
 
 def test_activations_grow_with_the_step(tmp_path):
-    card = read_card(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
 
     def size(tokens, seqs, length):
-        return activation_bytes(card, "fp32", max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
+        return activation_bytes(config, "fp32", max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
 
     assert size(512, 64, 512) < min(size(513, 64, 512), size(512, 65, 512), size(512, 64, 513))

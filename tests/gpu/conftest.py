@@ -36,16 +36,16 @@ def _kernels() -> tuple[Path | None, str]:
     import torch
 
     from daemon.engine.cuda import kernels
-    from tests.gpu.parts import card_of
+    from tests.gpu.parts import model_config_of
 
     arch = kernels.arch_of(*torch.cuda.get_device_capability(0))
-    cards = [card_of(head_dim) for head_dim in HEAD_DIMS]
+    cards = [model_config_of(head_dim) for head_dim in HEAD_DIMS]
     try:
         specs = [
             spec
-            for card in cards
+            for config in cards
             for kv in ("auto", "fp8")
-            for spec in kernels.required(card, arch=arch, kv_dtype=kv)
+            for spec in kernels.required(config, arch=arch, kv_dtype=kv)
         ]
         return kernels.check({spec.name: spec for spec in specs}.values(), arch), ""
     except kernels.KernelError as e:

@@ -17,7 +17,7 @@ from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.models.model_config import ModelCard, read_card
+from daemon.models.model_config import ModelConfig, read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
 DEVICE = "cuda:0"
@@ -27,9 +27,9 @@ SIMULATED = "SIMGPU" in os.environ
 BF16 = torch.bfloat16
 
 
-def card_of(head_dim: int) -> ModelCard:
+def model_config_of(head_dim: int) -> ModelConfig:
     """A small model's card, of no files."""
-    return ModelCard(
+    return ModelConfig(
         path=Path("."),
         name=f"head_dim {head_dim}",
         vocab_size=384,
@@ -76,10 +76,12 @@ def make_gpu_runner(path: Path, *, blocks: int = 400, **options: Any) -> CudaRun
         "max_model_len": 512,
     }
     settings = defaults | options
-    card = read_card(path, load_format=settings["load_format"])
-    settings["kv_memory"] = blocks * 2 * card.num_layers * settings["block_size"] * card.num_kv_heads * card.head_dim
+    config = read_model_config(path, load_format=settings["load_format"])
+    settings["kv_memory"] = (
+        blocks * 2 * config.num_layers * settings["block_size"] * config.num_kv_heads * config.head_dim
+    )
     settings["kv_memory"] *= 1 if settings.get("kv_dtype") == "fp8" else 2
-    runner = CudaRunner(card, **settings)
+    runner = CudaRunner(config, **settings)
     runner.load()
     runner.pool_memory.view(-1)[runner.pool_spec(1).block_bytes :].fill_(0x41)  # about 10; 2 in e4m3
     runner._settle()

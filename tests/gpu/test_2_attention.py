@@ -6,7 +6,7 @@ import torch
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.attention import FlashInferAttention, Heads, TorchAttention
 from daemon.engine.cuda.ops import TorchOps
-from tests.gpu.parts import BF16, DEVICE, Bench, Span, card_of
+from tests.gpu.parts import BF16, DEVICE, Bench, Span, model_config_of
 
 LAYERS, LAYER = 3, 1
 MAX_LEN = 8192
@@ -85,7 +85,7 @@ def test_chunks(heads, parts, kv_dtype):
 def test_chunks_by_fa3(heads, parts):
     arch = kernels.arch_of(*torch.cuda.get_device_capability())
     try:
-        kernels.check(kernels.required(card_of(heads.head_dim), arch=arch, prefill="fa3"), arch)
+        kernels.check(kernels.required(model_config_of(heads.head_dim), arch=arch, prefill="fa3"), arch)
     except kernels.KernelError as e:
         pytest.skip(str(e))
     check_chunks(engines(heads, BF16, "fa3"), heads, parts, BF16)

@@ -11,7 +11,7 @@ from daemon.engine.cuda import kernels
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
 from daemon.engine.cuda.small_batch import MOST_ROWS
 from daemon.engine.rope import rope_tables
-from tests.gpu.parts import BF16, DEVICE, SIMULATED, card_of
+from tests.gpu.parts import BF16, DEVICE, SIMULATED, model_config_of
 
 EPS = 1e-5
 LLAMA_8B = {"hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 14336, "vocab": 128256}
@@ -100,7 +100,7 @@ def test_few_rows_as_heads(gemv, rows, shape, kv_dtype):
     x, norm = noise(rows, hidden), noise(hidden)
     weight = noise((heads + 2 * kv_heads) * head_dim, hidden, scale=hidden**-0.5)
     pool = torch.zeros(40, 3, 2, 16, kv_heads, head_dim, dtype=BF16, device=DEVICE).to(kv_dtype)
-    angles = torch.cat([torch.from_numpy(t) for t in rope_tables(card_of(head_dim), 128)], 1).to(DEVICE)
+    angles = torch.cat([torch.from_numpy(t) for t in rope_tables(model_config_of(head_dim), 128)], 1).to(DEVICE)
     positions = torch.randint(0, 128, (rows,), dtype=torch.int32, device=DEVICE)
     indptr = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * 8
     indices = torch.randperm(39, device=DEVICE)[: 8 * rows].int() + 1

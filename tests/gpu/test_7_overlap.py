@@ -49,7 +49,7 @@ class Drive(RandomSteps):
             plan = self.plan()
             if plan.rows:
                 self.launch(plan)
-            self.running = [r for r in self.running if r.num_computed + r.ahead < r.prompt_len + OUTPUT]
+            self.running = [r for r in self.running if r.num_computed + r.num_inflight_tokens < r.prompt_len + OUTPUT]
         while self.flying:
             self.collect()
 

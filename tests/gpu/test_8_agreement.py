@@ -82,7 +82,7 @@ def served(runner, requests, *, overlap):
             pipeline.launch(plan)
         ended = pipeline.collect(leave=1 if plan is not None else 0)
         if ended is not None:
-            scheduler.fold(ended.plan, ended.result, now)
+            scheduler.apply_result(ended.plan, ended.result, now)
             scheduler.check()
         elif plan is None:
             return scheduler

@@ -52,7 +52,7 @@ def test_the_largest_chunk_ends_and_nobody_else(runner, reference):
     rows = [Row(decoding, decoding.num_computed, 1, True), Row(small, 0, 100, True), Row(big, 0, CHUNK, True)]
     with cramped():
         result = runner.execute(StepPlan(rows, 1))
-        assert result.shed == (2,)
+        assert result.dropped == (2,)
         assert result.tokens[2] == NO_TOKEN
         decoding.num_computed, small.num_computed = decoding.num_computed + 1, 100
         for r, token in zip((decoding, small), result.tokens, strict=False):
@@ -72,7 +72,7 @@ def test_overlapped_steps_outlive_it(runner, reference):
         first = runner.launch(StepPlan([Row(steady, at, 1, True), Row(big, 0, CHUNK, True)], 1))
         second = runner.launch(StepPlan([Row(steady, at + 1, 1, True)], 1))
         one, two = runner.collect(first), runner.collect(second)
-    assert one.shed == (1,)
+    assert one.dropped == (1,)
     steady.tokens += [one.tokens[0], *two.tokens]
     assert judged(reference, [(steady.tokens, steady.prompt_len)]).worst <= 3e-2
 
@@ -80,5 +80,5 @@ def test_overlapped_steps_outlive_it(runner, reference):
 def test_with_the_memory_back_the_same_chunk_is_computed(runner):
     big = request(tokens(random.Random(6), CHUNK), count(1), 2000)
     result = runner.execute(StepPlan([Row(big, 0, CHUNK, True)], 0))
-    assert result.shed == ()
+    assert result.dropped == ()
     assert result.tokens[0] != NO_TOKEN

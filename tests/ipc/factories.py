@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from daemon.ipc.layout import Fabric, FabricHandles, Topology
+from daemon.ipc.fabric import Fabric, FabricHandles, Topology
 
 
 @contextmanager

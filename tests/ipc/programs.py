@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from daemon.ipc import doorbell, segment
 from daemon.ipc.board import BoardWriter
-from daemon.ipc.event_ring import EventLog
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Preempted
 from daemon.ipc.ring import PAGE, RingReader, RingWriter
 
@@ -127,7 +127,7 @@ def happening(number: int) -> Preempted:
 
 
 def happen(memory: memoryview) -> NoReturn:
-    log = EventLog(memory)
+    log = EventWriter(memory)
     word = memory[:8].cast("Q")
     while True:
         log.write(happening(word[0]))

@@ -5,17 +5,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from daemon.ipc.arena import ALIGN, Extents, rounded
+from daemon.ipc.arena import ALIGN, Arena, rounded
 
 ARENA = 64 * ALIGN
 
 
-class Arena(RuleBasedStateMachine):
+class ArenaMachine(RuleBasedStateMachine):
     """Against the plain list of what is held."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.extents = Extents(ARENA)
+        self.extents = Arena(ARENA)
         self.held: list[tuple[int, int]] = []  # offset, size as asked
 
     def gaps(self) -> list[int]:
@@ -59,12 +59,12 @@ class Arena(RuleBasedStateMachine):
         assert self.extents.allocate(ARENA) == 0
 
 
-TestArena = Arena.TestCase
+TestArena = ArenaMachine.TestCase
 TestArena.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def test_an_arena_is_not_grown_by_overlapping_frees():
-    extents = Extents(ARENA)
+    extents = Arena(ARENA)
     a, b = extents.allocate(100), extents.allocate(100)
     extents.free(a, 100)
     with pytest.raises(ValueError):

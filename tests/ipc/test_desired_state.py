@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.ipc.desired_state import WishReader, WishWriter, served_without
-from daemon.ipc.layout import COORDINATOR, Fabric, FabricHandles
+from daemon.ipc.desired_state import DesiredStateReader, DesiredStateWriter, served_without
+from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles
 from daemon.ipc.messages import EngineFacts, EngineState
 from tests.control.factories import engine
 
@@ -15,23 +15,23 @@ SERVING, DRAINING, PARKED = EngineState.SERVING, EngineState.DRAINING, EngineSta
 wishable = st.sampled_from([SERVING, DRAINING, PARKED])
 
 
-def wishes(*states: EngineState) -> WishWriter:
-    writer = WishWriter(memoryview(bytearray(8 * len(states))))
+def wishes(*states: EngineState) -> DesiredStateWriter:
+    writer = DesiredStateWriter(memoryview(bytearray(8 * len(states))))
     for i, state in enumerate(states):
         writer.put(i, state)
     return writer
 
 
 def test_everybody_is_wished_serving_until_something_is_written(handles: FabricHandles):
-    reader = WishReader(Fabric(handles, handles.topology.engine(1), 1).wishes())
+    reader = DesiredStateReader(Fabric(handles, handles.topology.engine(1), 1).wishes())
     assert [reader.of(i) for i in range(3)] == [SERVING] * 3
 
 
 def test_a_wish_outlives_its_writer_and_reaches_every_life_of_its_engine(handles: FabricHandles):
-    WishWriter(Fabric(handles, COORDINATOR, 1).wishes()).put(1, DRAINING)
-    WishWriter(Fabric(handles, COORDINATOR, 2).wishes()).put(2, PARKED)
+    DesiredStateWriter(Fabric(handles, COORDINATOR, 1).wishes()).put(1, DRAINING)
+    DesiredStateWriter(Fabric(handles, COORDINATOR, 2).wishes()).put(2, PARKED)
     for incarnation in (1, 2):
-        reader = WishReader(Fabric(handles, handles.topology.engine(1), incarnation).wishes())
+        reader = DesiredStateReader(Fabric(handles, handles.topology.engine(1), incarnation).wishes())
         assert [reader.of(i) for i in range(3)] == [SERVING, DRAINING, PARKED]
 
 

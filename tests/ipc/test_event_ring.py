@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.ipc import segment
-from daemon.ipc.event_ring import MAX_EVENT, SLOT_BYTES, EventLog, EventReader
+from daemon.ipc.event_ring import MAX_EVENT, SLOT_BYTES, EventReader, EventWriter
 from daemon.ipc.events import EngineChanged, MoveEnded, Preempted
-from daemon.ipc.layout import EVENT_BYTES
+from daemon.ipc.fabric import EVENT_BYTES
 from tests.ipc.child_programs import victim
 from tests.ipc.crashing_memory import Died, Life, Mortal
 from tests.ipc.programs import happening
@@ -35,7 +35,7 @@ def seen(reader: EventReader) -> tuple[list[int], int]:
 @given(st.lists(st.sampled_from(["write"] * 4 + ["read 0", "read 1", "restart", "newcomer"]), max_size=60))
 def test_readers_miss_nothing_that_is_not_counted(script: list[str]):
     shared = page()
-    log, written = EventLog(shared), 0
+    log, written = EventWriter(shared), 0
     readers, upto = [EventReader(shared), EventReader(shared)], [0, 0]
     for step in script:
         match step.split():
@@ -43,7 +43,7 @@ def test_readers_miss_nothing_that_is_not_counted(script: list[str]):
                 log.write(happening(written))
                 written += 1
             case ["restart"]:
-                log = EventLog(shared)
+                log = EventWriter(shared)
             case ["newcomer"]:
                 assert seen(EventReader(shared)) == (list(range(max(0, written - SLOTS), written)), 0)
             case ["read", which]:
@@ -55,7 +55,7 @@ def test_readers_miss_nothing_that_is_not_counted(script: list[str]):
 
 def test_the_largest_event_fits_and_a_larger_one_is_refused():
     shared = page()
-    log, reader = EventLog(shared), EventReader(shared)
+    log, reader = EventWriter(shared), EventReader(shared)
     whole = EngineChanged("x" * (MAX_EVENT - 20))
     while True:  # up to the last byte
         try:
@@ -70,7 +70,7 @@ def test_the_largest_event_fits_and_a_larger_one_is_refused():
 
 
 def test_any_move_fits():
-    log = EventLog(page())
+    log = EventWriter(page())
     label, largest = "chatcmpl-" + "0" * 32 + "-127", 2**63
     log.write(
         MoveEnded(largest, label, 1000, "preempted", "copy_failed", "x" * 80, 99, 10**9, 10**9, largest, 0.1, 0.1)
@@ -83,7 +83,7 @@ def test_death_before_any_store_leaves_a_readable_log(torn: bool):
     total = 3 * SLOTS
     for k in count():
         shared, life = page(), Life(k)
-        log, done, died = EventLog(Mortal(shared, life, torn)), 0, False
+        log, done, died = EventWriter(Mortal(shared, life, torn)), 0, False
         while done < total:
             try:
                 log.write(happening(done))
@@ -94,7 +94,7 @@ def test_death_before_any_store_leaves_a_readable_log(torn: bool):
                 numbers, lost = seen(EventReader(shared))
                 assert numbers in (list(range(oldest, done)), list(range(oldest + 1, done)))
                 assert lost == (done - oldest) - len(numbers)
-                log = EventLog(shared)
+                log = EventWriter(shared)
         assert seen(EventReader(shared)) == (list(range(total - SLOTS, total)), 0)
         if not died:
             break
@@ -105,7 +105,7 @@ def test_death_before_any_store_leaves_a_readable_log(torn: bool):
 @given(st.integers(1, 2 * SLOTS), st.lists(st.tuples(st.integers(8, 5 * SLOT_BYTES - 1), st.integers(1, 255))))
 def test_corrupt_bytes_never_show(written: int, flips: list[tuple[int, int]]):
     shared = page()
-    log, reader = EventLog(shared), EventReader(shared)
+    log, reader = EventWriter(shared), EventReader(shared)
     for n in range(written):
         log.write(happening(n))
     for at, mask in flips:
@@ -136,6 +136,6 @@ def test_reader_beside_a_writer_that_is_killed_again_and_again():
 
 def test_an_event_says_when_it_was_written():
     shared = page()
-    EventLog(shared).write(Preempted(1, "a", 2))
+    EventWriter(shared).write(Preempted(1, "a", 2))
     [entry], _ = EventReader(shared).read()
     assert entry.event == Preempted(1, "a", 2) and 1.7e9 < entry.time < 1e11

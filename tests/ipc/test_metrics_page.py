@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.ipc.metrics_page import ENGINE, FRONTEND, Counter, Histogram, StatsPage, Table, empty, snapshot
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, Counter, Histogram, MetricsPage, Table, empty, snapshot
 
 TABLE = Table(
     [Counter("a", ""), Counter("b", "", (("x", ("1", "2")), ("y", ("p", "q"))))],
@@ -22,7 +22,7 @@ SERIES = [("a",), *(("b", x, y) for x in "12" for y in "pq")]
 )
 def test_page_adds_up(increments, observations):
     memory = bytearray(TABLE.nbytes + 8)  # pages come with room to spare
-    page = StatsPage(memoryview(memory), TABLE)
+    page = MetricsPage(memoryview(memory), TABLE)
     for (name, *values), amount in increments:
         page.inc(name, amount, *values)
     for name, value, times in observations:
@@ -41,7 +41,7 @@ def test_page_adds_up(increments, observations):
 
 
 def test_unknown_series_is_an_error():
-    page = StatsPage(memoryview(bytearray(TABLE.nbytes)), TABLE)
+    page = MetricsPage(memoryview(bytearray(TABLE.nbytes)), TABLE)
     for call in (lambda: page.inc("c"), lambda: page.inc("b"), lambda: page.observe("a", 1)):
         with pytest.raises(KeyError):
             call()
@@ -57,7 +57,7 @@ def test_tables_have_unique_names_and_ascending_buckets():
 
 def _count(name: str, times: int) -> None:
     memory = shared_memory.SharedMemory(name)
-    page = StatsPage(memory.buf, TABLE)
+    page = MetricsPage(memory.buf, TABLE)
     for _ in range(times):
         page.inc("a")
     page.release()

@@ -9,8 +9,8 @@ from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import (
     ENGINE_STATES,
     PROGRESS_BYTES,
-    Life,
     ProcessFacts,
+    ProcessState,
     Progress,
     TableReader,
     TableWriter,
@@ -30,11 +30,11 @@ def test_refresh_tells_whether_anything_changed():
     assert reader.refresh()  # the first look is news
     assert not reader.refresh()
     assert reader.rows == [ProcessFacts()] * 3
-    up = ProcessFacts(Life.UP, 4, pid=99, born=1.25, restarts=3, last_exit="killed by signal 9")
+    up = ProcessFacts(ProcessState.UP, 4, pid=99, born=1.25, restarts=3, last_exit="killed by signal 9")
     writer.publish(1, up)
-    writer.publish(2, ProcessFacts(Life.DEAD, 1))
+    writer.publish(2, ProcessFacts(ProcessState.DEAD, 1))
     assert reader.refresh()
-    assert reader.rows == [ProcessFacts(), up, ProcessFacts(Life.DEAD, 1)]
+    assert reader.rows == [ProcessFacts(), up, ProcessFacts(ProcessState.DEAD, 1)]
     assert not reader.refresh()
     assert TableReader(generation, slots).refresh()  # a late-comer sees it all
 
@@ -43,13 +43,13 @@ def test_a_change_during_a_refresh_is_seen_by_the_next():
     generation, slots = table()
     writer, reader = TableWriter(generation, slots), TableReader(generation, slots)
     reader.refresh()
-    first, second = (ProcessFacts(Life.UP, n) for n in (1, 2))
+    first, second = (ProcessFacts(ProcessState.UP, n) for n in (1, 2))
     writer.publish(2, first)
 
     class Meanwhile(type(reader._slots[0])):
         def read(self):
             found = super().read()
-            if not later.rows[0].life:
+            if not later.rows[0].state:
                 writer.publish(0, second)  # after row 0 has been read
             return found
 
@@ -70,7 +70,7 @@ def test_a_row_is_there_before_its_generation(stores: int):
     reader = TableReader(generation, slots)
     reader.refresh()
     try:
-        writer.publish(0, ProcessFacts(Life.UP, 7))
+        writer.publish(0, ProcessFacts(ProcessState.UP, 7))
     except Died:
         assert stores < 4
     assert reader.refresh() == (stores >= 4)
@@ -93,8 +93,8 @@ def test_progress_words():
 
 
 def test_every_state_of_an_engine_has_a_name():
-    names = {engine_state(life, state) for life in Life for state in EngineState}
+    names = {engine_state(life, state) for life in ProcessState for state in EngineState}
     assert names == set(ENGINE_STATES)
-    assert engine_state(Life.UP, EngineState.PARKED) == "parking"
-    assert engine_state(Life.PARKED, EngineState.PARKED) == "parked"
-    assert engine_state(Life.DEAD, EngineState.SERVING) == "dead"
+    assert engine_state(ProcessState.UP, EngineState.PARKED) == "parking"
+    assert engine_state(ProcessState.PARKED, EngineState.PARKED) == "parked"
+    assert engine_state(ProcessState.DEAD, EngineState.SERVING) == "dead"

@@ -11,7 +11,7 @@ import sys
 from types import SimpleNamespace
 
 from daemon.ipc import doorbell
-from daemon.ipc.layout import Fabric, FabricHandles, Topology
+from daemon.ipc.fabric import Fabric, FabricHandles, Topology
 from daemon.ipc.messages import EngineFacts, EngineState, encode
 from daemon.kvpool.cuda_pools import CudaKv, for_runner
 from daemon.kvpool.cudart import CudaRuntime

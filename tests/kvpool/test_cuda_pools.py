@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.ipc import doorbell, segment
-from daemon.ipc.layout import Fabric, FabricHandles, Layout
-from daemon.ipc.process_table import Life, ProcessFacts
-from daemon.kvpool.cuda_pools import CudaMover, OwnPool, slices
+from daemon.ipc.fabric import Fabric, FabricHandles, Layout
+from daemon.ipc.process_table import ProcessFacts, ProcessState
+from daemon.kvpool.cuda_pools import CudaTransport, OwnPool, slices
 from daemon.kvpool.cudart import CudaError, CudaRuntime
 from daemon.kvpool.host_transport import Completion, Outcome, merge
 from tests.kvpool.device_peer import BLOCK, TOPOLOGY, fabric, join, memory, publish, view
@@ -89,10 +89,10 @@ class Box:
     def start(self, engine: int = PEER, incarnation: int = 1) -> Engine:
         """A peer that is up and has published."""
         self._engines.append(Engine(self._path, self._segment, engine, incarnation))
-        self.tell(Life.UP, engine, incarnation)
+        self.tell(ProcessState.UP, engine, incarnation)
         return self._engines[-1]
 
-    def tell(self, life: Life, engine: int = PEER, incarnation: int = 1) -> None:
+    def tell(self, life: ProcessState, engine: int = PEER, incarnation: int = 1) -> None:
         """Enter it in the process table."""
         self._table.publish(TOPOLOGY.engine(engine), ProcessFacts(life, incarnation))
 
@@ -106,12 +106,12 @@ class Box:
     def fail(self, call: str, code: int, after: int = 0) -> None:
         self.fake.fake_fail(call.encode(), code, after)
 
-    def another_mover(self, **options: int) -> CudaMover:
+    def another_mover(self, **options: int) -> CudaTransport:
         """One with other bounds; the first is closed."""
         self.mover.close()
         runtime = CudaRuntime(str(self._path))
         own = OwnPool(self.tensor.data_ptr(), SIZE, "0000:1A:00.0")
-        self.mover = CudaMover(runtime, own, 0, self.bell, **options)
+        self.mover = CudaTransport(runtime, own, 0, self.bell, **options)
         return self.mover
 
     def probed(self, engine: int = PEER):
@@ -439,7 +439,7 @@ def test_a_probe_touches_the_dummy_block_alone(box):
 
 def test_a_pool_is_opened_once_for_its_incarnation(box):
     assert box.peers.pool(PEER) is None  # not born yet
-    box.tell(Life.UP)
+    box.tell(ProcessState.UP)
     assert box.peers.pool(PEER) is None  # has not published yet
     box.start()
     pool = box.peers.pool(PEER)
@@ -459,10 +459,10 @@ def test_a_successor_is_not_taken_for_its_predecessor(box):
     assert old is None  # its memory has gone with it
     first = box.start(incarnation=2)
     old = box.peers.pool(PEER, 2)
-    box.tell(Life.DEAD, incarnation=2)
+    box.tell(ProcessState.DEAD, incarnation=2)
     box.peers.refresh()
     assert (box.peers.pool(PEER), box.fake.fake_mapped()) == (None, 0)
-    box.tell(Life.UP, incarnation=3)
+    box.tell(ProcessState.UP, incarnation=3)
     assert box.peers.pool(PEER) is None  # the board is still the predecessor's
     first.kill()
     successor = box.start(incarnation=3)
@@ -482,7 +482,7 @@ def test_a_pool_is_closed_when_its_engine_is_dead_and_the_last_copy_told(box):
     box.fake.fake_permit(0)
     box.mover.push("move", pool, [(i, 31 - i) for i in range(20)], BLOCK)
     peer.kill()
-    box.tell(Life.DEAD)
+    box.tell(ProcessState.DEAD)
     box.peers.refresh()
     assert box.peers.pool(PEER) is None
     assert box.fake.fake_mapped() == 1
@@ -497,7 +497,7 @@ def test_fifty_restarts_leave_nothing_mapped(box):
     peer = box.start()
     [handle] = [box.peers._published(PEER, 1)]
     for incarnation in range(1, 51):
-        box.tell(Life.UP, incarnation=incarnation)
+        box.tell(ProcessState.UP, incarnation=incarnation)
         box.publish(handle, incarnation=incarnation)
         assert box.peers.pool(PEER, incarnation).incarnation == incarnation
         assert box.fake.fake_mapped() == 1
@@ -507,7 +507,7 @@ def test_fifty_restarts_leave_nothing_mapped(box):
 
 @pytest.mark.parametrize("handle", [b"", b"nonsense"])
 def test_a_handle_that_cannot_be_read_is_said_once_an_incarnation(box, caplog, handle):
-    box.tell(Life.UP)
+    box.tell(ProcessState.UP)
     box.publish(handle)
     with caplog.at_level(logging.ERROR):
         assert [box.peers.pool(PEER) for _ in range(3)] == [None] * 3
@@ -531,7 +531,7 @@ def test_a_death_in_the_middle_of_opening_is_noticed(box, monkeypatch):
     open_ipc: Callable[[bytes], int] = box.peers._runtime.open_ipc
 
     def die_first(handle: bytes) -> int:
-        box.tell(Life.DEAD)
+        box.tell(ProcessState.DEAD)
         return open_ipc(handle)
 
     monkeypatch.setattr(box.peers._runtime, "open_ipc", die_first)

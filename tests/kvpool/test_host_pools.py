@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from daemon.ipc import segment
-from daemon.ipc.layout import Fabric, FabricHandles, Layout, Topology
-from daemon.ipc.process_table import Life, ProcessFacts, TableReader, TableWriter
+from daemon.ipc.fabric import Fabric, FabricHandles, Layout, Topology
+from daemon.ipc.process_table import ProcessFacts, ProcessState, TableReader, TableWriter
 from daemon.kvpool import host_pools as room
-from daemon.kvpool.host_pools import Peers
+from daemon.kvpool.host_pools import HostPools
 from tests.e2e.daemon_process import running
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +25,12 @@ SIZE = 3 * 4096
 # An engine: bound to its parent's life, it finds the table and writes into the pool of engine 1.
 ENGINE = """
 import ctypes, os, sys
-from daemon.ipc.layout import Fabric, FabricHandles, Topology
-from daemon.kvpool.host_pools import Peers
+from daemon.ipc.fabric import Fabric, FabricHandles, Topology
+from daemon.kvpool.host_pools import HostPools
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
 topology = Topology(1, 2)
 table = Fabric(FabricHandles(topology, int(sys.argv[1]), (), ()), 0, 1).table()
-Peers(table, topology, os.getppid()).pool(1)[5:10] = b"hello"
+HostPools(table, topology, os.getppid()).pool(1)[5:10] = b"hello"
 """
 
 
@@ -53,18 +53,18 @@ class Box:
             os.close(self.pools[engine])
         self.pools[engine] = segment.create(SIZE)
         self._incarnations[engine] += 1
-        self._publish(engine, Life.UP, size)
+        self._publish(engine, ProcessState.UP, size)
         return segment.attach(self.pools[engine])
 
     def bury(self, engine: int) -> None:
-        self._publish(engine, Life.DEAD, SIZE)
+        self._publish(engine, ProcessState.DEAD, SIZE)
 
     def close(self) -> None:
         for fd in (self.fd, *self.pools):
             if fd >= 0:
                 os.close(fd)
 
-    def _publish(self, engine: int, life: Life, size: int) -> None:
+    def _publish(self, engine: int, life: ProcessState, size: int) -> None:
         facts = ProcessFacts(life, self._incarnations[engine], pool_fd=self.pools[engine], pool_bytes=size)
         self._table.publish(TOPOLOGY.engine(engine), facts)
 
@@ -77,8 +77,8 @@ def box() -> Iterator[Box]:
 
 
 @pytest.fixture
-def peers(box: Box) -> Peers:
-    return Peers(box.table(), TOPOLOGY, os.getpid())
+def peers(box: Box) -> HostPools:
+    return HostPools(box.table(), TOPOLOGY, os.getpid())
 
 
 def same(a: memoryview, b: memoryview) -> bool:
@@ -154,7 +154,7 @@ def test_a_supervisor_that_cannot_be_looked_into_means_no_peers(box, caplog):
     box.start(0)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    assert Peers(box.table(), TOPOLOGY, gone.pid).pool(0) is None
+    assert HostPools(box.table(), TOPOLOGY, gone.pid).pool(0) is None
     assert "cannot map" in caplog.text
 
 
@@ -182,7 +182,7 @@ def test_the_daemon_publishes_its_pools(tmp_path):
     with running(tmp_path / "d", "--kv-memory", "1MiB", engine="hash") as daemon:
         supervisor = daemon.process.pid
         handles = FabricHandles(topology, _fabric_segment(supervisor, topology), (), ())
-        found = Peers(Fabric(handles, -1, 0).table(), topology, supervisor)
+        found = HostPools(Fabric(handles, -1, 0).table(), topology, supervisor)
         pools = [found.pool(i) for i in range(2)]
         assert [len(pool) for pool in pools] == [1 << 20] * 2
         assert daemon.complete(list(range(100, 164)), max_tokens=20).status_code == 200

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.ipc import doorbell, segment
-from daemon.kvpool.host_transport import NICENESS, Completion, Mover, Outcome, copy, merge
+from daemon.kvpool.host_transport import NICENESS, Completion, HostTransport, Outcome, copy, merge
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 4096
 # Maps the pool it was left, then answers each line with the pool's digest.
 OWNER = """
 import hashlib, sys
-from daemon.control import segment
+from daemon.ipc import segment
 pool = segment.attach(int(sys.argv[1]))
 for _ in sys.stdin:
     print(hashlib.sha256(pool).hexdigest(), flush=True)
@@ -58,16 +58,16 @@ def bell() -> Iterator[int]:
 
 
 @contextmanager
-def mover(pool: memoryview, bell: int, **options: float) -> Iterator[Mover]:
+def mover(pool: memoryview, bell: int, **options: float) -> Iterator[HostTransport]:
     """Slices of a block and no rest, unless said otherwise."""
-    m = Mover(pool, bell, **({"slice_bytes": BLOCK, "rest": 0.0} | options))
+    m = HostTransport(pool, bell, **({"slice_bytes": BLOCK, "rest": 0.0} | options))
     try:
         yield m
     finally:
         m.close()
 
 
-def await_ends(m: Mover, bell: int, count: int = 1) -> list[Completion]:
+def await_ends(m: HostTransport, bell: int, count: int = 1) -> list[Completion]:
     """The next `count` completions, slept for at the bell alone."""
     ended: list[Completion] = []
     while len(ended) < count:

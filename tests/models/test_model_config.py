@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from daemon.models import checkpoint
-from daemon.models.model_config import ModelError, read_card
+from daemon.models.model_config import ModelError, read_model_config
 from tests.models.tiny_model import make_tiny_llama, random_weights
 
 LLAMA3 = {
@@ -43,42 +43,53 @@ def test_reads_a_directory(tmp_path, shards, tie):
         rope_scaling=LLAMA3,
         eos=[2, 5],
     )
-    card = read_card(path, "name")
-    assert (card.name, card.path, card.vocab_size, card.hidden_size, card.num_heads) == ("name", path, 384, 64, 4)
-    assert (card.num_kv_heads, card.head_dim, card.max_position, card.tie_embeddings) == (2, 24, 512, tie)
-    assert (card.rope_theta, card.rope_scaling, card.eos_token_ids) == (5e5, LLAMA3, (2, 5))
-    assert read_card(path).name == "m"
+    model_config = read_model_config(path, "name")
+    assert (
+        model_config.name,
+        model_config.path,
+        model_config.vocab_size,
+        model_config.hidden_size,
+        model_config.num_heads,
+    ) == ("name", path, 384, 64, 4)
+    assert (
+        model_config.num_kv_heads,
+        model_config.head_dim,
+        model_config.max_position,
+        model_config.tie_embeddings,
+    ) == (2, 24, 512, tie)
+    assert (model_config.rope_theta, model_config.rope_scaling, model_config.eos_token_ids) == (5e5, LLAMA3, (2, 5))
+    assert read_model_config(path).name == "m"
 
 
 def test_rope_of_transformers_5_equals_that_of_4(tmp_path):
     old = make_tiny_llama(tmp_path / "old", rope_theta=5e5, rope_scaling=LLAMA3)
     new = make_tiny_llama(tmp_path / "new")
     edit(new, rope_parameters={**LLAMA3, "rope_theta": 5e5}, rope_theta="absent", rope_scaling="absent")
-    assert read_card(old, "m").rope_scaling == read_card(new, "m").rope_scaling
-    assert read_card(old).rope_theta == read_card(new).rope_theta == 5e5
+    assert read_model_config(old, "m").rope_scaling == read_model_config(new, "m").rope_scaling
+    assert read_model_config(old).rope_theta == read_model_config(new).rope_theta == 5e5
     edit(new, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
-    assert (read_card(new).rope_theta, read_card(new).rope_scaling) == (77.0, None)
+    assert (read_model_config(new).rope_theta, read_model_config(new).rope_scaling) == (77.0, None)
     edit(old, rope_scaling={"type": "linear", "factor": 2})
-    assert read_card(old).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert read_model_config(old).rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
 def test_eos_of_both_files(tmp_path):
     path = make_tiny_llama(tmp_path, eos=2)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
-    assert read_card(path).eos_token_ids == (2, 7)
+    assert read_model_config(path).eos_token_ids == (2, 7)
     edit(path, eos_token_id=None)
     (path / "generation_config.json").unlink()
-    assert read_card(path).eos_token_ids == ()
+    assert read_model_config(path).eos_token_ids == ()
 
 
 def test_mistral_is_a_llama_only_without_a_window(tmp_path):
     path = make_tiny_llama(tmp_path)
     edit(path, architectures=["MistralForCausalLM"], sliding_window=None)
-    assert read_card(path).attention_bias is False
+    assert read_model_config(path).attention_bias is False
     for window in (4096, "absent"):  # absent means 4096 there
         edit(path, sliding_window=window)
         with pytest.raises(ModelError, match="sliding"):
-            read_card(path)
+            read_model_config(path)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +120,14 @@ def test_refuses(tmp_path, changes, reason):
     path = make_tiny_llama(tmp_path)
     edit(path, **changes)
     with pytest.raises(ModelError, match=reason):
-        read_card(path)
+        read_model_config(path)
 
 
 def test_dummy_needs_only_the_config(tmp_path):
     path = make_tiny_llama(tmp_path, weights=False, tokenizer=False)
-    assert read_card(path, load_format="dummy").num_layers == 2
+    assert read_model_config(path, load_format="dummy").num_layers == 2
     with pytest.raises(ModelError, match="safetensors"):
-        read_card(path)
+        read_model_config(path)
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -126,32 +137,32 @@ def test_missing_and_broken_files(tmp_path):
     for size in (0, 5, 100, len(whole) - 1):
         shard.write_bytes(whole[:size])
         with pytest.raises(ModelError, match=r"truncated"):
-            read_card(path)
+            read_model_config(path)
     shard.write_bytes(b"\x10" + bytes(7) + b"not json at all!")
     with pytest.raises(ModelError, match="not JSON"):
-        read_card(path)
+        read_model_config(path)
     shard.unlink()
     with pytest.raises(ModelError, match=r"lacks the shard model-00002"):
-        read_card(path)
+        read_model_config(path)
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     with pytest.raises(ModelError, match="outside"):
-        read_card(path)
+        read_model_config(path)
     (path / "model.safetensors.index.json").write_text('{"weight_map"')
     with pytest.raises(ModelError, match="not valid JSON"):
-        read_card(path)
+        read_model_config(path)
     (path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json"):
-        read_card(path)
+        read_model_config(path)
 
 
 def test_pickles_and_missing_tokenizers_are_refused(tmp_path):
     path = make_tiny_llama(tmp_path)
     (path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
-        read_card(path)
+        read_model_config(path)
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickles"):
-        read_card(path)
+        read_model_config(path)
 
 
 def test_weights_in_another_type_are_refused(tmp_path):
@@ -159,7 +170,7 @@ def test_weights_in_another_type_are_refused(tmp_path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
     with pytest.raises(ModelError, match="I32"):
-        read_card(path)
+        read_model_config(path)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
@@ -169,13 +180,13 @@ def test_written_checkpoints_read_back(tmp_path, dtype):
     path = make_tiny_llama(tmp_path, weights=False, tie=False)
     config = json.loads((path / "config.json").read_text())
     weights = random_weights(config, 3)
-    card = read_card(path, load_format="dummy")
-    shapes = checkpoint.expected_tensors(card)
+    model_config = read_model_config(path, load_format="dummy")
+    shapes = checkpoint.expected_tensors(model_config)
     assert shapes == {n: w.shape for n, w in weights.items()}
     checkpoint.write(path, shapes, dtype, weights.__getitem__, shard_bytes=100_000)
     files = set(checkpoint.weight_map(path).values())
     assert len(files) > 2
-    read_card(path)
+    read_model_config(path)
     read = {n: t.float().numpy() for f in files for n, t in load_file(f).items()}
     assert read.keys() == weights.keys()
     tolerance = 0 if dtype == "F32" else 2**-8

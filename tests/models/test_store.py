@@ -10,7 +10,7 @@ from collections import namedtuple
 import pytest
 
 from daemon.models import store
-from daemon.models.model_config import ModelError, read_card
+from daemon.models.model_config import ModelError, read_model_config
 from tests.models.gguf.tiny_gguf import make_tiny_gguf
 from tests.models.tiny_model import make_tiny_llama
 
@@ -46,7 +46,7 @@ def entries(cache):
 def test_a_file_is_converted_once(cache, file):
     told = []
     path = store.resolve(str(file), "auto", told.append)
-    assert read_card(path).name == "tiny"
+    assert read_model_config(path).name == "tiny"
     assert len(told) == 1
     assert "become 0.00 GB" in told[0]
     assert store.resolve(str(file), "auto", told.append) == path
@@ -66,7 +66,7 @@ def test_a_kill_in_the_middle_leaves_nothing_to_be_used(cache, file):
     assert done.returncode == -signal.SIGKILL
     assert entries(cache) == ["tiny.unfinished"]
     path = store.resolve(str(file), "auto", print)
-    read_card(path)
+    read_model_config(path)
     assert entries(cache) == ["tiny"]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from daemon.control.policy import ownership
 from daemon.engine.migration.llumlet import Action as Deed
-from daemon.engine.migration.llumlet import Llumlet, Outgoing, Peer, Stage
+from daemon.engine.migration.llumlet import Llumlet, Outgoing, Stage
 from daemon.engine.request import Request
 from daemon.enums import MigrationResult
-from daemon.ipc.messages import Release, Reprioritise, Reserve, Reserved
+from daemon.ipc.messages import EngineIncarnation, Release, Reprioritise, Reserve, Reserved
 from tests.protocol.world import Action, Journals, World
 
 
@@ -65,7 +65,7 @@ class AbortBeforeDrain(World):
 class KeepsForTheDead(Llumlet):
     """What a dead source had reserved stays reserved."""
 
-    def peer_died(self, peer: Peer, now: float) -> list[Deed]:
+    def peer_died(self, peer: EngineIncarnation, now: float) -> list[Deed]:
         kept = {k: i for k, i in self.incoming.items() if i.request is None}
         self.incoming = {k: i for k, i in self.incoming.items() if k not in kept}
         actions = super().peer_died(peer, now)
@@ -94,7 +94,7 @@ class LostFrozen(World):
 class NamesEarly(Llumlet):
     """Reserved blocks are findable before anything is in them."""
 
-    def _open(self, peer: Peer, reserve: Reserve) -> Reserved | str:
+    def _open(self, peer: EngineIncarnation, reserve: Reserve) -> Reserved | str:
         answer = super()._open(peer, reserve)
         if isinstance(answer, Reserved):
             table = self.incoming[peer, reserve.move].table
@@ -131,7 +131,7 @@ class AnySlot(Journals):
 
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         entry = self.entries[slot]
-        request = super().load(frontend, slot, rid, entry.custody.epoch)
+        request = super().load(frontend, slot, rid, entry.ownership.epoch)
         if request is not None:
             request.epoch = epoch
         return request
@@ -145,7 +145,7 @@ class StaleStart(World):
 
 
 class DeathBeforeDrain(World):
-    def may_notice(self, observer: int, dead: Peer) -> bool:
+    def may_notice(self, observer: int, dead: EngineIncarnation) -> bool:
         return True
 
 
@@ -154,18 +154,18 @@ class NoStatement(World):
         pass
 
 
-def _without_output(*args: Any) -> ownership.Verdict:
-    custody, *_ = args
-    verdict = ownership.takeover(*args)
-    return verdict._replace(output=None, custody=verdict.custody._replace(accepted=custody.accepted))
+def _without_output(*args: Any) -> ownership.Decision:
+    held, *_ = args
+    decision = ownership.takeover(*args)
+    return decision._replace(output=None, ownership=decision.ownership._replace(accepted=held.accepted))
 
 
 class NoCarry(World):
     verdicts = verdicts(takeover=_without_output)
 
 
-def _whatever_epoch(custody: Any, sender: Any, claim: Any) -> ownership.Verdict:
-    return ownership.takeover(custody._replace(epoch=claim.epoch), sender, claim)
+def _whatever_epoch(held: Any, sender: Any, claim: Any) -> ownership.Decision:
+    return ownership.takeover(held._replace(epoch=claim.epoch), sender, claim)
 
 
 class StaleGrant(World):
@@ -174,10 +174,10 @@ class StaleGrant(World):
     verdicts = verdicts(takeover=_whatever_epoch)
 
 
-def _without_release(*args: Any) -> ownership.Verdict:
-    verdict = ownership.takeover(*args)
-    orders = tuple(o for o in verdict.orders if not isinstance(o.message, Release))
-    return verdict._replace(orders=orders)
+def _without_release(*args: Any) -> ownership.Decision:
+    decision = ownership.takeover(*args)
+    orders = tuple(o for o in decision.orders if not isinstance(o.message, Release))
+    return decision._replace(orders=orders)
 
 
 class SilentTakeover(World):
@@ -187,9 +187,9 @@ class SilentTakeover(World):
 
 
 def _award_alone(judge: Any) -> Any:
-    def judged(*args: Any) -> ownership.Verdict:
-        verdict = judge(*args)
-        return verdict._replace(orders=tuple(o for o in verdict.orders if not isinstance(o.message, Reprioritise)))
+    def judged(*args: Any) -> ownership.Decision:
+        decision = judge(*args)
+        return decision._replace(orders=tuple(o for o in decision.orders if not isinstance(o.message, Reprioritise)))
 
     return judged
 
@@ -213,8 +213,8 @@ class FrozenPriority(World):
     llumlet_class = ThawsOnly
 
 
-def _at_once(custody: ownership.Custody, owner: ownership.Owner) -> ownership.Custody:
-    return custody._replace(epoch=max(1, custody.epoch), owner=owner)
+def _at_once(held: ownership.Ownership, owner: EngineIncarnation) -> ownership.Ownership:
+    return held._replace(epoch=max(1, held.epoch), owner=owner)
 
 
 class SameEpoch(World):

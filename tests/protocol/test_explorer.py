@@ -24,7 +24,7 @@ RIVALS = [([1, 2, 3], 3), ([4, 5, 6], 3)]
 
 MOVED = {"Reserve", "Reserved", "Handover", "Takeover", "Release", "Grant 2"}
 SCENES = {
-    "a move": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1))),
+    "a move": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1))),
     "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)])),
     "in the middle of a prefill": (
         MOVED | {"HandBack"}, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 2)], batch_tokens=2)
@@ -35,20 +35,20 @@ SCENES = {
         MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=FOUR, prefix_caching=False)
     ),
     "a copy that fails": (
-        MOVED | {"Aborted", "AskBack"}, dict(budget=Budget(moves=2, failures=1), requests=[([1, 2, 3], 4)])
+        MOVED | {"Aborted", "Reclaim"}, dict(budget=Budget(moves=2, failures=1), requests=[([1, 2, 3], 4)])
     ),
-    "another priority": (MOVED | {"AskBack", "Reprioritise"}, dict(budget=Budget(moves=1, changes=2))),
+    "another priority": (MOVED | {"Reclaim", "Reprioritise"}, dict(budget=Budget(moves=1, changes=2))),
     "another priority where two compete": (
         MOVED | {"Reprioritise"},
         dict(budget=Budget(moves=1, changes=1), requests=[([1, 2, 3], 3), ([4, 5, 6], 1)], homes=[0, 0], pool=3),
     ),
-    "a crash": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1))),
+    "a crash": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1))),
     "frozen for the whole copy": (
-        MOVED | {"AskBack", "Aborted"}, dict(budget=Budget(moves=1, crashes=1, cancels=1), how="blocking")
+        MOVED | {"Reclaim", "Aborted"}, dict(budget=Budget(moves=1, crashes=1, cancels=1), how="blocking")
     ),
-    "a crash and a cancel": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1, cancels=1))),
+    "a crash and a cancel": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1, cancels=1))),
     "a crash and a copy that fails": (
-        MOVED | {"Aborted", "AskBack"}, dict(budget=Budget(moves=1, crashes=1, failures=1))
+        MOVED | {"Aborted", "Reclaim"}, dict(budget=Budget(moves=1, crashes=1, failures=1))
     ),
     "a false suspicion": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, suspicions=1))),
     "the frontend restarts": (MOVED | {"HandBack", "Declined"}, dict(budget=Budget(moves=1, restarts=1))),
@@ -59,7 +59,7 @@ SCENES = {
     ),
 }  # fmt: skip
 LARGE_SCENES = {
-    "a crash among three": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1), engines=3)),
+    "a crash among three": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1), engines=3)),
     "on to a third": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)], engines=3)),
     "two crashes": (MOVED, dict(budget=Budget(moves=1, crashes=2))),
     "a crash and a suspicion": (MOVED, dict(budget=Budget(moves=1, crashes=1, suspicions=1))),
@@ -138,16 +138,16 @@ def test_every_state_is_sound_and_can_end(scene, outcome):
 LATE = [([1, 2, 3], 4)]  # with a step in flight it takes one more to freeze a request
 STRANGERS = [([1, 2, 3], 4), ([4, 5], 2)]
 OVERLAPPED = {
-    "a move": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1), requests=LATE)),
+    "a move": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1), requests=LATE)),
     "in the middle of a prefill": (
         MOVED, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 4)], batch_tokens=2)
     ),
     "a preemption": (MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=LATE)),
-    "a copy that fails": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, failures=1), requests=LATE)),
+    "a copy that fails": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, failures=1), requests=LATE)),
 }  # fmt: skip
 LARGE_OVERLAPPED = {
     "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)])),
-    "a crash": (MOVED | {"AskBack"}, dict(budget=Budget(moves=1, crashes=1), requests=LATE)),
+    "a crash": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1), requests=LATE)),
     "into blocks of a request that left": (
         MOVED | {"Cancel"}, dict(budget=Budget(moves=1, cancels=1), requests=STRANGERS, homes=[0, 1], pool=7)
     ),

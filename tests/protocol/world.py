@@ -16,26 +16,27 @@ from typing import Any, NamedTuple
 import msgspec
 
 from daemon.control.policy import ownership
-from daemon.control.policy.ownership import Custody, Owner, Verdict
-from daemon.engine.migration.llumlet import Copy, Llumlet, Peer, Report, Send, Stage, Tell
+from daemon.control.policy.ownership import Decision, Ownership
+from daemon.engine.migration.llumlet import Copy, Llumlet, Report, Send, Stage, Tell
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan, StepResult
 from daemon.engine.scheduler import Emission, Scheduler
 from daemon.enums import MigrationResult
 from daemon.ipc.messages import (
-    AskBack,
     Cancel,
+    EngineIncarnation,
     Finish,
     Grant,
     HandBack,
     MigrateTo,
+    OwnedRequests,
+    Reclaim,
     Release,
     Reprioritise,
     RequestParams,
     Reserved,
     SamplingParams,
     Start,
-    Statement,
     Struct,
     Takeover,
 )
@@ -88,7 +89,7 @@ class Line(NamedTuple):
         return self.row.start + self.row.count
 
 
-class Flight(NamedTuple):
+class RequestState(NamedTuple):
     """A step that is launched. It reads and writes the memory as late as it may: just before the next one."""
 
     plan: StepPlan
@@ -107,7 +108,7 @@ class Entry:
     def __init__(self, rid: int, prompt: list[int], max_tokens: int) -> None:
         self.prompt = prompt
         self.max_tokens = max_tokens
-        self.custody = Custody(rid, 0, None, 0)
+        self.ownership = Ownership(rid, 0, None, 0)
         self.output: list[int] = []
         self.open = True
 
@@ -124,9 +125,9 @@ class Journals:
 
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         entry = self.entries[slot]
-        if not entry.open or entry.custody.epoch != epoch:
+        if not entry.open or entry.ownership.epoch != epoch:
             return None
-        params = RequestParams(SamplingParams(entry.max_tokens, 0), float(rid), entry.custody.priority)
+        params = RequestParams(SamplingParams(entry.max_tokens, 0), float(rid), entry.ownership.priority)
         return Request(rid, epoch, frontend, params, entry.prompt + entry.output, len(entry.prompt), slot=slot)
 
 
@@ -141,7 +142,7 @@ class Engine:
         self.memory: list[list[int]] = [[GARBAGE] * SIZE for _ in range(world.pool + 1)]
         self.copies: list[Copy] = []
         self.reports = 0  # of moves
-        self.flying: Flight | None = None
+        self.flying: RequestState | None = None
         self.scheduler = Scheduler(
             BlockManager(world.pool + 1, SIZE, world.prefix_caching),
             max_num_seqs=2,
@@ -152,14 +153,14 @@ class Engine:
         self.llumlet = world.llumlet_class(self.scheduler, world.journals)
 
     @property
-    def life(self) -> Peer:
-        return Peer(self.index, self.incarnation)
+    def life(self) -> EngineIncarnation:
+        return EngineIncarnation(self.index, self.incarnation)
 
-    def launch(self, plan: StepPlan) -> Flight:
+    def launch(self, plan: StepPlan) -> RequestState:
         lines = [Line(r, r.request.tokens[: r.start + r.count], r.request.block_table) for r in plan.rows]
-        return Flight(plan, lines)
+        return RequestState(plan, lines)
 
-    def execute(self, flight: Flight) -> StepResult:
+    def execute(self, flight: RequestState) -> StepResult:
         drawn = []
         for line in flight.lines:
             for i in range(line.row.start, line.end):
@@ -172,7 +173,7 @@ class Engine:
         self._feed(flight, drawn)
         return StepResult(drawn)
 
-    def _feed(self, flight: Flight, drawn: list[int]) -> None:
+    def _feed(self, flight: RequestState, drawn: list[int]) -> None:
         """Give the tokens to the next step, where that is launched."""
         tokens = zip((line.row.request for line in flight.lines if line.row.sample), drawn, strict=True)
         given = [(request, token) for request, token in tokens]
@@ -252,7 +253,7 @@ class World:
         self.engines = [Engine(self, i, 1, [1] * engines) for i in range(engines)]
         ends = [F, *range(engines)]
         self.rings: dict[tuple[int, int], list[Record]] = {(a, b): [] for a in ends for b in ends if a != b}
-        self.notices: list[tuple[int, Peer]] = []  # deaths that the observer has not handled yet
+        self.notices: list[tuple[int, EngineIncarnation]] = []  # deaths that the observer has not handled yet
         for rid, home in enumerate(homes, 1):
             self.dispatch(rid, home)
 
@@ -304,7 +305,7 @@ class World:
                     yield from (("move", x, y, request.rid) for y in range(len(self.engines)) if y != x)
 
     def _request_actions(self, rid: int, entry: Entry) -> Iterator[Action]:
-        if entry.custody.owner is None:
+        if entry.ownership.owner is None:
             for x in range(len(self.engines)):
                 yield "dispatch", rid, x
         elif self.budget.suspicions:
@@ -314,7 +315,7 @@ class World:
         if self.budget.changes:
             yield "prioritise", rid
 
-    def may_notice(self, observer: int, dead: Peer) -> bool:
+    def may_notice(self, observer: int, dead: EngineIncarnation) -> bool:
         """A death counts once all that the dead had written is taken."""
         return all(record.sender != dead.incarnation for record in self.rings[dead.engine, observer])
 
@@ -335,7 +336,7 @@ class World:
         if ended is None:
             self._do(engine, engine.llumlet.tick(0.0))
             return
-        emissions = engine.scheduler.fold(ended.plan, engine.execute(ended), 0.0)
+        emissions = engine.scheduler.apply_result(ended.plan, engine.execute(ended), 0.0)
         self._emit(engine, emissions)
         self._do(engine, engine.llumlet.after_step(emissions, 0.0))
 
@@ -355,7 +356,7 @@ class World:
     def move(self, x: int, y: int, rid: int) -> None:
         self._spend("moves")
         engine = self.engines[x]
-        peer = Peer(y, engine.known[y])
+        peer = EngineIncarnation(y, engine.known[y])
         self._do(engine, engine.llumlet.migrate_to(peer, MigrateTo(y, 1.0, rid, how=self.how), 0.0))
 
     def copy(self, x: int, i: int) -> None:
@@ -415,12 +416,12 @@ class World:
         record = self.rings[a, b].pop(i)
         self.said = type(record.message).__name__
         if b == F:
-            self._judge(Owner(a, record.sender), record.message)
+            self._judge(EngineIncarnation(a, record.sender), record.message)
         elif a == F:
             self._obey(self.engines[b], record)
         else:
             engine = self.engines[b]
-            self._do(engine, engine.llumlet.on_peer(Peer(a, record.sender), record.message, 0.0))
+            self._do(engine, engine.llumlet.on_peer(EngineIncarnation(a, record.sender), record.message, 0.0))
 
     def _obey(self, engine: Engine, record: Record) -> None:
         llumlet = engine.llumlet
@@ -437,17 +438,17 @@ class World:
                 self._do(engine, llumlet.on_grant(rid, epoch, new_epoch, 0.0))
             case Reprioritise(rid, epoch, priority):
                 llumlet.on_reprioritise(rid, epoch, priority)
-            case Statement(rids, epochs):
-                self._do(engine, llumlet.on_statement(0, dict(zip(rids, epochs, strict=True)), 0.0))
+            case OwnedRequests(rids, epochs):
+                self._do(engine, llumlet.on_owned_requests(0, dict(zip(rids, epochs, strict=True)), 0.0))
 
-    def notice(self, observer: int, dead: Peer) -> None:
+    def notice(self, observer: int, dead: EngineIncarnation) -> None:
         self.notices.remove((observer, dead))
         alive = self.engines[dead.engine].incarnation
         if observer == F:
             self.known[dead.engine] = alive
             for entry in self.entries.values():
                 if entry.open:
-                    self._act(entry, self.verdicts.engine_died(entry.custody, Owner(*dead)))
+                    self._act(entry, self.verdicts.engine_died(entry.ownership, EngineIncarnation(*dead)))
         else:
             engine = self.engines[observer]
             engine.known[dead.engine] = alive
@@ -455,7 +456,7 @@ class World:
 
     # -- the frontend ----------------------------------------------------------------------------
 
-    def _judge(self, sender: Owner, message: Any) -> None:
+    def _judge(self, sender: EngineIncarnation, message: Any) -> None:
         if isinstance(message, Rows):
             for row in message.rows:
                 self._accept(*row)
@@ -467,23 +468,23 @@ class World:
             return
         match message:
             case Takeover():
-                self._act(entry, self.verdicts.takeover(entry.custody, sender, message))
-            case AskBack():
-                self._act(entry, self.verdicts.ask_back(entry.custody, sender, message))
+                self._act(entry, self.verdicts.takeover(entry.ownership, sender, message))
+            case Reclaim():
+                self._act(entry, self.verdicts.reclaim(entry.ownership, sender, message))
             case HandBack():
-                self._act(entry, self.verdicts.hand_back(entry.custody, sender, message))
+                self._act(entry, self.verdicts.hand_back(entry.ownership, sender, message))
 
     def _accept(self, rid: int, epoch: int, start: int, tokens: tuple[int, ...], finish: Finish) -> None:
         entry = self.entries[rid]
-        if not entry.open or entry.custody.epoch != epoch:
+        if not entry.open or entry.ownership.epoch != epoch:
             return
-        known = self.verdicts.fresh(entry.custody.accepted, start, len(tokens))
+        known = self.verdicts.fresh(entry.ownership.accepted, start, len(tokens))
         if known is None:
-            if entry.custody.owner is not None:
-                self._act(entry, self.verdicts.disown(entry.custody)._replace(fault=True))
+            if entry.ownership.owner is not None:
+                self._act(entry, self.verdicts.disown(entry.ownership)._replace(fault=True))
             return
         self._append(entry, list(tokens[known:]))
-        entry.custody = entry.custody._replace(accepted=len(entry.output))
+        entry.ownership = entry.ownership._replace(accepted=len(entry.output))
         if finish:
             entry.open = False
 
@@ -494,14 +495,14 @@ class World:
                 raise Violation(f"incoherent: a token drawn from {_facts[token]}, the client has {context}")
             entry.output.append(token)
 
-    def _act(self, entry: Entry, verdict: Verdict, *, send: bool = True) -> None:
-        if verdict.fault and not self.lossy:
+    def _act(self, entry: Entry, decision: Decision, *, send: bool = True) -> None:
+        if decision.fault and not self.lossy:
             raise Violation("incoherent: output is missing")
-        if verdict.output:
-            self._append(entry, verdict.output.tokens)
-        entry.custody = verdict.custody
+        if decision.output:
+            self._append(entry, decision.output.tokens)
+        entry.ownership = decision.ownership
         if send:
-            for order in verdict.orders:
+            for order in decision.orders:
                 self._command(order)
 
     def _command(self, order: ownership.Order) -> None:
@@ -510,24 +511,24 @@ class World:
 
     def dispatch(self, rid: int, x: int) -> None:
         entry = self.entries[rid]
-        owner = Owner(x, self.known[x])
-        entry.custody = self.verdicts.started(entry.custody, owner)
-        start = Start(rid, entry.custody.epoch, rid, len(entry.prompt))
+        owner = EngineIncarnation(x, self.known[x])
+        entry.ownership = self.verdicts.started(entry.ownership, owner)
+        start = Start(rid, entry.ownership.epoch, rid, len(entry.prompt))
         self._put(F, x, self.incarnation, owner.incarnation, start)
 
     def suspect(self, rid: int) -> None:
         self._spend("suspicions")
-        self._act(self.entries[rid], self.verdicts.disown(self.entries[rid].custody))
+        self._act(self.entries[rid], self.verdicts.disown(self.entries[rid].ownership))
 
     def prioritise(self, rid: int) -> None:
         """An operator makes the request urgent, or normal again."""
         self._spend("changes")
         entry = self.entries[rid]
-        self._act(entry, self.verdicts.reprioritise(entry.custody, -1 - entry.custody.priority))
+        self._act(entry, self.verdicts.reprioritise(entry.ownership, -1 - entry.ownership.priority))
 
     def cancel(self, rid: int) -> None:
         self._spend("cancels")
-        for order in self.verdicts.cancel(self.entries[rid].custody):
+        for order in self.verdicts.cancel(self.entries[rid].ownership):
             self._command(order)
         self.entries[rid].open = False
 
@@ -537,16 +538,16 @@ class World:
         self._spend("restarts")
         if reading is not None:
             record = self.rings[reading, F][0]
-            entry, sender = self.entries[record.message.rid], Owner(reading, record.sender)
-            judge = {Takeover: "takeover", AskBack: "ask_back", HandBack: "hand_back"}[type(record.message)]
+            entry, sender = self.entries[record.message.rid], EngineIncarnation(reading, record.sender)
+            judge = {Takeover: "takeover", Reclaim: "reclaim", HandBack: "hand_back"}[type(record.message)]
             if entry.open:
-                verdict = getattr(self.verdicts, judge)(entry.custody, sender, record.message)
-                self._act(entry, verdict, send=False)
+                decision = getattr(self.verdicts, judge)(entry.ownership, sender, record.message)
+                self._act(entry, decision, send=False)
         self._replace_frontend()
         for entry in self.entries.values():
-            custody = entry.custody
-            if entry.open and custody.owner and self.known[custody.owner.engine] != custody.owner.incarnation:
-                self._act(entry, self.verdicts.engine_died(custody, custody.owner))
+            ownership = entry.ownership
+            if entry.open and ownership.owner and self.known[ownership.owner.engine] != ownership.owner.incarnation:
+                self._act(entry, self.verdicts.engine_died(ownership, ownership.owner))
         self.state_ownership()
 
     def lose(self) -> None:
@@ -569,8 +570,12 @@ class World:
     def state_ownership(self) -> None:
         """Tell each engine all that it owns."""
         for engine in self.engines:
-            owned = [e.custody for e in self.entries.values() if e.open and e.custody.owner == Owner(*engine.life)]
-            message = Statement([c.rid for c in owned], [c.epoch for c in owned])
+            owned = [
+                e.ownership
+                for e in self.entries.values()
+                if e.open and e.ownership.owner == EngineIncarnation(*engine.life)
+            ]
+            message = OwnedRequests([c.rid for c in owned], [c.epoch for c in owned])
             self._put(F, engine.index, self.incarnation, engine.incarnation, message)
 
     def _spend(self, what: str) -> None:
@@ -589,7 +594,7 @@ class World:
                 self._check_copy(engine, copy)
         for rid, entry in self.entries.items():
             self._check_owner(rid, entry)
-            self._check_priority(entry.custody)
+            self._check_priority(entry.ownership)
 
     def _check_slots(self, engine: Engine) -> None:
         held = len(engine.llumlet.frozen) + len(engine.llumlet.incoming)
@@ -614,21 +619,21 @@ class World:
     def _check_owner(self, rid: int, entry: Entry) -> None:
         running = [r for e in self.engines if (r := e.scheduler.get(rid)) is not None]
         epochs = [r.epoch for r in running]
-        if len(set(epochs)) < len(epochs) or max(epochs, default=0) > entry.custody.epoch:
-            raise Violation(f"two owners: running at epochs {epochs}, journaled {entry.custody.epoch}")
+        if len(set(epochs)) < len(epochs) or max(epochs, default=0) > entry.ownership.epoch:
+            raise Violation(f"two owners: running at epochs {epochs}, journaled {entry.ownership.epoch}")
 
-    def _check_priority(self, custody: Custody) -> None:
+    def _check_priority(self, ownership: Ownership) -> None:
         """Once its owner has read everything, it runs (or waits, or is frozen) there in the class journaled."""
-        if custody.owner is None or self.rings[F, custody.owner.engine]:
+        if ownership.owner is None or self.rings[F, ownership.owner.engine]:
             return
-        engine = self.engines[custody.owner.engine]
-        if engine.incarnation != custody.owner.incarnation:
+        engine = self.engines[ownership.owner.engine]
+        if engine.incarnation != ownership.owner.incarnation:
             return
-        here = engine.scheduler.get(custody.rid)
+        here = engine.scheduler.get(ownership.rid)
         for request in (*engine.llumlet.frozen, *([here] if here else [])):
-            held = (request.rid, request.epoch) == (custody.rid, custody.epoch)
-            if held and request.params.priority != custody.priority:
-                raise Violation(f"priority: {request.params.priority} where {custody.priority} is journaled")
+            held = (request.rid, request.epoch) == (ownership.rid, ownership.epoch)
+            if held and request.params.priority != ownership.priority:
+                raise Violation(f"priority: {request.params.priority} where {ownership.priority} is journaled")
 
     def finished(self) -> bool:
         """Every request has ended, and nothing is left of any."""
@@ -650,13 +655,13 @@ class World:
         orders = [_block_order(engine) for engine in self.engines]
         lives = [engine.life for engine in self.engines]
 
-        def block(peer: Peer, number: int) -> int:
+        def block(peer: EngineIncarnation, number: int) -> int:
             return orders[peer.engine][number] if peer in lives else number
 
         def say(a: int, record: Record) -> Any:
             message = record.message
             if isinstance(message, Reserved):
-                there = Peer(a, record.sender)
+                there = EngineIncarnation(a, record.sender)
                 message = msgspec.structs.replace(message, blocks=[block(there, b) for b in message.blocks])
             return record.sender, type(message).__name__, _freeze(message)
 
@@ -665,7 +670,7 @@ class World:
             self.lossy,
             self.budget,
             tuple(self.known),
-            tuple((e.open, e.custody, tuple(e.output)) for e in self.entries.values()),
+            tuple((e.open, e.ownership, tuple(e.output)) for e in self.entries.values()),
             tuple(sorted(self.notices)),
             tuple(tuple(say(a, r) for r in ring) for (a, _), ring in self.rings.items()),
             tuple(_engine_key(e, orders[e.index], block) for e in self.engines),
@@ -714,7 +719,7 @@ def _engine_key(engine: Engine, order: dict[int, int], block: Any) -> tuple[Any,
 
 def _line_key(line: Line, scheduler: Scheduler, order: dict[int, int]) -> tuple[Any, ...]:
     row = line.row
-    counts = scheduler.running.get(row.request.rid) is row.request and row.request.preemptions == row.life
+    counts = scheduler.running.get(row.request.rid) is row.request and row.request.preemptions == row.preemptions
     table = tuple(order[b] for b in line.table)
     return row.request.rid, row.request.epoch, row.start, row.count, row.sample, counts, tuple(line.tokens), table
 
@@ -722,7 +727,7 @@ def _line_key(line: Line, scheduler: Scheduler, order: dict[int, int]) -> tuple[
 def _request_key(request: Request, order: dict[int, int]) -> tuple[Any, ...]:
     table = tuple(order[b] for b in request.block_table)
     output = tuple(request.tokens[request.prompt_len :])
-    going = (request.num_computed, request.ahead, request.drawing, request.held)
+    going = (request.num_computed, request.num_inflight_tokens, request.num_sampling, request.held)
     return request.rid, request.epoch, request.params.priority, output, table, going
 
 

@@ -2,7 +2,7 @@
 
 The frontend alone raises the epoch of a request and names its owner. Whatever arrives at another epoch than the
 present one, or for a request that has ended, is stale: its sender is told to let go. Each function takes the
-`Custody` of a request and an event, and returns a `Verdict`; nothing is changed. The caller journals the
+`Ownership` of a request and an event, and returns a `Decision`; nothing is changed. The caller journals the
 verdict's output, then its custody with one store, then sends its orders: whatever is lost by dying in between is
 made good by the statement of the next frontend.
 
@@ -19,22 +19,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from daemon.ipc.messages import AskBack, Cancel, Grant, HandBack, Release, Reprioritise, Takeover, TokenLogprobs
+from daemon.ipc.messages import (
+    Cancel,
+    EngineIncarnation,
+    Grant,
+    HandBack,
+    Reclaim,
+    Release,
+    Reprioritise,
+    Takeover,
+    TokenLogprobs,
+)
 
 
-class Owner(NamedTuple):
-    """One life of one engine."""
-
-    engine: int
-    incarnation: int
-
-
-class Custody(NamedTuple):
+class Ownership(NamedTuple):
     """What the frontend knows of an unfinished request."""
 
     rid: int
     epoch: int
-    owner: Owner | None  # None: no engine has it at this epoch, it is to be started
+    owner: EngineIncarnation | None  # None: no engine has it at this epoch, it is to be started
     accepted: int  # output tokens journaled
     priority: int = 0  # as it is now
     changed: bool = False  # its priority, since this epoch began
@@ -43,7 +46,7 @@ class Custody(NamedTuple):
 class Order(NamedTuple):
     """A message to that life of an engine; void if it is over."""
 
-    to: Owner
+    to: EngineIncarnation
     message: Grant | Release | Cancel | Reprioritise
 
 
@@ -54,13 +57,13 @@ class Output(NamedTuple):
     logprobs: list[TokenLogprobs | None] | None
 
 
-class Verdict(NamedTuple):
-    """What follows from an event, in this order: journal `output`, store `custody`, send `orders`.
+class Decision(NamedTuple):
+    """What follows from an event, in this order: journal `output`, store `ownership`, send `orders`.
 
     `redispatch`: nobody runs it now: pick an engine, store `started`, send Start. `fault`: output was lost.
     """
 
-    custody: Custody
+    ownership: Ownership
     output: Output | None = None
     orders: tuple[Order, ...] = ()
     redispatch: bool = False
@@ -73,85 +76,85 @@ def fresh(accepted: int, start: int, count: int) -> int | None:
     return None if start > accepted else min(accepted - start, count)
 
 
-def stale(rid: int, epoch: int, sender: Owner) -> Order:
+def stale(rid: int, epoch: int, sender: EngineIncarnation) -> Order:
     """The answer to a claim on a request that has ended, or was never known."""
     return Order(sender, Release(rid, epoch))
 
 
-def takeover(custody: Custody, sender: Owner, claim: Takeover) -> Verdict:
+def takeover(ownership: Ownership, sender: EngineIncarnation, claim: Takeover) -> Decision:
     """The destination of a migration claims the request. The first claim at an epoch wins."""
-    if claim.epoch != custody.epoch:
-        return Verdict(custody, orders=(stale(claim.rid, claim.epoch, sender),))
-    return _award(custody, sender, claim)
+    if claim.epoch != ownership.epoch:
+        return Decision(ownership, orders=(stale(claim.rid, claim.epoch, sender),))
+    return _award(ownership, sender, claim)
 
 
-def ask_back(custody: Custody, sender: Owner, claim: AskBack) -> Verdict:
+def reclaim(ownership: Ownership, sender: EngineIncarnation, claim: Reclaim) -> Decision:
     """The source of a migration claims the request that it froze."""
-    if claim.epoch != custody.epoch or sender != custody.owner:
-        return Verdict(custody, orders=(stale(claim.rid, claim.epoch, sender),))
-    return _award(custody, sender, claim)
+    if claim.epoch != ownership.epoch or sender != ownership.owner:
+        return Decision(ownership, orders=(stale(claim.rid, claim.epoch, sender),))
+    return _award(ownership, sender, claim)
 
 
-def hand_back(custody: Custody, sender: Owner, message: HandBack) -> Verdict:
+def hand_back(ownership: Ownership, sender: EngineIncarnation, message: HandBack) -> Decision:
     """The owner does not run it any more and holds nothing of it."""
-    if message.epoch != custody.epoch or sender != custody.owner:
-        return Verdict(custody)
-    return _orphan(custody)
+    if message.epoch != ownership.epoch or sender != ownership.owner:
+        return Decision(ownership)
+    return _orphan(ownership)
 
 
-def engine_died(custody: Custody, dead: Owner) -> Verdict:
+def engine_died(ownership: Ownership, dead: EngineIncarnation) -> Decision:
     """Call it after the dead engine's ring is read to its end."""
-    return _orphan(custody) if custody.owner == dead else Verdict(custody)
+    return _orphan(ownership) if ownership.owner == dead else Decision(ownership)
 
 
-def disown(custody: Custody) -> Verdict:
+def disown(ownership: Ownership) -> Decision:
     """The owner is suspected, or output of it was lost: take the request away from it."""
-    verdict = _orphan(custody)
-    return verdict if custody.owner is None else verdict._replace(orders=(_release(custody, custody.owner),))
+    decision = _orphan(ownership)
+    return decision if ownership.owner is None else decision._replace(orders=(_release(ownership, ownership.owner),))
 
 
-def started(custody: Custody, owner: Owner) -> Custody:
+def started(ownership: Ownership, owner: EngineIncarnation) -> Ownership:
     """Custody with the request given anew to `owner`, which is to be sent a Start at that epoch."""
-    return custody._replace(epoch=custody.epoch + 1, owner=owner, changed=False)
+    return ownership._replace(epoch=ownership.epoch + 1, owner=owner, changed=False)
 
 
-def cancel(custody: Custody) -> tuple[Order, ...]:
+def cancel(ownership: Ownership) -> tuple[Order, ...]:
     """What to send when the request ends before its engine says so."""
-    if custody.owner is None:
+    if ownership.owner is None:
         return ()
-    return (Order(custody.owner, Cancel(custody.rid, custody.epoch)),)
+    return (Order(ownership.owner, Cancel(ownership.rid, ownership.epoch)),)
 
 
-def reprioritise(custody: Custody, priority: int) -> Verdict:
+def reprioritise(ownership: Ownership, priority: int) -> Decision:
     """The request has another priority from now on."""
-    changed = custody._replace(priority=priority, changed=True)
-    return Verdict(changed, orders=(_priority(changed, custody.owner),) if custody.owner else ())
+    changed = ownership._replace(priority=priority, changed=True)
+    return Decision(changed, orders=(_priority(changed, ownership.owner),) if ownership.owner else ())
 
 
-def _award(custody: Custody, winner: Owner, claim: Takeover | AskBack) -> Verdict:
+def _award(ownership: Ownership, winner: EngineIncarnation, claim: Takeover | Reclaim) -> Decision:
     """The claimant owns the request from now on, with the output it carries."""
-    known = fresh(custody.accepted, claim.start, len(claim.tokens))
-    if known is None or claim.start + len(claim.tokens) < custody.accepted:
-        verdict = disown(custody)
-        return verdict._replace(orders=(*verdict.orders, _release(custody, winner)), fault=True)
+    known = fresh(ownership.accepted, claim.start, len(claim.tokens))
+    if known is None or claim.start + len(claim.tokens) < ownership.accepted:
+        decision = disown(ownership)
+        return decision._replace(orders=(*decision.orders, _release(ownership, winner)), fault=True)
     tokens = claim.tokens[known:]
     logprobs = None if claim.logprobs is None else claim.logprobs[known:]
-    awarded = started(custody, winner)._replace(accepted=custody.accepted + len(tokens))
-    orders = [Order(winner, Grant(custody.rid, custody.epoch, awarded.epoch))]
-    if custody.changed:
+    awarded = started(ownership, winner)._replace(accepted=ownership.accepted + len(tokens))
+    orders = [Order(winner, Grant(ownership.rid, ownership.epoch, awarded.epoch))]
+    if ownership.changed:
         orders.append(_priority(awarded, winner))
-    if custody.owner not in (None, winner):
-        orders.append(_release(custody, custody.owner))
-    return Verdict(awarded, Output(tokens, logprobs) if tokens else None, tuple(orders))
+    if ownership.owner not in (None, winner):
+        orders.append(_release(ownership, ownership.owner))
+    return Decision(awarded, Output(tokens, logprobs) if tokens else None, tuple(orders))
 
 
-def _orphan(custody: Custody) -> Verdict:
-    return Verdict(custody._replace(owner=None), redispatch=True)
+def _orphan(ownership: Ownership) -> Decision:
+    return Decision(ownership._replace(owner=None), redispatch=True)
 
 
-def _priority(custody: Custody, owner: Owner) -> Order:
-    return Order(owner, Reprioritise(custody.rid, custody.epoch, custody.priority))
+def _priority(ownership: Ownership, owner: EngineIncarnation) -> Order:
+    return Order(owner, Reprioritise(ownership.rid, ownership.epoch, ownership.priority))
 
 
-def _release(custody: Custody, holder: Owner) -> Order:
-    return Order(holder, Release(custody.rid, custody.epoch))
+def _release(ownership: Ownership, holder: EngineIncarnation) -> Order:
+    return Order(holder, Release(ownership.rid, ownership.epoch))

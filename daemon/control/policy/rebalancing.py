@@ -29,7 +29,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rebalance:
+class RebalanceRules:
     """Marks are freeness in tokens a request. Raises ValueError if they cannot be used."""
 
     policy: Policy = LLUMD
@@ -45,12 +45,12 @@ class Rebalance:
             raise ValueError("delta must not be negative, and per_engine at least 1")
 
     @classmethod
-    def of(cls, policy: Policy) -> Rebalance:
+    def of(cls, policy: Policy) -> RebalanceRules:
         """With the policy's own marks."""
         return cls(policy, policy.marks.migrate_low, policy.marks.migrate_high)
 
 
-def pair(facts: Sequence[EngineFacts | None], config: Rebalance, held: Sequence[Pair] = ()) -> list[Pair]:
+def pair(facts: Sequence[EngineFacts | None], config: RebalanceRules, held: Sequence[Pair] = ()) -> list[Pair]:
     """The pairs of this period, given those of the last one: pass what is returned back in.
 
     No engine is both source and destination, none is in more than `config.per_engine` pairs.
@@ -63,7 +63,7 @@ def pair(facts: Sequence[EngineFacts | None], config: Rebalance, held: Sequence[
     return board.pairs
 
 
-def explain(facts: Sequence[EngineFacts | None], config: Rebalance, held: Sequence[Pair] = ()) -> str:
+def explain(facts: Sequence[EngineFacts | None], config: RebalanceRules, held: Sequence[Pair] = ()) -> str:
     """What `pair` would do and why, a line for each engine and each pair."""
     board = _Board(facts, config)
     lines = [f"policy {config.policy.name}: gives below {config.low:g}, takes above {config.high:g} tokens a request"]
@@ -80,7 +80,7 @@ def explain(facts: Sequence[EngineFacts | None], config: Rebalance, held: Sequen
 class _Board:
     """One period's engines, each judged once, and the pairs made so far."""
 
-    def __init__(self, facts: Sequence[EngineFacts | None], config: Rebalance) -> None:
+    def __init__(self, facts: Sequence[EngineFacts | None], config: RebalanceRules) -> None:
         self.facts = facts
         self.config = config
         self.free = [config.policy.migration(f) if f is not None else 0.0 for f in facts]

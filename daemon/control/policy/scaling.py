@@ -42,7 +42,7 @@ class ScalingState(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
+class ScalingRules:
     """Marks are freeness in tokens a request. Raises ValueError if they cannot be used."""
 
     max_engines: int
@@ -59,13 +59,13 @@ class Scaling:
             raise ValueError(f"the low mark {self.low:g} does not lie below the high mark {self.high:g}")
 
     @classmethod
-    def of(cls, policy: Policy, max_engines: int, min_engines: int = 1, period: float = 10.0) -> Scaling:
+    def of(cls, policy: Policy, max_engines: int, min_engines: int = 1, period: float = 10.0) -> ScalingRules:
         """With the policy's own marks."""
         return cls(max_engines, min_engines, policy, policy.marks.scale_low, policy.marks.scale_high, period)
 
 
 def decide(
-    facts: Sequence[EngineFacts | None], state: ScalingState, now: float, config: Scaling
+    facts: Sequence[EngineFacts | None], state: ScalingState, now: float, config: ScalingRules
 ) -> tuple[list[Action], ScalingState]:
     """What to do now (mostly nothing), and the state for the next call. `now` in seconds, any clock.
 
@@ -106,7 +106,7 @@ def average(engines: Mapping[int, EngineFacts], serving: Collection[int], policy
     return min(shares, default=math.inf)
 
 
-def _to_wake(engines: Mapping[int, EngineFacts], serving: set[int], config: Scaling) -> list[int]:
+def _to_wake(engines: Mapping[int, EngineFacts], serving: set[int], config: ScalingRules) -> list[int]:
     """As many as bring the average back to the low mark, or as there may be."""
     woken: list[int] = []
     for i in _sleepers(engines)[: config.max_engines - len(serving)]:
@@ -133,5 +133,5 @@ def _since(beyond: bool, since: float | None, now: float) -> float | None:
     return now if since is None else since
 
 
-def _lasted(since: float | None, now: float, config: Scaling) -> bool:
+def _lasted(since: float | None, now: float, config: ScalingRules) -> bool:
     return since is not None and now - since >= config.period

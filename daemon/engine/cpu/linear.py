@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 Arithmetic = Literal["bf16", "fp32"]
 
@@ -26,7 +26,7 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, tiled: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self._packable = torch.backends.mkldnn.is_available()
+        self._packable = _packs(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packable else weight.clone()
         self._bias = bias
         self._tiled = tiled
@@ -44,7 +44,7 @@ class Linear:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
-def choose_arithmetic(card: ModelCard) -> Arithmetic:
+def choose_arithmetic(config: ModelConfig) -> Arithmetic:
     """bf16 or fp32, whichever computes one layer of this model faster here, for decodes of 1 and of 16 rows.
 
     Takes some 100 to 200 ms: wide layers are timed by a part of them. Without bf16 instructions (AVX-512-BF16
@@ -54,19 +54,26 @@ def choose_arithmetic(card: ModelCard) -> Arithmetic:
         return "fp32"
     # Engines time by themselves and must agree, or no KV could move between them; the bias towards
     # bf16, which wins by nearly two where it is native at all, keeps a noisy neighbour from parting them.
-    return "bf16" if _layer_seconds(card, "bf16") < 1.5 * _layer_seconds(card, "fp32") else "fp32"
+    return "bf16" if _layer_seconds(config, "bf16") < 1.5 * _layer_seconds(config, "fp32") else "fp32"
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of `dtype` on this CPU; it refuses bf16 where AVX-512 is missing."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _has_bf16() -> bool:
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _packs(torch.bfloat16):
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _layer_seconds(card: ModelCard, arithmetic: Arithmetic, budget: float = 0.04) -> float:
+def _layer_seconds(config: ModelConfig, arithmetic: Arithmetic, budget: float = 0.04) -> float:
     """Least time of the two widest products of a layer at 1 and 16 rows. `budget`: seconds of timing."""
     dtype = DTYPES[arithmetic]
-    hidden, inner = min(card.hidden_size, 2048), min(card.intermediate_size, 3072)
+    hidden, inner = min(config.hidden_size, 2048), min(config.intermediate_size, 3072)
     with torch.inference_mode():
         gate_up = Linear(torch.full((2 * inner, hidden), 0.01, dtype=dtype))
         down = Linear(torch.full((hidden, inner), 0.01, dtype=dtype))

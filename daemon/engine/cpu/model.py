@@ -19,7 +19,7 @@ from daemon.engine.cpu.linear import DTYPES, Arithmetic, Linear
 from daemon.engine.cpu.ops import Ops, compile_ops
 from daemon.engine.rope import rope_tables
 from daemon.engine.weights import Weights
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 
 class Layer(NamedTuple):
@@ -42,7 +42,7 @@ class Llama:
 
     def __init__(
         self,
-        card: ModelCard,
+        config: ModelConfig,
         weights: Weights,
         shape: AttentionShape,
         pool: npt.NDArray[Any],
@@ -56,23 +56,23 @@ class Llama:
         self._shape = shape
         self._pool = pool
         self._dtype = DTYPES[arithmetic]
-        self._eps = np.float32(card.rms_norm_eps)
+        self._eps = np.float32(config.rms_norm_eps)
         self._scale = np.float32(shape.query_scale)
-        self._cos, self._sin = rope_tables(card, max_len)
+        self._cos, self._sin = rope_tables(config, max_len)
         build = _Builder(weights, self._dtype, deterministic)
         self._embedding = weights.get("model.embed_tokens.weight")
-        self._layers = [build.layer(card, i) for i in range(card.num_layers)]
+        self._layers = [build.layer(config, i) for i in range(config.num_layers)]
         self._norm_weight = build.norm("model.norm")
-        self._head = build.head("model.embed_tokens" if card.tie_embeddings else "lm_head")
+        self._head = build.head("model.embed_tokens" if config.tie_embeddings else "lm_head")
         self._ops: Ops = compile_ops(threads > 1)
         self._attention: Attention = compile_attention(shape, threads > 1)
-        attention_width = card.num_heads * card.head_dim
-        self._residual = np.zeros((max_tokens, card.hidden_size), np.float32)
+        attention_width = config.num_heads * config.head_dim
+        self._residual = np.zeros((max_tokens, config.hidden_size), np.float32)
         self._queries = np.empty((max_tokens, attention_width), np.float32)
-        self._normed = torch.zeros(max_tokens, card.hidden_size, dtype=self._dtype)
-        self._final = torch.zeros(max_tokens, card.hidden_size)
+        self._normed = torch.zeros(max_tokens, config.hidden_size, dtype=self._dtype)
+        self._final = torch.zeros(max_tokens, config.hidden_size)
         self._attended = torch.zeros(max_tokens, attention_width, dtype=self._dtype)
-        self._activated = torch.zeros(max_tokens, card.intermediate_size, dtype=self._dtype)
+        self._activated = torch.zeros(max_tokens, config.intermediate_size, dtype=self._dtype)
         self._every = np.arange(max_tokens, dtype=np.int32)
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -146,9 +146,9 @@ class _Builder:
         self._dtype = dtype
         self._tiled = tiled
 
-    def layer(self, card: ModelCard, index: int) -> Layer:
+    def layer(self, config: ModelConfig, index: int) -> Layer:
         at = f"model.layers.{index}"
-        attention, mlp = card.attention_bias, card.mlp_bias
+        attention, mlp = config.attention_bias, config.mlp_bias
         return Layer(
             attention_norm=self.norm(f"{at}.input_layernorm"),
             qkv=self.linear(*(f"{at}.self_attn.{x}_proj" for x in "qkv"), bias=attention),

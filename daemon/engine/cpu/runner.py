@@ -22,7 +22,7 @@ from daemon.engine.runner import PoolSpec, Row, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler
 from daemon.engine.weights import open_weights
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.models.model_config import ModelCard, ModelError
+from daemon.models.model_config import ModelConfig, ModelError
 
 _WARM_ROWS = 64  # decode batches up to this size find oneDNN's kernels ready
 
@@ -36,7 +36,7 @@ class CpuRunner:
 
     def __init__(
         self,
-        card: ModelCard,
+        model_config: ModelConfig,
         *,
         threads: int,
         dtype: str,
@@ -51,18 +51,24 @@ class CpuRunner:
             raise ModelError("deterministic needs fp32: set dtype to auto or fp32, or deterministic to false")
         _set_threads(threads)
         self.device = f"cpu, {threads} threads"
-        self.eos_token_ids = card.eos_token_ids
-        self.max_model_len = min(max_model_len, card.max_position)
-        self.vocab_size = card.vocab_size
-        self.arithmetic: Arithmetic = "fp32" if deterministic else _arithmetic(card, dtype)
-        self._card = card
+        self.eos_token_ids = model_config.eos_token_ids
+        self.max_model_len = min(max_model_len, model_config.max_position)
+        self.vocab_size = model_config.vocab_size
+        self.arithmetic: Arithmetic = "fp32" if deterministic else _arithmetic(model_config, dtype)
+        self._card = model_config
         self._threads = threads
         self._deterministic = deterministic
         self._load_format = load_format
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
-        self._shape = AttentionShape(card.num_heads, card.num_kv_heads, card.head_dim, block_size, card.num_layers)
-        self._sampler = Sampler(card.vocab_size, threads, card.eos_token_ids)
+        self._shape = AttentionShape(
+            model_config.num_heads,
+            model_config.num_kv_heads,
+            model_config.head_dim,
+            block_size,
+            model_config.num_layers,
+        )
+        self._sampler = Sampler(model_config.vocab_size, threads, model_config.eos_token_ids)
 
     def pool_spec(self, num_blocks: int) -> PoolSpec:
         name = "bfloat16" if self.arithmetic == "bf16" else "float32"
@@ -96,9 +102,9 @@ class CpuRunner:
             return self._sampler.sample(logits, requests) if requests else StepResult([])
 
 
-def _arithmetic(card: ModelCard, dtype: str) -> Arithmetic:
+def _arithmetic(model_config: ModelConfig, dtype: str) -> Arithmetic:
     if dtype == "auto":
-        return choose_arithmetic(card)
+        return choose_arithmetic(model_config)
     return "bf16" if dtype == "bf16" else "fp32"
 
 

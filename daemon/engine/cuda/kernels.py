@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon.config import cache_dir
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 Dtype = Literal["bf16", "fp16"]
 KvDtype = Literal["auto", "fp8"]  # auto: as dtype; fp8: e4m3
@@ -61,25 +61,31 @@ class Built:
 
 
 def required(
-    card: ModelCard, *, arch: str, dtype: Dtype = "bf16", kv_dtype: KvDtype = "auto", prefill: Prefill = "fa2"
+    model_config: ModelConfig,
+    *,
+    arch: str,
+    dtype: Dtype = "bf16",
+    kv_dtype: KvDtype = "auto",
+    prefill: Prefill = "fa2",
 ) -> list[KernelSpec]:
-    """Every module that serving `card` on a GPU of `arch` loads, the quickly compiled ones first.
+    """Every module that serving `model_config` on a GPU of `arch` loads, the quickly compiled ones first.
 
     The fa2 prefill module serves decode on tensor cores too, so it is always among them. Raises KernelError for a
     model or a combination that no kernel exists for.
     """
-    if card.head_dim not in HEAD_DIMS:
+    if model_config.head_dim not in HEAD_DIMS:
         known = ", ".join(map(str, HEAD_DIMS))
         raise KernelError(
-            f"{card.name}: CUDA kernels exist for head_dim {known}, not {card.head_dim}; serve it on cpu"
+            f"{model_config.name}: CUDA kernels exist for head_dim {known}, "
+            f"not {model_config.head_dim}; serve it on cpu"
         )
-    attention = [_attention("fa2", dtype, kv_dtype, card.head_dim)]
+    attention = [_attention("fa2", dtype, kv_dtype, model_config.head_dim)]
     if prefill == "fa3":
         if not arch.startswith(f"{_FA3_MAJOR}."):
             raise KernelError(f"fa3 prefill is for 9.0a alone, not for {arch}; use fa2")
         if kv_dtype == "fp8":
             raise KernelError("fa3 prefill cannot read an fp8 KV cache; use fa2")
-        attention.append(_attention("fa3", dtype, kv_dtype, card.head_dim))
+        attention.append(_attention("fa3", dtype, kv_dtype, model_config.head_dim))
     return [
         KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",)),
         sampler(),

@@ -12,7 +12,7 @@ from daemon.engine.cuda.ops import Ops
 from daemon.engine.cuda.small_batch import FewRows, Gemv, Way
 from daemon.engine.cuda.weights import DeviceWeights, Layer, Linear
 from daemon.engine.rope import rope_tables
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 
 class Llama:
@@ -21,7 +21,7 @@ class Llama:
 
     def __init__(
         self,
-        card: ModelCard,
+        config: ModelConfig,
         weights: DeviceWeights,
         ops: Ops,
         attention: Attention,
@@ -32,11 +32,11 @@ class Llama:
         self._weights = weights
         self._ops = ops
         self._attention = attention
-        self._eps = card.rms_norm_eps
-        self._heads, self._kv_heads, self._head_dim = card.num_heads, card.num_kv_heads, card.head_dim
-        angles = np.concatenate(rope_tables(card, max_len), axis=1)
+        self._eps = config.rms_norm_eps
+        self._heads, self._kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        angles = np.concatenate(rope_tables(config, max_len), axis=1)
         self._angles = torch.from_numpy(angles).to(weights.embedding.device)
-        self._few = FewRows(card, weights, gemv, attention, self._angles) if gemv is not None else None
+        self._few = FewRows(config, weights, gemv, attention, self._angles) if gemv is not None else None
 
     def logits(
         self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool, way: Way = "all rows"

@@ -30,7 +30,7 @@ from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
 from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
-from daemon.models.model_config import ModelCard, ModelError
+from daemon.models.model_config import ModelConfig, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class CudaTicket:
     chunks: list[int]  # plan rows of the chunk pass
     hosted: list[int]  # plan rows whose tokens the host draws
     staged: Staged
-    shed: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
     mark: Mark = field(init=False)
 
 
@@ -76,7 +76,7 @@ class CudaRunner:
 
     def __init__(
         self,
-        card: ModelCard,
+        config: ModelConfig,
         *,
         device: str,
         dtype: str = "auto",
@@ -95,12 +95,12 @@ class CudaRunner:
     ) -> None:
         self._device = torch.device(device)
         self.device = device  # until it is known by its make
-        self.eos_token_ids = card.eos_token_ids
-        self.max_model_len = min(max_model_len, card.max_position)
-        self.vocab_size = card.vocab_size
+        self.eos_token_ids = config.eos_token_ids
+        self.max_model_len = min(max_model_len, config.max_position)
+        self.vocab_size = config.vocab_size
         self.num_blocks = 0
         self.ways: dict[int, dict[str, float]] = {}  # seconds of a decode step, by bucket, where there was a choice
-        self._card = card
+        self._card = config
         self._load_format = load_format
         self._format = _choose_format(self._device, dtype, kv_dtype, deterministic)
         self._kv_memory = kv_memory
@@ -108,16 +108,16 @@ class CudaRunner:
         self._prefill = prefill
         self._way: Way | Literal["auto"] = way
         self._gemv = gemv
-        self._heads = Heads(card.num_heads, card.num_kv_heads, card.head_dim, block_size)
+        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, block_size)
         self._buckets = graph_buckets(max_num_seqs)
-        self._room = _room(self._buckets, max_batch_tokens, self.max_model_len, block_size, card.vocab_size)
+        self._room = _room(self._buckets, max_batch_tokens, self.max_model_len, block_size, config.vocab_size)
         self._slots: Slots[Request] = Slots(self._room.slots)
         self._arrays = StepArrays(self._room.slots, self.max_model_len, block_size)
-        self._host_sampler = Sampler(card.vocab_size, 1, card.eos_token_ids)
+        self._host_sampler = Sampler(config.vocab_size, 1, config.eos_token_ids)
         self._flying: deque[CudaTicket] = deque()
         self._pool: torch.Tensor
         if self._device.type == "cuda":
-            _ready(card, self._device, kv_dtype, prefill)
+            _ready(config, self._device, kv_dtype, prefill)
             self.device = torch.cuda.get_device_name(self._device)
 
     # -- life ----------------------------------------------------------------------------------
@@ -333,13 +333,13 @@ class CudaRunner:
         places = _places(ticket)
         drawn = ticket.staged.tokens.tolist()
         tokens = {i: drawn[place] for i, place in places.items()}
-        tokens.update((i, NO_TOKEN) for i in ticket.shed)
+        tokens.update((i, NO_TOKEN) for i in ticket.dropped)
         logprobs = self._draw_on_host(ticket, places, tokens) if ticket.hosted else {}
         sampled = [i for i, row in enumerate(ticket.plan.rows) if row.sample]
         return StepResult(
             [tokens[i] for i in sampled],
             [logprobs.get(i) for i in sampled] if any(logprobs.values()) else None,
-            tuple(sorted(ticket.shed)),
+            tuple(sorted(ticket.dropped)),
         )
 
     def _check_room(self, plan: StepPlan) -> None:
@@ -383,7 +383,7 @@ class CudaRunner:
 
     def _submit_chunks(self, ticket: CudaTicket, size: Size) -> None:
         while not self._try_chunks(ticket, size):
-            self._shed(ticket)
+            self._dropped(ticket)
             if not ticket.chunks:
                 return
             size = self._fill_chunks(ticket)
@@ -395,12 +395,12 @@ class CudaRunner:
             return False
         return True
 
-    def _shed(self, ticket: CudaTicket) -> None:
+    def _dropped(self, ticket: CudaTicket) -> None:
         """Give up the largest of the chunks, for the others to find room."""
         rows = ticket.plan.rows
         largest = max(ticket.chunks, key=lambda i: rows[i].count)
         ticket.chunks.remove(largest)
-        ticket.shed.append(largest)
+        ticket.dropped.append(largest)
         log.error(
             "out of memory on %s: request %d ends with an error, a chunk of %d tokens did not fit; "
             "lower max_batch_tokens",
@@ -465,7 +465,7 @@ def _room(buckets: tuple[int, ...], max_batch_tokens: int, max_len: int, block_s
     )
 
 
-def _ready(card: ModelCard, device: torch.device, kv_dtype: str, prefill: Literal["fa2", "fa3"]) -> None:
+def _ready(config: ModelConfig, device: torch.device, kv_dtype: str, prefill: Literal["fa2", "fa3"]) -> None:
     """Check the device, and have FlashInfer load what was compiled ahead of time. Raises ModelError naming what is
     missing."""
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
@@ -478,7 +478,7 @@ def _ready(card: ModelCard, device: torch.device, kv_dtype: str, prefill: Litera
     torch.cuda.set_device(device)
     arch = kernels.arch_of(*torch.cuda.get_device_capability(device))
     try:
-        specs = kernels.required(card, arch=arch, kv_dtype="fp8" if kv_dtype == "fp8" else "auto", prefill=prefill)
+        specs = kernels.required(config, arch=arch, kv_dtype="fp8" if kv_dtype == "fp8" else "auto", prefill=prefill)
         kernels.use(kernels.check(specs, arch))
     except kernels.KernelError as e:
         raise ModelError(str(e)) from e

@@ -17,7 +17,7 @@ import torch
 from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.weights import DeviceWeights, Layer
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 Way = Literal["all rows", "few rows", "few rows, ahead"]
 """How decodes are computed: as any pass, as `FewRows` does, or so and with weights fetched ahead of attention."""
@@ -77,9 +77,9 @@ class Gemv(Protocol):
         ...
 
 
-def few_buckets(buckets: tuple[int, ...], card: ModelCard, shared_memory: int) -> tuple[int, ...]:
+def few_buckets(buckets: tuple[int, ...], config: ModelConfig, shared_memory: int) -> tuple[int, ...]:
     """Those of `buckets` that such a pass can compute on a device whose blocks have so many bytes of memory."""
-    widths = card.hidden_size, card.num_heads * card.head_dim, card.intermediate_size
+    widths = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     if any(width % _COLUMNS for width in widths):
         return ()
     row = max(widths) * torch.bfloat16.itemsize
@@ -90,14 +90,14 @@ class FewRows:
     """The layers and the head of a Llama. `angles`: see `Ops.append`."""
 
     def __init__(
-        self, card: ModelCard, weights: DeviceWeights, gemv: Gemv, attention: Attention, angles: torch.Tensor
+        self, config: ModelConfig, weights: DeviceWeights, gemv: Gemv, attention: Attention, angles: torch.Tensor
     ) -> None:
         self._weights = weights
         self._gemv = gemv
         self._attention = attention
         self._angles = angles
-        self._eps = card.rms_norm_eps
-        self._heads, self._head_dim = card.num_heads, card.head_dim
+        self._eps = config.rms_norm_eps
+        self._heads, self._head_dim = config.num_heads, config.head_dim
 
     def logits(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, *, ahead: bool) -> None:
         """Compute decodes from their embeddings `residual` [rows, hidden], which do not survive it; write float32

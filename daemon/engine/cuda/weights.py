@@ -10,7 +10,7 @@ import torch
 
 from daemon.engine.weights import Checkpoint, Dummy, Weights
 from daemon.models import checkpoint
-from daemon.models.model_config import ModelCard
+from daemon.models.model_config import ModelConfig
 
 
 class Linear(NamedTuple):
@@ -44,8 +44,8 @@ class DeviceDummy:
     """Random weights made on the device, where 8 billion take a second or so: the same on every engine with such a
     device, by the tensor's name alone."""
 
-    def __init__(self, card: ModelCard, device: torch.device, dtype: torch.dtype) -> None:
-        self._shapes = checkpoint.expected_tensors(card)
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._shapes = checkpoint.expected_tensors(config)
         self._device = device
         self._dtype = dtype
 
@@ -58,18 +58,18 @@ class DeviceDummy:
         return values.uniform_(-0.03, 0.03, generator=generator)
 
 
-def load_weights(card: ModelCard, load_format: str, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
+def load_weights(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
     """Read or make all weights. Raises ModelError for a checkpoint that is not whole."""
-    return _fuse(card, _source(card, load_format, device, dtype), device, dtype)
+    return _fuse(config, _source(config, load_format, device, dtype), device, dtype)
 
 
-def _source(card: ModelCard, load_format: str, device: torch.device, dtype: torch.dtype) -> Weights:
+def _source(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> Weights:
     if load_format != "dummy":
-        return Checkpoint(card)
-    return Dummy(card) if device.type == "cpu" else DeviceDummy(card, device, dtype)
+        return Checkpoint(config)
+    return Dummy(config) if device.type == "cpu" else DeviceDummy(config, device, dtype)
 
 
-def _fuse(card: ModelCard, source: Weights, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
+def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
     def tensor(*names: str) -> torch.Tensor:
         """The tensors `names`, one under the other. Each is freed before the next is read."""
         if len(names) == 1:
@@ -80,7 +80,7 @@ def _fuse(card: ModelCard, source: Weights, device: torch.device, dtype: torch.d
             part.copy_(source.get(name))
         return out
 
-    shape_of: Callable[[str], tuple[int, ...]] = checkpoint.expected_tensors(card).__getitem__
+    shape_of: Callable[[str], tuple[int, ...]] = checkpoint.expected_tensors(config).__getitem__
 
     def linear(at: str, *names: str, bias: bool) -> Linear:
         return Linear(
@@ -92,17 +92,17 @@ def _fuse(card: ModelCard, source: Weights, device: torch.device, dtype: torch.d
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         return Layer(
             attention_norm=tensor(f"{at}.input_layernorm.weight"),
-            qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=card.attention_bias),
-            out=linear(attention, "o_proj", bias=card.attention_bias),
+            qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.attention_bias),
+            out=linear(attention, "o_proj", bias=config.attention_bias),
             mlp_norm=tensor(f"{at}.post_attention_layernorm.weight"),
-            gate_up=linear(mlp, "gate_proj", "up_proj", bias=card.mlp_bias),
-            down=linear(mlp, "down_proj", bias=card.mlp_bias),
+            gate_up=linear(mlp, "gate_proj", "up_proj", bias=config.mlp_bias),
+            down=linear(mlp, "down_proj", bias=config.mlp_bias),
         )
 
     embedding = tensor("model.embed_tokens.weight")
     return DeviceWeights(
         embedding=embedding,
-        layers=[layer(f"model.layers.{i}") for i in range(card.num_layers)],
+        layers=[layer(f"model.layers.{i}") for i in range(config.num_layers)],
         norm=tensor("model.norm.weight"),
-        head=embedding if card.tie_embeddings else tensor("lm_head.weight"),
+        head=embedding if config.tie_embeddings else tensor("lm_head.weight"),
     )

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from daemon.engine.frontend_outbox import Outbox
+from daemon.engine.frontend_outbox import FrontendOutbox
 from daemon.engine.migration.llumlet import Action, Copy, Report, Send, Tell
-from daemon.engine.telemetry import Logbook
-from daemon.ipc.layout import Fabric
+from daemon.engine.telemetry import Telemetry
+from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import encode
 from daemon.ipc.ring import RingWriter
-from daemon.kvpool.host_pools import Pools
+from daemon.kvpool.host_pools import PeerPools
 from daemon.kvpool.host_transport import Outcome, Transport
 
 log = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ class _Line:
         return sent
 
 
-class Hands:
+class MigrationExecutor:
     """The I/O of one llumlet. `outboxes`: one a frontend, flushed by the worker."""
 
     def __init__(
         self,
         fabric: Fabric,
-        outboxes: Sequence[Outbox],
-        peers: Pools,
+        outboxes: Sequence[FrontendOutbox],
+        peers: PeerPools,
         transport: Transport,
         block_bytes: int,
-        logbook: Logbook,
+        telemetry: Telemetry,
     ) -> None:
         topology = fabric.topology
         _, me = topology.role(fabric.process)
@@ -65,11 +65,11 @@ class Hands:
         self._peers = peers
         self._transport = transport
         self._block_bytes = block_bytes
-        self._logbook = logbook
+        self._telemetry = telemetry
         self._lines = {i: _Line(fabric.writer(topology.engine(i))) for i in range(topology.engines) if i != me}
         self._failed: list[int] = []  # moves whose copy could not even begin
 
-    def carry_out(self, actions: list[Action]) -> None:
+    def execute(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Send(peer, message):
@@ -79,7 +79,7 @@ class Hands:
                 case Copy():
                     self._copy(action)
                 case Report():
-                    self._logbook.move(action)
+                    self._telemetry.move(action)
 
     def flush(self) -> None:
         """Put on the rings what they take, and wake who got something."""

@@ -11,7 +11,7 @@ destination, in stages:
    frees what the loser holds.
 
 What keeps it sound: nobody but the frontend raises an epoch. A frozen request never runs again by itself: the
-source asks (`AskBack`), and whoever reaches the frontend first wins. Blocks that a source may still write are
+source asks (`Reclaim`), and whoever reaches the frontend first wins. Blocks that a source may still write are
 freed on its `Aborted`, sent after its copies have ended, or on its confirmed death, and on nothing else.
 
 The worker's duties: hand over a peer's messages to their end before its death; call `after_step` when the
@@ -31,11 +31,12 @@ from daemon.engine.scheduler import Emission, Scheduler
 from daemon.enums import MigrationChoice, MigrationMode, MigrationResult
 from daemon.ipc.messages import (
     Aborted,
-    AskBack,
     Declined,
+    EngineIncarnation,
     HandBack,
     Handover,
     MigrateTo,
+    Reclaim,
     Reserve,
     Reserved,
     Takeover,
@@ -50,17 +51,10 @@ PATIENCE = 1.0  # seconds that a frozen request waits for the verdict before it 
 ABSENT = 0  # in a table at the source: a block that need not be copied (0 is nobody's block)
 
 
-class Peer(NamedTuple):
-    """One life of one engine."""
-
-    engine: int
-    incarnation: int
-
-
 class Send(NamedTuple):
     """Put `message` on the ring to that life of the engine; drop it if it is over."""
 
-    peer: Peer
+    peer: EngineIncarnation
     message: ToPeer
 
 
@@ -68,13 +62,13 @@ class Tell(NamedTuple):
     """Put `message` on the ring to the frontend."""
 
     frontend: int
-    message: Takeover | AskBack | HandBack
+    message: Takeover | Reclaim | HandBack
 
 
 class Copy(NamedTuple):
     """Copy blocks (here, there) into the peer's pool beside the steps; then call `copied` or `copy_failed`."""
 
-    peer: Peer
+    peer: EngineIncarnation
     move: int
     pairs: list[tuple[int, int]]
 
@@ -124,7 +118,7 @@ class Stage(Enum):
 FROZEN = frozenset({Stage.TAIL, Stage.HANDED, Stage.ASKING})
 
 
-class Records(NamedTuple):
+class OutputTail(NamedTuple):
     """Output from position `start` on."""
 
     start: int
@@ -137,7 +131,7 @@ class Outgoing:
     """A move away from here. `table` mirrors the destination's; its first `sent` blocks need no copy."""
 
     move: int
-    peer: Peer
+    peer: EngineIncarnation
     request: Request
     preemptions: int  # of the request when the move began: one more and its KV is gone
     first: int  # output position from which on `logprobs` is kept
@@ -151,7 +145,7 @@ class Outgoing:
     copying: int = 0  # blocks that will need no copy when the one under way has ended
     since: float = 0.0  # start of the stage, seconds
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    records: Records = Records(0, [], None)  # settled at the freeze
+    records: OutputTail = OutputTail(0, [], None)  # settled at the freeze
     stages: int = 0  # copies begun
     copied: int = 0  # blocks
     skipped: int = 0  # blocks that were there
@@ -175,13 +169,13 @@ class Outgoing:
 class Incoming:
     """A move to here: a reservation, and once it is handed over the pending request."""
 
-    peer: Peer
+    peer: EngineIncarnation
     reserve: Reserve
     table: list[int]
     request: Request | None = None  # pending
 
 
-def _always(peer: Peer) -> bool:
+def _always(peer: EngineIncarnation) -> bool:
     return True
 
 
@@ -200,7 +194,7 @@ class Llumlet:
         max_outgoing: int = MAX_OUTGOING,
         max_incoming: int = MAX_INCOMING,
         patience: float = PATIENCE,
-        busier_than: Callable[[Peer], bool] = _always,
+        busier_than: Callable[[EngineIncarnation], bool] = _always,
     ) -> None:
         self.scheduler = scheduler
         self.journals = journals
@@ -210,8 +204,8 @@ class Llumlet:
         self.busier_than = busier_than
         self.accepting = True
         self.outgoing: dict[int, Outgoing] = {}  # by move
-        self.incoming: dict[tuple[Peer, int], Incoming] = {}  # by source and its move
-        self.orders: dict[Peer, MigrateTo] = {}
+        self.incoming: dict[tuple[EngineIncarnation, int], Incoming] = {}  # by source and its move
+        self.orders: dict[EngineIncarnation, MigrateTo] = {}
         self._moves = 0
         self._block_seconds = 0.0  # of copying one block, as last seen; 0: not seen yet
 
@@ -244,7 +238,7 @@ class Llumlet:
 
     # -- orders --------------------------------------------------------------------------------
 
-    def migrate_to(self, peer: Peer, order: MigrateTo, now: float) -> list[Action]:
+    def migrate_to(self, peer: EngineIncarnation, order: MigrateTo, now: float) -> list[Action]:
         """The coordinator's order; `peer` is the engine it names, as alive now. A new one replaces the old; one to
         drain is for an engine that takes in no more."""
         if order.rid:
@@ -263,7 +257,7 @@ class Llumlet:
         if yes:
             self.orders = {peer: order for peer, order in self.orders.items() if not order.drain}
 
-    def stop(self, peer: Peer) -> None:
+    def stop(self, peer: EngineIncarnation) -> None:
         """Begin no more moves to `peer`; those under way go on."""
         self.orders.pop(peer, None)
 
@@ -280,7 +274,7 @@ class Llumlet:
                 actions += self._send_off(request, peer, now, order)
         return actions
 
-    def _may_begin(self, peer: Peer, order: MigrateTo) -> bool:
+    def _may_begin(self, peer: EngineIncarnation, order: MigrateTo) -> bool:
         if len(self.outgoing) >= self.max_outgoing:
             return False
         busy = any(o.peer == peer for o in self.outgoing.values())
@@ -318,7 +312,7 @@ class Llumlet:
 
     # -- source --------------------------------------------------------------------------------
 
-    def _send_off(self, request: Request, peer: Peer, now: float, order: MigrateTo) -> list[Action]:
+    def _send_off(self, request: Request, peer: EngineIncarnation, now: float, order: MigrateTo) -> list[Action]:
         """Move a request, or hand it back where there is no KV worth moving."""
         if request.rid not in self.scheduler.running:
             return self._hand_back(request, order, "it waited")
@@ -414,7 +408,7 @@ class Llumlet:
         outgoing.settle(MigrationResult.COPY_FAILED)
         if outgoing.stage is not Stage.TAIL:
             return self._end(outgoing, now)
-        return [self._aborted(outgoing), *self._ask_back(outgoing)]
+        return [self._aborted(outgoing), *self._reclaim(outgoing)]
 
     def _note_copy(self, outgoing: Outgoing, now: float) -> None:
         blocks = outgoing.copying - outgoing.sent
@@ -479,7 +473,7 @@ class Llumlet:
             self.scheduler.hold(request)
             return []
         logprobs = outgoing.logprobs[start - outgoing.first :] if request.sampling.logprobs >= 0 else None
-        outgoing.records = Records(start, request.tokens[request.prompt_len + start :], logprobs)
+        outgoing.records = OutputTail(start, request.tokens[request.prompt_len + start :], logprobs)
         self.scheduler.detach(request)
         outgoing.froze = now
         tail = self._copy(outgoing, self.scheduler.blocks.blocks_for(request.num_computed), Stage.TAIL, now)
@@ -498,10 +492,10 @@ class Llumlet:
         )
         return [Send(outgoing.peer, message)]
 
-    def _ask_back(self, outgoing: Outgoing) -> list[Action]:
+    def _reclaim(self, outgoing: Outgoing) -> list[Action]:
         outgoing.stage = Stage.ASKING
         request = outgoing.request
-        return [Tell(request.frontend, AskBack(request.rid, request.epoch, *outgoing.records))]
+        return [Tell(request.frontend, Reclaim(request.rid, request.epoch, *outgoing.records))]
 
     def _declined(self, answer: Declined, now: float) -> list[Action]:
         """The destination has no room, or nothing to put what was handed over into. The order is void with it."""
@@ -514,7 +508,7 @@ class Llumlet:
             case Stage.RESERVING:
                 return self._end(outgoing, now)
             case Stage.HANDED:
-                return self._ask_back(outgoing)
+                return self._reclaim(outgoing)
         return []
 
     def _abort(
@@ -552,14 +546,14 @@ class Llumlet:
 
     # -- destination -----------------------------------------------------------------------------
 
-    def _admit(self, peer: Peer, reserve: Reserve) -> list[Action]:
+    def _admit(self, peer: EngineIncarnation, reserve: Reserve) -> list[Action]:
         known = self.incoming.get((peer, reserve.move))
         answer = self._extend(known, reserve) if known else self._open(peer, reserve)
         if isinstance(answer, str):
             return [Send(peer, Declined(reserve.move, reserve.rid, reserve.epoch, answer))]
         return [Send(peer, answer)]
 
-    def _open(self, peer: Peer, reserve: Reserve) -> Reserved | str:
+    def _open(self, peer: EngineIncarnation, reserve: Reserve) -> Reserved | str:
         """Take a place and the blocks for a new move; those already here are held from now on."""
         blocks = self.scheduler.blocks
         if not self.accepting or reserve.stage:
@@ -594,7 +588,7 @@ class Llumlet:
         kept = len(scheduler.running) + blocks.capacity // 100 + scheduler.num_unsettled
         return blocks.can_allocate(fresh + kept)
 
-    def _take(self, peer: Peer, handover: Handover) -> list[Action]:
+    def _take(self, peer: EngineIncarnation, handover: Handover) -> list[Action]:
         """All is here: hold the request pending and ask for it. What does not fit the journal is turned away."""
         incoming = self.incoming.get((peer, handover.move))
         request = self._rebuild(incoming, handover) if incoming else None
@@ -620,7 +614,7 @@ class Llumlet:
         request.block_table = incoming.table
         return request
 
-    def _free(self, peer: Peer, move: int) -> None:
+    def _free(self, peer: EngineIncarnation, move: int) -> None:
         """Give up a reservation or a pending request. Only where the source writes no more."""
         incoming = self.incoming.pop((peer, move), None)
         if incoming is not None:
@@ -629,7 +623,7 @@ class Llumlet:
 
     # -- what peers say ----------------------------------------------------------------------------
 
-    def on_peer(self, peer: Peer, message: ToPeer, now: float) -> list[Action]:
+    def on_peer(self, peer: EngineIncarnation, message: ToPeer, now: float) -> list[Action]:
         """A message of another engine."""
         match message:
             case Reserve():
@@ -644,11 +638,11 @@ class Llumlet:
                 self._free(peer, move)
         return []
 
-    def peer_died(self, peer: Peer, now: float) -> list[Action]:
+    def peer_died(self, peer: EngineIncarnation, now: float) -> list[Action]:
         """That life of an engine, and every one before it, is over, and their messages are all taken. What was
         pending here stays pending."""
 
-        def dead(other: Peer) -> bool:
+        def dead(other: EngineIncarnation) -> bool:
             return other.engine == peer.engine and other.incarnation <= peer.incarnation
 
         self.orders = {other: order for other, order in self.orders.items() if not dead(other)}
@@ -660,7 +654,7 @@ class Llumlet:
             if not outgoing.frozen:
                 actions.append(self._close(outgoing, now))
             elif outgoing.stage is not Stage.ASKING:
-                actions += self._ask_back(outgoing)
+                actions += self._reclaim(outgoing)
         return actions
 
     # -- what frontends say ------------------------------------------------------------------------
@@ -707,7 +701,7 @@ class Llumlet:
             if (request.rid, request.epoch) == (rid, epoch):
                 self.scheduler.reprioritise(request, priority)
 
-    def on_statement(self, frontend: int, owned: Mapping[int, int], now: float) -> list[Action]:
+    def on_owned_requests(self, frontend: int, owned: Mapping[int, int], now: float) -> list[Action]:
         """All that a frontend has given to this engine (rid: epoch). What it omits is dropped; what it names and
         is not here is handed back; what is frozen asks again, as nobody may remember that it did."""
         actions = self._drop(
@@ -715,7 +709,7 @@ class Llumlet:
         )
         for outgoing in self.outgoing.values():
             if outgoing.request.frontend == frontend and outgoing.stage in (Stage.HANDED, Stage.ASKING):
-                actions += self._ask_back(outgoing)
+                actions += self._reclaim(outgoing)
         missing = [rid for rid, epoch in owned.items() if self.epoch_of(rid) < epoch]
         return actions + [Tell(frontend, HandBack(rid, owned[rid])) for rid in missing]
 
@@ -746,5 +740,5 @@ class Llumlet:
         actions = self._abort_broken(now)
         for outgoing in self.outgoing.values():
             if outgoing.stage is Stage.HANDED and now - outgoing.since >= self.patience:
-                actions += self._ask_back(outgoing)
+                actions += self._reclaim(outgoing)
         return actions + self._pursue(now)

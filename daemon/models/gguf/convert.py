@@ -17,7 +17,7 @@ import numpy as np
 
 from daemon.models import checkpoint
 from daemon.models.gguf.tokenizer import write_tokenizer
-from daemon.models.model_config import ModelCard, ModelError, read_card
+from daemon.models.model_config import ModelConfig, ModelError, read_model_config
 
 _LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -79,9 +79,11 @@ def convert(source: GGUF, directory: Path) -> None:
     config = config_of(source)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(source.metadata, directory)
-    card = read_card(directory, load_format="dummy")
-    checkpoint.write(directory, checkpoint.expected_tensors(card), source.dtype, _Loader(source, card))
-    read_card(directory)
+    model_config = read_model_config(directory, load_format="dummy")
+    checkpoint.write(
+        directory, checkpoint.expected_tensors(model_config), source.dtype, _Loader(source, model_config)
+    )
+    read_model_config(directory)
 
 
 def config_of(source: GGUF) -> dict[str, Any]:
@@ -131,9 +133,9 @@ def gguf_name(name: str) -> str:
 class _Loader:
     """Gives the tensors of a file by their Hugging Face names, float32."""
 
-    def __init__(self, source: GGUF, card: ModelCard) -> None:
+    def __init__(self, source: GGUF, model_config: ModelConfig) -> None:
         self._source = source
-        self._heads = {"attn_q": card.num_heads, "attn_k": card.num_kv_heads}
+        self._heads = {"attn_q": model_config.num_heads, "attn_k": model_config.num_kv_heads}
 
     def __call__(self, name: str) -> np.ndarray:
         from gguf import dequantize

@@ -7,79 +7,91 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control.policy import ownership
-from daemon.control.policy.ownership import Custody, Order, Output, Owner, Verdict, fresh
-from daemon.ipc.messages import AskBack, Cancel, Grant, HandBack, Release, Reprioritise, Takeover, TokenLogprobs
+from daemon.control.policy.ownership import Decision, Order, Output, Ownership, fresh
+from daemon.ipc.messages import (
+    Cancel,
+    EngineIncarnation,
+    Grant,
+    HandBack,
+    Reclaim,
+    Release,
+    Reprioritise,
+    Takeover,
+    TokenLogprobs,
+)
 
-A, B, C = Owner(0, 1), Owner(1, 1), Owner(2, 1)
-HELD = Custody(rid=5, epoch=3, owner=A, accepted=4)
+A, B, C = EngineIncarnation(0, 1), EngineIncarnation(1, 1), EngineIncarnation(2, 1)
+HELD = Ownership(rid=5, epoch=3, owner=A, accepted=4)
 
 
 def takeover(start=4, tokens=(), epoch=3, logprobs=None) -> Takeover:
     return Takeover(5, epoch, start, list(tokens), logprobs)
 
 
-def ask_back(start=4, tokens=(), epoch=3) -> AskBack:
-    return AskBack(5, epoch, start, list(tokens), None)
+def reclaim(start=4, tokens=(), epoch=3) -> Reclaim:
+    return Reclaim(5, epoch, start, list(tokens), None)
 
 
 def test_the_destination_wins_and_the_source_is_released():
-    verdict = ownership.takeover(HELD, B, takeover(3, [13, 14, 15]))
-    assert verdict == Verdict(
-        Custody(5, 4, B, 6), Output([14, 15], None), (Order(B, Grant(5, 3, 4)), Order(A, Release(5, 3)))
+    decision = ownership.takeover(HELD, B, takeover(3, [13, 14, 15]))
+    assert decision == Decision(
+        Ownership(5, 4, B, 6), Output([14, 15], None), (Order(B, Grant(5, 3, 4)), Order(A, Release(5, 3)))
     )
 
 
 def test_the_source_wins_and_nobody_is_released():
-    assert ownership.ask_back(HELD, A, ask_back()) == Verdict(Custody(5, 4, A, 4), orders=(Order(A, Grant(5, 3, 4)),))
+    assert ownership.reclaim(HELD, A, reclaim()) == Decision(
+        Ownership(5, 4, A, 4), orders=(Order(A, Grant(5, 3, 4)),)
+    )
 
 
 def test_logprobs_are_spliced_with_their_tokens():
     entries = [TokenLogprobs(-float(i), [], []) for i in range(3)]
-    verdict = ownership.takeover(HELD, B, takeover(3, [13, 14, 15], logprobs=entries))
-    assert verdict.output == Output([14, 15], entries[1:])
+    decision = ownership.takeover(HELD, B, takeover(3, [13, 14, 15], logprobs=entries))
+    assert decision.output == Output([14, 15], entries[1:])
 
 
 @pytest.mark.parametrize("epoch", [2, 4])
 def test_claims_at_another_epoch_are_refused(epoch):
     refusal = (Order(B, Release(5, epoch)),)
-    assert ownership.takeover(HELD, B, takeover(epoch=epoch)) == Verdict(HELD, orders=refusal)
-    assert ownership.ask_back(HELD._replace(owner=B), B, ask_back(epoch=epoch)).orders == refusal
+    assert ownership.takeover(HELD, B, takeover(epoch=epoch)) == Decision(HELD, orders=refusal)
+    assert ownership.reclaim(HELD._replace(owner=B), B, reclaim(epoch=epoch)).orders == refusal
 
 
 def test_only_the_owner_asks_back_or_hands_back():
-    former = Owner(A.engine, A.incarnation - 1)
-    assert ownership.ask_back(HELD, former, ask_back()) == Verdict(HELD, orders=(Order(former, Release(5, 3)),))
-    assert ownership.hand_back(HELD, former, HandBack(5, 3)) == Verdict(HELD)
-    assert ownership.hand_back(HELD, A, HandBack(5, 2)) == Verdict(HELD)
+    former = EngineIncarnation(A.engine, A.incarnation - 1)
+    assert ownership.reclaim(HELD, former, reclaim()) == Decision(HELD, orders=(Order(former, Release(5, 3)),))
+    assert ownership.hand_back(HELD, former, HandBack(5, 3)) == Decision(HELD)
+    assert ownership.hand_back(HELD, A, HandBack(5, 2)) == Decision(HELD)
 
 
 def test_whoever_reaches_the_frontend_second_is_refused():
-    taken = ownership.takeover(HELD, B, takeover()).custody
-    assert ownership.ask_back(taken, A, ask_back()).orders == (Order(A, Release(5, 3)),)
-    back = ownership.ask_back(HELD, A, ask_back()).custody
+    taken = ownership.takeover(HELD, B, takeover()).ownership
+    assert ownership.reclaim(taken, A, reclaim()).orders == (Order(A, Release(5, 3)),)
+    back = ownership.reclaim(HELD, A, reclaim()).ownership
     assert ownership.takeover(back, B, takeover()).orders == (Order(B, Release(5, 3)),)
 
 
 def test_the_owners_death_orphans_and_no_other():
-    assert ownership.engine_died(HELD, B) == ownership.engine_died(HELD, Owner(0, 2)) == Verdict(HELD)
+    assert ownership.engine_died(HELD, B) == ownership.engine_died(HELD, EngineIncarnation(0, 2)) == Decision(HELD)
     orphan = ownership.engine_died(HELD, A)
-    assert orphan == Verdict(HELD._replace(owner=None), redispatch=True)
-    assert ownership.started(orphan.custody, C) == Custody(5, 4, C, 4)
+    assert orphan == Decision(HELD._replace(owner=None), redispatch=True)
+    assert ownership.started(orphan.ownership, C) == Ownership(5, 4, C, 4)
 
 
 def test_a_claim_may_come_before_an_orphan_is_started():
-    orphan = ownership.engine_died(HELD, A).custody
-    assert ownership.takeover(orphan, B, takeover()) == Verdict(
-        Custody(5, 4, B, 4), orders=(Order(B, Grant(5, 3, 4)),)
+    orphan = ownership.engine_died(HELD, A).ownership
+    assert ownership.takeover(orphan, B, takeover()) == Decision(
+        Ownership(5, 4, B, 4), orders=(Order(B, Grant(5, 3, 4)),)
     )
 
 
 def test_what_is_handed_back_is_started_anew_without_a_word():
-    assert ownership.hand_back(HELD, A, HandBack(5, 3)) == Verdict(HELD._replace(owner=None), redispatch=True)
+    assert ownership.hand_back(HELD, A, HandBack(5, 3)) == Decision(HELD._replace(owner=None), redispatch=True)
 
 
 def test_the_suspect_is_told_to_let_go():
-    assert ownership.disown(HELD) == Verdict(HELD._replace(owner=None), None, (Order(A, Release(5, 3)),), True)
+    assert ownership.disown(HELD) == Decision(HELD._replace(owner=None), None, (Order(A, Release(5, 3)),), True)
     assert ownership.disown(HELD._replace(owner=None)).orders == ()
 
 
@@ -90,24 +102,24 @@ def test_a_cancel_goes_to_the_owner():
 
 def test_a_priority_goes_to_the_owner_at_its_epoch():
     urgent = HELD._replace(priority=-1, changed=True)
-    assert ownership.reprioritise(HELD, -1) == Verdict(urgent, orders=(Order(A, Reprioritise(5, 3, -1)),))
-    assert ownership.reprioritise(HELD._replace(owner=None), -1) == Verdict(urgent._replace(owner=None))
+    assert ownership.reprioritise(HELD, -1) == Decision(urgent, orders=(Order(A, Reprioritise(5, 3, -1)),))
+    assert ownership.reprioritise(HELD._replace(owner=None), -1) == Decision(urgent._replace(owner=None))
 
 
 def test_the_winner_of_an_award_hears_of_a_priority_changed_meanwhile_and_once():
-    changed = ownership.reprioritise(HELD, -1).custody
-    verdict = ownership.takeover(changed, B, takeover())
+    changed = ownership.reprioritise(HELD, -1).ownership
+    decision = ownership.takeover(changed, B, takeover())
     grant, priority, release = Grant(5, 3, 4), Reprioritise(5, 4, -1), Release(5, 3)
-    assert verdict.orders == (Order(B, grant), Order(B, priority), Order(A, release))
-    assert verdict.custody == Custody(5, 4, B, 4, -1)
-    later = ownership.takeover(verdict.custody, C, takeover(epoch=4))
+    assert decision.orders == (Order(B, grant), Order(B, priority), Order(A, release))
+    assert decision.ownership == Ownership(5, 4, B, 4, -1)
+    later = ownership.takeover(decision.ownership, C, takeover(epoch=4))
     assert later.orders == (Order(C, Grant(5, 4, 5)), Order(B, Release(5, 4)))
-    assert ownership.ask_back(changed, A, ask_back()).orders == (Order(A, grant), Order(A, priority))
+    assert ownership.reclaim(changed, A, reclaim()).orders == (Order(A, grant), Order(A, priority))
 
 
 def test_a_request_started_anew_keeps_its_priority():
-    orphan = ownership.hand_back(ownership.reprioritise(HELD, -1).custody, A, HandBack(5, 3)).custody
-    assert ownership.started(orphan, C) == Custody(5, 4, C, 4, -1)
+    orphan = ownership.hand_back(ownership.reprioritise(HELD, -1).ownership, A, HandBack(5, 3)).ownership
+    assert ownership.started(orphan, C) == Ownership(5, 4, C, 4, -1)
 
 
 positions = st.integers(0, 12)
@@ -125,19 +137,19 @@ def test_fresh_is_set_arithmetic(accepted, start, count):
 @given(positions, positions, positions, st.sampled_from([A, B]))
 def test_an_award_leaves_no_gap_and_no_double(accepted, start, count, winner):
     """Tokens are their own positions: what is accepted must be 0, 1, 2, ..."""
-    custody = HELD._replace(accepted=accepted)
+    held = HELD._replace(accepted=accepted)
     carried = list(range(start, start + count))
     if winner == A:
-        verdict = ownership.ask_back(custody, A, ask_back(start, carried))
+        decision = ownership.reclaim(held, A, reclaim(start, carried))
     else:
-        verdict = ownership.takeover(custody, B, takeover(start, carried))
-    stream = list(range(accepted)) + (verdict.output.tokens if verdict.output else [])
+        decision = ownership.takeover(held, B, takeover(start, carried))
+    stream = list(range(accepted)) + (decision.output.tokens if decision.output else [])
     assert stream == list(range(len(stream)))
     lost = start > accepted or start + count < accepted
-    assert verdict.fault == verdict.redispatch == lost
+    assert decision.fault == decision.redispatch == lost
     if lost:
-        assert verdict.custody == custody._replace(owner=None) and not verdict.output
-        assert {o.to for o in verdict.orders} == {A, winner}
-        assert all(o.message == Release(5, 3) for o in verdict.orders)
+        assert decision.ownership == held._replace(owner=None) and not decision.output
+        assert {o.to for o in decision.orders} == {A, winner}
+        assert all(o.message == Release(5, 3) for o in decision.orders)
     else:
-        assert verdict.custody == Custody(5, 4, winner, max(accepted, start + count))
+        assert decision.ownership == Ownership(5, 4, winner, max(accepted, start + count))

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control.policy.freeness import POLICIES, Policy
-from daemon.control.policy.rebalancing import Pair, Rebalance, explain, pair
+from daemon.control.policy.rebalancing import Pair, RebalanceRules, explain, pair
 from daemon.enums import MigrationReason
 from daemon.ipc.messages import EngineFacts, EngineState
 from tests.control.factories import engine
 
 LLUMD = POLICIES["llumd"]
-DEFAULT = Rebalance()
+DEFAULT = RebalanceRules()
 LARGE = {"total_blocks": 62_500, "knee": 64}  # a million tokens
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
@@ -50,7 +50,7 @@ stale = st.lists(
 )
 
 
-def check(pairs: list[Pair], facts: list[EngineFacts | None], config: Rebalance) -> None:
+def check(pairs: list[Pair], facts: list[EngineFacts | None], config: RebalanceRules) -> None:
     sources, destinations = [p.source for p in pairs], [p.destination for p in pairs]
     assert not set(sources) & set(destinations)
     assert len({(p.source, p.destination) for p in pairs}) == len(pairs)
@@ -71,7 +71,7 @@ def check(pairs: list[Pair], facts: list[EngineFacts | None], config: Rebalance)
 @each_policy
 @given(facts=boxes, held=stale, per_engine=st.integers(1, 3))
 def test_pairs_are_well_formed_whatever_the_facts(policy, facts, held, per_engine):
-    config = Rebalance(policy, 48, 96, per_engine=per_engine)
+    config = RebalanceRules(policy, 48, 96, per_engine=per_engine)
     pairs = pair(facts, config, held)
     check(pairs, facts, config)
     for new in set(pairs) - set(held):
@@ -85,7 +85,7 @@ def test_pairs_are_well_formed_whatever_the_facts(policy, facts, held, per_engin
 @given(facts=boxes)
 def test_a_drain_goes_on_wherever_somebody_can_take(policy: Policy, facts: list[EngineFacts | None]):
     """Of the engines still free, none drains while another of its kind serves, unless the freest is taken."""
-    config = Rebalance(policy, 48, 96)
+    config = RebalanceRules(policy, 48, 96)
     taken = {i for p in pair(facts, config) for i in p[:2]}
     serving = [
         (i, f) for i, f in enumerate(facts) if f is not None and f.state == EngineState.SERVING
@@ -105,7 +105,7 @@ def test_a_drain_goes_on_wherever_somebody_can_take(policy: Policy, facts: list[
 @given(facts=boxes)
 def test_no_pair_is_left_unmade(policy: Policy, facts: list[EngineFacts | None]):
     """Of the engines still free, none is below the low mark while another of its kind is above the high one."""
-    config = Rebalance(policy, 48, 96)
+    config = RebalanceRules(policy, 48, 96)
     taken = {i for p in pair(facts, config) for i in p[:2]}
     left = [f for i, f in enumerate(facts) if f is not None and i not in taken and not f.incoming + f.outgoing]
     left = [f for f in left if f.state == EngineState.SERVING and not f.preempted_waiting]
@@ -130,7 +130,7 @@ def test_the_queue_head_asks_for_room():
     blocked = engine(used_blocks=80, running=4, waiting=1, head_demand_blocks=30, waiting_tokens=480)
     other = engine(used_blocks=50, running=4)
     for policy in POLICIES.values():
-        config = Rebalance.of(policy)
+        config = RebalanceRules.of(policy)
         assert pair([fragmented, other], config) == []
         assert pair([blocked, other], config) == [Pair(0, 1, MigrationReason.MEMORY)]
 
@@ -146,7 +146,7 @@ def test_what_drains_goes_first_and_to_the_freest(state: EngineState):
     assert pair([roomy(10), draining, roomy(300)], DEFAULT) == [Pair(1, 2, MigrationReason.DRAINING)]
     assert pair([draining, roomy(52)], DEFAULT) == [Pair(0, 1, MigrationReason.DRAINING)]
     assert pair([roomy(900, running=0, state=state), roomy(60)], DEFAULT) == []  # it is empty
-    wide = Rebalance(per_engine=2)
+    wide = RebalanceRules(per_engine=2)
     arriving = roomy(900, running=1, state=state, incoming=1)  # what arrives is sent on
     assert pair([arriving, roomy(300)], wide) == [Pair(0, 1, MigrationReason.DRAINING)]
     assert {p.destination for p in pair([draining, roomy(300), roomy(200)], wide)} == {1, 2}
@@ -172,7 +172,7 @@ def test_what_drains_turns_to_another_only_where_that_is_freer_by_far():
 def test_a_preempted_request_makes_a_source():
     facts = [roomy(60, waiting=1, preempted_waiting=1), roomy(300)]
     assert pair(facts, DEFAULT) == [Pair(0, 1, MigrationReason.PREEMPTED)]
-    assert pair(facts, Rebalance.of(POLICIES["paper"])) == []
+    assert pair(facts, RebalanceRules.of(POLICIES["paper"])) == []
     assert pair([roomy(10), roomy(300, waiting=1, preempted_waiting=1)], DEFAULT) == []
 
 
@@ -184,7 +184,7 @@ def test_who_is_still_moving_is_left_alone():
 
 
 def test_more_pairs_an_engine_are_spread_first():
-    wide = Rebalance(per_engine=2)
+    wide = RebalanceRules(per_engine=2)
     pairs = pair([roomy(10), roomy(20), roomy(500), roomy(300)], wide)
     assert [p[:2] for p in pairs] == [(0, 2), (1, 3), (0, 3), (1, 2)]
     assert pair([roomy(10), roomy(300, outgoing=1)], wide) == []  # it still has the other role
@@ -193,7 +193,7 @@ def test_more_pairs_an_engine_are_spread_first():
 
 def test_what_was_held_is_not_believed_blindly():
     """Two roles, twice the same, an engine that does not exist, itself."""
-    wide = Rebalance(per_engine=2)
+    wide = RebalanceRules(per_engine=2)
     facts = [roomy(10), roomy(56), roomy(90)]  # the second could hold on as either
     first, second = Pair(0, 1, MigrationReason.MEMORY), Pair(1, 2, MigrationReason.MEMORY)
     assert pair(facts, wide, [first]) == [first, Pair(0, 2, MigrationReason.MEMORY)]
@@ -220,7 +220,7 @@ def test_a_pair_ends_delta_beyond_its_marks():
 
 def test_a_pair_that_has_met_does_not_turn_round():
     """With one mark for both, as published, each side may pass the other before delta ends the pair."""
-    single = Rebalance(low=48, high=48)
+    single = RebalanceRules(low=48, high=48)
     held = [Pair(0, 1, MigrationReason.MEMORY)]
     assert pair([roomy(44), roomy(52)], single) == []
     assert pair([roomy(44), roomy(52)], single, held) == held
@@ -248,7 +248,7 @@ def test_noise_about_the_marks_makes_no_pair_flap(noises: list[tuple[float, floa
 
 def _even_out(policy: Policy, running: list[int]) -> tuple[list[int], int]:
     """Move one request of 1,000 tokens a period and pair until no pair is left; the batches, and the moves."""
-    config = Rebalance.of(policy)
+    config = RebalanceRules.of(policy)
     held: list[Pair] = []
     for moves in range(1000):
         facts = [engine(**LARGE, used_blocks=63 * n, running=n) for n in running]
@@ -275,7 +275,7 @@ def test_a_million_tokens_even_out_by_compute_alone():
 def test_a_monster_prompt_drives_others_away():
     facts = [engine(**LARGE, running=9, used_blocks=7000, pending_prefill_tokens=100_000), engine(**LARGE, running=9)]
     assert pair(facts, DEFAULT) == [Pair(0, 1, MigrationReason.COMPUTE)]
-    assert pair(facts, Rebalance.of(POLICIES["paper"])) == []
+    assert pair(facts, RebalanceRules.of(POLICIES["paper"])) == []
 
 
 # -- for operators ---------------------------------------------------------------------------------------
@@ -310,4 +310,4 @@ def test_explanation_says_what_pair_does(facts: list[EngineFacts | None], held: 
 def test_impossible_marks_are_refused():
     for marks in ({"low": 50, "high": 40}, {"delta": -1}, {"per_engine": 0}, {"low": math.nan}):
         with pytest.raises(ValueError, match=r"mark|delta"):
-            Rebalance(**marks)
+            RebalanceRules(**marks)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.control.policy.freeness import POLICIES, Policy
-from daemon.control.policy.scaling import Action, Park, Scaling, ScalingState, Wake, average, decide
+from daemon.control.policy.scaling import Action, Park, ScalingRules, ScalingState, Wake, average, decide
 from daemon.ipc.messages import EngineFacts, EngineState
 from tests.control.factories import engine
 
@@ -23,11 +23,11 @@ def busy(running: int, used: int = 0, **fields: int) -> EngineFacts:
     return engine(running=running, used_blocks=used, **fields)
 
 
-def config(**changes: object) -> Scaling:
-    return Scaling(**({"max_engines": 8, "low": 48, "high": 192, "period": PERIOD} | changes))
+def config(**changes: object) -> ScalingRules:
+    return ScalingRules(**({"max_engines": 8, "low": 48, "high": 192, "period": PERIOD} | changes))
 
 
-def settle(facts: list[EngineFacts | None], settings: Scaling) -> list[Action]:
+def settle(facts: list[EngineFacts | None], settings: ScalingRules) -> list[Action]:
     """What is done once these facts have lasted a period; nothing may be done before."""
     actions, state = decide(facts, ScalingState(), 100.0, settings)
     assert actions == []
@@ -134,7 +134,7 @@ steps = st.lists(
 def test_the_number_never_leaves_its_range(policy: Policy, least: int, more: int, start: int, script):
     """Whatever the load does; a number outside at the start is brought inside and stays there."""
     most = min(6, least + more)
-    settings = Scaling(max_engines=most, min_engines=least, policy=policy, low=48, high=192, period=PERIOD)
+    settings = ScalingRules(max_engines=most, min_engines=least, policy=policy, low=48, high=192, period=PERIOD)
     states = [SERVING] * start + [PARKED] * (6 - start)
     state, now = ScalingState(), 0.0
     inside = least <= start <= most
@@ -154,7 +154,7 @@ def test_the_number_never_leaves_its_range(policy: Policy, least: int, more: int
 @given(total=st.integers(0, 300), start=st.integers(1, 6))
 def test_a_steady_load_comes_to_rest(policy: Policy, total: int, start: int):
     """With its requests spread evenly over who serves, no engine is parked and woken by turns."""
-    settings = Scaling(max_engines=6, policy=policy, low=48, high=192, period=PERIOD)
+    settings = ScalingRules(max_engines=6, policy=policy, low=48, high=192, period=PERIOD)
     states, state, kinds = [SERVING] * start + [PARKED] * (6 - start), ScalingState(), set()
     for step in range(40):
         serving = states.count(SERVING)

@@ -14,7 +14,7 @@ from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 
 _ids = count(1)
 
@@ -32,7 +32,7 @@ def make_runner(path: Path, *, blocks: int = 400, **options: Any) -> CpuRunner:
         "max_model_len": 512,
     }
     settings = defaults | options
-    runner = CpuRunner(read_card(path, load_format=settings["load_format"]), **settings)
+    runner = CpuRunner(read_model_config(path, load_format=settings["load_format"]), **settings)
     pool = bytearray(runner.pool_spec(blocks).nbytes)
     noise = np.frombuffer(pool, np.uint8)
     noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)  # about 10 as a float

@@ -95,7 +95,7 @@ def test_scheduled_requests_agree_with_transformers(model_dir, options):
         scheduler.add(requests[-1])
     now = 0.0
     while plan := scheduler.plan(now):
-        scheduler.fold(plan, runner.execute(plan), now)
+        scheduler.apply_result(plan, runner.execute(plan), now)
         scheduler.check()
         now += 1.0
     assert scheduler.num_preemptions > 0

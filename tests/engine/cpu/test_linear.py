@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from daemon.engine.cpu import linear
 from daemon.engine.cpu.linear import Linear, choose_arithmetic
 from daemon.engine.cpu.ops import compile_ops
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
 OPS = compile_ops(parallel=False)
@@ -47,17 +47,17 @@ def test_a_tiled_rows_bits_do_not_depend_on_its_batch_or_place(rows, seed):
 
 
 def test_arithmetic_is_fp32_where_bf16_is_emulated(monkeypatch, tmp_path):
-    card = read_card(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
     monkeypatch.setattr(linear, "_has_bf16", lambda: False)
-    assert choose_arithmetic(card) == "fp32"
+    assert choose_arithmetic(config) == "fp32"
 
 
 @pytest.mark.parametrize("slow, choice", [("bf16", "fp32"), ("fp32", "bf16")])
 def test_arithmetic_is_the_faster_one(monkeypatch, tmp_path, slow, choice):
-    card = read_card(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
     monkeypatch.setattr(linear, "_has_bf16", lambda: True)
     monkeypatch.setattr(linear, "_layer_seconds", lambda _, arithmetic: 2.0 if arithmetic == slow else 1.0)
-    assert choose_arithmetic(card) == choice
+    assert choose_arithmetic(config) == choice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -14,7 +14,7 @@ import torch
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 
 
 def make_cuda_runner(path: Path, *, blocks: int = 400, late: bool = False, **options: Any) -> CudaRunner:
@@ -32,7 +32,7 @@ def make_cuda_runner(path: Path, *, blocks: int = 400, late: bool = False, **opt
     }
     settings = defaults | options
     torch.set_num_threads(1)  # tiny operations only wait for one another's threads
-    runner = CudaRunner(read_card(path, load_format=settings["load_format"]), **settings)
+    runner = CudaRunner(read_model_config(path, load_format=settings["load_format"]), **settings)
     pool = bytearray(runner.pool_spec(blocks).nbytes)
     noise = np.frombuffer(pool, np.uint8)
     noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)
@@ -88,12 +88,12 @@ class RandomSteps:
 
     def plan(self) -> StepPlan:
         live = [r for r in self.running if self.rng.random() < 0.9]
-        decodes = [Row(r, r.num_computed + r.ahead, 1, True) for r in live if r.pending == 1]
+        decodes = [Row(r, r.num_computed + r.num_inflight_tokens, 1, True) for r in live if r.pending == 1]
         chunks, left = [], 128 - len(decodes)
         for r in live:
             n = min(self.rng.randint(1, 40), r.pending, left)
             if r.pending > 1 and n > 0:
-                chunks.append(Row(r, r.num_computed + r.ahead, n, n == r.pending))
+                chunks.append(Row(r, r.num_computed + r.num_inflight_tokens, n, n == r.pending))
                 left -= n
         return StepPlan([*decodes, *chunks], len(decodes))
 
@@ -101,8 +101,8 @@ class RandomSteps:
         self.flying.append(self.runner.launch(plan))
         for row in plan.rows:
             self.unknown += row.start == len(row.request.tokens)
-            row.request.ahead += row.count
-            row.request.drawing = row.sample
+            row.request.num_inflight_tokens += row.count
+            row.request.num_sampling = row.sample
 
     def collect(self) -> list[Request]:
         """The oldest step; whom it gave a token."""
@@ -111,10 +111,10 @@ class RandomSteps:
         given = []
         for row in ticket.plan.rows:
             r = row.request
-            r.ahead -= row.count
+            r.num_inflight_tokens -= row.count
             r.num_computed += row.count
             if row.sample:
                 r.tokens.append(next(drawn))
-                r.drawing = r.in_flight
+                r.num_sampling = r.in_flight
                 given.append(r)
         return given

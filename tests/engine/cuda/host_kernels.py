@@ -172,7 +172,7 @@ class HostGemv:
         indptr: torch.Tensor,
         positions: torch.Tensor,
         angles: torch.Tensor,
-        ahead: torch.Tensor | None,
+        num_inflight_tokens: torch.Tensor | None,
     ) -> None:
         self._library.heads(
             *self._product(x, norm, eps, weight, bias),
@@ -186,13 +186,13 @@ class HostGemv:
             ctypes.c_uint32(keys.shape[2]),
             ctypes.c_uint32(q.shape[2] // 2),
             ctypes.c_bool(keys.dtype == torch.float8_e4m3fn),
-            _ahead(ahead),
+            _ahead(num_inflight_tokens),
         )
 
-    def asked_ahead(self, ahead: torch.Tensor) -> list[int]:
-        """How often each group of eight of `ahead` is asked for when a product ends."""
-        times = torch.zeros(ahead.numel() // 8, dtype=torch.int32)
-        self._library.asked_ahead(self._team, _ahead(ahead), _at(times))
+    def asked_ahead(self, num_inflight_tokens: torch.Tensor) -> list[int]:
+        """How often each group of eight of `num_inflight_tokens` is asked for when a product ends."""
+        times = torch.zeros(num_inflight_tokens.numel() // 8, dtype=torch.int32)
+        self._library.asked_ahead(self._team, _ahead(num_inflight_tokens), _at(times))
         return times.tolist()
 
     def _product(

@@ -10,7 +10,7 @@ import torch
 
 from daemon.engine.cuda.attention import Heads
 from daemon.engine.rope import rope_tables
-from tests.gpu.parts import card_of
+from tests.gpu.parts import model_config_of
 
 BEFORE = 150  # at most so many tokens are there already
 LONGEST = 1200
@@ -34,8 +34,8 @@ class Paged:
         self.inputs: Any = SimpleNamespace(
             **{name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()}
         )
-        card = card_of(shape.head_dim)
-        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(card, LONGEST)], 1).to(device)
+        config = model_config_of(shape.head_dim)
+        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(config, LONGEST)], 1).to(device)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         fused = torch.from_numpy(rng.standard_normal((sum(counts), width), np.float32) * 3)
         self.fused = fused.to(device=device, dtype=torch.bfloat16)

@@ -180,8 +180,8 @@ def test_an_unknown_token_must_have_been_drawn_on_the_device_at_its_position():
     with pytest.raises(ValueError, match=r"positions \[3\]"):
         arrays.check_unknown(inputs, size)
     before = buffers(16)
-    drawing = arrays.decodes([Row(request, 2, 1, True)], [4], 1, before)
-    arrays.note_drawn(before, drawing)
+    num_sampling = arrays.decodes([Row(request, 2, 1, True)], [4], 1, before)
+    arrays.note_drawn(before, num_sampling)
     arrays.check_unknown(inputs, size)
     arrays.note_hosted([4])
     with pytest.raises(ValueError, match="collect"):

@@ -16,7 +16,7 @@ from daemon.engine.runner import NO_TOKEN, Row, StepPlan
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import Finish, RequestParams, SamplingParams
 from daemon.kvpool.block_manager import BlockManager
-from daemon.models.model_config import ModelError, read_card
+from daemon.models.model_config import ModelError, read_model_config
 from tests.engine.cpu.harness import (
     generate,
     is_greedy,
@@ -82,7 +82,7 @@ def scheduled(runner, requests, num_blocks, budget=96):
         scheduler.add(r)
     now = 0.0
     while plan := scheduler.plan(now):
-        scheduler.fold(plan, runner.execute(plan), now)
+        scheduler.apply_result(plan, runner.execute(plan), now)
         scheduler.check()
         now += 1.0
     return scheduler
@@ -236,7 +236,7 @@ def test_overlapped_steps_of_a_scheduler_agree_with_transformers(runner, referen
         depth = max(depth, len(pipeline))
         ended = pipeline.collect(leave=1 if plan is not None else 0)
         if ended is not None:
-            scheduler.fold(ended.plan, ended.result, now)
+            scheduler.apply_result(ended.plan, ended.result, now)
             scheduler.check()
         elif plan is None:
             break
@@ -353,12 +353,12 @@ def test_out_of_memory_costs_the_largest_chunk_and_nobody_else(cramped, referenc
     rows = [Row(decoding, decoding.num_computed, 1, True)]
     rows += [Row(small, 0, 15, True), Row(big, 0, 60, False), Row(middle, 0, 20, True)]
     result = cramped.execute(StepPlan(rows, 1))
-    assert result.shed == (2,)
+    assert result.dropped == (2,)
     for r, token in zip((decoding, small, middle), result.tokens, strict=True):
         r.tokens.append(token)
         assert is_greedy(reference, r)
     alone = cramped.execute(StepPlan([Row(big, 0, 100, True)], 0))
-    assert (alone.tokens, alone.shed) == ([NO_TOKEN], (0,))
+    assert (alone.tokens, alone.dropped) == ([NO_TOKEN], (0,))
     generate(cramped, [decoding], 6)
     assert is_greedy(reference, decoding)
 
@@ -371,13 +371,13 @@ def test_a_shed_request_ends_and_its_blocks_are_not_found_by_others(cramped, ref
     big = Request(1, 1, 0, RequestParams(greedy, 0.0), list(prompt), 100)
     scheduler.add(big)
     plan = scheduler.plan(0.0)
-    [emission] = scheduler.fold(plan, cramped.execute(plan), 0.0)
+    [emission] = scheduler.apply_result(plan, cramped.execute(plan), 0.0)
     assert (emission.request, emission.tokens, emission.finish) == (big, [], Finish.ERROR)
     assert blocks.num_used == 0
     twin = Request(2, 1, 0, RequestParams(greedy, 1.0), prompt[:35], 35)
     scheduler.add(twin)
     while plan := scheduler.plan(1.0):
-        scheduler.fold(plan, cramped.execute(plan), 1.0)
+        scheduler.apply_result(plan, cramped.execute(plan), 1.0)
     assert twin.num_cached == 0
     assert is_greedy(reference, twin)
 
@@ -424,7 +424,7 @@ def test_dummy_weights_are_the_cpu_engines(tmp_path):
 
 
 def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
-    card = read_card(model_dir)
+    config = read_model_config(model_dir)
     options = {
         "device": "cpu",
         "load_format": "auto",
@@ -433,7 +433,7 @@ def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
         "max_batch_tokens": 64,
         "max_model_len": 128,
     }
-    runner = CudaRunner(card, **options, kv_memory=10 * CudaRunner(card, **options).pool_spec(1).block_bytes + 5)
+    runner = CudaRunner(config, **options, kv_memory=10 * CudaRunner(config, **options).pool_spec(1).block_bytes + 5)
     runner.load()
     assert runner.num_blocks == 10
     memory = runner.pool_memory
@@ -457,7 +457,7 @@ def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
 def test_what_cannot_work_is_refused_at_once(model_dir, options, reason):
     with pytest.raises(ModelError, match=reason):
         CudaRunner(
-            read_card(model_dir),
+            read_model_config(model_dir),
             load_format="auto",
             block_size=16,
             max_num_seqs=8,
@@ -469,7 +469,7 @@ def test_what_cannot_work_is_refused_at_once(model_dir, options, reason):
 
 def test_a_pool_of_no_block_is_refused(model_dir):
     runner = CudaRunner(
-        read_card(model_dir),
+        read_model_config(model_dir),
         device="cpu",
         load_format="auto",
         block_size=16,

@@ -17,11 +17,11 @@ from daemon.engine.cuda.graphs import _alike
 from daemon.engine.cuda.ops import TorchOps
 from daemon.engine.cuda.small_batch import MOST_ROWS, few_buckets
 from daemon.engine.rope import rope_tables
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 from tests.engine.cpu.harness import generate, request
 from tests.engine.cuda.harness import make_cuda_runner
 from tests.engine.cuda.host_kernels import HostGemv, Team
-from tests.gpu.parts import card_of, judged, transformers_bf16
+from tests.gpu.parts import judged, model_config_of, transformers_bf16
 from tests.models.tiny_model import make_tiny_llama
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -142,7 +142,7 @@ def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size
     indptr = np.concatenate([[0], np.cumsum(positions // block_size + 1)])
     blocks = rng.permutation(indptr[-1])
     pool = torch.zeros(len(blocks), 2, 2, block_size, kv_heads, head_dim, dtype=BF16).to(kv_dtype)
-    angles = torch.from_numpy(np.concatenate(rope_tables(card_of(head_dim), 100), 1))
+    angles = torch.from_numpy(np.concatenate(rope_tables(model_config_of(head_dim), 100), 1))
     q, arrays = (
         torch.empty(rows, heads, head_dim, dtype=BF16),
         [torch.from_numpy(a.astype(np.int32)) for a in (blocks, indptr, positions)],
@@ -220,7 +220,7 @@ def model_dir(request, tmp_path_factory):
 )
 def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
     """One to four requests, that come and go, over KV that chunks have written and decodes go on with."""
-    used, ahead = [], set()
+    used, num_inflight_tokens = [], set()
 
     class Counting(HostGemv):
         def logits(self, x, *more):
@@ -228,7 +228,7 @@ def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
             super().logits(x, *more)
 
         def heads(self, *given):
-            ahead.add(None if given[-1] is None else tuple(given[-1].shape))
+            num_inflight_tokens.add(None if given[-1] is None else tuple(given[-1].shape))
             super().heads(*given)
 
     runner = make_cuda_runner(
@@ -244,20 +244,22 @@ def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
         generate(runner, requests, output=16, chunk=50)
         answers += [(r.tokens, n) for r, n in zip(requests, lengths, strict=True)]
     assert set(used) == {1, 2, 4}  # three are padded; six are not few
-    card = read_card(model_dir)
-    assert ahead == {(card.hidden_size, card.num_heads * card.head_dim) if way == "few rows, ahead" else None}
+    config = read_model_config(model_dir)
+    assert num_inflight_tokens == {
+        (config.hidden_size, config.num_heads * config.head_dim) if way == "few rows, ahead" else None
+    }
     judgement = judged(transformers_bf16(model_dir, "cpu"), answers)
     assert judgement.worst <= (3e-2 if kv_dtype == "auto" else 0.25), judgement
 
 
 def test_only_buckets_that_fit_are_few(model_dir, tmp_path):
-    card = read_card(make_tiny_llama(tmp_path, hidden=64, intermediate=14336))
+    config = read_model_config(make_tiny_llama(tmp_path, hidden=64, intermediate=14336))
     room = 14336 * 2 + 1024
-    assert few_buckets(graph_buckets(64), card, 227 << 10) == (1, 2, 4)
-    assert few_buckets((1, 2, 3), card, 227 << 10) == (1, 2, 3)
-    assert few_buckets(graph_buckets(64), card, 2 * room) == (1, 2)
-    assert few_buckets(graph_buckets(64), card, room - 1) == ()
-    uneven = read_card(make_tiny_llama(tmp_path / "uneven", hidden=64, intermediate=100))
+    assert few_buckets(graph_buckets(64), config, 227 << 10) == (1, 2, 4)
+    assert few_buckets((1, 2, 3), config, 227 << 10) == (1, 2, 3)
+    assert few_buckets(graph_buckets(64), config, 2 * room) == (1, 2)
+    assert few_buckets(graph_buckets(64), config, room - 1) == ()
+    uneven = read_model_config(make_tiny_llama(tmp_path / "uneven", hidden=64, intermediate=100))
     assert few_buckets(graph_buckets(64), uneven, 227 << 10) == ()
 
 

@@ -19,7 +19,7 @@ from daemon.cli import llumd
 from daemon.engine.cuda import compile as compiler
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.kernels import KernelError, KernelSpec
-from daemon.models.model_config import read_card
+from daemon.models.model_config import read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
 SILU = KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",))
@@ -44,8 +44,8 @@ c++ -fPIC -x c++ -c /dev/null -o "$2"
 
 
 @pytest.fixture
-def card(tmp_path):
-    return read_card(make_tiny_llama(tmp_path / "tiny", head_dim=64, weights=False), load_format="dummy")
+def config(tmp_path):
+    return read_model_config(make_tiny_llama(tmp_path / "tiny", head_dim=64, weights=False), load_format="dummy")
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def attention(specs):
         (256, {"prefill": "fa3"}, [("fa2", "bf16", "bf16", 256), ("fa3", "bf16", "bf16", 256)]),
     ],
 )
-def test_attention_is_compiled_for_the_dtypes_and_head_dim_at_hand(card, head_dim, options, expected):
-    specs = kernels.required(replace(card, head_dim=head_dim), arch="9.0a", **options)
+def test_attention_is_compiled_for_the_dtypes_and_head_dim_at_hand(config, head_dim, options, expected):
+    specs = kernels.required(replace(config, head_dim=head_dim), arch="9.0a", **options)
     assert attention(specs) == expected
     ours = {kernels.sampler().name, kernels.append().name, kernels.gemv().name}
     assert {"silu_and_mul", "norm"} | ours < set(names(specs))
@@ -115,14 +115,14 @@ def test_attention_is_compiled_for_the_dtypes_and_head_dim_at_hand(card, head_di
         (64, "9.0a", {"prefill": "fa3", "kv_dtype": "fp8"}, "cannot read an fp8"),
     ],
 )
-def test_what_no_kernel_exists_for_is_refused(card, head_dim, arch, options, words):
+def test_what_no_kernel_exists_for_is_refused(config, head_dim, arch, options, words):
     with pytest.raises(KernelError, match=words):
-        kernels.required(replace(card, head_dim=head_dim), arch=arch, **options)
+        kernels.required(replace(config, head_dim=head_dim), arch=arch, **options)
 
 
-def test_flashinfer_calls_all_of_them_by_the_same_names(card, toolkit, tmp_path):
-    specs = kernels.required(card, arch="9.0a", prefill="fa3")
-    specs += [s for s in kernels.required(card, arch="9.0a", kv_dtype="fp8") if s not in specs]
+def test_flashinfer_calls_all_of_them_by_the_same_names(config, toolkit, tmp_path):
+    specs = kernels.required(config, arch="9.0a", prefill="fa3")
+    specs += [s for s in kernels.required(config, arch="9.0a", kv_dtype="fp8") if s not in specs]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     env = compiler._environment(compiler.toolchain(), "9.0a", scratch)
@@ -303,13 +303,13 @@ def test_a_full_disk_while_installing_is_said_to_be_one(toolkit, tmp_path, monke
 # -- the command
 
 
-def test_the_command_builds_what_a_model_needs_and_lists_it(card, toolkit, tmp_path, monkeypatch, capsys):
+def test_the_command_builds_what_a_model_needs_and_lists_it(config, toolkit, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path / "kernels"))
-    command = ["kernels", "build", str(card.path), "--arch", "9.0"]
+    command = ["kernels", "build", str(config.path), "--arch", "9.0"]
     with pytest.raises(SystemExit) as done:
         llumd.main(command)
     assert done.value.code == 0
-    specs = kernels.required(card, arch="9.0a")
+    specs = kernels.required(config, arch="9.0a")
     assert kernels.check(specs, "9.0a") == kernels.directory("9.0a")
     with pytest.raises(SystemExit):
         llumd.main(["kernels", "list"])
@@ -321,10 +321,10 @@ def test_the_command_builds_what_a_model_needs_and_lists_it(card, toolkit, tmp_p
     ("args", "words"),
     [([], "name the architecture"), (["--arch", "sm_90"], "not a GPU architecture"), (["--arch", "7.0"], "8.0")],
 )
-def test_the_command_says_what_is_wrong(card, monkeypatch, capsys, args, words):
+def test_the_command_says_what_is_wrong(config, monkeypatch, capsys, args, words):
     monkeypatch.setenv("PATH", "")  # no nvidia-smi, no GPU seen
     with pytest.raises(SystemExit) as done:
-        llumd.main(["kernels", "build", str(card.path), *args])
+        llumd.main(["kernels", "build", str(config.path), *args])
     assert done.value.code == llumd.EXIT_CONFIG and words in capsys.readouterr().err
 
 
@@ -335,10 +335,10 @@ def test_gpus_are_seen_through_the_driver(tmp_path, monkeypatch):
     assert kernels.gpu_archs() == ["9.0a", "8.9"]
 
 
-def test_missing_kernels_are_named_with_the_command_that_makes_them(card, tmp_path, monkeypatch):
+def test_missing_kernels_are_named_with_the_command_that_makes_them(config, tmp_path, monkeypatch):
     pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
     monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path))
-    specs = kernels.required(card, arch="9.0a")
+    specs = kernels.required(config, arch="9.0a")
     with pytest.raises(KernelError) as caught:
         kernels.check(specs, "9.0a")
     said = str(caught.value)

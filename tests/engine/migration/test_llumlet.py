@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 import pytest
 
-from daemon.engine.migration.llumlet import Action, Copy, Llumlet, Peer, Report, Send, Tell
+from daemon.engine.migration.llumlet import Action, Copy, Llumlet, Report, Send, Tell
 from daemon.engine.request import Request
 from daemon.engine.runner import StepResult
 from daemon.engine.scheduler import Scheduler
 from daemon.enums import MigrationResult
 from daemon.ipc.messages import (
     Aborted,
-    AskBack,
     Declined,
+    EngineIncarnation,
     HandBack,
     Handover,
     MigrateTo,
+    Reclaim,
     RequestParams,
     Reserve,
     Reserved,
@@ -28,7 +29,7 @@ from daemon.ipc.messages import (
 from daemon.kvpool.block_manager import BlockManager, block_hashes
 
 SIZE = 4
-HERE, THERE, THIRD = Peer(0, 1), Peer(1, 1), Peer(2, 1)
+HERE, THERE, THIRD = EngineIncarnation(0, 1), EngineIncarnation(1, 1), EngineIncarnation(2, 1)
 
 
 class Journal:
@@ -67,7 +68,7 @@ def _parted(method: Callable) -> Callable:
 
 for _event in (
     *("migrate_to", "copied", "copy_failed", "after_step", "tick", "on_peer", "peer_died"),
-    *("on_start", "on_grant", "on_release", "on_statement"),
+    *("on_start", "on_grant", "on_release", "on_owned_requests"),
 ):
     setattr(Recorded, _event, _parted(getattr(Llumlet, _event)))
 
@@ -92,7 +93,7 @@ class Engine:
         if plan is not None:
             drawn = [row for row in plan.rows if row.sample]
             logprobs = [TokenLogprobs(-float(r.request.num_output), [], []) for r in drawn]
-            emissions = self.scheduler.fold(plan, StepResult([token] * len(drawn), logprobs), now)
+            emissions = self.scheduler.apply_result(plan, StepResult([token] * len(drawn), logprobs), now)
         actions = self.llumlet.after_step(emissions, now, seconds)
         self.check()
         return actions
@@ -107,7 +108,7 @@ class Engine:
             self.step()
         return request
 
-    def move(self, peer: Peer = THERE, rid: int = 0, now: float = 0.0, **order) -> list:
+    def move(self, peer: EngineIncarnation = THERE, rid: int = 0, now: float = 0.0, **order) -> list:
         return self.llumlet.migrate_to(peer, MigrateTo(peer.engine, 10.0, rid, **order), now)
 
     @property
@@ -146,7 +147,7 @@ def only(actions: list):
     return action
 
 
-def relay(actions: list, sender: Peer, to: Engine) -> list:
+def relay(actions: list, sender: EngineIncarnation, to: Engine) -> list:
     """Bring what one engine sends to the other; returns what that one does."""
     return [a for action in actions for a in to.llumlet.on_peer(sender, action.message, 0.0)]
 
@@ -298,7 +299,7 @@ def test_less_urgent_classes_leave_first_and_urgent_ones_never(source, make):
     source.run(make(3, 9))
     assert only(source.move()).message.rid == 1
     assert only(source.move(THIRD)).message.rid == 3
-    assert source.move(Peer(3, 1)) == []
+    assert source.move(EngineIncarnation(3, 1)) == []
 
 
 def test_a_drain_moves_all_and_hands_back_what_waits(journal, make):
@@ -480,12 +481,12 @@ def test_only_aborted_frees_a_reservation(source, there, make):
     copying(source, there)
     used = there.blocks.num_used
     there.llumlet.on_release(1, 5, 0.0)
-    there.llumlet.on_statement(0, {}, 0.0)
-    there.llumlet.peer_died(Peer(0, 0), 0.0)  # a former life of the source
-    there.llumlet.peer_died(Peer(2, 1), 0.0)
+    there.llumlet.on_owned_requests(0, {}, 0.0)
+    there.llumlet.peer_died(EngineIncarnation(0, 0), 0.0)  # a former life of the source
+    there.llumlet.peer_died(EngineIncarnation(2, 1), 0.0)
     there.llumlet.tick(1e9)
     assert there.blocks.num_used == used
-    there.llumlet.peer_died(Peer(0, 3), 0.0)  # two lives have passed unseen
+    there.llumlet.peer_died(EngineIncarnation(0, 3), 0.0)  # two lives have passed unseen
     assert there.empty
 
 
@@ -501,7 +502,7 @@ def test_a_copy_that_fails_frees_the_reservation_and_keeps_the_request(source, t
     aborted, *asked = source.llumlet.copy_failed(1, 0.0)
     relay([aborted], HERE, there)
     assert there.empty and not source.llumlet.orders
-    assert asked == ([Tell(0, AskBack(1, 1, 3, [], None))] if stage == "tail" else [])
+    assert asked == ([Tell(0, Reclaim(1, 1, 3, [], None))] if stage == "tail" else [])
     assert source.scheduler.running.get(1) is (request if stage == "copying" else None)
     assert source.llumlet.copy_failed(1, 0.0) == []
 
@@ -513,7 +514,7 @@ def test_a_frozen_request_asks_when_it_waits_too_long_and_runs_when_granted(sour
     request = source.run(make(), 2)
     handed_over(source, there)
     assert source.llumlet.tick(0.9) == [] and source.step(now=0.9) == []
-    assert source.llumlet.tick(1.0) == [Tell(0, AskBack(1, 1, 3, [], None))]
+    assert source.llumlet.tick(1.0) == [Tell(0, Reclaim(1, 1, 3, [], None))]
     assert source.llumlet.tick(9.0) == []
     source.llumlet.on_grant(1, 1, 2, 9.0)
     assert request.epoch == 2
@@ -531,7 +532,7 @@ def test_the_death_of_the_destination_makes_a_frozen_request_ask(source, there, 
     else:
         source.llumlet.copied(copying(source, there).move, 0.0)
         source.step()
-    assert source.llumlet.peer_died(THERE, 0.0) == [Tell(0, AskBack(1, 1, 3, [], None))]
+    assert source.llumlet.peer_died(THERE, 0.0) == [Tell(0, Reclaim(1, 1, 3, [], None))]
     assert source.llumlet.copied(1, 0.0) == [] and source.llumlet.peer_died(THERE, 0.0) == []
 
 
@@ -559,7 +560,7 @@ def test_a_handover_that_the_journal_disowns_is_declined_and_asked_for(source, t
     del journal.slots[1]
     declined = relay(handover, HERE, there)
     assert isinstance(only(declined).message, Declined) and there.empty
-    assert isinstance(only(relay(declined, THERE, source)).message, AskBack)
+    assert isinstance(only(relay(declined, THERE, source)).message, Reclaim)
 
 
 def test_grants_and_releases_of_other_epochs_count_for_nothing(source, there, make):
@@ -587,16 +588,16 @@ def test_a_statement_drops_what_it_omits_and_asks_for_what_it_keeps(source, ther
     source.run(make(), 2)
     handed_over(source, there)
     running = source.run(make(2))
-    assert source.llumlet.on_statement(0, {1: 1, 2: 1, 3: 4}, 0.0) == [
-        Tell(0, AskBack(1, 1, 3, [], None)),
+    assert source.llumlet.on_owned_requests(0, {1: 1, 2: 1, 3: 4}, 0.0) == [
+        Tell(0, Reclaim(1, 1, 3, [], None)),
         Tell(0, HandBack(3, 4)),
     ]
     assert source.scheduler.get(2) is running
-    there.llumlet.on_statement(0, {}, 0.0)
+    there.llumlet.on_owned_requests(0, {}, 0.0)
     assert there.empty
-    source.llumlet.on_statement(7, {}, 0.0)  # another frontend's
+    source.llumlet.on_owned_requests(7, {}, 0.0)  # another frontend's
     assert source.llumlet.frozen
-    source.llumlet.on_statement(0, {2: 2}, 0.0)
+    source.llumlet.on_owned_requests(0, {2: 2}, 0.0)
     source.check()
     assert source.empty
 

@@ -10,9 +10,9 @@ import tokenizers
 
 from daemon.models import checkpoint
 from daemon.models.chat_template import ChatTemplate
-from daemon.models.gguf.convert import convert
+from daemon.models.gguf import convert
 from daemon.models.gguf.tokenizer import _SPLITS, write_tokenizer
-from daemon.models.model_config import ModelError, read_card
+from daemon.models.model_config import ModelError, read_model_config
 from daemon.models.tokenizer import Tokenizer
 from tests.models.gguf.tiny_gguf import make_tiny_gguf
 from tests.models.tiny_model import CHAT_TEMPLATE
@@ -21,7 +21,7 @@ from tests.models.tiny_model import CHAT_TEMPLATE
 def converted(file, directory):
     directory.mkdir()
     convert.convert(convert.open_gguf(file), directory)
-    return read_card(directory)
+    return read_model_config(directory)
 
 
 def weights_of(path):
@@ -41,15 +41,20 @@ def bfloat16(values):
 @pytest.mark.parametrize("tie", [True, False])
 def test_converts_weights_and_config(tmp_path, kind, rounded, tie):
     expected = make_tiny_gguf(tmp_path / "m.gguf", kind, tie=tie, rope_theta=7e4, layers=1, max_position=77)
-    card = converted(tmp_path / "m.gguf", tmp_path / "out")
-    assert (card.num_layers, card.hidden_size, card.num_heads, card.num_kv_heads) == (1, 64, 4, 2)
-    assert (card.rope_theta, card.rms_norm_eps, card.max_position) == (7e4, 1e-5, 77)
-    assert (card.tie_embeddings, card.eos_token_ids, card.vocab_size) == (tie, (2,), 384)
-    weights = weights_of(card.path)
+    model_config = converted(tmp_path / "m.gguf", tmp_path / "out")
+    assert (model_config.num_layers, model_config.hidden_size, model_config.num_heads, model_config.num_kv_heads) == (
+        1,
+        64,
+        4,
+        2,
+    )
+    assert (model_config.rope_theta, model_config.rms_norm_eps, model_config.max_position) == (7e4, 1e-5, 77)
+    assert (model_config.tie_embeddings, model_config.eos_token_ids, model_config.vocab_size) == (tie, (2,), 384)
+    weights = weights_of(model_config.path)
     assert weights.keys() == expected.keys()
     for name, values in expected.items():
         assert (weights[name] == (bfloat16(values) if rounded else values)).all(), name
-    assert convert.open_gguf(tmp_path / "m.gguf").converted_bytes == card.num_params * (2 if rounded else 4)
+    assert convert.open_gguf(tmp_path / "m.gguf").converted_bytes == model_config.num_params * (2 if rounded else 4)
 
 
 def test_transformers_reads_the_file_alike(tmp_path):
@@ -70,10 +75,10 @@ def test_transformers_reads_the_file_alike(tmp_path):
 
 def test_biases_are_reordered_too(tmp_path):
     expected = make_tiny_gguf(tmp_path / "m.gguf", attention_bias=True, mlp_bias=True)
-    card = converted(tmp_path / "m.gguf", tmp_path / "out")
-    assert card.attention_bias
-    assert card.mlp_bias
-    weights = weights_of(card.path)
+    model_config = converted(tmp_path / "m.gguf", tmp_path / "out")
+    assert model_config.attention_bias
+    assert model_config.mlp_bias
+    weights = weights_of(model_config.path)
     name = "model.layers.1.self_attn.k_proj.bias"
     assert (weights[name] == bfloat16(expected[name])).all()
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from daemon.ipc import doorbell, metrics_page
 from daemon.ipc.board import SLOT_BYTES
+from daemon.ipc.fabric import COORDINATOR, EVENT_BYTES, STATS_BYTES, Fabric, FabricHandles, Layout, Topology
 from daemon.ipc.journal import Journal
-from daemon.ipc.layout import COORDINATOR, EVENT_BYTES, STATS_BYTES, Fabric, FabricHandles, Layout, Topology
 from daemon.ipc.messages import EngineState
-from daemon.ipc.process_table import PROGRESS_BYTES, Life, ProcessFacts
+from daemon.ipc.process_table import PROGRESS_BYTES, ProcessFacts, ProcessState
 from daemon.ipc.ring import PAGE
 from tests.ipc.factories import handles_of
 
@@ -93,7 +93,7 @@ def test_boards_table_progress_and_bells_are_each_ones_own(handles: FabricHandle
         view.board().publish(b"facts %d" % p)
         view.progress(p).enter(EngineState.SERVING, p + 1, 10)
         view.stats(p)[:] = bytes([p]) * STATS_BYTES
-        table.publish(p, ProcessFacts(Life.UP, p + 1, pid=1000 + p))
+        table.publish(p, ProcessFacts(ProcessState.UP, p + 1, pid=1000 + p))
     supervisor.ring_bell(5)
     rows = views[3].table()
     assert rows.refresh()
