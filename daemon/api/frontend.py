@@ -78,15 +78,15 @@ def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> we
         chat_template=ChatTemplate(model_dir),
         model_config=read_model_config(model_dir, config.served_name, "dummy"),
         keys=KeyRing.load(Path(config.api_key_file)) if config.api_key_file else None,
-        metrics=FrontendMetrics(tracker.stats, lambda: _fleet(fabric, tracker)),
+        metrics=FrontendMetrics(tracker.metrics, lambda: _fleet(fabric, tracker)),
     )
 
 
 def _fleet(fabric: Fabric, tracker: RequestTracker) -> Fleet:
     """Everybody's counters: any frontend can answer for the whole daemon."""
     topology = fabric.topology
-    frontends = [fabric.stats(topology.frontend(k)) for k in range(topology.frontends)]
-    engines = [fabric.stats(topology.engine(i)) for i in range(topology.engines)]
+    frontends = [fabric.metrics(topology.frontend(k)) for k in range(topology.frontends)]
+    engines = [fabric.metrics(topology.engine(i)) for i in range(topology.engines)]
     return Fleet(
         [snapshot(page, FRONTEND) for page in frontends],
         [snapshot(page, ENGINE) for page in engines],

@@ -60,7 +60,7 @@ class RequestTracker:
         self._journal = Journal(fabric.journal(index, writable=True))
         self.engines = EngineLinks(fabric, config)
         self._advice = fabric.reader(COORDINATOR)
-        self.stats = MetricsPage(fabric.stats(fabric.process), FRONTEND)
+        self.metrics = MetricsPage(fabric.metrics(fabric.process), FRONTEND)
         self._log = EventWriter(fabric.events(fabric.process))
         self._flights: dict[int, RequestState] = {}
         self._stranded: dict[int, str] = {}  # requests that no engine has, and why
@@ -134,7 +134,7 @@ class RequestTracker:
     def _note_dispatch(self, flight: RequestState, prompt_len: int, label: str, again: str = "") -> None:
         """For the record, after the engine was rung: it need not wait for that."""
         self.engines.note(flight.names, flight.engine)
-        self.stats.inc("dispatches", 1.0, DispatchKind.AGAIN if again else DispatchKind.FIRST)
+        self.metrics.inc("dispatches", 1.0, DispatchKind.AGAIN if again else DispatchKind.FIRST)
         name = label or f"{flight.rid:x}"
         self._log.write(Dispatched(flight.rid, name, flight.engine, prompt_len, flight.priority, again))
 
@@ -189,14 +189,14 @@ class RequestTracker:
             begin, end = end, end + count
             flight = self._flights.get(rid)
             if flight is None or flight.epoch != epoch:
-                self.stats.inc("stale_tokens", count)
+                self.metrics.inc("stale_tokens", count)
                 continue
             known = flight.accepted - start
             if known < 0:
                 self._lose(flight, "output was lost between engine and frontend")
                 continue
             if known:
-                self.stats.inc("stale_tokens", min(known, count))
+                self.metrics.inc("stale_tokens", min(known, count))
                 begin = min(begin + known, end)
             tokens = out.tokens[begin:end]
             logprobs = out.logprobs[begin:end] if out.logprobs is not None else None
@@ -205,7 +205,7 @@ class RequestTracker:
                 flight.accepted += len(tokens)
                 flight.heard = now
                 if flight.paused:
-                    self.stats.observe("migration_pause_seconds", now - flight.paused)
+                    self.metrics.observe("migration_pause_seconds", now - flight.paused)
                     flight.paused = 0.0
             if finish:
                 self._close(flight)
@@ -235,7 +235,7 @@ class RequestTracker:
         """For the record, before `ownership` takes the place of the flight's own."""
         assert ownership.owner is not None
         flight.paused = flight.paused or flight.heard
-        self.stats.inc("takeovers")
+        self.metrics.inc("takeovers")
         name = self._journal.params(flight.slot).label or f"{flight.rid:x}"
         to = ownership.owner.engine
         self.engines.note(flight.names, to)
@@ -336,28 +336,28 @@ class RequestTracker:
             for f in self._flights.values()
             if f.engine == link.index and f.incarnation <= dead and f.rid not in self._stranded
         ]
-        crashed = [f for f in left if f.incarnation <= row.crashed]
-        for flight in crashed:
+        last_crashed = [f for f in left if f.incarnation <= row.last_crashed]
+        for flight in last_crashed:
             flight.crashes += 1
-        lost = [f for f in crashed if f.crashes > self._config.max_resumes]
-        if crashed:
+        lost = [f for f in last_crashed if f.crashes > self._config.max_resumes]
+        if last_crashed:
             log.warning(
                 "engine %d died: of its requests %d go on elsewhere, %d end with an error",
                 link.index,
-                len(crashed) - len(lost),
+                len(last_crashed) - len(lost),
                 len(lost),
             )
         for flight in lost:
             self._lose(flight, "the engine that ran this request died; please send it again")
         for flight in left:
             if flight.crashes <= self._config.max_resumes:
-                self._resume(flight, crashed=flight.incarnation <= row.crashed)
+                self._resume(flight, last_crashed=flight.incarnation <= row.last_crashed)
 
-    def _resume(self, flight: RequestState, *, crashed: bool) -> None:
-        if crashed:
-            self.stats.inc("resumes")
+    def _resume(self, flight: RequestState, *, last_crashed: bool) -> None:
+        if last_crashed:
+            self.metrics.inc("resumes")
         decision = ownership.engine_died(flight.ownership, EngineIncarnation(flight.engine, flight.incarnation))
-        self._apply(flight, decision, "its engine died" if crashed else "its engine was parked")
+        self._apply(flight, decision, "its engine died" if last_crashed else "its engine was parked")
 
     def _state(self, link: EngineLink) -> None:
         """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""

@@ -13,15 +13,15 @@ from daemon.ipc.messages import EngineFacts, EngineState
 
 log = logging.getLogger(__name__)
 
-Wish = Callable[[int, EngineState], None]
+SetState = Callable[[int, EngineState], None]
 
 
 class Autoscaler:
     """Wakes and parks engines by load. `wish` carries out; it does nothing unless `config.min_engines` is set."""
 
-    def __init__(self, wishes: DesiredStateReader, wish: Wish, config: Config, engines: int) -> None:
-        self._wishes = wishes
-        self._wish = wish
+    def __init__(self, desired_states: DesiredStateReader, wish: SetState, config: Config, engines: int) -> None:
+        self._desired_states = desired_states
+        self._set_state = wish
         self._state = ScalingState()
         self._rules: ScalingRules | None = None
         if config.min_engines:
@@ -42,7 +42,7 @@ class Autoscaler:
             return []
         wanted, self._state = decide(expected, self._state, now, self._rules)
         # Never the last that answers now, though another that still loads would soon do.
-        done = [a for a in wanted if isinstance(a, Wake) or served_without(a.engine, facts, self._wishes)]
+        done = [a for a in wanted if isinstance(a, Wake) or served_without(a.engine, facts, self._desired_states)]
         for action in done:
             self._carry_out(action, expected, self._rules)
         return done
@@ -58,4 +58,4 @@ class Autoscaler:
             *(action.engine, verb, len(serving), free, rules.low, rules.high),
             *(rules.min_engines, rules.max_engines),
         )
-        self._wish(action.engine, EngineState.PARKED if isinstance(action, Park) else EngineState.SERVING)
+        self._set_state(action.engine, EngineState.PARKED if isinstance(action, Park) else EngineState.SERVING)

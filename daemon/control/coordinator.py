@@ -43,9 +43,9 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     def scale(engine: int, state: EngineState) -> None:
         verb = "park" if state == EngineState.PARKED else "wake"
         rebalancer.log.write(Ordered(verb, "", engine, "", "auto-scaling"))
-        rebalancer.wish(engine, state)
+        rebalancer.set_desired_state(engine, state)
 
-    autoscaler = Autoscaler(rebalancer.wishes, scale, spec.config, fabric.topology.engines)
+    autoscaler = Autoscaler(rebalancer.desired_states, scale, spec.config, fabric.topology.engines)
     runner = web.AppRunner(build_admin(overview, rebalancer), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=spec.listener)).start()

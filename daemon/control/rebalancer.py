@@ -36,7 +36,7 @@ class Rebalancer:
         self._rules = RebalanceRules.of(policy_of(config.policy, config.headroom))
         self._lanes = [fabric.writer(topology.engine(i)) for i in range(topology.engines)]
         self._pairs: list[Pair] = []
-        self.wishes = DesiredStateWriter(fabric.wishes())
+        self.desired_states = DesiredStateWriter(fabric.desired_states())
         self.log = EventWriter(fabric.events(fabric.process))  # the coordinator's
 
     def cycle(self, facts: Sequence[EngineFacts | None]) -> None:
@@ -84,14 +84,14 @@ class Rebalancer:
             raise Refusal(f"there is no engine {engine}")
         if state != EngineState.SERVING:
             self._engine(facts, engine)
-            serving = self.wishes.of(engine) == EngineState.SERVING
-            if serving and not served_without(engine, facts, self.wishes):
+            serving = self.desired_states.of(engine) == EngineState.SERVING
+            if serving and not served_without(engine, facts, self.desired_states):
                 raise Refusal(f"engine {engine} is the last that serves; nobody could take its requests")
-        self.wish(engine, state)
+        self.set_desired_state(engine, state)
 
-    def wish(self, engine: int, state: EngineState) -> None:
+    def set_desired_state(self, engine: int, state: EngineState) -> None:
         """The engine sees it at once; the supervisor, which wakes one that sleeps, at its next tick."""
-        self.wishes.put(engine, state)
+        self.desired_states.put(engine, state)
         self._fabric.ring_bell(self._fabric.topology.engine(engine))
 
     def _order(

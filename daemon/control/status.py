@@ -42,7 +42,7 @@ class Overview:
         self._policy = policy_of(spec.config.policy, spec.config.headroom)
         self._topology = topology
         self._table = fabric.table()
-        self._wishes = DesiredStateReader(fabric.wishes())
+        self._desired_states = DesiredStateReader(fabric.desired_states())
         self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
         self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
         self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
@@ -58,7 +58,7 @@ class Overview:
         engines = range(self._topology.engines)
         loading = [facts[i] is None and self._row(i).state == ProcessState.UP for i in engines]
         starting = [self._last(i) if loading[i] else None for i in engines]
-        return outlook(facts, starting, [self._wishes.of(i) for i in engines])
+        return outlook(facts, starting, [self._desired_states.of(i) for i in engines])
 
     def event_history(self) -> EventHistory:
         """A reader of everybody's events."""
@@ -78,7 +78,7 @@ class Overview:
             "version": __version__,
             "model": config.served_name or config.model,
             "address": f"http://{config.host}:{config.port}",
-            "supervisor_pid": self._birth.parent,
+            "supervisor_pid": self._birth.supervisor_pid,
             "engines": [self._engine(i, f, flying[i]) for i, f in enumerate(facts)],
             "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
             "coordinator": self._process(0),
@@ -132,12 +132,12 @@ class Overview:
     def _engine(self, i: int, facts: EngineFacts | None, flying: InFlight) -> dict[str, Any]:
         process = self._process(self._topology.engine(i))
         row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
-        row["wished"] = self._wishes.of(i).name.lower()
+        row["wished"] = self._desired_states.of(i).name.lower()
         life = self._row(i).state
         if facts is None or life != ProcessState.UP:
             return row
         free = self._policy.dispatch(facts, flying)
-        page = metrics_page.snapshot(self._fabric.stats(self._topology.engine(i)), metrics_page.ENGINE)
+        page = metrics_page.snapshot(self._fabric.metrics(self._topology.engine(i)), metrics_page.ENGINE)
         return row | {
             "state": engine_state(life, EngineState(facts.state)),
             "running": facts.running,
@@ -169,7 +169,7 @@ class Overview:
             "state": engine_state(row.state, progress.state),
             "pid": row.pid if row.state == ProcessState.UP else None,
             "incarnation": row.incarnation,
-            "uptime_seconds": time.monotonic() - row.born if row.state == ProcessState.UP else 0.0,
+            "uptime_seconds": time.monotonic() - row.started_at if row.state == ProcessState.UP else 0.0,
             "restarts": row.restarts,
             "last_exit": row.last_exit,
         }

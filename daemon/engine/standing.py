@@ -17,13 +17,13 @@ class Standing:
         _, self._me = fabric.topology.role(fabric.process)
         self._incarnation = fabric.incarnation
         self._progress = fabric.progress(fabric.process)
-        self._wishes = DesiredStateReader(fabric.wishes())
+        self._desired_states = DesiredStateReader(fabric.desired_states())
         self._llumlet = llumlet
         self.state = EngineState.LOADING
 
     def apply(self) -> None:
         """Do as is wished; one load if that is nothing new."""
-        wished = self._wishes.of(self._me)
+        wished = self._desired_states.of(self._me)
         if wished == self.state:
             return
         self.state = wished

@@ -128,7 +128,7 @@ def _load_on_host(spec: ChildSpec, fabric: Fabric, runner: Runner) -> _Kv:
     if num_blocks < 2:
         raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
     runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
-    peers = HostPools(fabric.table(), fabric.topology, spec.parent)
+    peers = HostPools(fabric.table(), fabric.topology, spec.supervisor_pid)
     return _Kv(num_blocks, peers, HostTransport(pool, fabric.bell))
 
 
@@ -187,7 +187,7 @@ class Worker:
         self._scheduler = scheduler
         self._progress = fabric.progress(fabric.process)
         self._board = fabric.board()
-        self._stats = metrics_page.MetricsPage(fabric.stats(fabric.process), metrics_page.ENGINE)
+        self._metrics = metrics_page.MetricsPage(fabric.metrics(fabric.process), metrics_page.ENGINE)
         self._step_stats = StepStats(time.monotonic())
         self._steps = 0
         self._checked = True  # the books, since the last step
@@ -204,7 +204,7 @@ class Worker:
         self._standing = Standing(fabric, self._llumlet)
         self._peers = kv.peers
         self._pool_handle = kv.handle
-        self._telemetry = Telemetry(EventWriter(fabric.events(fabric.process)), self._stats, spec.block_bytes)
+        self._telemetry = Telemetry(EventWriter(fabric.events(fabric.process)), self._metrics, spec.block_bytes)
         self._executor = MigrationExecutor(
             fabric, self._outboxes, kv.peers, kv.transport, spec.block_bytes, self._telemetry
         )
@@ -272,7 +272,7 @@ class Worker:
             inbox.drain()
         for move, arrived, nbytes in self._executor.ended():
             now = time.monotonic()
-            self._stats.inc("migrated_bytes", nbytes)
+            self._metrics.inc("migrated_bytes", nbytes)
             self._executor.execute(
                 self._llumlet.copied(move, now) if arrived else self._llumlet.copy_failed(move, now)
             )
@@ -315,11 +315,11 @@ class Worker:
         tokens = sum(len(e.tokens) for e in emissions)
         self._steps += 1
         self._step_stats.step(seconds, tokens, now)
-        self._stats.inc("steps")
-        self._stats.observe("step_seconds", seconds)
-        self._stats.observe("iteration_tokens", plan.num_tokens)
-        self._stats.inc("generation_tokens", tokens)
-        self._stats.inc("prompt_tokens", sum(row.count for row in plan.rows[plan.num_decodes :]))
+        self._metrics.inc("steps")
+        self._metrics.observe("step_seconds", seconds)
+        self._metrics.observe("iteration_tokens", plan.num_tokens)
+        self._metrics.inc("generation_tokens", tokens)
+        self._metrics.inc("prompt_tokens", sum(row.count for row in plan.rows[plan.num_decodes :]))
         self._account_prefills(emissions, now)
         self._account_scheduler()
 
@@ -327,8 +327,8 @@ class Worker:
         for emission in emissions:
             if emission.start == 0:
                 request = emission.request
-                self._stats.observe("request_queue_time_seconds", request.admitted - request.params.arrival)
-                self._stats.observe("request_prefill_time_seconds", now - request.admitted)
+                self._metrics.observe("request_queue_time_seconds", request.admitted - request.params.arrival)
+                self._metrics.observe("request_prefill_time_seconds", now - request.admitted)
 
     def _account_scheduler(self) -> None:
         """Carry the scheduler's own totals over to the statistics page."""
@@ -339,7 +339,7 @@ class Worker:
         }
         for name, total in totals.items():
             if total != self._counted[name]:
-                self._stats.inc(name, total - self._counted[name])
+                self._metrics.inc(name, total - self._counted[name])
                 self._counted[name] = total
 
     def _publish(self) -> None:

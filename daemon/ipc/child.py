@@ -29,7 +29,7 @@ class ChildSpec:
     handles: FabricHandles
     process: int
     incarnation: int
-    parent: int  # pid of the supervisor
+    supervisor_pid: int
     model_dir: str
     listener: int = -1  # frontends: the HTTP socket; coordinator: the admin socket
     pool: int = -1  # engines: their KV pool segment
@@ -37,7 +37,7 @@ class ChildSpec:
 
 def begin(spec: ChildSpec) -> Fabric:
     """Tie this process to the supervisor's life and attach it to the fabric."""
-    _die_with(spec.parent)
+    _die_with(spec.supervisor_pid)
     role, index = spec.handles.topology.role(spec.process)
     name = role if role == "coordinator" else f"{role} {index}"
     setproctitle.setproctitle(f"llumd: {name}")

@@ -31,10 +31,10 @@ class DesiredStateWriter(DesiredStateReader):
         self._words[engine] = state
 
 
-def served_without(engine: int, facts: Sequence[EngineFacts | None], wishes: DesiredStateReader) -> bool:
+def served_without(engine: int, facts: Sequence[EngineFacts | None], desired_states: DesiredStateReader) -> bool:
     """Whether an engine other than `engine` serves and is to go on serving."""
     return any(
-        f is not None and f.state == EngineState.SERVING and wishes.of(i) == EngineState.SERVING
+        f is not None and f.state == EngineState.SERVING and desired_states.of(i) == EngineState.SERVING
         for i, f in enumerate(facts)
         if i != engine
     )

@@ -21,7 +21,7 @@ COMMAND_RING = 256 << 10  # frontend -> engine: prompts go by reference, so reco
 OUTPUT_RING = 1 << 20  # engine -> frontend: a step's tokens and logprobs
 ADVICE_RING = 64 << 10  # coordinator -> frontend and engine
 PEER_RING = 256 << 10  # engine -> engine: a reservation names a block for each 16 tokens
-STATS_BYTES = 16 << 10  # statistics page of one process
+METRICS_BYTES = 16 << 10  # statistics page of one process
 EVENT_BYTES = 64 << 10  # event log of one process
 
 
@@ -75,9 +75,9 @@ class Layout:
         self.progress = PAGE
         self.table = _page_up(self.progress + n * PROGRESS_BYTES)
         self.boards = self.table + n * SLOT_BYTES
-        self.stats = self.boards + n * SLOT_BYTES
-        self.wishes = _page_up(self.stats + n * STATS_BYTES)
-        self.events = _page_up(self.wishes + topology.engines * 8)
+        self.metrics = self.boards + n * SLOT_BYTES
+        self.desired_states = _page_up(self.metrics + n * METRICS_BYTES)
+        self.events = _page_up(self.desired_states + topology.engines * 8)
         end = _page_up(self.events + n * EVENT_BYTES)
         self.lanes: dict[tuple[int, int], tuple[int, int]] = {}
         for pair, capacity in topology.lanes().items():
@@ -141,13 +141,13 @@ class Fabric:
     def board_of(self, process: int) -> BoardReader:
         return BoardReader(self._board_slot(process))
 
-    def stats(self, process: int) -> memoryview:
+    def metrics(self, process: int) -> memoryview:
         """The statistics page of a process."""
-        return self._at(self._layout.stats + process * STATS_BYTES, STATS_BYTES)
+        return self._at(self._layout.metrics + process * METRICS_BYTES, METRICS_BYTES)
 
-    def wishes(self) -> memoryview:
+    def desired_states(self) -> memoryview:
         """One u64 an engine: the state that the coordinator wants it in."""
-        return self._at(self._layout.wishes, self.topology.engines * 8)
+        return self._at(self._layout.desired_states, self.topology.engines * 8)
 
     def events(self, process: int) -> memoryview:
         """The event log of a process."""

@@ -49,12 +49,14 @@ class ProcessFacts(msgspec.Struct, array_like=True, frozen=True):
     state: int = ProcessState.ABSENT
     incarnation: int = 0
     pid: int = 0
-    born: float = 0.0  # CLOCK_MONOTONIC seconds
+    started_at: float = 0.0  # CLOCK_MONOTONIC seconds
     restarts: int = 0
     last_exit: str = ""  # how the predecessor ended
     pool_fd: int = -1  # engines: the supervisor's descriptor of the KV pool of this incarnation
     pool_bytes: int = 0  # engines: size of that pool
-    crashed: int = 0  # last incarnation that did not end empty: a later one that is over took nobody's work with it
+    last_crashed: int = (
+        0  # last incarnation that did not end empty: a later one that is over took nobody's work with it
+    )
 
 
 _decode = msgspec.msgpack.Decoder(ProcessFacts).decode

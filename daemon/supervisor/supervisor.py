@@ -84,7 +84,7 @@ class Supervisor:
         self._handles = Fabric.create(self._topology, config.journal_memory)
         self._fabric = Fabric(self._handles, -1, 0)
         self._table = self._fabric.table_writer()
-        self._wishes = DesiredStateReader(self._fabric.wishes())
+        self._desired_states = DesiredStateReader(self._fabric.desired_states())
         self._notifier = Notifier()
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
@@ -190,7 +190,12 @@ class Supervisor:
         child.progress.enter(EngineState.STARTING, incarnation, self._config.load_timeout)
         pool = {"pool_fd": child.pool, "pool_bytes": self._pool_bytes} if role == "engine" else {}
         self._record(
-            child, state=ProcessState.UP, incarnation=incarnation, pid=child.handle.pid, born=time.monotonic(), **pool
+            child,
+            state=ProcessState.UP,
+            incarnation=incarnation,
+            pid=child.handle.pid,
+            started_at=time.monotonic(),
+            **pool,
         )
 
     def _renew_pool(self, child: Child) -> None:
@@ -221,16 +226,16 @@ class Supervisor:
             log.info("%s is parked", child.name)
             self._park(child, last_exit=how)
             return
-        crashed = child.facts.incarnation
+        last_crashed = child.facts.incarnation
         if code == EXIT_CONFIG:
             log.error("%s cannot run and is not started again", child.name)
-            self._record(child, state=ProcessState.FAILED, last_exit=how, crashed=crashed)
+            self._record(child, state=ProcessState.FAILED, last_exit=how, last_crashed=last_crashed)
             return
-        if self._wish(child) == EngineState.PARKED:
+        if self._desired_state(child) == EngineState.PARKED:
             log.error("%s (pid %d) died while it was to be parked: %s", child.name, child.facts.pid, how)
-            self._park(child, last_exit=how, crashed=crashed)
+            self._park(child, last_exit=how, last_crashed=last_crashed)
             return
-        if time.monotonic() - child.facts.born > HEALTHY_AFTER:
+        if time.monotonic() - child.facts.started_at > HEALTHY_AFTER:
             child.backoff = FIRST_BACKOFF
         child.start_at = time.monotonic() + child.backoff
         log.error(
@@ -238,7 +243,7 @@ class Supervisor:
         )
         child.backoff = min(MAX_BACKOFF, child.backoff * 2)
         restarts = child.facts.restarts + 1
-        self._record(child, state=ProcessState.DEAD, last_exit=how, restarts=restarts, crashed=crashed)
+        self._record(child, state=ProcessState.DEAD, last_exit=how, restarts=restarts, last_crashed=last_crashed)
 
     def _park(self, child: Child, **changes: Any) -> None:
         """Let it sleep. First the table says so, then the descriptor of its pool may go."""
@@ -246,13 +251,13 @@ class Supervisor:
         self._record(child, state=ProcessState.PARKED, pool_fd=-1, pool_bytes=0, **changes)
         self._close_pool(child)
 
-    def _wish(self, child: Child) -> EngineState:
+    def _desired_state(self, child: Child) -> EngineState:
         role, index = self._topology.role(child.process)
-        return self._wishes.of(index) if role == "engine" else EngineState.SERVING
+        return self._desired_states.of(index) if role == "engine" else EngineState.SERVING
 
     def _due(self, child: Child, now: float) -> bool:
         """Whether it is to be started now."""
-        woken = child.facts.state == ProcessState.PARKED and self._wish(child) == EngineState.SERVING
+        woken = child.facts.state == ProcessState.PARKED and self._desired_state(child) == EngineState.SERVING
         return (child.facts.state == ProcessState.DEAD or woken) and now >= child.start_at
 
     def _record(self, child: Child, **changes: Any) -> None:

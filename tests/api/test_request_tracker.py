@@ -56,22 +56,28 @@ class Box:
     def engine(self, i: int, incarnation: int) -> Fabric:
         return Fabric(self.handles, self.topology.engine(i), incarnation)
 
-    def appear(self, i: int, incarnation: int, *, crashed: int = 0, state: EngineState = EngineState.SERVING) -> None:
+    def appear(
+        self, i: int, incarnation: int, *, last_crashed: int = 0, state: EngineState = EngineState.SERVING
+    ) -> None:
         """Engine i is up."""
-        self.table.publish(self.topology.engine(i), ProcessFacts(ProcessState.UP, incarnation, crashed=crashed))
+        self.table.publish(
+            self.topology.engine(i), ProcessFacts(ProcessState.UP, incarnation, last_crashed=last_crashed)
+        )
         self.engine(i, incarnation).board().publish(encode(engine(incarnation=incarnation, state=state)))
         self.tracker.on_doorbell()
 
     def resumes(self) -> float:
-        page = Fabric(self.handles, -1, 0).stats(self.topology.frontend(0))
+        page = Fabric(self.handles, -1, 0).metrics(self.topology.frontend(0))
         return snapshot(page, FRONTEND_STATS).counter("resumes")
 
     def say(self, i: int, incarnation: int, message: ToFrontend) -> None:
         self.engine(i, incarnation).writer(self.topology.frontend(0)).put(encode(message), FRONTEND)
         self.tracker.on_doorbell()
 
-    def leave(self, i: int, incarnation: int, life: ProcessState = ProcessState.PARKED, *, crashed: int = 0) -> None:
-        self.table.publish(self.topology.engine(i), ProcessFacts(life, incarnation, crashed=crashed))
+    def leave(
+        self, i: int, incarnation: int, life: ProcessState = ProcessState.PARKED, *, last_crashed: int = 0
+    ) -> None:
+        self.table.publish(self.topology.engine(i), ProcessFacts(life, incarnation, last_crashed=last_crashed))
         self.tracker.on_doorbell()
 
     def submit(self) -> RequestState:
@@ -161,7 +167,7 @@ def test_what_a_crashed_engine_had_goes_on_elsewhere(handles: FabricHandles, lif
         flight = box.submit()
         box.say(0, 1, StepOutput([flight.rid], [1], [0], [2], [7, 8], [Finish.NONE], [0]))
         box.appear(1, 1)
-        box.leave(0, 1, life, crashed=1)
+        box.leave(0, 1, life, last_crashed=1)
         assert (await flight.next()).tokens == [7, 8]
         assert box.starts(1, 1) == [(flight.rid, 2)]
         assert box.journal.output(flight.slot) == [7, 8]
@@ -177,11 +183,11 @@ async def test_a_request_that_may_be_what_kills_engines_ends(box: Box) -> None:
     box.appear(0, 1)
     flight = box.submit()
     box.appear(1, 1)
-    box.leave(0, 1, ProcessState.DEAD, crashed=1)
+    box.leave(0, 1, ProcessState.DEAD, last_crashed=1)
     younger = box.submit()
     assert younger.engine == 1
-    box.appear(0, 2, crashed=1)
-    box.leave(1, 1, ProcessState.DEAD, crashed=1)
+    box.appear(0, 2, last_crashed=1)
+    box.leave(1, 1, ProcessState.DEAD, last_crashed=1)
     with pytest.raises(EngineLost, match="died"):
         await flight.next()
     assert not younger.done
@@ -192,11 +198,11 @@ async def test_a_request_that_may_be_what_kills_engines_ends(box: Box) -> None:
 async def test_it_waits_for_the_only_engines_successor(box: Box) -> None:
     box.appear(0, 1)
     flights = [box.submit() for _ in range(3)]
-    box.leave(0, 1, ProcessState.DEAD, crashed=1)
+    box.leave(0, 1, ProcessState.DEAD, last_crashed=1)
     flights[1].cancel()
     await asyncio.sleep(0.25)
     assert [f.done for f in flights] == [False, True, False]
-    box.appear(0, 2, crashed=1)
+    box.appear(0, 2, last_crashed=1)
     await asyncio.sleep(0.25)
     assert box.starts(0, 2) == [(flights[0].rid, 2), (flights[2].rid, 2)]
 
@@ -205,7 +211,7 @@ async def test_it_waits_for_the_only_engines_successor(box: Box) -> None:
 async def test_it_ends_when_no_engine_can_come_any_more(box: Box) -> None:
     box.appear(0, 1)
     flight = box.submit()
-    box.leave(0, 1, ProcessState.FAILED, crashed=1)
+    box.leave(0, 1, ProcessState.FAILED, last_crashed=1)
     box.leave(1, 0, ProcessState.FAILED)
     with pytest.raises(EngineLost, match="no engine is ready"):
         await flight.next()
@@ -217,20 +223,20 @@ async def test_the_destination_of_its_move_may_still_take_it_over(box: Box) -> N
     box.appear(0, 1)
     flight = box.submit()
     box.appear(1, 1, state=EngineState.DRAINING)
-    box.leave(0, 1, ProcessState.DEAD, crashed=1)
+    box.leave(0, 1, ProcessState.DEAD, last_crashed=1)
     box.say(1, 1, Takeover(flight.rid, 1, 0, [5], None))
     assert (flight.engine, flight.epoch, flight.accepted) == (1, 2, 1)
-    box.appear(0, 2, crashed=1)
+    box.appear(0, 2, last_crashed=1)
     await asyncio.sleep(0.25)
     assert box.starts(0, 2) == []
 
 
 @on_a_loop
 async def test_a_life_that_was_parked_after_one_that_crashed_is_not_mistaken_for_it(box: Box) -> None:
-    box.appear(0, 2, crashed=1)
+    box.appear(0, 2, last_crashed=1)
     flight = box.submit()
     box.appear(1, 1)
-    box.leave(0, 2, crashed=1)
+    box.leave(0, 2, last_crashed=1)
     assert (flight.engine, flight.epoch) == (1, 2)
 
 

@@ -33,12 +33,14 @@ class Box:
         self.up: Facts = list(up)
         self.loading: Facts = [None] * len(up)
         self.rebalancer = Rebalancer(fabric, config)
-        self.autoscaler = Autoscaler(self.rebalancer.wishes, self.rebalancer.wish, config, len(up))
+        self.autoscaler = Autoscaler(
+            self.rebalancer.desired_states, self.rebalancer.set_desired_state, config, len(up)
+        )
         self.now = 0.0
 
     @property
     def wished(self) -> list[EngineState]:
-        return [self.rebalancer.wishes.of(i) for i in range(len(self.up))]
+        return [self.rebalancer.desired_states.of(i) for i in range(len(self.up))]
 
     def cycle(self, seconds: float = 0.0) -> list[Action]:
         self.now += seconds
@@ -69,8 +71,8 @@ def test_one_that_loads_is_not_taken_for_missing(handles: FabricHandles):
     """Loading takes many periods: nobody else is woken meanwhile, for load nor for number."""
     asleep = emptied(engine(), PARKED)
     box = Box(handles, replace(SCALING, min_engines=2), busy(40), asleep, asleep)
-    box.rebalancer.wish(1, PARKED)
-    box.rebalancer.wish(2, PARKED)
+    box.rebalancer.set_desired_state(1, PARKED)
+    box.rebalancer.set_desired_state(2, PARKED)
     assert box.cycle() == [Wake(1)]
     box.up[1], box.loading[1] = None, busy(50)
     assert [box.cycle(1.0) for _ in range(60)] == [[]] * 60
@@ -88,8 +90,8 @@ def test_the_last_that_answers_stays_though_another_loads(handles: FabricHandles
 
 def test_a_drain_by_an_operator_is_left_alone(handles: FabricHandles):
     box = Box(handles, SCALING, busy(64), engine(state=DRAINING), emptied(engine(), PARKED))
-    box.rebalancer.wish(1, DRAINING)
-    box.rebalancer.wish(2, DRAINING)  # parked before
+    box.rebalancer.set_desired_state(1, DRAINING)
+    box.rebalancer.set_desired_state(2, DRAINING)  # parked before
     assert [box.cycle(1.0) for _ in range(30)] == [[]] * 30
     assert box.wished == [SERVING, DRAINING, DRAINING]
 
@@ -123,8 +125,8 @@ def test_somebody_always_serves(script: list[tuple[float, list[int]]], least: in
             box.cycle(seconds)
             assert box.wished.count(SERVING) >= least
             assert any(
-                f is not None and f.state == SERVING and wish == SERVING
-                for f, wish in zip(box.up, box.wished, strict=True)
+                f is not None and f.state == SERVING and wanted == SERVING
+                for f, wanted in zip(box.up, box.wished, strict=True)
             )
             _come_about(box, running)
     finally:
@@ -133,11 +135,11 @@ def test_somebody_always_serves(script: list[tuple[float, list[int]]], least: in
 
 
 def _come_about(box: Box, running: Sequence[int]) -> None:
-    for i, (wish, n) in enumerate(zip(box.wished, running, strict=True)):
+    for i, (wanted, n) in enumerate(zip(box.wished, running, strict=True)):
         facts = box.up[i]
         if facts is None:
-            box.up[i], box.loading[i] = busy(n, state=wish), None
-        elif wish == PARKED:
+            box.up[i], box.loading[i] = busy(n, state=wanted), None
+        elif wanted == PARKED:
             box.up[i] = emptied(facts, PARKED)
         elif facts.state == PARKED:
             box.up[i], box.loading[i] = None, facts
@@ -181,12 +183,12 @@ some = st.none() | st.builds(
 
 @given(st.lists(st.tuples(some, some, st.sampled_from([SERVING, DRAINING, PARKED])), max_size=5))
 def test_outlook_has_every_engine_as_wished(rows: list[tuple[EngineFacts | None, EngineFacts | None, EngineState]]):
-    facts, starting, wishes = ([row[k] for row in rows] for k in range(3))
-    for found, (now, last, wish) in zip(outlook(facts, starting, wishes), rows, strict=True):
+    facts, starting, desired_states = ([row[k] for row in rows] for k in range(3))
+    for found, (now, last, set_desired_state) in zip(outlook(facts, starting, desired_states), rows, strict=True):
         if found is None:
             assert now is None and last is None
             continue
-        assert found.state == wish
+        assert found.state == set_desired_state
         if now is not None:
             assert (found.running, found.used_blocks) == (now.running, now.used_blocks)
         else:

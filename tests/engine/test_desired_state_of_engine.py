@@ -22,13 +22,13 @@ def lane() -> Iterator[Lane]:
 
 def test_it_does_as_wished_until_wished_otherwise(lane: Lane):
     fabric = Fabric(lane.handles, lane.engine_process, ENGINE_INCARNATION)
-    wishes = DesiredStateWriter(Fabric(lane.handles, COORDINATOR, 1).wishes())
+    desired_states = DesiredStateWriter(Fabric(lane.handles, COORDINATOR, 1).desired_states())
     standing, progress = Standing(fabric, lane.llumlet), fabric.progress(lane.engine_process)
     standing.apply()  # it serves where nobody has wished anything
     assert (standing.state, progress.state) == (EngineState.SERVING, EngineState.SERVING)
     assert lane.llumlet.accepting
     for state in (EngineState.DRAINING, EngineState.PARKED, EngineState.SERVING):
-        wishes.put(0, state)
+        desired_states.put(0, state)
         standing.apply()
         assert (standing.state, progress.state) == (state, state)
         assert progress.incarnation == ENGINE_INCARNATION
@@ -36,7 +36,7 @@ def test_it_does_as_wished_until_wished_otherwise(lane: Lane):
 
 
 def test_a_successor_begins_as_its_predecessor_was_wished(lane: Lane):
-    DesiredStateWriter(Fabric(lane.handles, COORDINATOR, 1).wishes()).put(0, EngineState.DRAINING)
+    DesiredStateWriter(Fabric(lane.handles, COORDINATOR, 1).desired_states()).put(0, EngineState.DRAINING)
     standing = Standing(Fabric(lane.handles, lane.engine_process, ENGINE_INCARNATION + 1), lane.llumlet)
     standing.apply()
     assert standing.state == EngineState.DRAINING

@@ -15,7 +15,7 @@ SERVING, DRAINING, PARKED = EngineState.SERVING, EngineState.DRAINING, EngineSta
 wishable = st.sampled_from([SERVING, DRAINING, PARKED])
 
 
-def wishes(*states: EngineState) -> DesiredStateWriter:
+def desired_states(*states: EngineState) -> DesiredStateWriter:
     writer = DesiredStateWriter(memoryview(bytearray(8 * len(states))))
     for i, state in enumerate(states):
         writer.put(i, state)
@@ -23,21 +23,21 @@ def wishes(*states: EngineState) -> DesiredStateWriter:
 
 
 def test_everybody_is_wished_serving_until_something_is_written(handles: FabricHandles):
-    reader = DesiredStateReader(Fabric(handles, handles.topology.engine(1), 1).wishes())
+    reader = DesiredStateReader(Fabric(handles, handles.topology.engine(1), 1).desired_states())
     assert [reader.of(i) for i in range(3)] == [SERVING] * 3
 
 
 def test_a_wish_outlives_its_writer_and_reaches_every_life_of_its_engine(handles: FabricHandles):
-    DesiredStateWriter(Fabric(handles, COORDINATOR, 1).wishes()).put(1, DRAINING)
-    DesiredStateWriter(Fabric(handles, COORDINATOR, 2).wishes()).put(2, PARKED)
+    DesiredStateWriter(Fabric(handles, COORDINATOR, 1).desired_states()).put(1, DRAINING)
+    DesiredStateWriter(Fabric(handles, COORDINATOR, 2).desired_states()).put(2, PARKED)
     for incarnation in (1, 2):
-        reader = DesiredStateReader(Fabric(handles, handles.topology.engine(1), incarnation).wishes())
+        reader = DesiredStateReader(Fabric(handles, handles.topology.engine(1), incarnation).desired_states())
         assert [reader.of(i) for i in range(3)] == [SERVING, DRAINING, PARKED]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), wishable), max_size=20))
 def test_each_engine_has_the_last_wish_for_it(script: list[tuple[int, EngineState]]):
-    writer = wishes(*[SERVING] * 5)
+    writer = desired_states(*[SERVING] * 5)
     for i, state in script:
         writer.put(i, state)
     expected = dict.fromkeys(range(5), SERVING) | dict(script)
@@ -47,12 +47,12 @@ def test_each_engine_has_the_last_wish_for_it(script: list[tuple[int, EngineStat
 @pytest.mark.parametrize("state", [EngineState.STARTING, EngineState.LOADING])
 def test_nobody_is_wished_in_a_state_that_only_comes_about(state: EngineState):
     with pytest.raises(ValueError, match=state.name.lower()):
-        wishes(SERVING).put(0, state)
+        desired_states(SERVING).put(0, state)
 
 
 def test_who_serves_must_also_be_wished_to():
     """Boards lag: of two engines ordered away in a row, the second must not be thought replaced by the first."""
     facts: list[EngineFacts | None] = [engine(), engine(), None, engine(state=DRAINING)]
-    assert served_without(0, facts, wishes(SERVING, SERVING, SERVING, SERVING))
-    assert not served_without(0, facts, wishes(SERVING, PARKED, SERVING, SERVING))
-    assert not served_without(0, [engine(), None, None, None], wishes(*[SERVING] * 4))
+    assert served_without(0, facts, desired_states(SERVING, SERVING, SERVING, SERVING))
+    assert not served_without(0, facts, desired_states(SERVING, PARKED, SERVING, SERVING))
+    assert not served_without(0, [engine(), None, None, None], desired_states(*[SERVING] * 4))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from daemon.ipc import doorbell, metrics_page
 from daemon.ipc.board import SLOT_BYTES
-from daemon.ipc.fabric import COORDINATOR, EVENT_BYTES, STATS_BYTES, Fabric, FabricHandles, Layout, Topology
+from daemon.ipc.fabric import COORDINATOR, EVENT_BYTES, METRICS_BYTES, Fabric, FabricHandles, Layout, Topology
 from daemon.ipc.journal import Journal
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import PROGRESS_BYTES, ProcessFacts, ProcessState
@@ -26,8 +26,8 @@ def test_nothing_overlaps_and_words_are_aligned(topology: Topology):
         *((layout.progress + p * PROGRESS_BYTES, PROGRESS_BYTES) for p in range(n)),
         *((layout.table + p * SLOT_BYTES, SLOT_BYTES) for p in range(n)),
         *((layout.boards + p * SLOT_BYTES, SLOT_BYTES) for p in range(n)),
-        *((layout.stats + p * STATS_BYTES, STATS_BYTES) for p in range(n)),
-        (layout.wishes, 8 * topology.engines),
+        *((layout.metrics + p * METRICS_BYTES, METRICS_BYTES) for p in range(n)),
+        (layout.desired_states, 8 * topology.engines),
         *((layout.events + p * EVENT_BYTES, EVENT_BYTES) for p in range(n)),
         *layout.lanes.values(),
     ]
@@ -55,7 +55,7 @@ def test_numbers_and_roles(topology: Topology):
 
 
 def test_statistics_fit_their_page():
-    assert max(metrics_page.FRONTEND.nbytes, metrics_page.ENGINE.nbytes) <= STATS_BYTES
+    assert max(metrics_page.FRONTEND.nbytes, metrics_page.ENGINE.nbytes) <= METRICS_BYTES
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_boards_table_progress_and_bells_are_each_ones_own(handles: FabricHandle
     for p, view in enumerate(views):
         view.board().publish(b"facts %d" % p)
         view.progress(p).enter(EngineState.SERVING, p + 1, 10)
-        view.stats(p)[:] = bytes([p]) * STATS_BYTES
+        view.metrics(p)[:] = bytes([p]) * METRICS_BYTES
         table.publish(p, ProcessFacts(ProcessState.UP, p + 1, pid=1000 + p))
     supervisor.ring_bell(5)
     rows = views[3].table()
@@ -100,7 +100,7 @@ def test_boards_table_progress_and_bells_are_each_ones_own(handles: FabricHandle
     for p in range(topology.processes):
         assert views[0].board_of(p).read() == (1, b"facts %d" % p)
         assert supervisor.progress(p).incarnation == p + 1
-        assert bytes(views[1].stats(p)) == bytes([p]) * STATS_BYTES
+        assert bytes(views[1].metrics(p)) == bytes([p]) * METRICS_BYTES
         assert (rows.rows[p].incarnation, rows.rows[p].pid) == (p + 1, 1000 + p)
         assert doorbell.answer(views[p].bell) == (p == 5)
 

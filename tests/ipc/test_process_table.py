@@ -30,7 +30,7 @@ def test_refresh_tells_whether_anything_changed():
     assert reader.refresh()  # the first look is news
     assert not reader.refresh()
     assert reader.rows == [ProcessFacts()] * 3
-    up = ProcessFacts(ProcessState.UP, 4, pid=99, born=1.25, restarts=3, last_exit="killed by signal 9")
+    up = ProcessFacts(ProcessState.UP, 4, pid=99, started_at=1.25, restarts=3, last_exit="killed by signal 9")
     writer.publish(1, up)
     writer.publish(2, ProcessFacts(ProcessState.DEAD, 1))
     assert reader.refresh()

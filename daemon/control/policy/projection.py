@@ -31,7 +31,7 @@ def emptied(last: EngineFacts, state: EngineState) -> EngineFacts:
 
 
 def outlook(
-    facts: Sequence[EngineFacts | None], starting: Sequence[EngineFacts | None], wishes: Sequence[EngineState]
+    facts: Sequence[EngineFacts | None], starting: Sequence[EngineFacts | None], desired_states: Sequence[EngineState]
 ) -> list[EngineFacts | None]:
     """Facts with each engine in its wished state, so that nothing is done twice while it comes about.
 
@@ -39,7 +39,7 @@ def outlook(
     were there: else another would be woken, and another, for as long as loading takes.
     """
     expected: list[EngineFacts | None] = []
-    for now, last, wish in zip(facts, starting, wishes, strict=True):
+    for now, last, wish in zip(facts, starting, desired_states, strict=True):
         if now is not None:
             expected.append(structs.replace(now, state=wish))
         else:
