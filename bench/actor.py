@@ -1,8 +1,8 @@
-"""Dispatch's peer: the same choice made by a Ray actor that holds the engines' facts, asked by actor calls.
+"""The peer of dispatch: a Ray actor that holds the engines' facts makes the same choice, one actor call a request.
 
-Ray is no requirement of the project: install it into the environment (``pip install ray``) to measure this.
-A lower bound of what a scheduler actor costs a request: it is asked for an engine's index and nothing else. No prompt
-is sent, none journaled, and facts arrive with nobody.
+The project does not require Ray: install it (``pip install ray``) to measure this. The result is a lower bound of
+the cost of a scheduler actor: a call returns only an engine's index; no prompt is sent or journaled, and no facts are
+updated.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import time
 from typing import Any
 
 from daemon.control.policy.dispatch import choose
-from daemon.control.policy.freeness import NOTHING
+from daemon.control.policy.freeness import NONE_IN_FLIGHT
 from daemon.ipc.messages import decode_engine_facts
 
 _WARM_UP = 300  # calls
 
 
 class Scheduler:
-    """What runs in the actor."""
+    """The class that runs as the actor."""
 
     def __init__(self, boards: list[bytes]) -> None:
         self._facts = [decode_engine_facts(board) for board in boards]
-        self._in_flight = [NOTHING] * len(boards)
+        self._in_flight = [NONE_IN_FLIGHT] * len(boards)
         self._turn = 0
 
     def dispatch(self) -> int | None:
-        """The engine of a new request."""
+        """Return the index of the engine for a new request."""
         self._turn += 1
         return choose(self._facts, self._in_flight, self._turn)
 
 
 def measure(boards: list[bytes], rounds: int) -> list[float]:
-    """Microseconds of each call, from asking to the answer; empty where Ray is not installed.
+    """Return the microseconds of each call, from call to answer; empty if Ray is not installed.
 
     `boards`: encoded facts of the engines.
     """

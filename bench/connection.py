@@ -1,7 +1,7 @@
-"""HTTP/1.1 for a load generator: one Protocol callback from socket to listener, nothing in between.
+"""HTTP/1.1 for a load generator: one Protocol callback passes bytes from the socket to a listener.
 
-On a small machine the client competes with the server it measures; a general HTTP client spends several times
-as much on every streamed token.
+On a small machine the client competes with the server that it measures, and a general HTTP client needs several
+times as much CPU for every streamed token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import cast
 from urllib.parse import urlsplit
 
 Listener = Callable[[float, bytes], None]
-"""Called with the arrival time (perf_counter seconds) and a piece of the body."""
+"""Called with the arrival time (perf_counter seconds) and a part of the body."""
 
 
 class Connection(asyncio.Protocol):
@@ -23,7 +23,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.status = 0
         self.reusable = False
-        self._kept = False  # it served an exchange before this one
+        self._kept = False  # True from the second exchange on
         self._buffer = b""
         self._length: int | None = None  # of the body; None: chunked, or until the connection closes
         self._chunked = False
@@ -32,12 +32,12 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are no subclasses
 
     def exchange(self, request: bytes, listener: Listener) -> asyncio.Future[int]:
-        """Send `request` (head and body); the future becomes the status once the body is complete.
+        """Send `request` (head and body). The future yields the status once the body is complete.
 
-        It fails with ConnectionError if the connection breaks first or what comes is not HTTP.
+        It fails with ConnectionError if the connection breaks first or the answer is not HTTP.
         """
         assert self._transport is not None
         self._kept = self.status != 0
@@ -49,11 +49,12 @@ class Connection(asyncio.Protocol):
 
     @property
     def stale(self) -> bool:
-        """A kept connection that the server closed before it answered anything: the request may be sent again."""
+        """True if the server closed a kept connection before it answered: the request may be sent again."""
         return self._kept and self.status == 0 and not self._buffer
 
     @property
     def closed(self) -> bool:
+        """True if the connection is closed or closing."""
         return self._transport is None or self._transport.is_closing()
 
     def close(self) -> None:
@@ -63,7 +64,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now = perf_counter()
         if self._listener is None:
-            return self.close()  # nobody asked
+            return self.close()  # no exchange is under way
         try:
             self._parse(now, self._buffer + data if self._buffer else data)
         except ValueError as e:
@@ -83,11 +84,11 @@ class Connection(asyncio.Protocol):
             self._read_chunks(now, data, pos)
         elif self._length is None:
             self._buffer = b""
-            self._hear(now, data[pos:])
+            self._deliver(now, data[pos:])
         elif len(data) - pos < self._length:
             self._buffer = data[pos:]
         else:
-            self._hear(now, data[pos : pos + self._length])
+            self._deliver(now, data[pos : pos + self._length])
             self._finish()
 
     def _read_head(self, head: str) -> None:
@@ -110,12 +111,12 @@ class Connection(asyncio.Protocol):
             pos = end + 2
             if size == 0:
                 return self._finish()
-            self._hear(now, data[start:end])
+            self._deliver(now, data[start:end])
         self._buffer = data[pos:]
 
-    def _hear(self, now: float, piece: bytes) -> None:
-        if self._listener is not None and piece:
-            self._listener(now, piece)
+    def _deliver(self, now: float, part: bytes) -> None:
+        if self._listener is not None and part:
+            self._listener(now, part)
 
     def _finish(self) -> None:
         self._listener = None
@@ -137,7 +138,7 @@ class Connection(asyncio.Protocol):
 
 
 class Pool:
-    """Keep-alive connections to one server, opened as needed."""
+    """Keep-alive connections to one server, opened on demand."""
 
     def __init__(self, url: str) -> None:
         """`url` is the server's base, for example ``http://127.0.0.1:8000``. Raises ValueError."""
@@ -150,7 +151,7 @@ class Pool:
         self._idle: list[Connection] = []
 
     def request(self, path: str, body: bytes, api_key: str = "") -> bytes:
-        """The bytes of a POST of `body` (JSON) to `path`."""
+        """Return the bytes of a POST of `body` (JSON) to `path`."""
         lines = [
             f"POST {self._path}{path} HTTP/1.1",
             f"Host: {self._host}:{self._port}",
@@ -162,7 +163,7 @@ class Pool:
         return "\r\n".join([*lines, "", ""]).encode() + body
 
     async def take(self) -> Connection:
-        """An idle connection, or a new one. Raises OSError."""
+        """Return an idle connection, or open one. Raises OSError."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed:
@@ -172,7 +173,7 @@ class Pool:
         return connection
 
     def give(self, connection: Connection) -> None:
-        """Return a connection; it is kept if another exchange can use it."""
+        """Give a connection back; it is kept if another exchange can use it."""
         if connection.reusable and not connection.closed:
             self._idle.append(connection)
         else:

@@ -1,13 +1,13 @@
-"""What the control plane costs: dispatch, board, ring. One command, one table, JSON if asked.
+"""Cost of the control plane: dispatch, board, ring, as a table and as JSON.
 
     python -m bench.control [--json FILE]
 
 Dispatch is timed from a parsed request (token ids in hand) to its `Start` committed on the engine's ring:
-boards of 8 engines and 2 frontends read, engine chosen, 1,000-token prompt journaled. The doorbell is an
-eventfd nobody sleeps on here; waking a sleeper costs the kernel's wake-up on top. Two cases: the frontend was
-woken by its engines' last steps and read their boards then (the usual), or all have published since (the worst).
-All cases take turns: few and many requests an engine, with prefix_affinity and without, each in a world of its own.
-Where Ray is installed its actor makes the same choice.
+boards of 8 engines and 2 frontends read, engine chosen, 1,000-token prompt journaled. No process waits for the
+doorbell (an eventfd) here; to wake a process costs a kernel wake-up more. Two cases: the frontend has read the boards
+when the engines' last steps woke it (the usual case), or all engines have published since (the worst case).
+The cases take turns: few and many requests an engine, with and without prefix_affinity, each with its own fabric.
+If Ray is installed, its actor makes the same choice.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
 from daemon.control.rebalancer import Rebalancer
-from daemon.control.status import Overview
+from daemon.control.status import StatusReader
 from daemon.ipc import doorbell, segment
 from daemon.ipc.board import BoardReader, BoardWriter
 from daemon.ipc.child import ChildSpec
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles, Topology
 from daemon.ipc.messages import (
     Demand,
@@ -57,7 +58,7 @@ BY_ACTOR = "choice by a Ray actor, round trip"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--rounds", type=int, default=5000, help="dispatches measured (default 5000)")
     args = parser.parse_args()
     rows = asyncio.run(measure_dispatch(args.rounds))
@@ -78,33 +79,35 @@ def main() -> None:
 # -- dispatch -------------------------------------------------------------------------------------
 
 
-class EngineLinks:
-    """Both ends' worth of engines without a process: they publish facts and empty their rings."""
+class SimulatedEngines:
+    """Engines without processes: they publish facts and empty their rings."""
 
     def __init__(self, handles: FabricHandles, running: int) -> None:
         self._running = running
         self._fabrics = [Fabric(handles, handles.topology.engine(i), 1) for i in range(ENGINES)]
         self._boards = [f.board() for f in self._fabrics]
         self._rings = [f.reader(handles.topology.frontend(0)) for f in self._fabrics]
-        self._taken = [[0, 0] for _ in range(ENGINES)]
+        self._consumed = [[0, 0] for _ in range(ENGINES)]
         self._step = 0
 
     def publish(self) -> None:
+        """Publish new facts on every board."""
         self._step += 1
         for i, board in enumerate(self._boards):
-            consumed = [Demand(1, *self._taken[i]), Demand(1, 0, 0)]
+            consumed = [Demand(1, *self._consumed[i]), Demand(1, 0, 0)]
             board.publish(encode(facts(self._step, random.randrange(100, 4000), consumed, self._running)))
 
-    def take(self) -> None:
+    def consume(self) -> None:
+        """Read all Starts from every ring."""
         for i, ring in enumerate(self._rings):
             while ring.read() is not None:
-                self._taken[i][0] += 1
-                self._taken[i][1] += PROMPT
+                self._consumed[i][0] += 1
+                self._consumed[i][1] += PROMPT
             ring.ack()
 
 
 def facts(step: int, used: int, consumed: list[Demand], running: int = 64) -> EngineFacts:
-    """What a busy engine publishes."""
+    """Return the facts of a busy engine."""
     return EngineFacts(
         incarnation=1,
         state=EngineState.SERVING,
@@ -126,28 +129,28 @@ def facts(step: int, used: int, consumed: list[Demand], running: int = 64) -> En
     )
 
 
-class _Stamped(Fabric):
-    """Notes when it last rang a bell, which is when a Start has been committed. What follows nobody waits for."""
+class _TimedFabric(Fabric):
+    """Stores the time of its last bell, when a Start is committed. The request does not wait for what follows."""
 
-    rung = 0
+    rang_at = 0  # nanoseconds
 
     def ring_bell(self, process: int) -> None:
         super().ring_bell(process)
-        self.rung = time.perf_counter_ns()
+        self.rang_at = time.perf_counter_ns()
 
 
 class Dispatching:
-    """A frontend that dispatches to engines of `running` requests each, with as many of its own unfinished."""
+    """A frontend with `running` unfinished requests that dispatches to engines with `running` requests each."""
 
     def __init__(self, running: int, *, affinity: bool = True) -> None:
         handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20)
         table = Fabric(handles, -1, 0).table_writer()
         for process in range(handles.topology.processes):
             table.publish(process, ProcessFacts(state=ProcessState.UP, incarnation=1))
-        self._engines = EngineLinks(handles, running)
+        self._engines = SimulatedEngines(handles, running)
         self._engines.publish()
         config = Config(max_queued=10_000, prefix_affinity=affinity)
-        self._fabric = _Stamped(handles, handles.topology.frontend(0), 1)
+        self._fabric = _TimedFabric(handles, handles.topology.frontend(0), 1)
         self._tracker = RequestTracker(self._fabric, config)
         self._sibling = RequestTracker(Fabric(handles, handles.topology.frontend(1), 1), Config())
         self._prompt = [random.randrange(50_000) for _ in range(PROMPT)]
@@ -155,27 +158,30 @@ class Dispatching:
         self._unfinished = [self._submit() for _ in range(running)]
 
     def _submit(self) -> RequestState:
-        flight = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
-        self._engines.take()
-        return flight
+        request = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
+        self._engines.consume()
+        return request
 
     def once(self, woken: bool) -> float:
-        """Microseconds from token ids to a committed Start, its engine rung."""
+        """Return the microseconds from token ids to a committed Start and its engine's doorbell.
+
+        `woken`: the frontend has read the boards before.
+        """
         self._engines.publish()
         if woken:
             self._tracker.on_doorbell()
         start = time.perf_counter_ns()
-        flight = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
-        end = self._fabric.rung
+        request = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
+        end = self._fabric.rang_at
         if random.random() < 0.3:
             self._sibling.submit(self._prompt[:8], self._params, label="s").cancel()
-        flight.cancel()
-        self._engines.take()
+        request.cancel()
+        self._engines.consume()
         return (end - start) / 1e3
 
 
 async def measure_dispatch(rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds from token ids to a committed Start."""
+    """Return the microseconds from token ids to a committed Start."""
     usual, plain = Dispatching(64), Dispatching(64, affinity=False)
     cases = {
         "dispatch": (usual, True),
@@ -197,7 +203,7 @@ async def measure_dispatch(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def measure_board(rounds: int) -> dict[str, float]:
-    """Microseconds to read and decode one changed slot."""
+    """Return the microseconds to read and decode one changed board."""
     view = segment.attach(segment.create(4096))
     writer, reader = BoardWriter(view), BoardReader(view)
     published = encode(facts(1, 100, [Demand(1, 5, 500)] * FRONTENDS))
@@ -213,7 +219,7 @@ def measure_board(rounds: int) -> dict[str, float]:
 
 
 def measure_cycle(rounds: int) -> dict[str, float]:
-    """Microseconds of one coordinator period over 64 engines: boards read, engines paired, orders written."""
+    """Return the microseconds of one coordinator period over 64 engines: read boards, pair engines, write orders."""
     engines = 64
     topology = Topology(1, engines)
     handles = Fabric.create(topology, 1 << 20)
@@ -223,7 +229,8 @@ def measure_cycle(rounds: int) -> dict[str, float]:
     config = Config(devices=["cpu"] * engines)
     birth = ChildSpec(config, handles, COORDINATOR, 1, os.getpid(), "")
     fabric = Fabric(handles, COORDINATOR, 1)
-    overview, rebalancer = Overview(fabric, birth), Rebalancer(fabric, config)
+    status = StatusReader(fabric, birth)
+    rebalancer = Rebalancer(fabric, config, EventWriter(fabric.events(COORDINATOR)))
     boards = [Fabric(handles, topology.engine(i), 1).board() for i in range(engines)]
     rings = [Fabric(handles, topology.engine(i), 1).reader(COORDINATOR) for i in range(engines)]
     times = []
@@ -231,7 +238,7 @@ def measure_cycle(rounds: int) -> dict[str, float]:
         for board in boards:
             board.publish(encode(facts(step, random.randrange(100, 50_000), [Demand(1, 0, 0)])))
         start = time.perf_counter_ns()
-        rebalancer.cycle(overview.facts())
+        rebalancer.cycle(status.facts())
         times.append((time.perf_counter_ns() - start) / 1e3)
         for ring in rings:
             while ring.read() is not None:
@@ -246,7 +253,7 @@ _MESSAGE = StepOutput([1], [1], [7], [1], [1234], [0], [0])
 
 
 def measure_round_trips() -> dict[str, dict[str, float]]:
-    """Half a round trip of a small step message between two processes, encoded and decoded, asleep in between."""
+    """Return half the round trip of a small step message between two processes that wait blocked between messages."""
     return {
         "ring + doorbell, half round trip": _ring_trip(),
         "unix socket, half round trip": _socket_trip(),
@@ -307,7 +314,7 @@ def _ping_pong(here: End, there: End) -> dict[str, float]:
         for _ in range(_ROUND_TRIPS + 200):
             receive()
             send()
-        time.sleep(0.5)  # a Queue sends from a thread of its own: let the last message out
+        time.sleep(0.5)  # a Queue sends from its own thread: let it send the last message
         os._exit(0)
     send, receive = here()
     times = []

@@ -1,7 +1,7 @@
-"""A long prompt that fits nowhere unless others move: how long it waits, with and without rebalancing.
+"""A long prompt that fits on no engine until other requests move: its waiting time with and without rebalancing.
 
-Two engines with small pools hold a few requests each, such that what is free on both together is enough for the long
-prompt and what is free on either is not. Without moves it waits until a request of its engine has ended.
+Two engines with small pools run a few requests each. The free blocks of both together are enough for the long prompt,
+but those of one engine are not. Without migration the prompt waits until a request of its engine has ended.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 from bench.live import BLOCK, BLOCK_BYTES, Client, Daemon, held, serving
 
-BLOCKS = 140  # of each pool; one is nobody's
+BLOCKS = 140  # of each pool; one of them is reserved
 FILLERS = 3  # requests on each engine
-FILLER = (368, 128)  # prompt and output tokens of each: 23 blocks that grow to 31, four of which fit as well
+FILLER = (368, 128)  # prompt and output tokens of each: 23 blocks that grow to 31; four of them fit as well
 LONG = 1120  # tokens of the long prompt: 70 blocks, where 62 to 70 are free
 WARM = 6  # tokens of each filler before the long prompt is sent
-TRIES = 3  # to fill the pools so
+TRIES = 3  # attempts to fill the pools this way
 QUEUED = "vllm:request_queue_time_seconds_sum"
 FLAGS = ("--dtype", "bf16", "--no-prefix-caching", "--kv-memory", str(BLOCKS * BLOCK_BYTES))
 
 
 async def measure(rounds: int) -> dict[str, Any]:
-    """Both daemons are up throughout, and take turns: the idle one does nothing."""
+    """Run rounds on two daemons in alternation; the other daemon is idle."""
     found: dict[str, list[dict[str, Any]]] = {"off": [], "on": []}
     with ExitStack() as stack:
         daemons = {
@@ -40,7 +40,7 @@ async def measure(rounds: int) -> dict[str, Any]:
 
 
 async def _alone(daemon: Daemon) -> float:
-    """TTFT of the long prompt where nothing else runs, seconds."""
+    """Return the TTFT of the long prompt on an idle daemon, seconds."""
     client = Client(daemon)
     asked = client.send(LONG, 4)
     await client.finish()
@@ -62,14 +62,14 @@ async def _round(daemon: Daemon, turn: int) -> dict[str, Any]:
         await client.finish()
         await daemon.until_idle()
     else:
-        raise SystemExit(f"the long prompt never found the pools filled as it should: {free} blocks are free")
-    before, waited = await _marks(daemon), await asyncio.to_thread(daemon.metric, QUEUED)
+        raise SystemExit(f"the pools were never filled as needed: {free} blocks are free")
+    before, waited = await _counters(daemon), await asyncio.to_thread(daemon.metric, QUEUED)
     asked = client.send(LONG, 4)
     await client.until_tokens([asked], 1)
     waited = await asyncio.to_thread(daemon.metric, QUEUED) - waited
     await client.finish()
     await daemon.until_idle()
-    after = await _marks(daemon)
+    after = await _counters(daemon)
     return {
         "alone": alone,
         "ttft": asked.ttft,
@@ -83,16 +83,19 @@ async def _round(daemon: Daemon, turn: int) -> dict[str, Any]:
 
 
 async def _even_out(daemon: Daemon) -> None:
-    """Move by hand what dispatch did not spread evenly: steps that take longer here than there make it lean."""
+    """Move requests until each engine has FILLERS: dispatch favours an engine whose steps are shorter."""
     rows = await asyncio.to_thread(daemon.requests)
     for source in (0, 1):
         there = [row["id"] for row in rows if row["engine"] == source]
         for name in there[FILLERS:]:
             await asyncio.to_thread(daemon.migrate, name, 1 - source)
-    await daemon.until("as many on each", lambda engines: all(held(e) == e["running"] == FILLERS for e in engines))
+    await daemon.until(
+        "an equal number on each", lambda engines: all(held(e) == e["running"] == FILLERS for e in engines)
+    )
 
 
-async def _marks(daemon: Daemon) -> tuple[float, float]:
+async def _counters(daemon: Daemon) -> tuple[float, float]:
+    """Return (takeovers, preemptions) so far."""
     takeovers = await asyncio.to_thread(daemon.metric, "llumd:takeovers_total")
     return takeovers, await asyncio.to_thread(daemon.total, "preemptions")
 
@@ -103,7 +106,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The table."""
+    """Return the lines of the table."""
     head = f"de-fragmentation: {FILLERS} requests an engine, a prompt of {LONG} tokens fits on neither (ms, medians)"
     columns = f"{'rebalance':<12}{'rounds':>7}{'queued':>9}{'TTFT':>9}{'alone':>9}{'most':>9}"
     table = [head, columns + f"{'moves':>7}{'preempted':>11}{'others TPOT':>13}"]

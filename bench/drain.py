@@ -1,7 +1,7 @@
-"""An engine under load is to be emptied: with its requests moved, and by waiting for the longest answer.
+"""Time to empty an engine under load: by migration of its requests, or by waiting for the longest answer.
 
-Both ways get the same load. Nothing is sent after it, so the engine that waits gets no new work either: it is what
-an operator without moves does, who takes it out of dispatch. Rebalancing is off, so there nothing moves.
+Both ways get the same load and no further requests, so a waiting engine gets no new work either: without migration an
+operator can only remove an engine from dispatch and wait. Rebalancing is off, so no request moves while it waits.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import sys
 from time import perf_counter
 from typing import Any
 
-from bench.live import PATIENCE, Client, Daemon, held, serving
+from bench.live import TIMEOUT, Client, Daemon, held, serving
 
 STREAMS = 8  # on each engine
 PROMPT = 128  # tokens
 OUTPUTS = [200 + 200 * i // (2 * STREAMS - 1) for i in range(2 * STREAMS)]  # tokens of each stream
-WARM = 16  # tokens of each stream before the engine is to be emptied
+WARM = 16  # tokens of each stream before the drain
 ENGINE = 0
 FLAGS = ("--no-rebalance", "--kv-memory", "256MiB")
 
 
 async def measure(rounds: int) -> dict[str, Any]:
-    """Rounds of both ways, in turn."""
+    """Run rounds of both ways in alternation."""
     found: dict[str, list[dict[str, Any]]] = {"moved": [], "waited": []}
     with serving(*FLAGS) as daemon:
         await _warm_up(daemon)
@@ -71,10 +71,10 @@ async def _round(daemon: Daemon, turn: int, *, moves: bool) -> dict[str, Any]:
 
 
 async def _drain(daemon: Daemon) -> float:
-    """Seconds from the order of `llumctl drain` until it says that the engine is empty."""
+    """Return the seconds that `llumctl drain` reports until the engine is empty."""
     command = ["-m", "daemon.cli.llumctl", "--run-dir", str(daemon.run_dir), "drain", str(ENGINE)]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *command, "--json", "--within", f"{PATIENCE:.0f}s", stdout=asyncio.subprocess.PIPE
+        sys.executable, *command, "--json", "--within", f"{TIMEOUT:.0f}s", stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     answer = json.loads(out) if process.returncode == 0 else {}
@@ -84,7 +84,7 @@ async def _drain(daemon: Daemon) -> float:
 
 
 async def _wait(daemon: Daemon) -> float:
-    """Seconds until the engine is empty by itself, by the same sign as llumctl's."""
+    """Return the seconds until the engine has no request, by the same criterion as llumctl's."""
     start = perf_counter()
     await daemon.until("an empty engine", lambda rows: not held(rows[ENGINE]))
     return perf_counter() - start
@@ -95,7 +95,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The table."""
+    """Return the lines of the table."""
     head = f"drain: {STREAMS} streams an engine, answers of {OUTPUTS[0]} to {OUTPUTS[-1]} tokens (medians)"
     columns = f"{'way':<12}{'rounds':>7}{'empty after s':>15}{'requests':>10}{'moves':>7}{'TPOT ms':>9}"
     table = [head, columns + f"{'longest gap ms':>16}{'all done s':>12}"]

@@ -1,8 +1,8 @@
-"""Step times of the CPU engine: decode batches, prefill chunks, and the share of weight bandwidth reached.
+"""Step times of the CPU engine: decode batches, prefill chunks, and their share of the memory bandwidth.
 
     python -m bench.engine --threads 1 --out bench/results/engine.json
 
-Without --model it takes the shape of SmolLM2-135M with dummy weights, so it runs anywhere.
+Without --model it uses the shape of SmolLM2-135M with dummy weights and needs no files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import numpy as np
 from daemon.engine.cpu.memory import weights_bytes
 from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan
+from daemon.engine.runner import Row, RunnerSettings, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.models.model_config import ModelConfig, read_model_config
+from daemon.models.loader import open_model
+from daemon.models.model_config import ModelConfig
 
 SMOLLM2_135M = ModelConfig(
     path=Path("."),
@@ -47,26 +48,28 @@ SMOLLM2_135M = ModelConfig(
     mlp_bias=False,
     eos_token_ids=(2,),
 )
-BLOCK = 16
+BLOCK_SIZE = 16
 
 
 def main() -> None:
     args = _arguments()
-    config = read_model_config(args.model) if args.model else SMOLLM2_135M
+    config = open_model(args.model) if args.model else SMOLLM2_135M
     started = time.perf_counter()
     runner = CpuRunner(
         config,
-        threads=args.threads,
-        dtype=args.dtype,
-        deterministic=args.deterministic,
-        load_format="auto" if args.model else "dummy",
-        block_size=BLOCK,
-        max_num_seqs=64,
-        max_batch_tokens=512,
-        max_model_len=4096,
+        RunnerSettings(
+            threads=args.threads,
+            dtype=args.dtype,
+            deterministic=args.deterministic,
+            load_format="auto" if args.model else "dummy",
+            block_size=BLOCK_SIZE,
+            max_num_seqs=64,
+            max_batch_tokens=512,
+            max_model_len=4096,
+        ),
     )
-    spec = runner.pool_spec(1 + max(64 * 128, 32 * 1024) // BLOCK + 64)
-    # Not zeros: untouched pages are all one page, which stays in the cache.
+    spec = runner.pool_spec(1 + max(64 * 128, 32 * 1024) // BLOCK_SIZE + 64)
+    # Not zeros: all pages never written are one physical page, which stays in the cache.
     runner.load(memoryview(bytearray(b"\x3c") * spec.nbytes))
     result: dict[str, Any] = {
         "model": config.name,
@@ -104,23 +107,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--repeat", type=int, default=7, help="timed steps of each kind; the median counts")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--repeat", type=int, default=7, help="timed steps of each kind; the result is the median")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser.parse_args()
 
 
 def _decode(
     runner: CpuRunner, config: ModelConfig, batch: int, length: int, peak: float, repeat: int
 ) -> dict[str, Any]:
-    """One token for each of `batch` sequences of `length` tokens."""
-    each = -(-length // BLOCK)
+    """Time a step that decodes one token for each of `batch` sequences of `length` tokens."""
+    each = -(-length // BLOCK_SIZE)
     rows = [
         Row(_request(length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
         for i in range(batch)
     ]
     seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
     read = weights_bytes(config, runner.arithmetic)
-    read += batch * length * runner.pool_spec(1).block_bytes // BLOCK
+    read += batch * length * runner.pool_spec(1).block_bytes // BLOCK_SIZE
     return {
         "batch": batch,
         "length": length,
@@ -132,9 +135,9 @@ def _decode(
 
 
 def _prefill(runner: CpuRunner, chunk: int, before: int, repeat: int) -> dict[str, Any]:
-    """One chunk of `chunk` tokens after `before` computed ones."""
+    """Time a step with one chunk of `chunk` tokens, after `before` computed tokens."""
     length = before + chunk
-    row = Row(_request(length, list(range(1, 1 + -(-length // BLOCK)))), before, chunk, True)
+    row = Row(_request(length, list(range(1, 1 + -(-length // BLOCK_SIZE)))), before, chunk, True)
     seconds = _median(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
     return {"chunk": chunk, "before": before, "ms": seconds * 1e3, "tokens_per_second": chunk / seconds}
 
@@ -163,7 +166,7 @@ def _median(step: Callable[[], Any], repeat: int) -> float:
 
 
 def _read_bandwidth() -> float:
-    """GB/s that one thread reads, adding up 256 MB."""
+    """Return the GB/s at which one thread reads and sums 256 MB."""
     data = np.ones(32 << 20, np.int64)
     return data.nbytes / _median(data.sum, 5) / 1e9
 

@@ -1,10 +1,10 @@
-"""The CUDA engine on one machine: every figure of it in one command, with the bars it is to reach.
+"""Benchmark of the CUDA engine on one machine: all figures in one command, with their targets.
 
     python -m bench.gpu --out DIR [--only decode,prefill] [--limit SECONDS] [--dry-run [DEVICE]]
 
-A Llama of 8 billion random weights, one GPU unless a section needs more. Sections are processes of their own:
-bench/README.md says what each measures. `--dry-run` takes a tiny model, on the CPU unless a device is named, to find
-the command's own faults.
+The model is a Llama of 8 billion random weights. A section uses one GPU unless it needs more. Each section is a
+separate process; bench/README.md describes what each one measures. `--dry-run` uses a tiny model, on the CPU unless a
+device is named, to find errors in the command itself.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own
 
 BARS = {1: 240.0, 64: 9500.0, 256: 17500.0}  # tokens/s of decodes, by batch, at a context of 1024
-PREFILL_BAR = 0.70  # of the measured matmul rate, at 2048 tokens
-IDLE_BAR = 0.05  # of a step
+PREFILL_BAR = 0.70  # share of the measured matmul rate, at 2048 tokens
+IDLE_BAR = 0.05  # share of a step
 PAUSE_BAR = 2.0  # decode steps
 PACKAGES = ("torch", "flashinfer-python", "apache-tvm-ffi", "transformers", "numpy")
 
 
 class Scale(NamedTuple):
-    """How large everything is."""
+    """Sizes of the model and of the loads."""
 
     config: dict[str, Any]
     device: str
@@ -44,14 +44,14 @@ class Scale(NamedTuple):
     steps: int
     context: int
     prompts: tuple[int, ...]  # of prefill
-    some: tuple[int, ...]  # batches where options are compared
+    some: tuple[int, ...]  # batches for which options are compared
     matrix: int
     copy_bytes: int
-    kv_blocks: int  # of the CPU's pool, which is not measured; 0: what is free
+    kv_blocks: int  # of the pool; 0: all free memory (on the CPU it must be set)
     offline: tuple[int, int, int]  # prompts, their tokens, output tokens
-    loads: tuple[tuple[int, int], ...]  # of HTTP: in flight, requests
+    loads: tuple[tuple[int, int], ...]  # over HTTP: requests in flight, requests
     served: tuple[int, int]  # prompt and output tokens
-    moved: tuple[int, ...]  # tokens of what moves
+    moved: tuple[int, ...]  # tokens of the requests that move
     moves: int
     pushes: tuple[int, ...]  # blocks
 
@@ -100,29 +100,29 @@ class Section(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a section has: the scale, where to tell figures, and what earlier sections found."""
+    """Arguments of a section: the scale, the output directory with results of earlier sections, and `report`."""
 
     name: str
     scale: Scale
     out: Path
-    tell: Callable[[Figure], None]
+    report: Callable[[Figure], None]
 
     def figure(
         self, what: str, value: float, unit: str, bar: float | None = None, *, at_most: bool = False, **more: Any
     ) -> None:
-        bar = None if self.scale.config is TINY else bar  # none is for a dry run
-        self.tell(Figure(self.name, what, value, unit, bar, at_most, more))
+        bar = None if self.scale.config is TINY else bar  # a dry run has no targets
+        self.report(Figure(self.name, what, value, unit, bar, at_most, more))
 
     @property
     def model_config(self) -> ModelConfig:
         return model_config_of(self.scale.config, self.out / "shape")
 
     def model(self) -> Path:
-        """The model as a daemon serves it."""
+        """Write the model as a daemon serves it, and return its directory."""
         return write_model(self.scale.config, self.out / "model")
 
     def peaks(self) -> Peaks:
-        """Before anything else takes the device's memory."""
+        """Return the peaks of the device. Call it before anything else takes the device's memory."""
         from bench.gpu_peaks import peaks
 
         return peaks(self.out / "peaks.json", self.scale.device, self.scale.copy_bytes, self.scale.matrix)
@@ -139,16 +139,16 @@ def device_facts(c: Context) -> None:
 
 
 def decode(c: Context, **options: Any) -> None:
-    """Every batch with graphs and overlap; some with either off."""
+    """Measure decodes: every batch with graphs and overlap, some batches without one or both."""
     from bench import gpu_steps
 
     made, peaks = _made(c, **options), c.peaks()
     began = time.perf_counter()
-    runner = gpu_steps.make(c.model_config, made)
+    runner = gpu_steps.make_runner(c.model_config, made)
     c.figure("loaded and captured in", time.perf_counter() - began, "s", blocks=runner.num_blocks)
-    for rows, ways in sorted(runner.ways.items()):
-        for way, seconds in ways.items():
-            c.figure(f"{way}, {rows} of context 1", seconds * 1e3, "ms")
+    for rows, path_seconds in sorted(runner.path_seconds.items()):
+        for path, seconds in path_seconds.items():
+            c.figure(f"{path}, {rows} of context 1", seconds * 1e3, "ms")
     batches = c.scale.some if options else c.scale.batches
     for batch in batches:
         _decode(c, runner, made, peaks, batch, overlap=True, graphs=True)
@@ -191,7 +191,7 @@ def prefill(c: Context, **options: Any) -> None:
     from bench import gpu_steps
 
     made, peaks = _made(c, **options), c.peaks()
-    runner = gpu_steps.make(c.model_config, made._replace(max_num_seqs=8))
+    runner = gpu_steps.make_runner(c.model_config, made._replace(max_num_seqs=8))
     for tokens in c.scale.prompts:
         seconds = gpu_steps.prefill(runner, made, tokens, 7)
         share = roofline.prefill_flop(c.model_config, tokens) / seconds / peaks.rate
@@ -206,11 +206,11 @@ def prefill(c: Context, **options: Any) -> None:
 
 
 def offline(c: Context) -> None:
-    """Prompts through the real scheduler and pipeline, all there at the start."""
+    """Run prompts through the real scheduler and pipeline. All of them are queued at the start."""
     from bench import gpu_steps
 
     made, (count, length, output) = _made(c), c.scale.offline
-    runner = gpu_steps.make(c.model_config, made._replace(max_num_seqs=count))
+    runner = gpu_steps.make_runner(c.model_config, made._replace(max_num_seqs=count))
     prompts = gpu_steps.random_prompts(count, length, c.model_config.vocab_size)
     for overlap in (True, False):
         gpu_steps.offline(runner, made, prompts[:2], 4, overlap=overlap)
@@ -221,7 +221,7 @@ def offline(c: Context) -> None:
 
 
 def transformers(c: Context) -> None:
-    """The same prompts as `offline`."""
+    """Run the prompts of `offline` by Transformers."""
     from bench import gpu_peer, gpu_steps
 
     count, length, output = c.scale.offline
@@ -243,7 +243,7 @@ def copies(c: Context) -> None:
     from bench.gpu_live import copy_rates
 
     if c.scale.device == "cpu":
-        raise RuntimeError("pools in a GPU's memory need one")
+        raise RuntimeError("this section needs a GPU")
     block = 16 * roofline.kv_bytes(c.model_config)
     for there in [c.scale.device, *_gpus()[1:2]]:
         for found in copy_rates(c.scale.device, there, block, c.scale.pushes):
@@ -279,13 +279,13 @@ def moves(c: Context) -> None:
 def served(c: Context) -> None:
     from bench.gpu_live import served as measure
 
-    def tell(run: dict[str, Any]) -> None:
+    def report(run: dict[str, Any]) -> None:
         times = {f"{name}_{p}_ms": run[name][p] * 1e3 for name in ("ttft", "itl_token") for p in ("p50", "p99")}
-        client = run["client_cpu_seconds"] / run["seconds"]  # near 1, it is the client that sets the rate
+        client = run["client_cpu_seconds"] / run["seconds"]  # near 1 the client limits the rate
         c.figure(run["load"], run["output_tokens_per_second"], "tok/s", client_cpu=client, **times)
 
     prompt, output = c.scale.served
-    measure(c.model(), _daemon_flags(c, two=False), c.scale.loads, prompt, output, c.model_config.vocab_size, tell)
+    measure(c.model(), _daemon_flags(c, two=False), c.scale.loads, prompt, output, c.model_config.vocab_size, report)
 
 
 SECTIONS: dict[str, Section] = {
@@ -304,11 +304,11 @@ SECTIONS: dict[str, Section] = {
 
 
 def _made(c: Context, **options: Any) -> Any:
-    from bench.gpu_steps import Made
+    from bench.gpu_steps import RunnerOptions
 
     scale = c.scale
     longest = max(*scale.prompts, scale.context + scale.steps, sum(scale.offline[1:])) + 16
-    made = Made(scale.device, max(scale.batches), max(scale.prompts), longest, kv_blocks=scale.kv_blocks)
+    made = RunnerOptions(scale.device, max(scale.batches), max(scale.prompts), longest, kv_blocks=scale.kv_blocks)
     return made._replace(**options)
 
 
@@ -319,7 +319,7 @@ def _gpus() -> list[str]:
 
 
 def _daemon_flags(c: Context, *, two: bool) -> list[str]:
-    """Every GPU there is for serving; two engines, on two GPUs or on the one, for moves."""
+    """Return the flags of a daemon on all GPUs, or, for moves, with two engines on two GPUs or on one."""
     if c.scale.device == "cpu":
         return ["--devices", "cpu,cpu" if two else "cpu", "--kv-memory", "16MiB"]
     gpus = _gpus()
@@ -334,7 +334,7 @@ def _daemon_flags(c: Context, *, two: bool) -> list[str]:
 
 
 def _facts() -> dict[str, Any]:
-    """The machine, and versions of what computes."""
+    """Return the machine, and the versions of the packages that compute."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -349,14 +349,14 @@ def _scale(dry: str) -> Scale:
 
 
 def _run_one(name: str, dry: str, out: Path) -> None:
-    """A section, in the process made for it."""
+    """Run a section in its own process."""
     file = out / f"{name}.figures"
 
-    def tell(figure: Figure) -> None:
+    def report(figure: Figure) -> None:
         append_figure(file, figure)
         print(table([Outcome(name, 0.0, "", [figure])]).split("\n")[1], flush=True)
 
-    SECTIONS[name].run(Context(name, _scale(dry), out, tell))
+    SECTIONS[name].run(Context(name, _scale(dry), out, report))
 
 
 def _run_child(dry: str, out: Path, name: str, budget: float) -> Outcome:
@@ -368,7 +368,7 @@ def _run_child(dry: str, out: Path, name: str, budget: float) -> Outcome:
     return run_section(name, command, budget, figures, out / f"{name}.log")
 
 
-def _tell(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     print(table([outcome]).partition("\n")[2] or "(nothing)", flush=True)
     print(f"  {outcome.section}: {outcome.seconds:.0f} s", flush=True)
 
@@ -376,7 +376,7 @@ def _tell(outcome: Outcome) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for gpu.json, logs and models")
-    p.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}; `device` always comes first")
+    p.add_argument("--only", default="", help=f"some of {','.join(SECTIONS)}; `device` always runs first")
     p.add_argument("--limit", type=float, default=530.0, help="seconds for all sections together")
     p.add_argument(
         "--dry-run",
@@ -398,7 +398,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 if a section failed; missing a bar is no failure of the command."""
+    """Run the command. The exit status is 1 if a section failed; a missed target is not a failure."""
     args = _arguments(argv)
     if args.hold_pool:
         from bench.gpu_live import hold_pool
@@ -417,14 +417,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(facts["machine"] | facts["versions"]), flush=True)
     outcomes: list[Outcome] = []
 
-    def tell(outcome: Outcome) -> None:
+    def report(outcome: Outcome) -> None:
         outcomes.append(outcome)
         result = facts | {"dry_run": bool(args.dry_run), "sections": [asdict(o) for o in outcomes]}
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        _tell(outcome)
+        _print_outcome(outcome)
 
     budgets = {name: section.budget for name, section in SECTIONS.items()}
-    run_all(args.names, budgets, args.limit, partial(_run_child, args.dry_run, out), tell)
+    run_all(args.names, budgets, args.limit, partial(_run_child, args.dry_run, out), report)
     print("\n" + table(outcomes))
     return int(any(outcome.error for outcome in outcomes))
 

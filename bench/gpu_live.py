@@ -1,4 +1,4 @@
-"""Real daemons and real processes on GPUs: copies between pools, moves, serving over HTTP."""
+"""Benchmarks with real daemons and processes on GPUs: copies between pools, migrations, serving over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READY = "ready"
 
 
 def hold_pool(device: str, nbytes: int) -> None:
-    """The peer: export a pool, say its handle, and hold it until stdin ends."""
+    """Run as the peer process: export a pool, print its handle, and hold the pool until stdin ends."""
     import torch
 
     from daemon.kvpool.cuda_pools import OwnPool, export
@@ -37,11 +37,14 @@ def hold_pool(device: str, nbytes: int) -> None:
 
 
 def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """GB/s of pushes of so many blocks, adjacent and scattered, from this process into another's pool."""
+    """Measure the GB/s of pushes of adjacent and scattered blocks from this process into another process's pool.
+
+    `blocks`: numbers of blocks to push.
+    """
     import torch
 
     from daemon.ipc import doorbell
-    from daemon.kvpool import cuda_pools
+    from daemon.kvpool import cuda_pools, cuda_transport
     from daemon.kvpool.cudart import CudaRuntime
 
     nbytes = (2 * max(blocks) + 1) * block_bytes
@@ -61,31 +64,31 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
         runtime, device = CudaRuntime(), memory.device.index
         runtime.set_device(device)
         own = cuda_pools.OwnPool(memory.data_ptr(), nbytes, runtime.pci_address(device))
-        told = cuda_pools._decode(bytes.fromhex(handle))
-        base = runtime.open_ipc(told.handle)
-        pool = cuda_pools.CudaPool(1, 1, base, base + told.offset, told.nbytes, told.device)
-        mover = cuda_pools.CudaTransport(runtime, own, device, doorbell.create())
+        peer_pool = cuda_pools.decode_pool_handle(bytes.fromhex(handle))
+        base = runtime.open_ipc(peer_pool.handle)
+        pool = cuda_pools.CudaPool(1, 1, base, base + peer_pool.offset, peer_pool.nbytes, peer_pool.device)
+        transport = cuda_transport.CudaTransport(runtime, own, device, doorbell.create())
         for count in blocks:
             for how, step in (("adjacent", 1), ("scattered", 2)):
                 pairs = [(1 + i * step, 1 + i * step) for i in range(count)]
-                seconds = statistics.median(_push(mover, pool, pairs, block_bytes) for _ in range(7))
+                seconds = statistics.median(_push(transport, pool, pairs, block_bytes) for _ in range(7))
                 yield {
                     "blocks": count,
                     "how": how,
                     "seconds": seconds,
                     "gb_per_second": count * block_bytes / seconds / 1e9,
                 }
-        mover.close()
+        transport.close()
         runtime.close_ipc(base)
     finally:
         peer.stdin.close()
         peer.wait(30)
 
 
-def _push(mover: Any, pool: Any, pairs: list[tuple[int, int]], block_bytes: int) -> float:
+def _push(transport: Any, pool: Any, pairs: list[tuple[int, int]], block_bytes: int) -> float:
     began = time.perf_counter()
-    mover.push(object(), pool, pairs, block_bytes)
-    while not (ended := mover.completed()):
+    transport.push(object(), pool, pairs, block_bytes)
+    while not (ended := transport.completed()):
         pass
     seconds = time.perf_counter() - began
     if ended[0].reason or ended[0].nbytes != len(pairs) * block_bytes:
@@ -99,7 +102,7 @@ def _push(mover: Any, pool: Any, pairs: list[tuple[int, int]], block_bytes: int)
 def moves(
     model: Path, flags: Sequence[str], lengths: Sequence[int], live: int, vocab: int
 ) -> Iterator[dict[str, Any]]:
-    """What moves of one request between two engines cost it, by its length, as bench.migration measures it."""
+    """Measure the cost of migrations of one request between two engines, by its length, as bench.migration does."""
     plan = migration.Plan(lengths, {"live": live, "blocking": live, "recompute": 1}, 1, 1.0)
     with serving(str(model), "--load-format", "dummy", *migration.FLAGS, *flags) as daemon:
         _await_engines(daemon)
@@ -114,9 +117,9 @@ def served(
     prompt: int,
     output: int,
     vocab: int,
-    tell: Callable[[dict[str, Any]], None],
+    report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """bench.serve's client against `llumd serve`; `loads`: (requests in flight, requests)."""
+    """Run bench.serve's client against `llumd serve`. `loads`: (requests in flight, requests)."""
     with serving(str(model), "--load-format", "dummy", *flags) as daemon:
         _await_engines(daemon)
         for concurrency, requests in loads:
@@ -144,7 +147,7 @@ def served(
                     str(requests),
                 ]
             )
-            tell(_run(arguments))
+            report(_run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

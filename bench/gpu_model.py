@@ -1,4 +1,4 @@
-"""Models of a wanted shape for measurements: a configuration and a tokenizer, no weights (`--load-format dummy`)."""
+"""Models of any shape for benchmarks: a configuration and a tokenizer, without weights (`--load-format dummy`)."""
 
 from __future__ import annotations
 
@@ -44,15 +44,17 @@ TINY: dict[str, Any] = _COMMON | {
 
 
 def model_config_of(config: dict[str, Any], directory: Path) -> ModelConfig:
-    """The card of a model directory without weights and tokenizer, which this writes."""
+    """Write a model directory without weights and tokenizer, and return its configuration."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    return read_model_config(directory, load_format="dummy")
+    return read_model_config(directory)
 
 
 def write_model(config: dict[str, Any], directory: Path) -> Path:
-    """A directory that `llumd serve --load-format dummy` serves. Every id has a text of its own: a client that
-    counts by texts must see each token that random weights give."""
+    """Write a directory that `llumd serve --load-format dummy` serves, and return it.
+
+    Every id has its own text, so that a client that counts texts sees every token of the random weights.
+    """
     model_config_of(config, directory)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {text: i for i, text in enumerate(["<s>", "</s>", *letters])}

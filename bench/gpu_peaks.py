@@ -1,4 +1,4 @@
-"""The most a device can do: what shares are taken of."""
+"""Peak rates of a device, to which the benchmark relates its figures."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-_ROUNDS = 6  # the first is not counted
-_TIMES = 5  # a round
+_ROUNDS = 6  # the first one is not counted
+_TIMES = 5  # per round
 
 
 class Peaks(NamedTuple):
-    """bytes/s read and written by a copy on the device, and FLOP/s of a matrix product."""
+    """Bytes/s read and written by a copy on the device, and FLOP/s of a matrix product."""
 
     bandwidth: float
     rate: float
 
 
-def settle(device: str) -> None:
+def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
 def peaks(file: Path, device: str, copy_bytes: int, n: int) -> Peaks:
-    """What `file` holds, else measured now and put there: a copy of `copy_bytes`, a product of `n` cubed."""
+    """Return the peaks in `file`. If it is missing, measure a copy of `copy_bytes` and a product of `n` cubed."""
     if file.exists():
         return Peaks(**json.loads(file.read_text()))
     found = Peaks(_bandwidth(device, copy_bytes), _rate(device, n))
     if device != "cpu":
-        torch.cuda.empty_cache()  # for whoever takes all that is free
+        torch.cuda.empty_cache()  # so that the runner can use all free memory
     file.write_text(json.dumps(found._asdict()))
     return found
 
@@ -50,13 +50,13 @@ def _rate(device: str, n: int) -> float:
 
 
 def _seconds(work: Callable[[], Any], device: str) -> float:
-    """Median seconds of `work`, many times over without a rest."""
+    """Return the median seconds of `work`, which runs repeatedly without a pause."""
     times = []
     for _ in range(_ROUNDS):
-        settle(device)
+        synchronize(device)
         began = time.perf_counter()
         for _ in range(_TIMES):
             work()
-        settle(device)
+        synchronize(device)
         times.append((time.perf_counter() - began) / _TIMES)
     return sorted(times[1:])[2]

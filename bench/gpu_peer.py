@@ -1,4 +1,4 @@
-"""Transformers on the same device, with random weights of the same shape."""
+"""Transformers on the same device, with random weights of the same shape, for comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def model_of(config: dict[str, Any], device: str) -> Any:
-    """The model in bf16 (float32 on the CPU), made on the device."""
+    """Make the model on the device, in bf16 (float32 on the CPU)."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     names = ("architectures", "model_type", "torch_dtype")
@@ -29,8 +29,10 @@ def settings(output: int) -> Any:
 
 
 def continuous(model: Any, prompts: Sequence[list[int]], output: int) -> tuple[float, int]:
-    """Its continuous batching, with its set-up and all: seconds, and output tokens. RuntimeError if it answers less
-    than was asked for: it logs its errors, and gives what it has."""
+    """Run its continuous batching, including its set-up. Return seconds and output tokens.
+
+    Raises RuntimeError if an answer is missing or too short: Transformers only logs its errors and returns the rest.
+    """
     plain = settings(output)
     model.generate_batch(inputs=list(prompts[:2]), generation_config=settings(4))
     began = time.perf_counter()
@@ -45,7 +47,7 @@ def continuous(model: Any, prompts: Sequence[list[int]], output: int) -> tuple[f
 
 @torch.inference_mode()
 def static(model: Any, prompts: Sequence[list[int]], output: int) -> tuple[float, int]:
-    """All prompts, of equal length, as one batch: seconds, and output tokens."""
+    """Run all prompts, of equal length, as one batch. Return seconds and output tokens."""
     batch = torch.tensor(list(prompts), device=model.device)
     mask = torch.ones_like(batch)
     model.generate(batch[:2], attention_mask=mask[:2], generation_config=settings(4))

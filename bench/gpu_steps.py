@@ -1,4 +1,4 @@
-"""Steps of the CUDA engine, timed: by the wall, and by the device around each decode pass."""
+"""Step times of the CUDA engine, by the host's clock and by device events around each decode pass."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from bench.gpu_peaks import settle
+from bench.gpu_peaks import synchronize
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan
+from daemon.engine.runner import Row, RunnerSettings, StepPlan
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.kvpool.block_manager import BlockManager
 from daemon.models.model_config import ModelConfig
 
-# As integers: sign, mantissa and the last bit of the exponent stay as they are drawn, its other bits are put.
+# By item size: integer dtype, mask of the random bits (sign, mantissa and last bit of the exponent), and bits to set.
 _NOISE = {
     1: (torch.int8, ~0x78 | 0x08, 0x20),
     2: (torch.int16, ~0x7F80 | 0x80, 0x3E00),
@@ -30,8 +30,8 @@ _NOISE = {
 }
 
 
-class Made(NamedTuple):
-    """How a runner is made. `kv_blocks`: 0 for all that fits."""
+class RunnerOptions(NamedTuple):
+    """Options of a runner. `kv_blocks`: 0 for as many as fit."""
 
     device: str
     max_num_seqs: int
@@ -39,69 +39,67 @@ class Made(NamedTuple):
     max_model_len: int
     block_size: int = 16
     kv_dtype: str = "auto"
-    prefill: str = "fa2"
+    prefill: Literal["fa2", "fa3"] = "fa2"
     kv_blocks: int = 0
 
 
-def make(config: ModelConfig, made: Made) -> CudaRunner:
-    """Load a runner with dummy weights, its pool full of noise: a chip's clock depends on the bits it moves."""
-    item = 1 if made.kv_dtype == "fp8" else 2 if made.device != "cpu" else 4
-    block = 2 * config.num_layers * made.block_size * config.num_kv_heads * config.head_dim * item
-    runner = CudaRunner(
-        config,
-        device=made.device,
-        kv_dtype=made.kv_dtype,
+def make_runner(config: ModelConfig, options: RunnerOptions) -> CudaRunner:
+    """Return a loaded runner with dummy weights and noise as KV: the clock of a GPU depends on the data it moves."""
+    item = 1 if options.kv_dtype == "fp8" else 2 if options.device != "cpu" else 4
+    block = 2 * config.num_layers * options.block_size * config.num_kv_heads * config.head_dim * item
+    settings = RunnerSettings(
+        kv_dtype=options.kv_dtype,
         load_format="dummy",
-        block_size=made.block_size,
-        max_num_seqs=made.max_num_seqs,
-        max_batch_tokens=made.max_batch_tokens,
-        max_model_len=made.max_model_len,
-        kv_memory=made.kv_blocks * block,
-        prefill=made.prefill,  # type: ignore[arg-type]
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_batch_tokens=options.max_batch_tokens,
+        max_model_len=options.max_model_len,
+        kv_memory=options.kv_blocks * block,
     )
+    runner = CudaRunner(config, settings, device=options.device, prefill=options.prefill)
     runner.load()
-    _fill(runner.pool_memory, item)
-    settle(made.device)
+    _fill_with_noise(runner.pool_memory, item)
+    synchronize(options.device)
     return runner
 
 
-def _fill(pool: torch.Tensor, item: int) -> None:
-    """Numbers of `item` bytes each, from 2^-3 to 2^-1, of either sign."""
-    dtype, keep, put = _NOISE[item]
-    for piece in pool.view(dtype).split(1 << 28):
-        piece.random_(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        piece.bitwise_and_(keep).bitwise_or_(put)
+def _fill_with_noise(pool: torch.Tensor, item: int) -> None:
+    """Fill `pool` with numbers of `item` bytes, of both signs, with absolute values from 2^-3 to 2^-1."""
+    dtype, random_bits, set_bits = _NOISE[item]
+    for chunk in pool.view(dtype).split(1 << 28):
+        chunk.random_(torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        chunk.bitwise_and_(random_bits).bitwise_or_(set_bits)
 
 
-class Stamps:
-    """When the device began and ended each decode pass. A context, in which the runner's passes are stamped."""
+class DecodeTimer:
+    """Context manager that records when the device begins and ends each decode pass of a runner."""
 
     def __init__(self, runner: CudaRunner, device: str) -> None:
         self._runner = runner
         self._device = device
         self._pairs: list[tuple[Any, Any]] = []
 
-    def __enter__(self) -> Stamps:
+    def __enter__(self) -> DecodeTimer:
         self._compute = self._runner._compute_decodes
 
-        def stamped(bucket: int) -> None:
-            began = self._now()
+        def timed(bucket: int) -> None:
+            start = self._now()
             self._compute(bucket)
-            self._pairs.append((began, self._now()))
+            self._pairs.append((start, self._now()))
 
-        self._runner._compute_decodes = stamped
+        self._runner._compute_decodes = timed
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._runner._compute_decodes = self._compute
-        settle(self._device)
+        synchronize(self._device)
 
     def busy(self) -> list[float]:
-        """Seconds of each pass."""
+        """Return the seconds of each pass."""
         return [self._seconds(*pair) for pair in self._pairs]
 
     def idle(self) -> list[float]:
-        """Seconds from the end of each pass to the beginning of the next."""
+        """Return the seconds from the end of each pass to the start of the next one."""
         return [self._seconds(one[1], next_[0]) for one, next_ in itertools.pairwise(self._pairs)]
 
     def _now(self) -> Any:
@@ -115,8 +113,8 @@ class Stamps:
         return float(b - a) if self._device == "cpu" else float(a.elapsed_time(b)) / 1e3
 
 
-class Steps(NamedTuple):
-    """Means, in seconds. `idle`: of the device between two decode passes, copies of inputs and tokens included."""
+class StepTimes(NamedTuple):
+    """Mean seconds of a step. `busy`: of its decode pass; `idle`: between decode passes, including all copies."""
 
     step: float
     busy: float
@@ -124,31 +122,36 @@ class Steps(NamedTuple):
 
 
 def decode(
-    runner: CudaRunner, made: Made, batch: int, context: int, steps: int, *, overlap: bool, graphs: bool
-) -> Steps:
-    """Decode steps of `batch` sequences of `context` tokens and more, over KV of noise.
+    runner: CudaRunner, options: RunnerOptions, batch: int, context: int, steps: int, *, overlap: bool, graphs: bool
+) -> StepTimes:
+    """Time decode steps of `batch` sequences with `context` tokens or more, over KV of noise.
 
     Raises RuntimeError if the pool is too small.
     """
-    requests = _standing(runner, batch, context, steps + 2, made.block_size)
+    requests = decoding_requests(runner, batch, context, steps + 2, options.block_size)
     if (last := requests[-1].block_table[-1]) >= runner.num_blocks:
         raise RuntimeError(f"{last + 1} blocks are needed and the pool has {runner.num_blocks}")
     compute = runner._compute_decodes
     if not graphs:
-        runner._compute_decodes = runner._passes.decode
+        runner._compute_decodes = runner._forward.decode
     try:
         _take_steps(runner, requests, context, 0, 3, overlap)
-        settle(made.device)
-        with Stamps(runner, made.device) as stamps:
+        synchronize(options.device)
+        with DecodeTimer(runner, options.device) as timer:
             times = _take_steps(runner, requests, context, 3, steps, overlap)
     finally:
         runner._compute_decodes = compute
-    return Steps(*map(statistics.fmean, (times, stamps.busy(), stamps.idle())))
+    return StepTimes(*map(statistics.fmean, (times, timer.busy(), timer.idle())))
 
 
-def _standing(runner: CudaRunner, batch: int, context: int, more: int, block_size: int) -> list[Request]:
-    """Requests whose KV is taken to be there, without their last token's."""
-    each = -(-(context + more) // block_size)
+def decoding_requests(
+    runner: CudaRunner, batch: int, context: int, extra_tokens: int, block_size: int
+) -> list[Request]:
+    """Return `batch` requests with `context` tokens, and blocks for `extra_tokens` more.
+
+    The content of the pool stands for their KV, which a step reads for all tokens but the last.
+    """
+    each = -(-(context + extra_tokens) // block_size)
     params = RequestParams(SamplingParams(max_tokens=10**6, seed=0, temperature=0.0), 0.0)
     prompts = random_prompts(batch, context, runner.vocab_size)
     return [
@@ -160,30 +163,30 @@ def _standing(runner: CudaRunner, batch: int, context: int, more: int, block_siz
 def _take_steps(
     runner: CudaRunner, requests: Sequence[Request], context: int, first: int, stop: int, overlap: bool
 ) -> list[float]:
-    """Steps [first, stop); the seconds from one result to the next."""
-    flying: deque[Any] = deque()
+    """Run steps [first, stop). Return the seconds from each result to the next."""
+    in_flight: deque[Any] = deque()
     ends = []
 
     def collect() -> None:
-        drawn = runner.collect(flying.popleft()).tokens
-        for request, token in zip(requests, drawn, strict=True):
+        sampled = runner.collect(in_flight.popleft()).tokens
+        for request, token in zip(requests, sampled, strict=True):
             request.tokens.append(token)
         ends.append(time.perf_counter())
 
     for i in range(first, stop):
         rows = [Row(request, context - 1 + i, 1, True) for request in requests]
-        flying.append(runner.launch(StepPlan(rows, len(rows))))
-        if len(flying) == (2 if overlap else 1):
+        in_flight.append(runner.launch(StepPlan(rows, len(rows))))
+        if len(in_flight) == (2 if overlap else 1):
             collect()
-    while flying:
+    while in_flight:
         collect()
     times = [b - a for a, b in itertools.pairwise(ends)]
-    return times[:-1] if overlap else times  # behind the last step nothing was launched
+    return times[:-1] if overlap else times  # while the last step ran, no other was launched
 
 
-def prefill(runner: CudaRunner, made: Made, tokens: int, repeat: int) -> float:
-    """Median seconds of a prompt of `tokens` in one chunk, from launch to its first token."""
-    [request] = _standing(runner, 1, tokens, 1, made.block_size)
+def prefill(runner: CudaRunner, options: RunnerOptions, tokens: int, repeat: int) -> float:
+    """Return the median seconds of a prompt of `tokens` tokens in one chunk, from launch to its first token."""
+    [request] = decoding_requests(runner, 1, tokens, 1, options.block_size)
     plan = StepPlan([Row(request, 0, tokens, True)], 0)
     return _median(lambda: runner.execute(plan), repeat)
 
@@ -192,63 +195,71 @@ def _median(work: Callable[[], Any], repeat: int) -> float:
     work()
     times = []
     for _ in range(repeat):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-class Served(NamedTuple):
-    """A batch of prompts through the real scheduler. `idle_share`: of the time between decode passes of steps
-    without prefill, what the device waited."""
+class OfflineResult(NamedTuple):
+    """Result of a batch of prompts with the real scheduler.
+
+    `idle_share`: median share of a decode step without prefill in which the device waits.
+    """
 
     seconds: float
     output_tokens: int
     idle_share: float
 
 
-def offline(runner: CudaRunner, made: Made, prompts: Sequence[list[int]], output: int, *, overlap: bool) -> Served:
-    """Answer all prompts, greedily, `output` tokens each."""
+def offline(
+    runner: CudaRunner, options: RunnerOptions, prompts: Sequence[list[int]], output: int, *, overlap: bool
+) -> OfflineResult:
+    """Generate `output` tokens for each prompt, greedily."""
     scheduler = Scheduler(
-        BlockManager(runner.num_blocks, made.block_size),
-        max_num_seqs=made.max_num_seqs,
-        max_batch_tokens=made.max_batch_tokens,
-        max_model_len=made.max_model_len,
+        BlockManager(runner.num_blocks, options.block_size),
+        max_num_seqs=options.max_num_seqs,
+        max_batch_tokens=options.max_batch_tokens,
+        max_model_len=options.max_model_len,
         eos_token_ids=(),
     )
     params = SamplingParams(max_tokens=output, seed=0, temperature=0.0)
     for i, prompt in enumerate(prompts):
         scheduler.add(Request(i, 1, 0, RequestParams(params, float(i)), list(prompt), len(prompt)))
     pipeline = Pipeline(runner, overlap=overlap)
-    began = time.perf_counter()
-    with Stamps(runner, made.device) as stamps:
-        drawn, pure = _serve(scheduler, pipeline)
-    seconds = time.perf_counter() - began
-    busy, idle = stamps.busy(), stamps.idle()
-    # A pass is preceded by idle time of its own only if no chunk was computed between it and the one before.
-    pairs = [(b, i) for b, i, plain in zip(busy[1:], idle, pure, strict=False) if plain]
-    waited = statistics.median([i / (b + i) for b, i in pairs]) if pairs else 0.0
-    return Served(seconds, drawn, waited)
+    start = time.perf_counter()
+    with DecodeTimer(runner, options.device) as timer:
+        num_sampled, no_prefill = _run_all(scheduler, pipeline)
+    seconds = time.perf_counter() - start
+    busy, idle = timer.busy(), timer.idle()
+    # The time before a pass is idle time only if no chunk was computed between it and the previous pass.
+    pairs = [(b, i) for b, i, decode_only in zip(busy[1:], idle, no_prefill, strict=False) if decode_only]
+    idle_share = statistics.median([i / (b + i) for b, i in pairs]) if pairs else 0.0
+    return OfflineResult(seconds, num_sampled, idle_share)
 
 
-def _serve(scheduler: Scheduler, pipeline: Pipeline) -> tuple[int, list[bool]]:
-    """Until nothing is left: tokens drawn, and for each decode pass whether its step had no chunk."""
-    drawn, plain, now = 0, [], 0.0
+def _run_all(scheduler: Scheduler, pipeline: Pipeline) -> tuple[int, list[bool]]:
+    """Run steps until no request is left.
+
+    Return the number of sampled tokens, and for each decode pass whether its step had no prefill chunk.
+    """
+    num_sampled, no_prefill, now = 0, [], 0.0
     while True:
         plan = None if pipeline.closed else scheduler.plan(now)
         if plan is not None:
             pipeline.launch(plan)
             if plan.num_decodes:
-                plain.append(plan.num_decodes == len(plan.rows))
+                no_prefill.append(plan.num_decodes == len(plan.rows))
         ended = pipeline.collect(leave=1 if plan is not None else 0)
         if ended is not None:
             scheduler.apply_result(ended.plan, ended.result, now)
-            drawn += len(ended.result.tokens)
+            num_sampled += len(ended.result.tokens)
         elif plan is None:
-            return drawn, plain
+            return num_sampled, no_prefill
         now += 1.0
 
 
 def random_prompts(count: int, tokens: int, vocab: int) -> list[list[int]]:
+    """Return `count` prompts of `tokens` random tokens each, always the same."""
     rng = random.Random(0)
     return [rng.choices(range(300, vocab), k=tokens) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""What a result was measured on, without saying whose machine it is."""
+"""Description of the machine of a measurement, without its name or owner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def describe() -> dict[str, Any]:
-    """CPU, memory (bytes), GPUs, Python, kernel and the time (UTC)."""
+    """Return CPU, memory (bytes), GPUs, Python, kernel and the time (UTC)."""
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,4 @@
-"""From outcomes to the numbers people compare: percentiles, throughput, goodput."""
+"""Percentiles, throughput and goodput of a run, computed from its outcomes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PERCENTILES = (50, 90, 99)
 
 
 class Objectives(NamedTuple):
-    """Service-level objectives in seconds; None: not asked for."""
+    """Service-level objectives in seconds; None: no objective."""
 
     ttft: float | None = None
     tpot: float | None = None
     e2e: float | None = None
 
     def met(self, outcome: Outcome) -> bool:
-        """A failed request meets nothing."""
+        """Return True if the outcome meets all objectives. A failed request meets none."""
         if not outcome.ok:
             return False
         measured = (outcome.ttft, outcome.tpot, outcome.e2e)
@@ -29,7 +29,7 @@ class Objectives(NamedTuple):
 
 
 def distribution(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, percentiles (linear interpolation) and maximum; None of nothing."""
+    """Return mean, percentiles (linear interpolation) and maximum; None without values."""
     if len(values) == 0:
         return None
     points = np.percentile(values, PERCENTILES)
@@ -38,7 +38,7 @@ def distribution(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def weighted_distribution(values: Sequence[float], weights: Sequence[float]) -> dict[str, float] | None:
-    """As `distribution`, with values[i] standing `weights[i]` times (lower percentiles, no interpolation)."""
+    """As `distribution`, but values[i] counts `weights[i]` times (lower percentiles, no interpolation)."""
     if len(values) == 0:
         return None
     order = np.argsort(values)
@@ -50,7 +50,7 @@ def weighted_distribution(values: Sequence[float], weights: Sequence[float]) -> 
 
 
 def token_itl(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
-    """Inter-token latency (s) by token: a gap that ended in a chunk of k tokens counts as k gaps of a k-th."""
+    """Return inter-token latency (s) by token: a gap before a chunk of k tokens counts as k gaps of 1/k each."""
     gaps = [(gap, k) for o in outcomes for gap, k in zip(o.gaps, o.gap_tokens, strict=True) if k > 0]
     return weighted_distribution([gap / k for gap, k in gaps], [k for _, k in gaps])
 
@@ -58,7 +58,7 @@ def token_itl(outcomes: Sequence[Outcome]) -> dict[str, float] | None:
 def summary(
     outcomes: Sequence[Outcome], *, seconds: float, cpu_seconds: float, objectives: Objectives
 ) -> dict[str, Any]:
-    """One run as JSON-ready numbers. Latencies in seconds; `seconds` is the run's wall time."""
+    """Return the numbers of one run, ready for JSON. Latencies in seconds; `seconds` is the run's wall time."""
     good = [o for o in outcomes if o.ok]
     output_tokens = sum(o.output_tokens for o in good)
     met = sum(objectives.met(o) for o in outcomes)
@@ -99,7 +99,7 @@ RATIOS = {
 
 
 def ratios(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Second over first, of runs done in alternation: the median of the rounds' ratios, and their range."""
+    """Return second over first for runs in alternation: median and range of the rounds' ratios."""
     out = {}
     for name, path in RATIOS.items():
         pairs = [(_pick(a, path), _pick(b, path)) for a, b in zip(first, second, strict=True)]

@@ -1,9 +1,9 @@
-"""What moving a running request costs: its own pause, and what the others notice.
+"""Cost of the migration of a running request: its pause, and the slow-down of other requests.
 
     python -m bench.migration [--quick] [--json FILE]
 
-Starts a daemon with two engines on the demo model and orders moves over its admin socket. bench/README.md says what
-each number means.
+Starts a daemon with two engines on the demo model and orders moves over its admin socket. bench/README.md explains
+each number.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from bench.live import PATIENCE, Daemon, serving
+from bench.live import TIMEOUT, Daemon, serving
 from bench.machine import describe
 
 WAYS = ("live", "blocking", "recompute")
-POLL = 0.015  # seconds between looks at who owns a request; each costs everybody a millisecond or two
-SETTLE = 8  # tokens between two moves: the same stream's undisturbed gaps come from there
+POLL = 0.015  # seconds between two reads of a request's owner; each read delays all processes by 1 or 2 ms
+SETTLE = 8  # tokens between two moves, from which the stream's undisturbed gaps are measured
 BAR = 2.0  # decode steps that a live move may pause its request
-# A prefix found at the destination would not be copied: moves back and forth would cost nothing.
+# A prefix that the destination has cached is not copied, so moves back and forth would cost nothing.
 FLAGS = ("--no-rebalance", "--no-prefix-caching", "--kv-memory", "512MiB", "--journal-memory", "64MiB")
-TEXT = "The river rose for three days before anybody in the valley thought of counting the boats. "
+TEXT = "The river rose for three days before people in the valley thought of counting the boats. "
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured. `moves`: of each way and length; seconds: a window of the slow-down."""
+    """How much is measured. `moves`: for each way and length; `seconds`: length of a slow-down window."""
 
     lengths: Sequence[int]
     moves: dict[str, int]
@@ -59,7 +59,7 @@ class Move:
 
 
 class Stream:
-    """A streamed answer, read by a thread that notes when each token came (`times`, seconds)."""
+    """A streamed answer, read by a thread that records the arrival time of each token (`times`, seconds)."""
 
     def __init__(self, daemon: Daemon, prompt: list[int]) -> None:
         self.times: list[float] = []
@@ -67,32 +67,32 @@ class Stream:
         self.ended = ""
         asked = {"prompt": prompt, "max_tokens": 3000, "temperature": 0, "ignore_eos": True, "stream": True}
         self._response = daemon.post("/v1/completions", asked)
-        self._leaving = False
+        self._leave = False
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready()`; it is to become so with a token."""
-        end = perf_counter() + PATIENCE
+        """Wait until `ready()` is true; it becomes true with a token."""
+        end = perf_counter() + TIMEOUT
         while not ready():
             if self.ended or perf_counter() > end:
-                raise SystemExit(f"a stream stopped: {self.ended or 'nothing came'}")
+                raise SystemExit(f"a stream stopped: {self.ended or 'no token arrived'}")
             time.sleep(0.002)
 
     def wait_tokens(self, count: int) -> None:
-        """Until `count` more have come."""
+        """Wait for `count` more tokens."""
         goal = len(self.times) + count
         self.wait(lambda: len(self.times) >= goal)
 
     def leave(self) -> None:
         """Disconnect, which ends the request."""
-        self._leaving = True
-        self._thread.join(PATIENCE)
+        self._leave = True
+        self._thread.join(TIMEOUT)
         self._response.close()
 
     def _read(self) -> None:
         for line in self._response:
-            if self._leaving:
+            if self._leave:
                 return
             if not line.startswith(b"data: {"):
                 continue
@@ -106,13 +106,13 @@ class Stream:
 
 
 def gaps(times: Sequence[float], start: float, end: float) -> list[float]:
-    """Seconds between tokens that came one after the other, both within [start, end]."""
+    """Return the seconds between consecutive tokens that both arrived within [start, end]."""
     inside = [t for t in times if start <= t <= end]
     return [b - a for a, b in itertools.pairwise(inside)]
 
 
 def gap_around(times: Sequence[float], start: float, end: float) -> float:
-    """The longest gap that has a part in [start, end]."""
+    """Return the longest gap that overlaps [start, end]."""
     return max(b - a for a, b in itertools.pairwise(times) if a <= end and b >= start)
 
 
@@ -120,7 +120,7 @@ def gap_around(times: Sequence[float], start: float, end: float) -> float:
 
 
 def move(daemon: Daemon, stream: Stream, how: str) -> Move:
-    """Order the stream's request to the other engine and wait until it decodes there."""
+    """Migrate the stream's request to the other engine and wait until it decodes there."""
     here, before = daemon.engine_of(stream.name), daemon.total("migrated_bytes")
     ordered = asked = perf_counter()
     daemon.migrate(stream.name, 1 - here, how)
@@ -128,9 +128,9 @@ def move(daemon: Daemon, stream: Stream, how: str) -> Move:
         look = perf_counter()
         if daemon.engine_of(stream.name) != here:
             break
-        if look - ordered > PATIENCE:
-            raise SystemExit(f"a {how} move did not come to its end")
-        asked = look  # the change comes after this
+        if look - ordered > TIMEOUT:
+            raise SystemExit(f"a {how} migration did not end")
+        asked = look  # the owner changes after this time
         time.sleep(POLL)
     seen = perf_counter()
     stream.wait(lambda: stream.times[-1] > seen)
@@ -139,7 +139,7 @@ def move(daemon: Daemon, stream: Stream, how: str) -> Move:
 
 
 def measure_length(daemon: Daemon, plan: Plan, prompt: list[int]) -> dict[str, Any]:
-    """Moves of one request of that length between idle engines, the ways in turn."""
+    """Migrate one request of that length between idle engines, the ways in turn."""
     stream = Stream(daemon, prompt)
     stream.wait(lambda: len(stream.times) > 2 * SETTLE)
     calm: list[float] = []
@@ -157,7 +157,7 @@ def measure_length(daemon: Daemon, plan: Plan, prompt: list[int]) -> dict[str, A
 
 
 def summary(moves: Sequence[Move], itl: float) -> dict[str, Any]:
-    """Pauses in seconds and in decode steps, bytes and time of a move."""
+    """Return pauses in seconds and in decode steps, and bytes and duration of a migration."""
     pauses = [m.gap - itl for m in moves]
     return {
         "moves": len(moves),
@@ -172,27 +172,27 @@ def summary(moves: Sequence[Move], itl: float) -> dict[str, Any]:
     }
 
 
-# -- the others --------------------------------------------------------------------------------
+# -- other requests --------------------------------------------------------------------------------
 
 
 def measure_others(daemon: Daemon, plan: Plan, prompt: list[int], text: list[int], batch: int) -> dict[str, Any]:
-    """`batch` requests decode on each engine; one more stays, or moves without a rest."""
+    """Measure `batch` requests that decode on each engine while one more stays, or moves all the time."""
     others = [Stream(daemon, text[i : i + 256]) for i in range(2 * batch)]
     for stream in others:
         stream.wait(lambda s=stream: len(s.times) > 2)  # type: ignore[misc]
-    traveller = Stream(daemon, prompt)
-    traveller.wait(lambda: len(traveller.times) > SETTLE)
+    moving = Stream(daemon, prompt)
+    moving.wait(lambda: len(moving.times) > SETTLE)
     placed = [daemon.engine_of(stream.name) for stream in others]
     found: dict[str, dict[str, list[Any]]] = {
         how: {"itl": [], "own": [], "moves": [], "seconds": []} for how in ("still", "live", "blocking")
     }
     for _ in range(plan.windows):
         for how in ("still", "live", "still", "blocking"):
-            _window(daemon, plan.seconds, how, traveller, others, found[how])
-            if how == "still":  # half of its time at either end
-                move(daemon, traveller, "live")
-                _window(daemon, plan.seconds, how, traveller, others, found[how])
-    for stream in [*others, traveller]:
+            _window(daemon, plan.seconds, how, moving, others, found[how])
+            if how == "still":  # half of the time on each engine
+                move(daemon, moving, "live")
+                _window(daemon, plan.seconds, how, moving, others, found[how])
+    for stream in [*others, moving]:
         stream.leave()
     still = found["still"]
     result: dict[str, Any] = {"batch": [placed.count(0), placed.count(1)], "traveller_tokens": len(prompt)}
@@ -212,18 +212,18 @@ def measure_others(daemon: Daemon, plan: Plan, prompt: list[int], text: list[int
 
 
 def _window(
-    daemon: Daemon, seconds: float, how: str, traveller: Stream, others: Sequence[Stream], found: dict[str, list[Any]]
+    daemon: Daemon, seconds: float, how: str, moving: Stream, others: Sequence[Stream], found: dict[str, list[Any]]
 ) -> None:
     start = perf_counter()
     while perf_counter() - start < seconds:
-        if how == "still":  # look as often as a move does, so that the looking is not taken for its cost
-            daemon.engine_of(traveller.name)
+        if how == "still":  # read the owner as often as `move` does, so that the reads do not count as its cost
+            daemon.engine_of(moving.name)
             time.sleep(POLL)
         else:
-            found["moves"].append(move(daemon, traveller, how))
+            found["moves"].append(move(daemon, moving, how))
     end = perf_counter()
     found["seconds"].append(end - start)
-    found["own"] += gaps(traveller.times, start, end)
+    found["own"] += gaps(moving.times, start, end)
     for stream in others:
         found["itl"] += gaps(stream.times, start, end)
 
@@ -233,7 +233,7 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-# -- the report --------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------
 
 
 def _print_length(row: dict[str, Any]) -> None:
@@ -265,7 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two lengths, few moves: under a minute")
     parser.add_argument("--batch", type=int, default=4, help="other requests on each engine (default 4)")
-    parser.add_argument("--option", action="append", default=[], help="to the daemon, e.g. --option=--dtype=fp32")
+    parser.add_argument(
+        "--option", action="append", default=[], help="option of the daemon, e.g. --option=--dtype=fp32"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     plan = QUICK if args.quick else FULL

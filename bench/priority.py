@@ -1,8 +1,8 @@
-"""Requests of high priority among many normal ones: what the class and its headroom are worth.
+"""Requests of high priority among many normal ones: the effect of the priority and of its headroom.
 
-Normal requests come at a fixed share of what the two engines can do, one of high priority every second besides.
-The same times and lengths in three settings: all sent as normal; of high priority without headroom, so that they only
-go first; with headroom, which dispatch respects and rebalancing clears by moving others away.
+Normal requests arrive at a fixed share of the two engines' capacity, and one of high priority every EVERY seconds.
+The same arrivals run in three settings: all sent as normal; high priority without headroom, so that these requests
+are only scheduled first; with headroom, which dispatch keeps free and rebalancing restores by moving other requests.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from bench.measures import distribution
 from bench.prompts import arrival_times
 from bench.stream import Outcome
 
-NORMAL = ((64, 320), (32, 160))  # prompt and output tokens, drawn evenly from
+NORMAL = ((64, 320), (32, 160))  # ranges of prompt and output tokens, drawn uniformly
 HIGH = (96, 64)  # prompt and output tokens
 CALIBRATION = 48  # requests
-IN_FLIGHT = 24  # of them at once
-SHARE = 0.85  # of the calibrated rate at which normal requests come
+IN_FLIGHT = 24  # calibration requests at once
+SHARE = 0.85  # rate of normal requests, as a share of the calibrated rate
 EVERY = 3.0  # seconds between two requests of high priority
-SKIPPED = 3.0  # seconds at the start in which the load builds up: not counted
+SKIPPED = 3.0  # seconds at the start, while the load builds up: not counted
 FLAGS = ("--kv-memory", "256MiB")
 SETTINGS = ("as normal", "no headroom", "headroom")
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request to be sent `at` seconds after the start."""
+    """A request that is sent `at` seconds after the start."""
 
     at: float
     prompt: int
@@ -42,15 +42,15 @@ class Arrival:
 
 
 async def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    """Rounds of `seconds` each in every setting, in rotation."""
+    """Run rounds of `seconds` each in every setting, in rotation."""
     found: dict[str, list[tuple[list[Outcome], list[Outcome]]]] = {name: [] for name in SETTINGS}
     moves = dict.fromkeys(SETTINGS, 0.0)
     with ExitStack() as stack:
-        alone = stack.enter_context(serving("--no-headroom", *FLAGS))
-        whole = stack.enter_context(serving(*FLAGS))
-        daemons = dict(zip(SETTINGS, (whole, alone, whole), strict=True))
-        await _capacity(alone)  # warms up
-        rate = SHARE * await _capacity(whole)
+        without = stack.enter_context(serving("--no-headroom", *FLAGS))
+        with_headroom = stack.enter_context(serving(*FLAGS))
+        daemons = dict(zip(SETTINGS, (with_headroom, without, with_headroom), strict=True))
+        await _capacity(without)  # warms up
+        rate = SHARE * await _capacity(with_headroom)
         for turn in range(rounds):
             schedule = _schedule(seconds, rate, seed=turn)
             for name in SETTINGS[turn % 3 :] + SETTINGS[: turn % 3]:
@@ -67,13 +67,13 @@ async def _takeovers(daemon: Daemon) -> float:
 
 
 async def _capacity(daemon: Daemon) -> float:
-    """Normal requests a second with IN_FLIGHT of them at once."""
-    chance, gate = Random(0), asyncio.Semaphore(IN_FLIGHT)
+    """Return the rate of normal requests, a second, with IN_FLIGHT of them at once."""
+    rng, slots = Random(0), asyncio.Semaphore(IN_FLIGHT)
 
     async def one(seed: int) -> None:
-        async with gate:
+        async with slots:
             client = Client(daemon, seed)
-            client.send(*_normal(chance))
+            client.send(*_normal(rng))
             await client.finish()
 
     start = perf_counter()
@@ -81,22 +81,22 @@ async def _capacity(daemon: Daemon) -> float:
     return CALIBRATION / (perf_counter() - start)
 
 
-def _normal(chance: Random) -> tuple[int, int]:
-    return chance.randint(*NORMAL[0]), chance.randint(*NORMAL[1])
+def _normal(rng: Random) -> tuple[int, int]:
+    return rng.randint(*NORMAL[0]), rng.randint(*NORMAL[1])
 
 
 def _schedule(seconds: float, rate: float, seed: int) -> list[Arrival]:
-    chance = Random(seed)
+    rng = Random(seed)
     times = arrival_times(int(seconds * rate), rate, arrivals="poisson", cv=1.0, seed=seed)
     if not times or times[-1] < SKIPPED:
-        raise SystemExit(f"{rate:.2f} normal requests a second are all that this machine can do: too few to measure")
-    normal = [Arrival(at, *_normal(chance), False) for at in times]
+        raise SystemExit(f"{rate:.2f} normal requests a second are the capacity of this machine: too few to measure")
+    normal = [Arrival(at, *_normal(rng), False) for at in times]
     high = [Arrival(EVERY * (i + 0.5), *HIGH, True) for i in range(int(seconds / EVERY))]
     return sorted(normal + high, key=lambda arrival: arrival.at)
 
 
 async def _run(daemon: Daemon, schedule: list[Arrival], *, marked: bool) -> tuple[list[Outcome], list[Outcome]]:
-    """Those of high priority and the normal ones, without those of the first seconds."""
+    """Send the requests of a schedule. Return outcomes (high priority, normal) without those of the first seconds."""
     client = Client(daemon, seed=len(schedule))
     start = perf_counter()
     sent: list[Outcome] = []
@@ -128,7 +128,7 @@ def _latencies(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The table."""
+    """Return the lines of the table."""
     head = f"priority: {found['rate']:.1f} normal requests a second, one of high priority each {EVERY:g} s (ms)"
     table = [head, f"{'setting':<20}{'class':<8}{'requests':>9}{'TTFT p50':>10}{'p99':>7}{'TPOT p50':>10}{'p99':>7}"]
     table[1] += f"{'E2E p50':>9}{'moves':>7}"
@@ -143,12 +143,12 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _ratios(found: dict[str, Any]) -> list[str]:
-    """Of the same requests, the urgent ones, sent as normal, over sent as urgent."""
-    told = []
+    """Return, for the requests of high priority, latencies when sent as normal over those when sent as high."""
+    found_lines = []
     for name in SETTINGS[1:]:
         parts = [f"{what.upper()} {_gain(found, name, what):.2f}" for what in ("ttft", "tpot", "e2e")]
-        told.append(f"as normal over {name}, medians of the rounds' medians: {', '.join(parts)}")
-    return told
+        found_lines.append(f"as normal over {name}, medians of the rounds' medians: {', '.join(parts)}")
+    return found_lines
 
 
 def _gain(found: dict[str, Any], name: str, what: str) -> float:

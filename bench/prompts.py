@@ -1,10 +1,10 @@
-"""Prompts of a known length in words, every one different, the same for the same seed."""
+"""Prompts of a known length, all different, and the same for the same seed."""
 
 from __future__ import annotations
 
 from random import Random
 
-# Short and common: most vocabularies have each as one token.
+# Short and common words: in most vocabularies each is one token.
 _COMMON = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "
@@ -23,9 +23,9 @@ WORDS = _COMMON.split()
 
 
 def word_prompts(count: int, words: int, *, seed: int, shared_words: int = 0) -> list[str]:
-    """`count` prompts of `words` words each, after `shared_words` that all have in common.
+    """Return `count` prompts of `words` words each, after `shared_words` words that are the same for all.
 
-    Each starts its own part with its number, so that no two share more than they are meant to.
+    The own part of each starts with its number, so that no two prompts share more than the common words.
     """
     shared = " ".join(Random(f"{seed}").choices(WORDS, k=shared_words))
     prompts = []
@@ -38,16 +38,16 @@ def word_prompts(count: int, words: int, *, seed: int, shared_words: int = 0) ->
 def token_prompts(
     count: int, tokens: int, *, seed: int, ids: tuple[int, int], shared_tokens: int = 0
 ) -> list[list[int]]:
-    """As `word_prompts`, of token ids drawn evenly from ids[0] <= id < ids[1]."""
+    """As `word_prompts`, with token ids drawn uniformly from ids[0] <= id < ids[1]."""
     shared = Random(f"{seed}").choices(range(*ids), k=shared_tokens)
     return [shared + Random(f"{seed} {i}").choices(range(*ids), k=tokens) for i in range(count)]
 
 
 def arrival_times(count: int, rate: float, *, arrivals: str, cv: float, seed: int) -> list[float]:
-    """Seconds from the start at which `count` requests come, `rate` a second on average.
+    """Return the arrival times of `count` requests, seconds from the start, on average `rate` a second.
 
-    `arrivals` is ``poisson``, or ``gamma``: gaps of the coefficient of variation `cv` (1 is Poisson, more is
-    burstier). The first comes at 0.
+    `arrivals` is ``poisson``, or ``gamma``: gaps with the coefficient of variation `cv` (1 is Poisson, more is
+    burstier). The first request arrives at 0.
     """
     shape = 1.0 if arrivals == "poisson" else 1.0 / cv**2
     random = Random(f"{seed} arrivals")

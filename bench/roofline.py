@@ -1,4 +1,4 @@
-"""The least that a step of a Llama can take on a device, by what it must read and compute. Pure.
+"""Lower bounds for the time of a Llama step on a device: what it must read and compute. Pure.
 
 A decode step reads every matrix and all KV of its batch once: ``max((W + B ctx kv) / bandwidth,
 B (2 P + 4 L H D ctx) / rate)`` with W bytes of weights, B sequences of ctx tokens, kv bytes a token, P parameters in
@@ -13,26 +13,29 @@ BF16 = 2  # bytes
 
 
 def layer_params(config: ModelConfig) -> int:
-    """Parameters in the matrices of all layers."""
+    """Return the parameters in the matrices of all layers."""
     qkv = config.hidden_size * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     out = config.num_heads * config.head_dim * config.hidden_size
     return config.num_layers * (qkv + out + 3 * config.hidden_size * config.intermediate_size)
 
 
 def head_params(config: ModelConfig) -> int:
-    """Parameters of the output layer. (The embedding is looked up, not multiplied.)"""
+    """Return the parameters of the output layer. (The embedding is looked up, not multiplied.)"""
     return config.vocab_size * config.hidden_size
 
 
 def kv_bytes(config: ModelConfig, item_bytes: int = BF16) -> int:
-    """KV of one token."""
+    """Return the bytes of KV of one token."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
 def decode_seconds(
     config: ModelConfig, batch: int, context: int, *, bandwidth: float, rate: float, kv_item_bytes: int = BF16
 ) -> float:
-    """Least time of a decode step over sequences of `context` tokens; `bandwidth` in bytes/s, `rate` in FLOP/s."""
+    """Return the least seconds of a decode step over sequences of `context` tokens.
+
+    `bandwidth`: in bytes/s. `rate`: in FLOP/s.
+    """
     params = layer_params(config) + head_params(config)
     read = params * BF16 + batch * context * kv_bytes(config, kv_item_bytes)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
@@ -40,6 +43,6 @@ def decode_seconds(
 
 
 def prefill_flop(config: ModelConfig, tokens: int) -> float:
-    """Operations for a prompt of `tokens` in one piece: the matrices, causal attention, one row of logits."""
+    """Return the operations for a prompt of `tokens` in one chunk: matrices, causal attention, one row of logits."""
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * tokens * (tokens + 1)
     return 2.0 * layer_params(config) * tokens + attention + 2.0 * head_params(config)

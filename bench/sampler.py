@@ -1,6 +1,7 @@
-"""Time of the CPU sampler: ``python -m bench.sampler [rows] [threads]`` prints microseconds a row.
+"""Time of the CPU sampler: ``python -m bench.sampler [rows] [threads]`` prints microseconds per row.
 
-Two shapes of logits: *peaked*, as a trained model gives them (a few tokens stand out), and *flat*, as a random one.
+There are two shapes of logits: *peaked*, as of a trained model (few tokens are likely), and *flat*, as of a random
+one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CASES: dict[str, dict[str, float]] = {
 
 
 def logits_of(shape: str, rows: int, vocab: int) -> torch.Tensor:
-    """float32[rows, vocab], seeded."""
+    """Return logits, float32[rows, vocab], always the same."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, vocab, generator=generator) * 2.5
     if shape == "peaked":
@@ -40,7 +41,7 @@ def logits_of(shape: str, rows: int, vocab: int) -> torch.Tensor:
 
 
 def requests_of(rows: int, vocab: int, options: dict[str, float]) -> list[Request]:
-    """Requests with a prompt of 1024 tokens and 256 of output."""
+    """Return requests with a prompt of 1024 tokens and 256 output tokens."""
     tokens = torch.randint(vocab, (rows, 1280), generator=torch.Generator().manual_seed(1)).tolist()
     params = [
         RequestParams(SamplingParams(max_tokens=512, seed=row, **options), 0.0)  # type: ignore[arg-type]
@@ -53,7 +54,7 @@ def requests_of(rows: int, vocab: int, options: dict[str, float]) -> list[Reques
 
 
 def microseconds_per_row(vocab: int, shape: str, options: dict[str, float], rows: int, threads: int) -> float:
-    """Median over REPEATS steps, each drawing at a new position."""
+    """Return the median of REPEATS steps, each at a new position."""
     sampler = Sampler(vocab, threads)
     logits = logits_of(shape, rows, vocab)
     requests = requests_of(rows, vocab, options)
@@ -68,10 +69,10 @@ def microseconds_per_row(vocab: int, shape: str, options: dict[str, float], rows
 
 
 def main() -> None:
-    """Print one line a case."""
+    """Print one line per case."""
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     threads = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    print(f"{rows} rows, {threads} thread(s), µs a row")
+    print(f"{rows} rows, {threads} thread(s), µs per row")
     print(f"{'':24}" + "".join(f"{vocab:>9} {shape:<7}" for vocab in VOCABULARIES for shape in ("peaked", "flat")))
     for name, options in CASES.items():
         cells = [

@@ -1,8 +1,8 @@
-"""What moving requests is good for, on a real daemon: de-fragmentation, priorities, draining; and a death.
+"""Benefits of migration on a real daemon: de-fragmentation, priorities, drains; and the death of an engine.
 
     python -m bench.scenarios [--quick] [--only NAME] [--json FILE]
 
-Starts its own daemons with two engines on the demo model. bench/README.md says what each number means.
+Starts its own daemons with two engines on the demo model. bench/README.md explains each number.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds: about three minutes instead of ten")
     parser.add_argument("--only", choices=sorted(SCENARIOS), help="one scenario")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     figures: dict[str, Any] = {"command": "python -m bench.scenarios", "quick": args.quick, "machine": describe()}
     for name in [args.only] if args.only else SCENARIOS:
         measure, lines = SCENARIOS[name]
-        figures[name] = asyncio.run(_awaited(measure(args.quick)))
+        figures[name] = asyncio.run(_await(measure(args.quick)))
         print("\n".join(lines(figures[name])), end="\n\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-async def _awaited(measured: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def _await(measured: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     return await measured
 
 

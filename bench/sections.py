@@ -1,7 +1,9 @@
-"""A benchmark in sections, each a process of its own: what one of them does to itself or to its GPU costs no other.
+"""A benchmark in sections.
 
-A section tells its figures one by one. They are kept as they come, so that one that fails or runs out of its time
-still leaves what it had found.
+Each section is a process, so that it cannot disturb the others or leave its GPU in a bad state.
+
+A section reports its figures one by one, and each is stored at once. So the figures of a section that fails or runs
+out of time are kept.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-LAST_WORDS = 600  # characters of a failed section's output that are kept
+OUTPUT_TAIL = 600  # characters of the output of a failed section that are stored
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One thing measured. `bar`: what it is to reach, or with `at_most` what it is not to exceed."""
+    """A measured value. `bar`: its target, a minimum or, with `at_most`, a maximum."""
 
     section: str
     what: str
@@ -42,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a section ended: `error` is empty if well."""
+    """Result of a section. `error` is empty if it succeeded."""
 
     section: str
     seconds: float
@@ -51,8 +53,10 @@ class Outcome:
 
 
 def run_section(name: str, command: Sequence[str], budget: float, figures: Path, output: Path) -> Outcome:
-    """Run `command`, which appends its figures to the file `figures`, at most `budget` seconds; then it is killed
-    with all it started."""
+    """Run `command`, which appends its figures to the file `figures`, for at most `budget` seconds.
+
+    At the end kill its whole process group.
+    """
     figures.touch()
     began, error = time.monotonic(), ""
     with output.open("w") as out:
@@ -62,7 +66,7 @@ def run_section(name: str, command: Sequence[str], budget: float, figures: Path,
         try:
             status = process.wait(budget)
             if status:
-                error = f"exit status {status}: {output.read_text(errors='replace')[-LAST_WORDS:].strip()}"
+                error = f"exit status {status}: {output.read_text(errors='replace')[-OUTPUT_TAIL:].strip()}"
         except subprocess.TimeoutExpired:
             error = f"not done within its {budget:.0f} s"
         finally:
@@ -81,16 +85,16 @@ def run_all(
     budgets: dict[str, float],
     limit: float,
     run: Callable[[str, float], Outcome],
-    tell: Callable[[Outcome], None],
+    report: Callable[[Outcome], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Each section in turn, within its budget and what is left of `limit` seconds for all."""
+    """Run each section in turn, within its budget and the rest of `limit` seconds for all sections."""
     end, outcomes = clock() + limit, []
     for name in names:
         left = min(budgets[name], end - clock())
         outcome = run(name, left) if left > 0 else Outcome(name, 0.0, "no time was left", [])
         outcomes.append(outcome)
-        tell(outcome)
+        report(outcome)
     return outcomes
 
 
@@ -100,13 +104,13 @@ def append_figure(file: Path, figure: Figure) -> None:
 
 
 def read_figures(file: Path) -> list[Figure]:
-    """Those that were written whole."""
+    """Read the figures that were written completely."""
     lines = file.read_text().split("\n")[:-1]
     return [Figure(**json.loads(line)) for line in lines]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """A line a figure, and one for each section that did not end well."""
+    """Return a table with a line for each figure and for each section that failed."""
     lines = [f"{'section':<13}{'what':<42}{'value':>12} {'unit':<8} {'bar':<18} more"]
     for outcome in outcomes:
         lines += [_line(figure) for figure in outcome.figures]

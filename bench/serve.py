@@ -2,7 +2,7 @@
 
     python -m bench.serve --url http://127.0.0.1:8000 --model demo --concurrency 1,8,16
 
-bench/README.md says what each number means and how to compare servers.
+bench/README.md explains each number and how to compare servers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLUMNS = {"ttft": ("p50", "p99"), "itl_token": ("p50", "p99"), "tpot": ("p50",)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests come: a fixed number in flight (`rate` 0), or at set times whatever the server does."""
+    """How requests arrive: a fixed number in flight (`rate` 0), or at fixed times, independent of the server."""
 
     concurrency: int = 0
     rate: float = 0.0
@@ -61,7 +61,7 @@ class Server:
 
 
 async def complete(pool: Pool, request: bytes, index: int, timeout: float) -> Outcome:
-    """Send one request and read its stream. Never raises for what the server does: see `Outcome.error`."""
+    """Send one request and read its stream. Errors of the server go to `Outcome.error` and are not raised."""
     outcome = Outcome(index, sent=perf_counter())
     connection: Connection | None = None
     try:
@@ -95,17 +95,17 @@ async def complete(pool: Pool, request: bytes, index: int, timeout: float) -> Ou
 
 async def closed_loop(pool: Pool, requests: Sequence[bytes], concurrency: int, timeout: float) -> list[Outcome]:
     """Keep `concurrency` requests in flight until all are done."""
-    todo = iter(enumerate(requests))
+    pending = iter(enumerate(requests))
 
     async def user() -> list[Outcome]:
-        return [await complete(pool, request, i, timeout) for i, request in todo]
+        return [await complete(pool, request, i, timeout) for i, request in pending]
 
     users = await asyncio.gather(*(user() for _ in range(min(concurrency, len(requests)))))
     return sorted((o for done in users for o in done), key=lambda o: o.index)
 
 
 async def open_loop(pool: Pool, requests: Sequence[bytes], times: Sequence[float], timeout: float) -> list[Outcome]:
-    """Send request i at times[i] seconds, however many are still in flight."""
+    """Send request i at times[i] seconds, even if many are still in flight."""
     start = perf_counter()
     running = []
     for i, (request, at) in enumerate(zip(requests, times, strict=True)):
@@ -119,7 +119,7 @@ async def open_loop(pool: Pool, requests: Sequence[bytes], times: Sequence[float
 
 
 async def run(server: Server, load: Load, requests: Sequence[bytes], args: argparse.Namespace) -> Run:
-    """One measured run: its summary and its outcomes."""
+    """Run one load. Return its summary and its outcomes."""
     gc.collect()
     gc.disable()
     cpu, start = _cpu_seconds(), perf_counter()
@@ -148,22 +148,22 @@ def _ms(milliseconds: float | None) -> float | None:
 
 
 def build_requests(server: Server, count: int, seed: int, args: argparse.Namespace) -> list[bytes]:
-    """Whole HTTP requests, made before the clock starts: their cost is not the server's."""
-    made: Sequence[Any]
+    """Return complete HTTP requests, built before the clock starts, because their cost is not the server's."""
+    texts: Sequence[Any]
     if args.prompt_tokens:
         ids = (args.token_ids[0], args.token_ids[1])
-        made = prompts.token_prompts(
+        texts = prompts.token_prompts(
             count, args.prompt_tokens, seed=seed, ids=ids, shared_tokens=args.shared_prefix_words
         )
     else:
-        made = prompts.word_prompts(count, args.prompt_words, seed=seed, shared_words=args.shared_prefix_words)
+        texts = prompts.word_prompts(count, args.prompt_words, seed=seed, shared_words=args.shared_prefix_words)
     key = os.environ.get("OPENAI_API_KEY", "")
-    bodies = (json.dumps(request_body(server.model, prompt, args)).encode() for prompt in made)
+    bodies = (json.dumps(request_body(server.model, prompt, args)).encode() for prompt in texts)
     return [server.pool.request(PATHS[args.endpoint], body, key) for body in bodies]
 
 
 def request_body(model: str, prompt: str | list[int], args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON of one request."""
+    """Return the JSON body of one request."""
     body: dict[str, Any] = {"model": model, "max_tokens": args.output_tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}
     if args.continuous_usage:
@@ -180,11 +180,11 @@ def request_body(model: str, prompt: str | list[int], args: argparse.Namespace) 
     return body | args.extra_body
 
 
-# -- the whole benchmark -----------------------------------------------------------------------
+# -- benchmark -----------------------------------------------------------------------
 
 
 async def benchmark(args: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
-    """All loads and rounds; with two servers each round runs both, in alternating order."""
+    """Run all loads and rounds; with two servers each round runs both, in alternating order."""
     found: dict[str, Any] = {"machine": machine.describe(), "settings": _settings(args), "runs": []}
     servers = [Server(args.label, Pool(args.url), args.model)]
     if args.compare:
@@ -197,7 +197,7 @@ async def benchmark(args: argparse.Namespace, show: Callable[[str], None]) -> di
         count = args.requests or max(16, 4 * load.concurrency)
         for round_ in range(args.rounds):
             for server in servers if round_ % 2 == 0 else servers[::-1]:
-                # Prompts of their own for each load and round: none is answered from a prefix cache by chance.
+                # New prompts for each load and round, so that no prefix cache holds them.
                 requests = build_requests(server, count, args.seed + _salt(load, round_), args)
                 result, outcomes = await run(server, load, requests, args)
                 found["runs"].append({**result, "round": round_})
@@ -213,7 +213,7 @@ async def benchmark(args: argparse.Namespace, show: Callable[[str], None]) -> di
 
 
 def loads(args: argparse.Namespace) -> list[Load]:
-    """The loads the command line asks for."""
+    """Return the loads of the command line."""
     if args.rate:
         return [Load(rate=rate, arrivals=args.arrivals, cv=args.cv) for rate in args.rate]
     return [Load(concurrency=c) for c in args.concurrency]
@@ -234,7 +234,7 @@ async def _warm_up(server: Server, args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    hidden = {"url", "compare", "json", "dump"}  # addresses and paths are nobody's business
+    hidden = {"url", "compare", "json", "dump"}  # addresses and paths stay private
     return {k: v for k, v in vars(args).items() if k not in hidden}
 
 
@@ -267,17 +267,17 @@ def _write(args: argparse.Namespace, found: dict[str, Any], dump: Sequence[dict[
         args.dump.write_text("".join(json.dumps(line) + "\n" for line in dump))
 
 
-# -- for people --------------------------------------------------------------------------------
+# -- table --------------------------------------------------------------------------------
 
 
 def header() -> str:
-    """The table's first line."""
+    """Return the first line of the table."""
     groups = "".join(f"{name.replace('_', '/'):>9} ms{', '.join(of):>9} " for name, of in COLUMNS.items())
     return f"{'server':<10}{'load':<20}{'done':>5}{'failed':>7}{'tok/s':>9}{'client':>7}{groups}".rstrip()
 
 
 def row(r: dict[str, Any]) -> str:
-    """A run's line of the table, and remarks where there is something to remark on."""
+    """Return a run's line of the table, followed by remarks if there are any."""
     line = f"{r['label'][:9]:<10}{r['load'][:19]:<20}{r['requests'] - r['failed']:>5}{r['failed']:>7}"
     line += f"{r['output_tokens_per_second']:>9.1f}{r['client_cpu_seconds'] / r['seconds']:>7.0%}"
     for name, of in COLUMNS.items():
@@ -326,7 +326,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n")[0])
     g = p.add_argument_group("server (an API key is read from OPENAI_API_KEY)")
     g.add_argument("--url", default="http://127.0.0.1:8000", help="base address, without /v1")
@@ -340,19 +340,23 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--prompt-words", type=int, default=100)
     g.add_argument("--prompt-tokens", type=int, default=0, help="token ids instead of words (completions only)")
     g.add_argument("--token-ids", type=int, nargs=2, default=[100, 1000], metavar=("LOW", "HIGH"))
-    g.add_argument("--shared-prefix-words", type=int, default=0, help="common to all, before the prompt's own")
+    g.add_argument("--shared-prefix-words", type=int, default=0, help="words that all prompts share at their start")
     g.add_argument("--output-tokens", type=int, default=64, help="max_tokens")
     g.add_argument("--ignore-eos", action="store_true", help="every answer is --output-tokens long")
     g.add_argument("--temperature", type=float, default=0.0)
-    g.add_argument("--logprobs", action="store_true", help="ask for them: --dump then hashes tokens, not text")
-    g.add_argument("--continuous-usage", action="store_true", help="ask for token counts with every chunk")
+    g.add_argument(
+        "--logprobs", action="store_true", help="request logprobs, so that --dump hashes tokens instead of text"
+    )
+    g.add_argument("--continuous-usage", action="store_true", help="request token counts with every chunk")
     g.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="added to every request")
     g = p.add_argument_group("load")
     g.add_argument("--concurrency", type=_numbers(int), default=[1, 8, 16], help="closed loop, e.g. 1,8,16")
     g.add_argument("--rate", type=_numbers(float), help="open loop: requests a second, e.g. 2,4")
     g.add_argument("--arrivals", choices=("poisson", "gamma"), default="poisson")
-    g.add_argument("--cv", type=float, default=2.0, help="of the gaps between gamma arrivals")
-    g.add_argument("--requests", type=int, default=0, help="of each run; default four a connection, at least 16")
+    g.add_argument(
+        "--cv", type=float, default=2.0, help="coefficient of variation of the gaps between gamma arrivals"
+    )
+    g.add_argument("--requests", type=int, default=0, help="in each run; default: four a connection, at least 16")
     g.add_argument("--warmup", type=int, default=4, help="requests before the first run, not counted")
     g.add_argument("--rounds", type=int, default=1, help="runs of each load")
     g.add_argument("--seed", type=int, default=0)
@@ -367,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked arguments; exits with status 2 on bad ones."""
+    """Parse and check arguments; exits with status 2 if they are invalid."""
     p = parser()
     args = p.parse_args(argv)
     if args.prompt_tokens and args.endpoint == "chat":
@@ -387,7 +391,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 if any request failed."""
+    """Run the benchmark. Return exit status 1 if any request failed."""
     args = parse(argv)
     work: Coroutine[Any, Any, dict[str, Any]] = benchmark(args, lambda line: print(line, flush=True))
     found = uvloop.run(work)

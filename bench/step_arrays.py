@@ -1,9 +1,9 @@
-"""What a decode step costs the host before the device can begin: slots and arrays, in microseconds.
+"""Host time of a decode step before the device can begin: slots and arrays, in microseconds.
 
     python -m bench.step_arrays [--rows 256] [--blocks 64]
 
-Every row has `--blocks` KV blocks of 16 tokens; each step every row is one token further, so that a sixteenth of them
-takes another block. No torch, no GPU.
+Every row has `--blocks` KV blocks of 16 tokens. Each step adds one token to every row, so one row in 16 gets a new
+block. No torch, no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from time import perf_counter
 
 import numpy as np
 
-from daemon.engine.cuda.arrays import DrawParams, Inputs, Size, StepArrays, input_fields
+from daemon.engine.cuda.arrays import Inputs, Size, SlotSampling, StepArrays, input_fields
 from daemon.engine.cuda.slots import Slots
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
@@ -24,31 +24,31 @@ _BLOCK_SIZE = 16
 
 
 def measure(rows: int, blocks: int, steps: int = 300) -> list[float]:
-    """Seconds of each of `steps` decode steps of `rows` requests with about `blocks` blocks."""
-    longest = (blocks + 1) * _BLOCK_SIZE + steps
-    arrays, slots = StepArrays(2 * rows, longest, _BLOCK_SIZE), Slots[Request](2 * rows)
-    room = Size(rows, rows, rows, rows * -(-longest // _BLOCK_SIZE))
+    """Return the seconds of each of `steps` decode steps of `rows` requests with about `blocks` blocks."""
+    max_len = (blocks + 1) * _BLOCK_SIZE + steps
+    arrays, slots = StepArrays(2 * rows, max_len, _BLOCK_SIZE), Slots[Request](2 * rows)
+    room = Size(rows, rows, rows, rows * -(-max_len // _BLOCK_SIZE))
     inputs = Inputs(*(np.zeros(length, dtype) for _, dtype, length in input_fields(room)))
-    requests = [_request(i, blocks * _BLOCK_SIZE - i % _BLOCK_SIZE, longest) for i in range(rows)]
+    requests = [_request(i, blocks * _BLOCK_SIZE - i % _BLOCK_SIZE, max_len) for i in range(rows)]
     seconds = []
     for step in range(steps):
         plan = [Row(r, r.num_computed + step, 1, True) for r in requests]
         start = perf_counter()
-        mine, fresh = slots.assign([row.request for row in plan])
-        for slot, request in fresh:
-            arrays.adopt(slot, request, DrawParams(1.0, -np.inf, 0, 1.0, 0))
-        arrays.on_host(plan, mine)
-        size = arrays.decodes(plan, mine, rows, inputs)
+        slots_of_rows, new = slots.assign([row.request for row in plan])
+        for slot, request in new:
+            arrays.assign_slot(slot, request, SlotSampling(1.0, -np.inf, 0, 1.0, 0))
+        arrays.host_rows(plan, slots_of_rows)
+        size = arrays.decodes(plan, slots_of_rows, rows, inputs)
         arrays.check_unknown(inputs, size)
-        arrays.note_drawn(inputs, size)
+        arrays.note_sampled(inputs, size)
         seconds.append(perf_counter() - start)
     return seconds
 
 
-def _request(rid: int, length: int, longest: int) -> Request:
-    params = RequestParams(SamplingParams(max_tokens=longest, seed=rid), arrival=0.0)
-    table = list(range(1, longest // _BLOCK_SIZE + 2))
-    return Request(rid, 1, 0, params, [7] * (longest + 1), length, block_table=table, num_computed=length - 1)
+def _request(rid: int, length: int, max_len: int) -> Request:
+    params = RequestParams(SamplingParams(max_tokens=max_len, seed=rid), arrival=0.0)
+    table = list(range(1, max_len // _BLOCK_SIZE + 2))
+    return Request(rid, 1, 0, params, [7] * (max_len + 1), length, block_table=table, num_computed=length - 1)
 
 
 def main() -> None:

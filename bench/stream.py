@@ -1,4 +1,4 @@
-"""What a streamed completion says, and when: server-sent events in, an `Outcome` out."""
+"""Reader of streamed completions: server-sent events in, an `Outcome` with arrival times out."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import msgspec
 
 
 class EventSplitter:
-    """Cuts a byte stream into the data of its server-sent events, however the bytes are cut."""
+    """Splits a byte stream into the data of its server-sent events, at any chunk boundaries."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
 
-    def feed(self, piece: bytes) -> list[bytes]:
-        """Data of the events that `piece` completes. Comments and other fields are dropped."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
+    def feed(self, part: bytes) -> list[bytes]:
+        """Return the data of the events that `part` completes. Comments and other fields are dropped."""
+        *lines, self._rest = (self._rest + part).split(b"\n")
         events = []
         for raw in lines:
             line = raw.removesuffix(b"\r")
@@ -32,7 +32,7 @@ class EventSplitter:
 
 
 class Delta(msgspec.Struct):
-    """A chat chunk's addition; servers differ in what they call a model's thoughts."""
+    """A chat chunk's new text; servers use different names for a model's reasoning."""
 
     content: str | None = None
     reasoning: str | None = None
@@ -66,25 +66,26 @@ class Outcome:
     """One request as its client saw it. Times are perf_counter seconds."""
 
     index: int
-    id: str = ""  # the server's name for it
+    id: str = ""  # given by the server
     sent: float = 0.0
-    lag: float = 0.0  # seconds it was sent after its scheduled arrival
-    arrivals: list[float] = field(default_factory=list)  # of chunks with text, none before it may be read
-    reported: list[int] = field(default_factory=list)  # completion tokens so far, as told with each of them
+    lag: float = 0.0  # seconds from its scheduled arrival to its sending
+    arrivals: list[float] = field(default_factory=list)  # of chunks with text
+    reported: list[int] = field(default_factory=list)  # completion tokens so far, reported with each arrival
     ended: float = 0.0
     usage: Usage | None = None
     finish: str = ""
     text: list[str] = field(default_factory=list)
-    tokens: list[str] = field(default_factory=list)  # token strings, where logprobs were asked for
+    tokens: list[str] = field(default_factory=list)  # token strings, only with logprobs
     error: str = ""  # kind of failure; empty: none
 
     @property
     def ok(self) -> bool:
+        """True if the request has not failed."""
         return not self.error
 
     @property
     def output_tokens(self) -> int:
-        """From `usage`; without it, chunks are counted."""
+        """Number of output tokens from `usage`; without it the number of chunks."""
         return self.usage.completion_tokens if self.usage else len(self.arrivals)
 
     @property
@@ -99,7 +100,7 @@ class Outcome:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per output token after the first chunk; None where all came at once."""
+        """Seconds per output token after the first chunk; None if all tokens arrived at once."""
         after_first = self.output_tokens - max(1, self._chunk_tokens()[0])
         return (self.arrivals[-1] - self.arrivals[0]) / after_first if after_first >= 1 else None
 
@@ -110,7 +111,7 @@ class Outcome:
 
     @property
     def gap_tokens(self) -> list[float]:
-        """Tokens in the chunk that ended each gap: as reported, else the request's mean."""
+        """Tokens in the chunk that ended each gap: as reported, or otherwise the request's mean."""
         return self._chunk_tokens()[1:]
 
     def _chunk_tokens(self) -> list[float]:
@@ -119,28 +120,28 @@ class Outcome:
         return [self.output_tokens / len(self.arrivals)] * len(self.arrivals)
 
     def digest(self) -> str:
-        """SHA-256 of the token strings where logprobs brought them, else of the text."""
+        """Return the SHA-256 of the token strings if there are logprobs, or otherwise of the text."""
         parts = self.tokens or ["".join(self.text)]
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 class StreamReader:
-    """Folds a streamed answer into its outcome."""
+    """Writes a streamed answer into its outcome."""
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self._events = EventSplitter()
         self._done = False
 
-    def feed(self, now: float, piece: bytes) -> None:
-        """Take body bytes that arrived at `now`."""
-        for event in self._events.feed(piece):
+    def feed(self, now: float, part: bytes) -> None:
+        """Process body bytes that arrived at `now`."""
+        for event in self._events.feed(part):
             if event == b"[DONE]":
                 self._done = True
             elif not self.outcome.error:
-                self._take(now, event)
+                self._process(now, event)
 
-    def _take(self, now: float, event: bytes) -> None:
+    def _process(self, now: float, event: bytes) -> None:
         out = self.outcome
         try:
             chunk = _decode_chunk(event)
@@ -171,7 +172,7 @@ class StreamReader:
         return delta.content or delta.reasoning or delta.reasoning_content or ""
 
     def end(self, now: float, status: int) -> None:
-        """The body is complete. Whatever is missing from it makes the request a failed one."""
+        """Record the end of the body. The request has failed if anything is missing from it."""
         out = self.outcome
         out.ended = now
         if status != 200:

@@ -1,9 +1,9 @@
-"""Moving KV between two pools in shared memory: GB/s, and what it costs the decode steps that go on meanwhile.
+"""KV copies between two pools in shared memory: GB/s, and the slow-down of decode steps during a copy.
 
     python -m bench.transfer --out bench/results/transfer.json
 
-Blocks have the size of the demo model's, in the faster arithmetic of the machine; weights are dummies. Step times
-with and without a copy running are taken in turns, so that a machine that slows down hurts both.
+Blocks have the demo model's size, in the faster arithmetic of the machine; weights are dummies. Steps with and
+without a copy are measured in turns, so that a change of the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 
 from bench import machine
-from bench.engine import BLOCK, SMOLLM2_135M
+from bench.engine import BLOCK_SIZE, SMOLLM2_135M
 from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan
+from daemon.engine.runner import Row, RunnerSettings, StepPlan
 from daemon.ipc import doorbell, segment
 from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.kvpool.host_transport import REST, SLICE_BYTES, HostTransport
 
 Pairs = list[tuple[int, int]]
-Segment = Callable[[], memoryview]  # a fresh mapping of it
+Segment = Callable[[], memoryview]  # returns a new mapping of the segment
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     block_bytes = runner.pool_spec(1).block_bytes
     source, destination = (_segment((max(args.blocks) + 1) * block_bytes) for _ in range(2))
     own, peer = source(), destination()
-    np.frombuffer(own, np.uint8)[:] = 0x3C  # not zeros, which no page holds yet
+    np.frombuffer(own, np.uint8)[:] = 0x3C  # not zeros, so that every page is allocated
     np.frombuffer(peer, np.uint8)[:] = 0
     runner.load(own)
     paces = [(size << 10, rest) for size in args.slice_kib for rest in args.rest]
@@ -74,10 +74,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=_integers, default=[16, 64, 256, 1024, 4096], help="sizes of a push, blocks")
     parser.add_argument("--slice-kib", type=_integers, default=[SLICE_BYTES >> 10], help="slices to try, KiB")
-    parser.add_argument("--rest", type=_floats, default=[REST], help="rests to try, seconds a second of copying")
+    parser.add_argument(
+        "--rest", type=_floats, default=[REST], help="rests to try, in seconds for each second of copying"
+    )
     parser.add_argument("--batch", type=int, default=8, help="sequences that decode during the copies")
     parser.add_argument("--neighbours", type=int, default=0, help="processes that keep other cores and memory busy")
-    parser.add_argument("--repeat", type=int, default=5, help="pushes of each kind; the median counts")
+    parser.add_argument("--repeat", type=int, default=5, help="pushes of each kind, of which the median is reported")
     parser.add_argument("--rounds", type=int, default=10, help="turns of steps with and without a copy")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     return parser.parse_args()
@@ -92,10 +94,10 @@ def _floats(text: str) -> list[float]:
 
 
 def _runner() -> CpuRunner:
-    return CpuRunner(
-        SMOLLM2_135M, threads=1, dtype="auto", deterministic=False, load_format="dummy", block_size=BLOCK,
-        max_num_seqs=64, max_batch_tokens=512, max_model_len=4096,
-    )  # fmt: skip
+    settings = RunnerSettings(
+        load_format="dummy", block_size=BLOCK_SIZE, max_num_seqs=64, max_batch_tokens=512, max_model_len=4096
+    )
+    return CpuRunner(SMOLLM2_135M, settings)
 
 
 def _segment(nbytes: int) -> Segment:
@@ -118,7 +120,7 @@ def _neighbours(n: int) -> Iterator[None]:
 
 
 def _keep_busy() -> None:
-    """Read memory for ever, as a decoding engine does."""
+    """Read memory without end, as a decoding engine does."""
     weights = np.ones(16 << 20, np.int64)
     parent = os.getppid()
     while os.getppid() == parent:
@@ -130,39 +132,39 @@ def _adjacent(blocks: int) -> Pairs:
 
 
 def _scattered(blocks: int) -> Pairs:
-    draw = random.Random(blocks)
-    places = [draw.sample(range(1, 1 + blocks), blocks) for _ in range(2)]
+    rng = random.Random(blocks)
+    places = [rng.sample(range(1, 1 + blocks), blocks) for _ in range(2)]
     return list(zip(*places, strict=True))
 
 
 def _memcpy(own: memoryview, peer: memoryview) -> float:
-    """GB/s of one thread that copies 64 MiB at once, pages touched before."""
+    """Return GB/s of one thread that copies 64 MiB at once, in pages that were touched before."""
     here, there = np.frombuffer(own, np.uint8)[: 64 << 20], np.frombuffer(peer, np.uint8)[: 64 << 20]
     return len(here) / statistics.median(_timed(lambda: np.copyto(there, here)) for _ in range(7)) / 1e9
 
 
-def _timed(what: Callable[[], Any]) -> float:
+def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    what()
+    call()
     return time.perf_counter() - start
 
 
 def _throughput(
     source: Segment, destination: Segment, pairs: Pairs, block_bytes: int, how: str, repeat: int
 ) -> dict[str, Any]:
-    """GB/s of whole pushes on an idle engine: into pages that this mapping sees for the first time, and after."""
+    """Return GB/s of whole pushes on an idle engine: into pages that the mapping has not touched, and again."""
     own, bell = source(), doorbell.create()
     _touch(own)
     found: dict[str, Any] = {"blocks": len(pairs), "layout": how}
     for name, rest in (("default", REST), ("no_rest", 0.0)):
-        mover = HostTransport(own, bell, rest=rest)
+        transport = HostTransport(own, bell, rest=rest)
         rates: dict[str, list[float]] = {"first": [], "again": []}
         for _ in range(repeat):
             peer = destination()
             for pages in rates.values():
-                pages.append(len(pairs) * block_bytes / _push(mover, bell, peer, pairs, block_bytes) / 1e9)
+                pages.append(len(pairs) * block_bytes / _push(transport, bell, peer, pairs, block_bytes) / 1e9)
         found[name] = {f"{pages}_gb_per_second": statistics.median(values) for pages, values in rates.items()}
-        mover.close()
+        transport.close()
     os.close(bell)
     return found
 
@@ -171,44 +173,44 @@ def _touch(pool: memoryview) -> None:
     np.frombuffer(pool, np.uint8)[::4096].sum()
 
 
-def _push(mover: HostTransport, bell: int, peer: memoryview, pairs: Pairs, block_bytes: int) -> float:
-    """Seconds until the engine knows of the end."""
+def _push(transport: HostTransport, bell: int, peer: memoryview, pairs: Pairs, block_bytes: int) -> float:
+    """Return the seconds until the engine has the completion."""
     start = time.perf_counter()
-    mover.push("bench", peer, pairs, block_bytes)
-    while not (ended := mover.completed()):
+    transport.push("bench", peer, pairs, block_bytes)
+    while not (ended := transport.completed()):
         doorbell.wait(bell, 1.0)
     assert not ended[0].reason, ended
     return time.perf_counter() - start
 
 
-class _Stream:
-    """A mover that never runs out of pushes: two are always in flight."""
+class _EndlessPushes:
+    """A transport that always has two pushes in flight."""
 
-    def __init__(self, mover: HostTransport, peer: memoryview, pairs: Pairs, block_bytes: int) -> None:
-        self._mover = mover
+    def __init__(self, transport: HostTransport, peer: memoryview, pairs: Pairs, block_bytes: int) -> None:
+        self._transport = transport
         self._work = (peer, pairs, block_bytes)
         self._keys = count()
-        self._flying: set[Hashable] = set()
+        self._in_flight: set[Hashable] = set()
         self.copied = 0
 
     def refill(self) -> None:
         self._collect()
-        while len(self._flying) < 2:
-            self._flying.add(key := next(self._keys))
-            self._mover.push(key, *self._work)
+        while len(self._in_flight) < 2:
+            self._in_flight.add(key := next(self._keys))
+            self._transport.push(key, *self._work)
 
     def stop(self) -> None:
-        for key in self._flying:
-            self._mover.drain(key)
-        while self._flying:
+        for key in self._in_flight:
+            self._transport.cancel(key)
+        while self._in_flight:
             self._collect()
             time.sleep(0.001)
 
     def _collect(self) -> None:
-        for completion in self._mover.completed():
+        for completion in self._transport.completed():
             assert not completion.reason, completion
             self.copied += completion.nbytes
-            self._flying.remove(completion.key)
+            self._in_flight.remove(completion.key)
 
 
 def _slowdown(
@@ -221,22 +223,22 @@ def _slowdown(
     rounds: int,
     blocks: int,
 ) -> dict[str, Any]:
-    """Decode steps alone and during an endless copy, in turns: medians of the rounds' ratios."""
+    """Measure decode steps alone and during a continuous copy, in turns. Return medians of the rounds' ratios."""
     slice_bytes, rest = pace
     plan, bell = _decodes(batch), doorbell.create()
-    mover = HostTransport(own, bell, slice_bytes=slice_bytes, rest=rest)
-    stream = _Stream(mover, peer, _scattered(blocks), block_bytes)
+    transport = HostTransport(own, bell, slice_bytes=slice_bytes, rest=rest)
+    pushes = _EndlessPushes(transport, peer, _scattered(blocks), block_bytes)
     alone: list[list[float]] = []
     copying: list[list[float]] = []
     for _ in range(rounds):
         alone.append(_steps(runner, plan, lambda: None))
-        stream.refill()
-        copying.append(_steps(runner, plan, stream.refill))
-        stream.stop()
-    mover.close()
+        pushes.refill()
+        copying.append(_steps(runner, plan, pushes.refill))
+        pushes.stop()
+    transport.close()
     os.close(bell)
     both = list(zip(alone, copying, strict=True))
-    gigabytes, seconds = stream.copied / 1e9, sum(map(sum, copying))
+    gigabytes, seconds = pushes.copied / 1e9, sum(map(sum, copying))
     return {
         "slice_kib": slice_bytes >> 10,
         "rest": rest,
@@ -255,7 +257,7 @@ def _tail(seconds: list[float]) -> float:
 
 
 def _decodes(batch: int, length: int = 512) -> StepPlan:
-    each = -(-length // BLOCK)
+    each = -(-length // BLOCK_SIZE)
     params = RequestParams(SamplingParams(max_tokens=1, seed=1, temperature=0.0), arrival=0.0)
     rows = []
     for i in range(batch):
@@ -266,7 +268,7 @@ def _decodes(batch: int, length: int = 512) -> StepPlan:
 
 
 def _steps(runner: CpuRunner, plan: StepPlan, between: Callable[[], None]) -> list[float]:
-    """Seconds of each of 20 steps."""
+    """Return the seconds of each of 20 steps."""
     found = []
     for _ in range(20):
         found.append(_timed(lambda: runner.execute(plan)))

@@ -1,9 +1,9 @@
-"""The plainest peer: Hugging Face transformers, static batches, no server.
+"""The simplest peer: Hugging Face transformers with static batches and no server.
 
     python -m bench.transformers_static MODEL_DIR --concurrency 1,8,16
 
-Prompts, lengths and reported numbers are those of ``bench.serve --ignore-eos``; a batch starts when the one
-before it has ended, so its requests share their arrival times. Needs the package's `convert` extra.
+Prompts, lengths and reported numbers are those of ``bench.serve --ignore-eos``. A batch starts when the previous one
+has ended, so all its requests have the same arrival times. Needs the package's `convert` extra.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.stream import Outcome, Usage
 
 
 class StepClock(StoppingCriteria):
-    """Asked after every step whether to stop; says no and notes the time."""
+    """A stopping criterion that never stops and records the time of every step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -38,7 +38,7 @@ class StepClock(StoppingCriteria):
 
 
 class Static:
-    """A model and its tokenizer, answering one batch at a time."""
+    """A model and its tokenizer; answers one batch at a time."""
 
     def __init__(self, path: Path, dtype: str, device: str) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -48,7 +48,7 @@ class Static:
         self.model = model.to(device).eval()
 
     def prompts(self, count: int, words: int, seed: int) -> list[str]:
-        """`count` prompts as the chat template renders them."""
+        """Return `count` prompts, rendered by the chat template."""
         return [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -58,7 +58,7 @@ class Static:
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], output_tokens: int, first: int) -> list[Outcome]:
-        """Generate `output_tokens` tokens for each prompt, greedily; outcomes are numbered from `first`."""
+        """Generate `output_tokens` tokens for each prompt, greedily. Outcomes are numbered from `first`."""
         sent = perf_counter()
         batch = self.tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False)
         clock = StepClock()
@@ -80,7 +80,7 @@ class Static:
 
 
 def measure(static: Static, concurrency: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The summary of one run: `args.requests` requests, `concurrency` to a batch."""
+    """Run `args.requests` requests in batches of `concurrency` and return the summary."""
     count = args.requests or max(16, 4 * concurrency)
     prompts = static.prompts(count, args.prompt_words, args.seed + concurrency)
     outcomes: list[Outcome] = []
@@ -93,11 +93,11 @@ def measure(static: Static, concurrency: int, args: argparse.Namespace) -> dict[
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m bench.transformers_static", description=__doc__.split("\n")[0])
     p.add_argument("model", type=Path, help="a Hugging Face model directory")
     p.add_argument("--concurrency", type=lambda s: [int(n) for n in s.split(",")], default=[1, 8, 16])
-    p.add_argument("--requests", type=int, default=0, help="of each run; default four times the batch, at least 16")
+    p.add_argument("--requests", type=int, default=0, help="in each run; default: four times the batch, at least 16")
     p.add_argument("--prompt-words", type=int, default=100)
     p.add_argument("--output-tokens", type=int, default=64)
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; exit status 0."""
+    """Measure and print. Return exit status 0."""
     args = parser().parse_args(argv)
     found: dict[str, Any] = {"machine": machine.describe(), "runs": []}
     static = Static(args.model, args.dtype, args.device)

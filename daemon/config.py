@@ -1,59 +1,61 @@
-"""Every option of the daemon: its default, unit and meaning, in one place.
+"""The options of the daemon: type, default, unit, limits and description of each, declared once.
 
-Precedence: defaults < TOML file < environment (``LLUMD_<NAME>``) < command-line flags.
-`origin` remembers where each value came from, so that ``llumctl config`` can prove it.
+Precedence: defaults < TOML file < environment (`LLUMD_<NAME>`) < command line. `Config.origin` records the source of
+each value; `llumctl config` shows it. llumctl imports this module, so it imports only what loads fast.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from daemon.enums import MigrationChoice
+from daemon.units import format_value, parse_value
 
 ENV_PREFIX = "LLUMD_"
+MAX_ENGINES = 64
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SECONDS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+Option = dataclasses.Field[Any]
+
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "at_least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the option and says what to do."""
+    """A setting that cannot be used. The message names the option, its source and what the user can do."""
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes from ``2GiB``, ``512M``, ``1.5g`` or a plain number (k/M/G are decimal, Ki/Mi/Gi binary)."""
-    if isinstance(text, int):
-        return text
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*((?:[kmgt]i?)?)b?\s*", str(text).lower())
-    if not m:
-        raise ConfigError(f"not a size: {text!r}; write for example 512MiB, 2GiB or a number of bytes")
-    return int(float(m[1]) * _UNITS[m[2]])
-
-
-def parse_seconds(text: str | float) -> float:
-    """Seconds from ``30``, ``30s``, ``250ms``, ``5m`` or ``1h``."""
-    if isinstance(text, int | float):
-        return float(text)
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min|h|)\s*", str(text).lower())
-    if not m:
-        raise ConfigError(f"not a duration: {text!r}; write for example 30s, 250ms or 5m")
-    return float(m[1]) * _SECONDS[m[2]]
-
-
-def _opt(
-    default: Any, group: str, meaning: str, unit: str = "", choices: tuple[str, ...] = (), gpu: Any = None
+def _option(
+    default: Any,
+    group: str,
+    meaning: str,
+    unit: str = "",
+    *,
+    choices: tuple[Any, ...] = (),
+    gpu: Any = None,
+    **limits: float,
 ) -> Any:
-    """`gpu`: the default where engines compute on GPUs, if it is another one there."""
-    meta = {"group": group, "meaning": meaning, "unit": unit, "choices": choices, "gpu": gpu}
+    """Declare an option.
+
+    `gpu`: the default for engines on GPUs, if it differs. `limits`: `at_least`, `above`, `at_most` and `below`.
+    A duration is always finite and at least 0.
+    """
+    if unit == "seconds":
+        limits = {"at_least": 0, "below": math.inf} | limits
+    assert limits.keys() <= _LIMITS.keys()
+    meta = {"group": group, "meaning": meaning, "unit": unit, "choices": choices, "gpu": gpu, "limits": limits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -61,265 +63,388 @@ def _opt(
 
 @dataclass(slots=True)
 class Config:
-    """The daemon's settings. Sizes are bytes, durations seconds, after parsing."""
+    """The settings of the daemon. Sizes are in bytes and durations in seconds."""
 
     # -- model
-    model: str = _opt("demo", "model", "what to serve: `demo`, a Hugging Face directory or a .gguf file")
-    served_name: str = _opt("", "model", "model name clients use; default: the model's own")
-    load_format: str = _opt(
-        "auto", "model", "`dummy` makes seeded random weights from config.json alone", choices=("auto", "dummy")
+    model: str = _option(
+        "demo",
+        "model",
+        "Model to serve: `demo` (SmolLM2-135M-Instruct, downloaded once), a Hugging Face directory or a .gguf file.",
     )
-    max_model_len: int = _opt(0, "model", "longest prompt plus output; 0: what the model allows", "tokens")
+    served_name: str = _option(
+        "",
+        "model",
+        "Model name in the API. Empty: the name of the model directory, or of the .gguf file without its suffix.",
+    )
+    load_format: str = _option(
+        "auto",
+        "model",
+        "Source of the weights. `auto`: the files of the model. `dummy`: seeded random weights; "
+        "only config.json and the tokenizer are read.",
+        choices=("auto", "dummy"),
+    )
+    max_model_len: int = _option(
+        0, "model", "Maximum length of prompt plus output. 0: the limit of the model.", "tokens", at_least=0
+    )
     # -- engines
-    engine: str = _opt(
+    engine: str = _option(
         "model",
         "engine",
-        "`stub` emits at a set rate, `hash` hashes what it read: "
-        "both without a model, for benchmarks and fault tests",
+        "What an engine runs. `model`: the model. `stub`: no model; emits tokens at a fixed rate. `hash`: no model; "
+        "each token is a hash of the KV blocks that the engine reads. Both are for benchmarks and fault tests.",
         choices=("model", "stub", "hash"),
     )
-    devices: list[str] = _opt(
+    devices: list[str] = _option(
         [],
         "engine",
-        "one engine each: all `cpu` or all `cuda:N`; a device may be named twice; "
-        "default: every GPU there is, else `cpu,cpu`",
+        "Devices, separated by commas; each entry starts one engine. All are `cpu` or all are `cuda:N`; a device may "
+        "appear more than once. Empty: every visible GPU, or `cpu,cpu` if there is none.",
     )
-    threads: int = _opt(0, "engine", "compute threads of one CPU engine; 0: cores shared out evenly")
-    dtype: str = _opt(
-        "auto",
-        "engine",
-        "arithmetic of the linear layers; auto: whichever a self-test finds faster (CPU), bf16 (GPU)",
-        choices=("auto", "bf16", "fp32"),
-    )
-    deterministic: bool = _opt(False, "engine", "same bits whatever else is in the batch (CPU, fp32, slower)")
-    kv_memory: int = _opt(
+    threads: int = _option(
         0,
         "engine",
-        "KV pool of one engine; 0: a quarter of the free memory, shared out, at most 2 GiB each (CPU), "
-        "or what `memory_share` leaves (GPU)",
-        "bytes",
+        "Compute threads of each CPU engine. 0: the CPU cores are divided evenly between the engines.",
+        at_least=0,
     )
-    kv_dtype: str = _opt(
+    dtype: str = _option(
         "auto",
         "engine",
-        "how KV is kept; auto: as the engine computes; fp8: e4m3, twice the tokens in a GPU's memory",
+        "Arithmetic of the linear layers. `auto`: on the CPU, the faster type in a test at startup; on GPUs, bf16. "
+        "`fp32` is for the CPU only.",
+        choices=("auto", "bf16", "fp32"),
+    )
+    deterministic: bool = _option(
+        False,
+        "engine",
+        "Compute a request to the same bits in every batch. CPU only; uses fp32 and is slower.",
+    )
+    kv_memory: int = _option(
+        0,
+        "engine",
+        "KV cache of each engine. 0: on the CPU, a quarter of the free memory divided between the engines, at most "
+        "2 GiB each; on a GPU, what `memory_share` leaves after weights and activations.",
+        "bytes",
+        at_least=0,
+    )
+    kv_dtype: str = _option(
+        "auto",
+        "engine",
+        "Type of the KV cache. `auto`: the type that attention computes in. `fp8`: e4m3, GPUs only; "
+        "twice the tokens in the same memory.",
         choices=("auto", "fp8"),
     )
-    memory_share: float = _opt(
-        0.9, "engine", "share of a GPU's memory that its engines take together, for weights, activations and KV"
+    memory_share: float = _option(
+        0.9,
+        "engine",
+        "Fraction of the memory of a GPU that its engines use together for weights, activations and KV cache.",
+        above=0,
+        at_most=1,
     )
-    block_size: int = _opt(16, "engine", "tokens in a KV block", "tokens")
-    max_num_seqs: int = _opt(64, "engine", "requests in one batch", "requests", gpu=256)
-    max_batch_tokens: int = _opt(
-        256, "engine", "tokens computed in one step; bounds a prefill chunk", "tokens", gpu=8192
+    block_size: int = _option(16, "engine", "Tokens in one KV block.", "tokens", choices=(8, 16, 32, 64, 128))
+    max_num_seqs: int = _option(
+        64, "engine", "Maximum number of requests in one batch of an engine.", "requests", gpu=256, at_least=1
     )
-    itl_target: float = _opt(
+    max_batch_tokens: int = _option(
+        256,
+        "engine",
+        "Maximum number of tokens that an engine computes in one step; also the largest prefill chunk.",
+        "tokens",
+        gpu=8192,
+        at_least=1,
+    )
+    itl_target: float = _option(
         0.0,
         "engine",
-        "longest that a step should take which decodes for some requests and prefills for others: "
-        "its chunks shrink to fit; 0: no limit",
+        "Target for the inter-token latency: the time of a step that both decodes and prefills. "
+        "Prefill chunks shrink to meet it. 0: no target.",
         "seconds",
         gpu=0.05,
     )
-    prefix_caching: bool = _opt(True, "engine", "reuse the KV blocks of equal prompt beginnings")
-    overlap: bool = _opt(
-        True, "engine", "launch the next step before the last one's tokens are known, where a device can (no CPU)"
+    prefix_caching: bool = _option(
+        True, "engine", "Reuse KV blocks between requests whose prompts begin with the same tokens."
     )
-    stub_step: float = _opt(0.02, "engine", "step time of the stub and hash engines", "seconds")
+    overlap: bool = _option(
+        True,
+        "engine",
+        "Launch the next step before the tokens of the current step are known. GPUs only; no effect on the CPU.",
+    )
+    stub_step: float = _option(0.02, "engine", "Time of one step of the `stub` and `hash` engines.", "seconds")
     # -- scheduling
-    policy: str = _opt(
+    policy: str = _option(
         "llumd",
         "scheduling",
-        "how engines are compared: `paper` and `artifact` are Llumnix's two, `llumd` also judges compute",
+        "How the freeness (free capacity) of engines is computed. `paper`: as in the Llumnix paper. `artifact`: as "
+        "in the code published with the paper. `llumd`: from memory and compute.",
         choices=("llumd", "paper", "artifact"),
     )
-    rebalance: bool = _opt(True, "scheduling", "move running requests between engines by themselves")
-    rebalance_period: float = _opt(0.2, "scheduling", "time between two looks at the boards", "seconds")
-    migrate_choice: str = _opt(
-        MigrationChoice.SHORTEST.value,
-        "scheduling",
-        "which running request moves first",
-        choices=tuple(choice.value for choice in MigrationChoice),
-    )
-    prefix_affinity: bool = _opt(
-        True, "scheduling", "among engines about equally free prefer one that holds the prompt's beginning"
-    )
-    headroom: bool = _opt(
+    rebalance: bool = _option(
         True,
         "scheduling",
-        "keep an engine with a request of high priority lightly loaded; else such requests only go first",
+        "Move running requests between engines automatically. Draining an engine moves its requests even if false.",
     )
-    ideal_tokens: int = _opt(
+    rebalance_period: float = _option(
+        0.2, "scheduling", "Time between two rounds of rebalancing and auto-scaling.", "seconds"
+    )
+    migrate_choice: str = _option(
+        MigrationChoice.SHORTEST.value,
+        "scheduling",
+        "Which request moves first, of those with the lowest priority on an engine: the one with the fewest tokens "
+        "(`shortest`), with the most tokens (`longest`) or admitted last (`last`).",
+        choices=tuple(choice.value for choice in MigrationChoice),
+    )
+    prefix_affinity: bool = _option(
+        True,
+        "scheduling",
+        "Among engines with similar freeness, prefer one that has probably cached the beginning of the prompt. "
+        "Needs `prefix_caching`.",
+    )
+    headroom: bool = _option(
+        True,
+        "scheduling",
+        "Keep an engine that holds a high-priority request lightly loaded. "
+        "If false, high priority only puts a request first in the waiting queue.",
+    )
+    ideal_tokens: int = _option(
         0,
         "scheduling",
-        "KV up to which an engine is filled while it has a request of high priority (the rest is headroom); "
-        "0: measured at start",
+        "Size up to which an engine fills its KV cache while it holds a high-priority request; the rest is headroom. "
+        "0: measured when the engine starts.",
         "tokens",
+        at_least=0,
     )
-    min_engines: int = _opt(
-        0, "scheduling", "idle engines are parked down to so many; 0: auto-scaling is off", "engines"
+    min_engines: int = _option(
+        0,
+        "scheduling",
+        "Minimum number of engines that auto-scaling keeps serving; it parks idle engines above it. "
+        "0: auto-scaling is off.",
+        "engines",
+        at_least=0,
     )
-    max_engines: int = _opt(0, "scheduling", "most engines that auto-scaling lets serve; 0: all", "engines")
-    max_resumes: int = _opt(
-        1, "scheduling", "how often a request goes on elsewhere after its engine has died; "
-        "then it ends with an error, for it may be what kills them",
-    )  # fmt: skip
-    scale_period: float = _opt(
-        10.0, "scheduling", "time for which load must call for an engine more or less before one is woken or parked",
+    max_engines: int = _option(
+        0,
+        "scheduling",
+        "Maximum number of engines that auto-scaling lets serve. 0: all engines.",
+        "engines",
+        at_least=0,
+    )
+    max_resumes: int = _option(
+        1,
+        "scheduling",
+        "Number of engine crashes after which a request continues on another engine. After one more crash it ends "
+        "with an error, because the request itself may be the cause.",
+        at_least=0,
+    )
+    scale_period: float = _option(
+        10.0,
+        "scheduling",
+        "How long the load must stay past a threshold before auto-scaling wakes or parks an engine.",
         "seconds",
-    )  # fmt: skip
+    )
     # -- frontend
-    host: str = _opt("127.0.0.1", "http", "address to listen on")
-    port: int = _opt(8000, "http", "port to listen on; 0: any free one")
-    frontends: int = _opt(1, "http", "HTTP processes, all on one listener")
-    api_key_file: str = _opt("", "http", "file with one API key a line; empty: no key is asked for")
-    allow_unauthenticated: bool = _opt(False, "http", "permit a non-loopback host without API keys")
-    max_body: int = _opt(8 << 20, "http", "largest request body (413 above)", "bytes")
-    max_prompt_tokens: int = _opt(0, "http", "longest prompt; 0: what the model allows", "tokens")
-    max_output_tokens: int = _opt(4096, "http", "output limit where a request names none", "tokens")
-    max_queued: int = _opt(512, "http", "unfinished requests of one frontend (429 above)", "requests")
-    max_choices: int = _opt(8, "http", "largest `n`", "choices")
-    request_deadline: float = _opt(600.0, "http", "longest life of a request; then it ends with an error", "seconds")
-    journal_memory: int = _opt(64 << 20, "http", "journal of one frontend: prompts and outputs in flight", "bytes")
-    heartbeat: float = _opt(0.0, "http", "SSE comment after that much silence; 0: none", "seconds")
+    host: str = _option(
+        "127.0.0.1",
+        "http",
+        "Address to listen on. Any but loopback needs `api_key_file` or `allow_unauthenticated`.",
+    )
+    port: int = _option(8000, "http", "TCP port to listen on. 0: any free port.", at_least=0, at_most=65535)
+    frontends: int = _option(
+        1, "http", "Number of HTTP processes. They share one listening socket.", at_least=1, at_most=16
+    )
+    api_key_file: str = _option("", "http", "File with one API key per line. Empty: clients need no key.")
+    allow_unauthenticated: bool = _option(False, "http", "Allow a `host` other than loopback without API keys.")
+    max_body: int = _option(
+        8 << 20, "http", "Maximum size of a request body. A larger one gets status 413.", "bytes", at_least=1024
+    )
+    max_prompt_tokens: int = _option(
+        0, "http", "Maximum length of a prompt. 0: the limit of the model.", "tokens", at_least=0
+    )
+    max_output_tokens: int = _option(
+        4096, "http", "Maximum length of the output of a request that sets no limit itself.", "tokens", at_least=1
+    )
+    max_queued: int = _option(
+        512,
+        "http",
+        "Maximum number of unfinished requests in each frontend. Further requests get status 429.",
+        "requests",
+        at_least=1,
+    )
+    max_choices: int = _option(
+        8, "http", "Maximum of the request parameter `n` (choices for one request).", "choices", at_least=1
+    )
+    request_deadline: float = _option(
+        600.0, "http", "Maximum time from the arrival of a request to its end. Then it ends with an error.", "seconds"
+    )
+    journal_memory: int = _option(
+        64 << 20,
+        "http",
+        "Shared memory of each frontend for the prompts and outputs of its unfinished requests (journal). "
+        "While it is full, new requests get status 429.",
+        "bytes",
+        at_least=1 << 20,
+        below=4 << 30,
+    )
+    heartbeat: float = _option(
+        0.0, "http", "Send an SSE comment after this time without output. 0: send none.", "seconds"
+    )
     # -- daemon
-    run_dir: str = _opt("", "daemon", "holds the admin socket; default $XDG_RUNTIME_DIR/llumd, or /run/llumd")
-    drain_timeout: float = _opt(30.0, "daemon", "SIGTERM: how long running requests may go on", "seconds")
-    load_timeout: float = _opt(600.0, "daemon", "how long an engine may take to load", "seconds")
-    hang_timeout: float = _opt(60.0, "daemon", "an engine this long past its own deadline is killed", "seconds")
-    log_level: str = _opt("info", "daemon", "what is logged", choices=("debug", "info", "warning", "error"))
+    run_dir: str = _option(
+        "",
+        "daemon",
+        "Directory of the admin socket. Empty: $RUNTIME_DIRECTORY (systemd), $XDG_RUNTIME_DIR/llumd, "
+        "/run/llumd (root) or /tmp/llumd-UID, the first that applies.",
+    )
+    drain_timeout: float = _option(
+        30.0, "daemon", "Time that running requests have to finish after SIGTERM.", "seconds"
+    )
+    load_timeout: float = _option(
+        600.0,
+        "daemon",
+        "Time that an engine has to load its model. `hang_timeout` later it is killed and started again.",
+        "seconds",
+    )
+    hang_timeout: float = _option(
+        60.0,
+        "daemon",
+        "A process that misses its own deadline by this time is killed and started again.",
+        "seconds",
+    )
+    log_level: str = _option(
+        "info", "daemon", "Lowest level of log messages.", choices=("debug", "info", "warning", "error")
+    )
 
     origin: dict[str, str] = field(default_factory=dict, metadata={"group": ""})
 
     def replace(self, values: Mapping[str, Any], origin: str) -> Config:
-        """A copy with `values` (strings or TOML values) parsed and set; unknown names are refused."""
+        """Return a copy with `values`, which are strings or TOML values, parsed and set.
+
+        `origin` names their source. Raises ConfigError for unknown names and values that cannot be parsed.
+        """
         known = {f.name: f for f in options()}
         parsed: dict[str, Any] = {}
         for raw_name, raw in values.items():
             name = raw_name.replace("-", "_")
             if name not in known:
-                raise ConfigError(f"unknown option {raw_name!r} ({origin}); `llumd serve --help` lists them")
+                raise ConfigError(f"unknown option {raw_name!r} ({origin}); `llumd serve --help` lists all options")
             try:
                 parsed[name] = _parse(known[name], raw)
-            except (ConfigError, ValueError, TypeError) as e:
+            except ValueError as e:
                 raise ConfigError(f"{name} ({origin}): {e}") from None
         return dataclasses.replace(self, **parsed, origin=self.origin | dict.fromkeys(parsed, origin))
 
     @property
     def on_gpus(self) -> bool:
-        """Whether engines compute on GPUs; engines without a model compute nothing on whatever is named."""
+        """True if engines compute on GPUs. Engines without a model compute nothing, whatever `devices` is."""
         return self.engine == "model" and any(d != "cpu" for d in self.devices)
 
     def for_gpus(self) -> Config:
-        """The same with GPUs' own defaults for what nobody has set."""
+        """Return a copy with the GPU defaults for every option that no source has set."""
         own = {o.name: o.metadata["gpu"] for o in options() if o.metadata["gpu"] is not None}
         return dataclasses.replace(self, **{name: v for name, v in own.items() if name not in self.origin})
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything starts."""
-        _require(self.block_size in (8, 16, 32, 64, 128), "block_size", "must be 8, 16, 32, 64 or 128")
-        for name in ("max_num_seqs", "max_batch_tokens", "frontends"):
-            _require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("max_queued", "max_choices", "max_output_tokens"):
-            _require(getattr(self, name) >= 1, name, "must be at least 1")
-        whole = ("threads", "kv_memory", "max_model_len", "max_prompt_tokens", "port")
-        for name in (*whole, "ideal_tokens", "min_engines", "max_engines", "max_resumes"):
-            _require(getattr(self, name) >= 0, name, "must not be negative")
+        """Check the limits of each option, then the options that depend on each other. Raises ConfigError."""
         for option in options():
-            if option.metadata["unit"] == "seconds":
-                _require(0 <= getattr(self, option.name) < math.inf, option.name, "must be finite and not negative")
-        _require(self.port <= 65535, "port", "must be at most 65535")
-        _require(self.frontends <= 16, "frontends", "must be at most 16")
-        _require(len(self.devices) <= 64, "devices", "names more than 64 engines")
-        self._check_scaling()
-        _require(self.max_body >= 1024, "max_body", "must be at least 1 KiB")
-        _require(1 << 20 <= self.journal_memory < 4 << 30, "journal_memory", "must be from 1 MiB to below 4 GiB")
+            value = getattr(self, option.name)
+            if not _within_limits(option, value):
+                raise self._error(
+                    option.name, f"{_quoted(option, value)} is not allowed; it must be {allowed(option)}"
+                )
         self._check_devices()
+        self._check_scaling()
         if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key_file:
-            _require(
+            self._require(
                 self.allow_unauthenticated,
                 "host",
-                f"{self.host} is reachable from other machines: set api_key_file, "
-                "or allow_unauthenticated if anyone who can connect may use the model",
+                f"other machines can reach {self.host}; set api_key_file, or set allow_unauthenticated to true "
+                "if every client that can connect may use the model",
             )
 
     def _check_devices(self) -> None:
         for d in self.devices:
-            _require(bool(re.fullmatch(r"cpu|cuda:\d+", d)), "devices", f"{d!r} is neither `cpu` nor `cuda:N`")
+            known = bool(re.fullmatch(r"cpu|cuda:\d+", d))
+            self._require(known, "devices", f"{d!r} is not a device; write `cpu` or `cuda:N`")
+        most = f"lists {len(self.devices)} engines; it may list at most {MAX_ENGINES}"
+        self._require(len(self.devices) <= MAX_ENGINES, "devices", most)
         mixed = "cpu" in self.devices and any(d != "cpu" for d in self.devices)
-        _require(not mixed, "devices", "`cpu` and `cuda:N` do not go together: no request could move between them")
-        _require(0 < self.memory_share <= 1, "memory_share", "must be above 0 and at most 1")
+        why = "lists both `cpu` and `cuda:N`; choose one of them, because requests cannot move between them"
+        self._require(not mixed, "devices", why)
         if self.on_gpus:
-            _require(self.dtype != "fp32", "dtype", "GPUs compute in bf16: choose auto or bf16")
-            _require(not self.deterministic, "deterministic", "is for the CPU: a GPU's rounding depends on the batch")
+            self._require(self.dtype != "fp32", "dtype", "GPUs compute in bf16; choose auto or bf16")
+            why = "is for the CPU only, because the rounding of a GPU depends on the batch; set it to false"
+            self._require(not self.deterministic, "deterministic", why)
         elif self.devices and self.engine == "model":
-            _require(self.kv_dtype == "auto", "kv_dtype", "fp8 is for GPUs; on the CPU choose auto")
+            self._require(self.kv_dtype == "auto", "kv_dtype", "fp8 is for GPUs only; on the CPU choose auto")
 
     def _check_scaling(self) -> None:
-        """`devices` may be empty before the default is known; then the rest is checked once more."""
+        """Check the auto-scaling limits. While `devices` is still empty, the number of engines is not checked."""
         if self.devices:
             for name in ("min_engines", "max_engines"):
-                why = f"must be at most {len(self.devices)}: there is one engine for each entry of `devices`"
-                _require(getattr(self, name) <= len(self.devices), name, why)
+                why = f"must be at most {len(self.devices)}, the number of engines in `devices`"
+                self._require(getattr(self, name) <= len(self.devices), name, why)
         if self.max_engines:
-            why = f"must not be above max_engines, {self.max_engines}"
-            _require(self.min_engines <= self.max_engines, "min_engines", why)
+            why = f"must be at most {self.max_engines}, the value of max_engines"
+            self._require(self.min_engines <= self.max_engines, "min_engines", why)
+
+    def _require(self, condition: bool, name: str, why: str) -> None:
+        if not condition:
+            raise self._error(name, why)
+
+    def _error(self, name: str, why: str) -> ConfigError:
+        source = f" ({self.origin[name]})" if name in self.origin else ""
+        return ConfigError(f"{name}{source}: {why}")
 
 
-def options() -> list[dataclasses.Field[Any]]:
-    """The options, in the order of the class."""
+def options() -> list[Option]:
+    """Return all options in the order of their declaration."""
     return [f for f in dataclasses.fields(Config) if f.name != "origin"]
 
 
-def _require(ok: bool, name: str, why: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}: {why}")
+def allowed(option: Option) -> str:
+    """Describe the values that an option allows: its choices or its limits. Empty if it allows every value."""
+    if choices := option.metadata["choices"]:
+        return "one of " + ", ".join(map(str, choices))
+    limits: dict[str, float] = option.metadata["limits"]
+    unit = option.metadata["unit"]
+    if limits.keys() == {"at_least", "at_most"}:
+        return f"from {format_value(limits['at_least'], unit)} to {format_value(limits['at_most'], unit)}"
+    texts = [f"{_LIMITS[kind][0]} {format_value(bound, unit)}" for kind, bound in limits.items() if bound < math.inf]
+    return " and ".join([*texts, "finite"] if math.inf in limits.values() else texts)
 
 
-def _parse(option: dataclasses.Field[Any], raw: Any) -> Any:
-    kind = _TYPES[option.name]
+def _within_limits(option: Option, value: Any) -> bool:
+    """Return True if an option allows `value`. NaN is outside every limit."""
+    choices, limits = option.metadata["choices"], option.metadata["limits"]
+    return all(_LIMITS[kind][1](value, bound) for kind, bound in limits.items()) and (not choices or value in choices)
+
+
+def _quoted(option: Option, value: Any) -> str:
+    return repr(value) if isinstance(value, str) else format_value(value, option.metadata["unit"])
+
+
+def _parse(option: Option, raw: Any) -> Any:
+    """Return `raw`, a string or a TOML value, as the value of an option. Raises ValueError."""
+    value = parse_value(_TYPES[option.name], option.metadata["unit"], raw)
     choices = option.metadata["choices"]
-    if choices and raw not in choices:
-        raise ConfigError(f"{raw!r} is not one of {', '.join(choices)}")
-    if kind == list[str]:
-        return [p.strip() for p in raw.split(",") if p.strip()] if isinstance(raw, str) else [str(p) for p in raw]
-    if kind is bool:
-        return _parse_bool(raw)
-    if isinstance(raw, bool) and kind is not str:
-        raise ConfigError(f"{raw!r} is not a number")
-    if option.metadata["unit"] == "bytes":
-        return parse_size(raw)
-    if option.metadata["unit"] == "seconds":
-        return parse_seconds(raw)
-    if kind is int and isinstance(raw, float):
-        raise ConfigError(f"{raw!r} is not a whole number")
-    return kind(raw)
-
-
-def _parse_bool(raw: Any) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if str(raw).lower() not in words:
-        raise ConfigError(f"{raw!r} is neither true nor false")
-    return words[str(raw).lower()]
+    if choices and value not in choices:
+        raise ValueError(f"{raw!r} is not {allowed(option)}")
+    return value
 
 
 _TYPES: dict[str, Any] = get_type_hints(Config)
 
 
 def load(flags: Mapping[str, Any], file: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
-    """Settings from all sources. `flags` holds only what the command line named.
+    """Return the settings from all sources, checked. `flags` has only the options that the command line sets.
 
-    Raises ConfigError naming the option and its source.
+    Raises ConfigError, which names the option and its source.
     """
     config = Config()
     if file is not None:
         config = config.replace(_read_toml(file), str(file))
-    env = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
-    names = {f.name for f in options()}
-    for name, value in env.items():
-        if name in names:
+    names = {option.name for option in options()}
+    for variable, value in environ.items():
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if variable.startswith(ENV_PREFIX) and name in names:
             config = config.replace({name: value}, f"environment {ENV_PREFIX}{name.upper()}")
     config = config.replace(flags, "command line")
     config.check()
@@ -336,7 +461,10 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def cache_dir() -> Path:
-    """Where converted models and compiled kernels are kept: $LLUMD_CACHE, $CACHE_DIRECTORY (systemd) or ~/.cache."""
+    """Return the directory of converted models and compiled kernels.
+
+    It is $LLUMD_CACHE, $CACHE_DIRECTORY (systemd), $XDG_CACHE_HOME/llumd or ~/.cache/llumd: the first that is set.
+    """
     for name in ("LLUMD_CACHE", "CACHE_DIRECTORY"):
         if os.environ.get(name):
             return Path(os.environ[name])
@@ -344,7 +472,7 @@ def cache_dir() -> Path:
 
 
 def run_dir(config: Config | None = None) -> Path:
-    """Where the admin socket lives."""
+    """Return the directory of the admin socket. The option `run_dir` of `config` wins over the environment."""
     if config is not None and config.run_dir:
         return Path(config.run_dir)
     if os.environ.get("RUNTIME_DIRECTORY"):

@@ -1,4 +1,4 @@
-"""Every string that travels between processes, into metrics or into JSON, by name. Pure; imports nothing of llumd."""
+"""The strings that go between processes or into metrics and JSON, as enums. Pure; imports no module of llumd."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ from enum import StrEnum
 
 
 class MigrationReason(StrEnum):
-    """Why a request moves."""
+    """Why a request migrates."""
 
     DRAINING = "draining"  # its engine is drained or parked
-    PREEMPTED = "preempted"  # its engine had to take memory from a running request
+    PREEMPTED = "preempted"  # its engine has preempted a running request for lack of memory
     MEMORY = "memory"  # its engine is short of KV blocks
     COMPUTE = "compute"  # its engine is short of compute
     OPERATOR = "operator"
 
 
 class MigrationMode(StrEnum):
-    """How one request moves."""
+    """How a request migrates."""
 
     LIVE = "live"  # KV is copied while the request decodes
     BLOCKING = "blocking"  # the request is frozen for the whole copy
-    RECOMPUTE = "recompute"  # no KV is copied; the other engine computes it again
+    RECOMPUTE = "recompute"  # no KV is copied; the destination computes it again
 
 
 class MigrationChoice(StrEnum):
-    """Which of several requests of equal priority moves first."""
+    """Which of several requests with equal priority migrates first."""
 
     SHORTEST = "shortest"
     LONGEST = "longest"
-    LAST = "last"  # the last one admitted
+    LAST = "last"  # the one admitted last
 
 
 class MigrationResult(StrEnum):
-    """How a migration ended. The request stays at its source after each of them but MOVED, unless it has finished."""
+    """How a migration ended. The request stays at its source unless it has moved, was handed back or has ended."""
 
     MOVED = "moved"
-    HANDED_BACK = "handed_back"  # its frontend starts it elsewhere: it had no KV worth copying
+    HANDED_BACK = "handed_back"  # it had no KV worth a copy; its frontend dispatches it again
     DECLINED = "declined"
-    FINISHED = "finished"  # the request ended before it could be moved
+    FINISHED = "finished"  # the request ended before it was moved
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"
     COPY_FAILED = "copy_failed"
     PEER_DIED = "peer_died"
-    TAKEN_BACK = "taken_back"  # its frontend gave it back to the source: the destination did not claim it in time
+    TAKEN_BACK = "taken_back"  # the destination did not claim it in time; the source reclaimed it from its frontend
 
 
 class DispatchKind(StrEnum):
-    """Whether a request is given to an engine for the first time."""
+    """Whether a dispatch is the first one of its request."""
 
     FIRST = "first"
     AGAIN = "again"
 
 
 class Rejection(StrEnum):
-    """Why a request is refused before it runs."""
+    """Why a request is rejected before it runs."""
 
     OVERLOADED = "overloaded"
     NO_ENGINE = "no_engine"
@@ -62,7 +62,7 @@ class Rejection(StrEnum):
 
 
 class Resource(StrEnum):
-    """What an engine can run short of."""
+    """The resources that an engine can be short of."""
 
     MEMORY = "memory"
     COMPUTE = "compute"

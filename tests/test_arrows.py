@@ -1,4 +1,4 @@
-"""Imports run one way between the rooms, and heavy packages stay out of the light processes."""
+"""Imports between packages follow one direction, and light processes do not import heavy packages."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A room may import itself and the rooms named here; `policy` is the pure part of `control`.
+# A package may import itself and the packages in its set. `control/policy` is the pure part of `control`.
 ALLOWED = {
     "ipc": set(),
     "models": set(),
@@ -33,7 +33,9 @@ PURE = [
     "daemon.engine.request",
     "daemon.engine.step_stats",
     "daemon.engine.cost",
-    "daemon.engine.consensus",
+    "daemon.engine.migration.actions",
+    "daemon.engine.migration.source",
+    "daemon.engine.migration.destination",
     "daemon.api.prefix_affinity",
     "daemon.ipc.messages",
     "daemon.ipc.events",
@@ -45,6 +47,7 @@ PURE = [
     "daemon.engine.cuda.memory",
     "daemon.engine.cuda.slots",
     "daemon.cli.memory_budget",
+    "daemon.units",
 ]
 LIGHT = [
     "daemon.cli.llumd",
@@ -58,13 +61,14 @@ TORCHLESS = [
     "daemon.engine.cuda.kernels",
     "daemon.engine.cuda.compile",
     "daemon.kvpool.cuda_pools",
+    "daemon.kvpool.cuda_transport",
 ]
-# Who may name FlashInfer and what comes with it; generate.py is a process of its own.
+# Files that may import FlashInfer and its packages. generate.py runs in a separate process.
 FLASHINFER = {"attention.py", "ops.py", "kernels.py", "generate.py"}
 
 
 def imports(file: Path) -> set[str]:
-    """The modules named in import statements, anywhere in the file."""
+    """Return the modules in the import statements of a file, also of those inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -75,7 +79,7 @@ def imports(file: Path) -> set[str]:
 
 
 def imported(file: Path, *, top: bool = False) -> set[str]:
-    """The same, and `a.b` too for `from a import b`. `top`: only statements that run when the file is imported."""
+    """Return the same, and also `a.b` for `from a import b`. `top`: only statements that run on import."""
     tree = ast.parse(file.read_text())
     found = set()
     for node in tree.body if top else ast.walk(tree):
@@ -86,8 +90,8 @@ def imported(file: Path, *, top: bool = False) -> set[str]:
     return found
 
 
-def room_of(module: str) -> str:
-    """The room of a module below `daemon`; "" for the ground floor (`daemon`, `daemon.config`)."""
+def package_of(module: str) -> str:
+    """Return the package of a module below `daemon`; "" for modules directly in it, such as `daemon.config`."""
     parts = module.split(".")
     if parts[1:3] == ["control", "policy"]:
         return "control/policy"
@@ -95,34 +99,36 @@ def room_of(module: str) -> str:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the import package and its file."""
+    """Return the file of every module of `daemon`."""
     files = (ROOT / "daemon").rglob("*.py")
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
 
 
-def test_every_room_is_named():
-    assert {room_of(module) for module in modules()} - {""} == set(ALLOWED)
+def test_every_package_has_a_rule():
+    assert {package_of(module) for module in modules()} - {""} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_rooms_import_only_what_they_may(room):
+@pytest.mark.parametrize("package", ALLOWED)
+def test_packages_import_only_allowed_packages(package):
     for module, file in modules().items():
-        if room_of(module) == room:
+        if package_of(module) == package:
             for name in imported(file):
                 if name.split(".")[0] == "daemon":
-                    assert room_of(name) in {"", room, *ALLOWED[room]}, f"{module} imports {name}"
+                    assert package_of(name) in {"", package, *ALLOWED[package]}, f"{module} imports {name}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """Imports at the top of a file alone: one inside a function is run when both files are whole."""
+def test_there_are_no_import_cycles():
+    """Only imports at the top of a file count. An import in a function runs when both files are loaded."""
     known = modules()
-    arrows = {module: {name for name in imported(file, top=True) if name in known} for module, file in known.items()}
-    while ends := [module for module, names in arrows.items() if not names]:
-        for module in ends:
-            del arrows[module]
-        for names in arrows.values():
-            names.difference_update(ends)
-    assert not arrows
+    imports_of = {
+        module: {name for name in imported(file, top=True) if name in known} for module, file in known.items()
+    }
+    while leaves := [module for module, names in imports_of.items() if not names]:
+        for module in leaves:
+            del imports_of[module]
+        for names in imports_of.values():
+            names.difference_update(leaves)
+    assert not imports_of
 
 
 @pytest.mark.parametrize(
@@ -136,21 +142,21 @@ def test_no_module_imports_itself_by_way_of_others():
         (["daemon.engine.cuda.runner"], ["flashinfer", "tvm_ffi"]),
     ],
 )
-def test_light_modules_stay_light(modules, banned):
+def test_light_modules_do_not_import_heavy_packages(modules, banned):
     lines = [f"import {m}" for m in modules] + ["import sys", f"print([b for b in {banned!r} if b in sys.modules])"]
     command = [sys.executable, "-c", "\n".join(lines)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout) == []
 
 
-def test_flashinfer_is_named_by_few_and_enters_with_the_gpu_alone():
+def test_only_few_files_import_flashinfer():
     for file in (ROOT / "daemon").rglob("*.py"):
-        roots = {name.split(".")[0] for name in imports(file)}
-        if roots & {"flashinfer", "tvm_ffi"}:
+        packages = {name.split(".")[0] for name in imports(file)}
+        if packages & {"flashinfer", "tvm_ffi"}:
             assert file.parent == ROOT / "daemon" / "engine" / "cuda" and file.name in FLASHINFER, file
 
 
 @pytest.mark.parametrize("module", PURE)
-def test_pure_modules_read_no_clock_and_open_nothing(module):
+def test_pure_modules_use_no_clock_and_no_io(module):
     file = ROOT / (module.replace(".", "/") + ".py")
     assert not imports(file) & {"time", "random", "os", "secrets", "socket", "mmap", "io", "asyncio", "threading"}

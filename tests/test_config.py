@@ -1,19 +1,21 @@
-"""Options: where each value comes from, and what is refused."""
+"""Options: precedence of their sources, parsing, limits and error messages."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon import config as config_module
-from daemon.config import Config, ConfigError, load, options, parse_seconds, parse_size, run_dir
+from daemon.config import Config, ConfigError, allowed, load, options, run_dir
+from daemon.units import format_value, parse_seconds, parse_size, parse_value
 
-PARSES = {"bytes", "seconds"}
-UNITS = PARSES | {"tokens", "requests", "choices", "engines", ""}
-BARE = {"threads", "port", "frontends", "memory_share", "max_resumes"}  # numbers whose name says what they count
+UNITS = {"bytes", "seconds", "tokens", "requests", "choices", "engines", ""}
+NO_UNIT = {"threads", "port", "frontends", "memory_share", "max_resumes"}  # numbers whose name is their unit
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -27,31 +29,45 @@ def toml(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
 def test_every_option_is_described(option):
-    assert option.metadata["meaning"]
+    meaning = option.metadata["meaning"]
+    assert meaning[0].isupper() and meaning.endswith(".")
     assert option.metadata["group"] in {"model", "engine", "scheduling", "http", "daemon"}
     assert option.metadata["unit"] in UNITS
     default = getattr(Config(), option.name)
-    if isinstance(default, int | float) and not isinstance(default, bool) and option.name not in BARE:
+    if isinstance(default, int | float) and not isinstance(default, bool) and option.name not in NO_UNIT:
         assert option.metadata["unit"]
     if option.metadata["choices"]:
         assert default in option.metadata["choices"]
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        assert allowed(option)
 
 
-def test_the_defaults_pass_their_own_check():
+def test_the_defaults_pass_the_check():
     assert load({}, None, {}) == Config()
 
 
 @pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
-def test_every_default_survives_being_written_as_text(option):
+def test_every_default_can_be_written_as_text(option):
     default = getattr(Config(), option.name)
-    text = ",".join(default) if isinstance(default, list) else str(default)
-    assert getattr(load({option.name: text}, None, {}), option.name) == default
+    plain = ",".join(default) if isinstance(default, list) else str(default)
+    for text in (plain, format_value(default, option.metadata["unit"])):
+        assert getattr(load({option.name: text}, None, {}), option.name) == default
+
+
+@given(st.integers(0, 2**50))
+def test_formatted_sizes_parse_to_the_same_value(size: int):
+    assert parse_value(int, "bytes", format_value(size, "bytes")) == size
+
+
+def test_a_config_can_be_pickled():
+    config = load({"port": "9"}, None, {"LLUMD_DEVICES": "cpu"})
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 # -- precedence --------------------------------------------------------------------------------
 
 
-def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path):
+def test_precedence_is_flag_environment_file_default(tmp_path: Path):
     file = toml(tmp_path, 'port = 1\nmax_queued = 11\nmodel = "m"\nkv_memory = "1GiB"')
     environ = {"LLUMD_PORT": "2", "LLUMD_MAX_QUEUED": "22", "PORT": "9"}
     settings = load({"port": "3"}, file, environ)
@@ -69,11 +85,11 @@ def test_names_may_be_written_with_dashes():
     assert load({"max-queued": "7"}, None, {}).max_queued == 7
 
 
-def test_a_foreign_environment_variable_is_not_an_option():
+def test_other_environment_variables_are_ignored():
     assert load({}, None, {"LLUMD_CACHE": "/x", "LLUMD_ORIGIN": "y", "LLUMD_NOTHING": "1"}) == Config()
 
 
-def test_replace_leaves_the_original():
+def test_replace_does_not_change_the_original():
     before = Config()
     after = before.replace({"port": 5}, "test")
     assert (before.port, before.origin, after.port) == (8000, {}, 5)
@@ -93,8 +109,8 @@ def test_sizes(text: str | int, size: int):
 
 
 @pytest.mark.parametrize("text", ["", "five", "1.2.3", "5x", "-5", "5i", "5ib", "1e9", "MiB", "5 5"])
-def test_no_sizes(text: str):
-    with pytest.raises(ConfigError, match="not a size"):
+def test_invalid_sizes(text: str):
+    with pytest.raises(ValueError, match="not a size"):
         parse_size(text)
 
 
@@ -107,8 +123,8 @@ def test_durations(text: str | float, seconds: float):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-1", "1d", "s", "nan", "inf"])
-def test_no_durations(text: str):
-    with pytest.raises(ConfigError, match="not a duration"):
+def test_invalid_durations(text: str):
+    with pytest.raises(ValueError, match="not a duration"):
         parse_seconds(text)
 
 
@@ -124,7 +140,7 @@ def test_lists_and_booleans(tmp_path: Path):
         assert load({"prefix_caching": word}, None, {}).prefix_caching is value
 
 
-# -- refusals ----------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------
 
 REFUSED = [
     ("port", "many"), ("port", "70000"), ("port", "-1"), ("port", 1.5), ("port", True),
@@ -146,41 +162,72 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_refusals_name_the_option(name: str, value: object):
-    with pytest.raises(ConfigError, match=rf"^{name}\b"):
+def test_errors_name_option_and_source_in_plain_words(name: str, value: object):
+    with pytest.raises(ConfigError, match=rf"^{name} \(command line\): ") as error:
         load({name: value}, None, {})
+    assert "invalid literal" not in str(error.value) and "could not convert" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "naming"),
+    ("name", "value", "message"),
     [
-        ({"min_engines": 3, "devices": "cpu,cpu"}, "min_engines: must be at most 2"),
-        ({"max_engines": 3, "devices": "cpu,cpu"}, "max_engines: must be at most 2"),
-        ({"min_engines": 3, "max_engines": 2}, "min_engines: must not be above max_engines, 2"),
+        ("port", "many", "'many' is not a whole number"),
+        ("port", "70000", "70000 is not allowed; it must be from 0 to 65535"),
+        ("max_num_seqs", 0, "0 is not allowed; it must be at least 1"),
+        ("block_size", "17", "'17' is not one of 8, 16, 32, 64, 128"),
+        ("dtype", "int3", "'int3' is not one of auto, bf16, fp32"),
+        ("journal_memory", "4GiB", "4GiB is not allowed; it must be at least 1MiB and below 4GiB"),
+        ("memory_share", "1.5", "1.5 is not allowed; it must be above 0 and at most 1"),
+        ("kv_memory", "lots", "'lots' is not a size; write for example 512MiB, 2GiB or a number of bytes"),
+        ("drain_timeout", "soon", "'soon' is not a duration; write for example 30s, 250ms or 5m"),
+        ("load_timeout", float("inf"), "inf is not allowed; it must be at least 0 and finite"),
     ],
 )
-def test_scaling_keeps_to_the_engines_there_are(settings: dict[str, object], naming: str):
-    with pytest.raises(ConfigError, match=naming):
-        load(settings, None, {})
-    assert load({"min_engines": 2, "max_engines": 2}, None, {}).devices == []  # which are to be found yet
+def test_error_messages(name: str, value: object, message: str):
+    with pytest.raises(ConfigError) as error:
+        load({name: value}, None, {})
+    assert str(error.value) == f"{name} (command line): {message}"
+
+
+@pytest.mark.parametrize("settings", [{"block_size": 17}, {"dtype": "int3"}, {"port": -1}, {"frontends": 17}])
+def test_values_set_in_code_are_checked_too(settings: dict[str, Any]):
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}: .* is not allowed; it must be "):
+        Config(**settings).check()
 
 
 @pytest.mark.parametrize(
-    ("settings", "naming"),
+    ("settings", "message"),
     [
-        ({"devices": "cuda:0", "dtype": "fp32"}, "dtype: GPUs compute in bf16"),
-        ({"devices": "cuda:0", "deterministic": True}, "deterministic: is for the CPU"),
-        ({"devices": "cpu", "kv_dtype": "fp8"}, "kv_dtype: fp8 is for GPUs"),
+        ({"min_engines": 3, "devices": "cpu,cpu"}, r"min_engines \(command line\): must be at most 2"),
+        ({"max_engines": 3, "devices": "cpu,cpu"}, r"max_engines \(command line\): must be at most 2"),
+        (
+            {"min_engines": 3, "max_engines": 2},
+            r"min_engines \(command line\): must be at most 2, the value of max_engines",
+        ),
     ],
 )
-def test_what_a_device_cannot_do_is_refused(settings: dict[str, object], naming: str):
-    with pytest.raises(ConfigError, match=naming):
+def test_scaling_limits_need_enough_engines(settings: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
         load(settings, None, {})
-    assert load(settings | {"devices": ""}, None, {}).devices == []  # they are to be found yet
-    assert load(settings | {"engine": "stub"}, None, {}).engine == "stub"  # which uses none of this
+    assert load({"min_engines": 2, "max_engines": 2}, None, {}).devices == []  # unknown until the GPUs are detected
 
 
-def test_gpus_have_defaults_of_their_own_for_what_nobody_has_set():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"devices": "cuda:0", "dtype": "fp32"}, r"dtype \(command line\): GPUs compute in bf16"),
+        ({"devices": "cuda:0", "deterministic": True}, r"deterministic \(command line\): is for the CPU"),
+        ({"devices": "cpu", "kv_dtype": "fp8"}, r"kv_dtype \(command line\): fp8 is for GPUs"),
+    ],
+)
+def test_options_that_the_device_does_not_support(settings: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(settings, None, {})
+    assert load(settings | {"devices": ""}, None, {}).devices == []  # unknown until the GPUs are detected
+    assert load(settings | {"engine": "stub"}, None, {}).engine == "stub"  # does not use these options
+
+
+def test_gpu_defaults_apply_to_options_that_no_source_has_set():
     settings = load({"max_num_seqs": "64"}, None, {"LLUMD_ITL_TARGET": "0"}).for_gpus()
     assert (settings.max_num_seqs, settings.itl_target) == (64, 0)
     assert settings.max_batch_tokens == 8192
@@ -190,7 +237,7 @@ def test_gpus_have_defaults_of_their_own_for_what_nobody_has_set():
     everything.check()
 
 
-def test_refusals_name_the_source(tmp_path: Path):
+def test_errors_name_the_source(tmp_path: Path):
     with pytest.raises(ConfigError, match="environment LLUMD_PORT"):
         load({}, None, {"LLUMD_PORT": "x"})
     file = toml(tmp_path, 'dtype = "int3"')
@@ -208,26 +255,26 @@ def test_unknown_options_are_refused(name: str, tmp_path: Path):
         load({}, toml(tmp_path, f'"{name}" = 1'), {})
 
 
-def test_a_table_in_the_file_is_no_option(tmp_path: Path):
+def test_a_table_in_the_file_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="unknown option 'http'"):
         load({}, toml(tmp_path, "[http]\nport = 1"), {})
 
 
 @pytest.mark.parametrize("content", [b"port = ", b"port 1", b"port = 1\nport = 2", b"\xff\xfe"])
-def test_files_that_are_no_toml(content: bytes, tmp_path: Path):
+def test_a_file_that_is_not_toml(content: bytes, tmp_path: Path):
     file = tmp_path / "llumd.toml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=f"{file} is not valid TOML"):
         load({}, file, {})
 
 
-def test_a_file_that_is_not_there(tmp_path: Path):
+def test_a_file_that_does_not_exist(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"cannot read .*none\.toml: No such file"):
         load({}, tmp_path / "none.toml", {})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "box.example", ""])
-def test_open_hosts_need_keys_or_a_word(host: str):
+def test_hosts_other_than_loopback_need_keys_or_permission(host: str):
     with pytest.raises(ConfigError, match=r"^host\b.*api_key_file"):
         load({"host": host}, None, {})
     assert load({"host": host, "api_key_file": "/keys"}, None, {}).host == host
@@ -235,7 +282,7 @@ def test_open_hosts_need_keys_or_a_word(host: str):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_loopback_needs_nothing(host: str):
+def test_loopback_needs_no_keys(host: str):
     assert load({"host": host}, None, {}).host == host
 
 
@@ -245,8 +292,8 @@ def test_loopback_needs_nothing(host: str):
 def test_directories(monkeypatch: pytest.MonkeyPatch):
     for name in ("LLUMD_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME", "RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert config_module.cache_dir() == Path("/home/somebody/.cache/llumd")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert config_module.cache_dir() == Path("/home/user/.cache/llumd")
     for name, value, expected in (
         ("XDG_CACHE_HOME", "/xdg", "/xdg/llumd"),
         ("CACHE_DIRECTORY", "/systemd", "/systemd"),

@@ -1,1 +1,1 @@
-"""Programs for the people who develop llumd; none of them ships."""
+"""Programs for the development of llumd. They are not part of the package."""

@@ -1,1 +1,1 @@
-"""The frontend: OpenAI routes, SSE, admission, request tracking, metrics."""
+"""The frontend process: OpenAI routes, SSE, admission, request tracking, metrics."""

@@ -1,4 +1,4 @@
-"""API keys. Routes are closed unless the route table opens them, so a new one is never open by accident."""
+"""API keys. Every route needs a key unless the route table makes it public, so no new route is public by mistake."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from daemon.control.policy.priority import ALLOWED, parse_priority
 
 
 class Key(NamedTuple):
-    """An accepted key, by its SHA-256 digest. `priority`: of its requests that name none."""
+    """An accepted key, as its SHA-256 digest. `priority` applies to its requests that set none."""
 
     digest: bytes
     priority: int = 0
 
 
-# The key that the request being handled came with. One task serves all requests of a connection: set it for each.
+# The key of the current request. One asyncio task serves all requests of a connection, so set it for every request.
 current_key: ContextVar[Key | None] = ContextVar("current_key", default=None)
 
 
 class KeyRing:
-    """The keys that are accepted."""
+    """The accepted keys."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = list(keys)
 
     @classmethod
     def load(cls, file: Path) -> KeyRing:
-        """Keys from a file: one a line, perhaps followed by ``priority=high`` (`Key`); blank lines and lines
-        beginning with ``#`` do not count.
+        """Load the keys of a file: one per line, optionally followed by ``priority=high`` (see `Key`).
 
-        Raises ConfigError if the file cannot be read, a line is not so, or no line holds a key: an empty ring would
-        lock everybody out. No error shows anything of a line.
+        Blank lines and lines that start with ``#`` are ignored. Raises ConfigError if the file cannot be read, a line
+        has another form, or no line has a key, because an empty ring would refuse all clients. No error message
+        repeats any part of a line.
         """
         try:
             lines = file.read_text().splitlines()
@@ -57,12 +57,12 @@ class KeyRing:
         return cls(keys.values())
 
     def check(self, authorization: str | None) -> Key:
-        """The key that this ``Authorization`` header carries. Raises ApiError (401) if it is none of the ring's."""
+        """Return the key in this ``Authorization`` header. Raises ApiError (401) if it is not in the ring."""
         if not authorization:
             raise unauthorized("You didn't provide an API key: send it as `Authorization: Bearer KEY`.")
         scheme, _, key = authorization.partition(" ")
         digest = _digest(key.strip())
-        # Every digest is compared, so the time tells nothing about which one came near.
+        # Compare every digest in constant time: the time must not show which key was nearly right.
         matches = [known for known in self._keys if hmac.compare_digest(digest, known.digest)]
         if scheme.lower() != "bearer" or not matches:
             raise unauthorized("Incorrect API key provided.")
@@ -70,13 +70,16 @@ class KeyRing:
 
 
 def parse_key(line: str) -> Key | None:
-    """The key on a line of the key file, if any. ValueError says what may stand there, and nothing of what does."""
+    """Return the key on a line of the key file, or None if the line has none.
+
+    The message of a ValueError names the allowed form and repeats no part of the line.
+    """
     if not line.strip() or line.strip().startswith("#"):
         return None
     key, *attributes = line.split()
     values = [a.removeprefix("priority=") for a in attributes if a.startswith("priority=")]
     if key.startswith("priority=") or len(attributes) > 1 or len(values) < len(attributes):
-        raise ValueError("it must be a key, or a key, a blank and `priority=` with one value")
+        raise ValueError("the line must be a key, or a key, a blank and `priority=` with one value")
     try:
         return Key(_digest(key), parse_priority(values[0]) if values else 0)
     except ValueError:
@@ -84,5 +87,5 @@ def parse_key(line: str) -> Key | None:
 
 
 def _digest(key: str) -> bytes:
-    # Header bytes that are no UTF-8 arrive as lone surrogates.
+    # Header bytes that are not UTF-8 arrive as lone surrogates.
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

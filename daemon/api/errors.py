@@ -1,11 +1,12 @@
-"""What clients are told when a request fails: OpenAI's error body, status codes and retry advice.
+"""Errors of the HTTP API: OpenAI's error body, status codes and retry headers.
 
-429 means capacity exists but is full, 503 that there is none; both are worth a retry. Where a retry would
-only repeat the failure, ``x-should-retry: false`` stops the official clients from trying.
+429 means that the capacity is used up, 503 that there is none; clients should retry both. Where a retry would only
+repeat the failure, ``x-should-retry: false`` stops the official clients from retrying.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,13 @@ from aiohttp import web
 
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, TooLong
 
+log = logging.getLogger(__name__)
+
 _NO_RETRY = {"x-should-retry": "false"}
 
 
 class ApiError(Exception):
-    """A failure with its place in OpenAI's error object. `param` names the request field at fault."""
+    """A failure as the fields of OpenAI's error object. `param` names the request field with the wrong value."""
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """``{"error": {...}}``, all four members present."""
+        """Return ``{"error": {...}}`` with all four members."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -48,7 +51,7 @@ class ApiError(Exception):
         return web.Response(body=body, status=self.status, headers=self.headers, content_type="application/json")
 
     def event(self) -> bytes:
-        """The error as the last event of a stream that had already begun."""
+        """Return the error as the last event of a stream that has begun."""
         return b"data: " + msgspec.json.encode(self.body()) + b"\n\n"
 
 
@@ -60,8 +63,8 @@ def context_length_exceeded(message: str, param: str) -> ApiError:
     return bad_request(message, param, "context_length_exceeded")
 
 
-def model_not_found(asked: str, served: str) -> ApiError:
-    message = f"The model `{asked}` does not exist here. Models served: `{served}`."
+def model_not_found(requested: str, served: str) -> ApiError:
+    message = f"The model `{requested}` does not exist here. This server serves `{served}`."
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -70,17 +73,17 @@ def unauthorized(message: str) -> ApiError:
 
 
 def body_too_large(limit: int) -> ApiError:
-    # The unread rest of the body would be taken for the next request.
+    # Close the connection: otherwise the server parses the unread rest of the body as the next request.
     return ApiError(413, f"The request body is larger than {limit} bytes.", headers={"Connection": "close"})
 
 
 def deadline_exceeded(seconds: float) -> ApiError:
-    message = f"The request was not finished within {seconds:g} seconds and was ended."
+    message = f"The request did not finish within {seconds:g} seconds, so the server ended it."
     return ApiError(504, message, type="timeout_error", code="deadline_exceeded", headers=_NO_RETRY)
 
 
 def cancelled() -> ApiError:
-    message = "The request was cancelled by an operator."
+    message = "An operator cancelled the request."
     return ApiError(503, message, type="server_error", code="cancelled", headers=_NO_RETRY)
 
 
@@ -93,8 +96,16 @@ def internal() -> ApiError:
     return ApiError(500, "Internal error; the server's log has the details.", type="server_error")
 
 
-def from_exception(error: BaseException) -> ApiError | None:
-    """The error for what the generator or aiohttp raised; None for what nobody expected."""
+def to_api_error(error: Exception) -> ApiError:
+    """Return the error for the client. An unexpected exception goes to the log, never to the client."""
+    known = _from_exception(error)
+    if known is None:
+        log.error("unexpected failure of a request", exc_info=error)
+    return known or internal()
+
+
+def _from_exception(error: Exception) -> ApiError | None:
+    """Return the error for an exception of the generator or aiohttp; None if it is unexpected."""
     known: ApiError | None = None
     match error:
         case ApiError():
@@ -119,7 +130,7 @@ def from_exception(error: BaseException) -> ApiError | None:
 def _from_http(error: web.HTTPException) -> ApiError:
     if error.status == 405:
         allow = error.headers.get("Allow", "")
-        message = f"This method is not allowed here; allowed: {allow}."
+        message = f"This method is not allowed here. Allowed: {allow}."
         return ApiError(405, message, code="method_not_allowed", headers={"Allow": allow})
     if error.status == 404:
         return ApiError(404, "Unknown request URL.", code="unknown_url")

@@ -1,4 +1,4 @@
-"""The frontend process: one event loop with the HTTP server, the doorbell and the tracker on it."""
+"""The frontend process: one event loop runs the HTTP server, the doorbell and the request tracker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiohttp import web
 
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing
-from daemon.api.metrics import Fleet, FrontendMetrics
+from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.api.request_tracker import RequestTracker
 from daemon.ipc import child, doorbell
 from daemon.ipc.child import STOP_SIGNAL, ChildSpec
@@ -26,14 +26,14 @@ from daemon.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_BEAT = 1.0  # seconds between signs of life
-_BEAT_DEADLINE = 30.0
+_HEARTBEAT = 1.0  # seconds between two heartbeats
+_HEARTBEAT_DEADLINE = 30.0  # seconds after a heartbeat at which the next one is overdue
 
 
 def main(spec: ChildSpec) -> None:
-    """Entry point of the frontend process."""
-    fabric = child.begin(spec)
-    fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _BEAT_DEADLINE)
+    """Run the frontend process."""
+    fabric = child.initialize(spec)
+    fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _HEARTBEAT_DEADLINE)
     uvloop.run(_serve(spec, fabric))
 
 
@@ -45,27 +45,27 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     await runner.setup()
     assert runner.server is not None
 
-    def rung() -> None:
-        doorbell.answer(fabric.bell)
+    def on_bell() -> None:
+        doorbell.clear(fabric.bell)
         tracker.on_doorbell()
 
-    loop.add_reader(fabric.bell, rung)
+    loop.add_reader(fabric.bell, on_bell)
     stop = asyncio.Event()
     loop.add_signal_handler(STOP_SIGNAL, stop.set)
-    listener = socket.socket(fileno=spec.listener)
+    listener = socket.socket(fileno=spec.listener_fd)
     listener.setblocking(False)
-    acceptor = Acceptor(listener, runner.server)
+    acceptor = ConnectionAcceptor(listener, runner.server)
     acceptor.start()
     progress = fabric.progress(fabric.process)
-    progress.enter(EngineState.SERVING, fabric.incarnation, _BEAT_DEADLINE)
-    beating = asyncio.create_task(_beat(progress))
+    progress.enter(EngineState.SERVING, fabric.incarnation, _HEARTBEAT_DEADLINE)
+    heartbeat = asyncio.create_task(_send_heartbeats(progress))
     await stop.wait()
     tracker.draining = True
-    progress.enter(EngineState.DRAINING, fabric.incarnation, _BEAT_DEADLINE)
-    # New connections are still taken while requests run: a 503 is a better answer than a reset at the end.
-    await _drained(tracker, spec.config.drain_timeout)
+    progress.enter(EngineState.DRAINING, fabric.incarnation, _HEARTBEAT_DEADLINE)
+    # Accept connections while requests run: a 503 is a better answer than a connection reset at the end.
+    await _drain(tracker, spec.config.drain_timeout)
     acceptor.stop()
-    beating.cancel()
+    heartbeat.cancel()
     await runner.cleanup()
 
 
@@ -76,18 +76,18 @@ def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> we
         generator=tracker,
         tokenizer=Tokenizer(model_dir),
         chat_template=ChatTemplate(model_dir),
-        model_config=read_model_config(model_dir, config.served_name, "dummy"),
+        model_config=read_model_config(model_dir, config.served_name),
         keys=KeyRing.load(Path(config.api_key_file)) if config.api_key_file else None,
-        metrics=FrontendMetrics(tracker.metrics, lambda: _fleet(fabric, tracker)),
+        metrics=FrontendMetrics(tracker.metrics, lambda: _read_all(fabric, tracker)),
     )
 
 
-def _fleet(fabric: Fabric, tracker: RequestTracker) -> Fleet:
-    """Everybody's counters: any frontend can answer for the whole daemon."""
+def _read_all(fabric: Fabric, tracker: RequestTracker) -> DaemonSnapshot:
+    """Read the metrics of all processes: any frontend can answer `/metrics` for the whole daemon."""
     topology = fabric.topology
     frontends = [fabric.metrics(topology.frontend(k)) for k in range(topology.frontends)]
     engines = [fabric.metrics(topology.engine(i)) for i in range(topology.engines)]
-    return Fleet(
+    return DaemonSnapshot(
         [snapshot(page, FRONTEND) for page in frontends],
         [snapshot(page, ENGINE) for page in engines],
         tracker.engines.facts(),
@@ -95,14 +95,14 @@ def _fleet(fabric: Fabric, tracker: RequestTracker) -> Fleet:
     )
 
 
-async def _beat(progress: Progress) -> None:
+async def _send_heartbeats(progress: Progress) -> None:
     while True:
-        progress.beat(_BEAT_DEADLINE)
-        await asyncio.sleep(_BEAT)
+        progress.beat(_HEARTBEAT_DEADLINE)
+        await asyncio.sleep(_HEARTBEAT)
 
 
-async def _drained(tracker: RequestTracker, timeout: float) -> None:
-    """Wait for running requests; what is left after `timeout` seconds is cut off."""
+async def _drain(tracker: RequestTracker, timeout: float) -> None:
+    """Wait for running requests; end those that still run after `timeout` seconds with an error."""
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     while tracker.active and loop.time() < end:
@@ -112,11 +112,11 @@ async def _drained(tracker: RequestTracker, timeout: float) -> None:
         tracker.give_up("the server is shutting down")
 
 
-class Acceptor:
-    """Takes one connection for each turn of the event loop.
+class ConnectionAcceptor:
+    """Accepts one connection in each iteration of the event loop.
 
-    asyncio's own server empties the whole backlog in one turn, so the first frontend awake would get
-    every connection of a burst. One at a time, a busy frontend accepts slowly and its siblings take the rest.
+    asyncio's own server empties the whole backlog in one iteration, so the first frontend that wakes up would get
+    every connection of a burst. With one at a time a busy frontend accepts slowly, and its siblings accept the rest.
     """
 
     def __init__(self, listener: socket.socket, server: web.Server) -> None:
@@ -135,8 +135,8 @@ class Acceptor:
         try:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # a sibling was faster, or the client has gone
-        except OSError as e:  # out of descriptors: let some close before trying again
+            return  # another frontend accepted it, or the client hung up
+        except OSError as e:  # out of file descriptors: wait until some are closed
             log.error("cannot accept a connection: %s", e)
             self.stop()
             self._loop.call_later(1.0, self.start)

@@ -1,4 +1,4 @@
-"""The seam between the HTTP routes and the tracker: what a route may ask for, and what it gets back."""
+"""The interface between the HTTP routes and the request tracker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
 
 
 class Overloaded(Exception):
-    """No room now: 429 with Retry-After. `retry_after` in seconds."""
+    """There is no room now: 429 with Retry-After. `retry_after` in seconds."""
 
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
@@ -20,62 +20,65 @@ class NoEngine(Exception):
 
 
 class TooLong(Exception):
-    """The request can never run here (prompt, or its reservation, exceeds what an engine has): 400."""
+    """The request can never run here (its prompt or its reservation exceeds the capacity of an engine): 400."""
 
 
 class EngineLost(Exception):
-    """The request's engine died or gave up in the middle: an error event, then the stream closes."""
+    """The engine of a running request died or gave up: a stream sends an error event and closes."""
 
 
-class Piece(NamedTuple):
-    """Everything that arrived for one choice since the last call."""
+class TokenChunk(NamedTuple):
+    """All output of one choice since the last call."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None
     finish: Finish  # NONE: more will come
-    cached: int  # prompt tokens served from the prefix cache
+    num_cached_tokens: int  # prompt tokens served from the prefix cache
 
 
-class Stream(Protocol):
-    """One choice in flight. A slow reader gets larger pieces, never a longer queue."""
+class TokenStream(Protocol):
+    """Output of one running choice. A slow reader gets larger chunks, never a longer queue."""
 
     rid: int
 
-    async def next(self) -> Piece:
-        """Wait until something is there. Raises Lost."""
+    async def next(self) -> TokenChunk:
+        """Wait for output and return all of it. Raises EngineLost."""
         ...
 
     def cancel(self) -> None:
-        """Stop it and free its blocks. Harmless when it is finished."""
+        """Stop the request and free its blocks. No-op if it has finished."""
         ...
 
 
 class Admission(Protocol):
-    """`count` requests' places in the queue limit, taken before tokenising; released on exit."""
+    """Places of `count` requests in the queue limit, taken before tokenising; released on exit."""
 
     def __enter__(self) -> Admission: ...
     def __exit__(self, *exc: object) -> None: ...
 
 
 class Generator(Protocol):
-    """What the routes see of the control plane."""
+    """The part of the request tracker that the routes use."""
 
     @property
     def max_model_len(self) -> int:
-        """Of the engines, in tokens; 0 until one is ready."""
+        """Longest prompt plus output of the engines, tokens; 0 until an engine is ready."""
         ...
 
     def admit(self, count: int) -> Admission:
-        """Raises Overloaded or NoEngine."""
+        """Take places for `count` requests. Raises Overloaded or NoEngine."""
         ...
 
     def submit(
         self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0, cache_salt: bytes = b""
-    ) -> Stream:
-        """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
+    ) -> TokenStream:
+        """Write the request to the journal and start it on the freest engine.
+
+        Raises Overloaded, NoEngine or TooLong.
+        """
         ...
 
     @property
     def ready(self) -> bool:
-        """At least one engine is serving and this frontend is not draining."""
+        """True if at least one engine serves and this frontend does not drain."""
         ...

@@ -1,4 +1,4 @@
-"""Log probabilities in the two shapes of the API: a list of entries for chat, parallel lists for text."""
+"""Logprobs in the two formats of the API: a list of entries for chat, parallel lists for text completions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _FLOOR = -9999.0  # JSON has no minus infinity
 
 
 class TokenTexts(Protocol):
-    """What a tokenizer knows of single tokens."""
+    """The part of a tokenizer that the formats use."""
 
     def token_bytes(self, token: int) -> bytes: ...
 
 
 class LogprobsFormat(Protocol):
-    """Collects entries until somebody takes them."""
+    """Collects the entries of tokens between two calls of `take`."""
 
     def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
-        """One entry a token; `logprobs` may be longer than `tokens`."""
+        """Add one entry per token; `logprobs` may be longer than `tokens`."""
         ...
 
     def take(self) -> Any:
-        """What was added since the last call, as the API's object; None if that is nothing."""
+        """Return the entries since the last call as the API's object; None if there are none."""
         ...
 
 
@@ -54,7 +54,7 @@ class TextLogprobs:
     """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, four lists of one length."""
 
     def __init__(self, texts: TokenTexts, top: int) -> None:
-        """`top`: alternatives a token; with 0 the `top_logprobs` are null."""
+        """`top`: number of alternatives per token; if 0, `top_logprobs` is null."""
         self._texts = texts
         self._top = top
         self._offset = 0  # characters
@@ -90,7 +90,7 @@ class TextLogprobs:
         return taken
 
     def _alternatives(self, text: str, value: float, found: TokenLogprobs | None) -> dict[str, float]:
-        """The most likely tokens; the chosen one is always among them, as the API has it."""
+        """Return the most likely tokens and, as the API requires, the sampled token."""
         pairs = zip(found.top_ids, found.top_logprobs, strict=True) if found else ()
         tops: dict[str, float] = {}
         for top, logprob in pairs:

@@ -1,7 +1,7 @@
-"""/metrics: the statistics of all processes as one Prometheus page.
+"""/metrics: the metrics of all processes as one Prometheus page.
 
-vLLM's names carry totals over all engines, exactly one series each: a gateway that reads the first series of a
-name must not take one engine for the whole box. Single engines have series under names of their own.
+vLLM's metric names have totals over all engines, exactly one series each: a gateway that reads only the first series
+of a name must not mistake one engine for the whole daemon. Single engines have series under names of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from daemon.ipc.messages import EngineFacts, EngineState
 from daemon.ipc.metrics_page import Counter, Histogram, HistogramValue, MetricsPage, Snapshot
 from daemon.ipc.process_table import ENGINE_STATES
 
-# What vLLM counts as well goes by its name; the rest has our own prefix.
+# Metrics that vLLM has too keep its names; the others have the prefix `llumd:`.
 _VLLM_FRONTEND = frozenset(
     {
         *("request_success", "admission_rejections", "prompt_tokens", "generation_tokens"),
@@ -38,9 +38,11 @@ _VLLM_ENGINE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
-    """All processes at one moment. `facts[i]` is None while engine i has published nothing; `states[i]` is one of
-    `processes.ENGINE_STATES`."""
+class DaemonSnapshot:
+    """Metrics, facts and states of all processes at one moment.
+
+    `facts[i]` is None while engine i has published nothing; `states[i]` is one of `process_table.ENGINE_STATES`.
+    """
 
     frontends: Sequence[Snapshot]
     engines: Sequence[Snapshot]
@@ -50,10 +52,10 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class FrontendMetrics:
-    """This frontend's own page to count on, and the way to everybody's."""
+    """The metrics page that this frontend writes, and a function that reads those of all processes."""
 
     page: MetricsPage
-    fleet: Callable[[], Fleet]
+    read_all: Callable[[], DaemonSnapshot]
 
 
 def render(
@@ -63,29 +65,32 @@ def render(
     engine_facts: Sequence[EngineFacts | None],
     engine_states: Sequence[str] = (),
 ) -> bytes:
-    """Prometheus text format. Index i of `engine_pages`, `engine_facts` and `engine_states` is engine i."""
+    """Return the page in Prometheus text format.
+
+    Index i of `engine_pages`, `engine_facts` and `engine_states` is engine i.
+    """
     registry = CollectorRegistry(auto_describe=False)
-    fleet = Fleet(frontend_pages, engine_pages, engine_facts, engine_states)
-    registry.register(_Collector(model_name, fleet))
+    snapshot = DaemonSnapshot(frontend_pages, engine_pages, engine_facts, engine_states)
+    registry.register(_Collector(model_name, snapshot))
     return generate_latest(registry)
 
 
 class _Collector:
-    def __init__(self, model: str, fleet: Fleet) -> None:
-        self._model = model
-        self._fleet = fleet
+    def __init__(self, model_name: str, snapshot: DaemonSnapshot) -> None:
+        self._model_name = model_name
+        self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
-        yield from self._totals(self._fleet.frontends, _frontend_name)
-        yield from self._totals(self._fleet.engines, _VLLM_ENGINE.get)
+        yield from self._totals(self._snapshot.frontends, _frontend_name)
+        yield from self._totals(self._snapshot.engines, _VLLM_ENGINE.get)
         yield from self._engine_gauges()
-        yield from self._engine_counts()
+        yield from self._engine_counters()
 
-    # -- totals, labelled by model alone
+    # -- totals, labelled with the model only
 
     def _gauges(self) -> Iterator[Metric]:
-        facts = [f for f in self._fleet.facts if f is not None]
+        facts = [f for f in self._snapshot.facts if f is not None]
         used, total = sum(f.used_blocks for f in facts), sum(f.total_blocks for f in facts)
         usage = used / total if total else 0.0
         yield self._gauge("vllm:num_requests_running", "Requests in a batch.", sum(f.running for f in facts))
@@ -93,12 +98,12 @@ class _Collector:
         yield self._gauge("vllm:kv_cache_usage_perc", "KV blocks in use; 1 means all.", usage)
         labels = ["model_name", "block_size", "num_gpu_blocks"]
         info = GaugeMetricFamily("vllm:cache_config_info", "KV cache, all engines together.", labels=labels)
-        info.add_metric([self._model, str(max((f.block_size for f in facts), default=0)), str(total)], 1)
+        info.add_metric([self._model_name, str(max((f.block_size for f in facts), default=0)), str(total)], 1)
         yield info
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=["model_name"])
-        family.add_metric([self._model], value)
+        family.add_metric([self._model_name], value)
         return family
 
     def _totals(self, pages: Sequence[Snapshot], name_of: Callable[[str], str | None]) -> Iterator[Metric]:
@@ -111,22 +116,19 @@ class _Collector:
         for histogram in table.histograms:
             if name := name_of(histogram.name):
                 family = HistogramMetricFamily(name, histogram.help, labels=["model_name"])
-                _add_histogram(family, [self._model], histogram, _merged(histogram, pages))
+                _add_buckets(family, [self._model_name], histogram, _merged(histogram, pages))
                 yield family
 
     def _total_counter(self, name: str, counter: Counter, pages: Sequence[Snapshot]) -> Metric:
         labels = ["model_name", *(label for label, _ in counter.labels)]
         family = CounterMetricFamily(name, counter.help, labels=labels)
         for values in counter.series():
-            family.add_metric([self._model, *values], sum(p.counter(counter.name, *values) for p in pages))
+            family.add_metric([self._model_name, *values], sum(p.counter(counter.name, *values) for p in pages))
         return family
 
-    # -- one series an engine
+    # -- one series for each engine
 
     def _engine_gauges(self) -> Iterator[Metric]:
-        def up(f: EngineFacts | None) -> float:
-            return float(f is not None and f.state == EngineState.SERVING)
-
         gauges: tuple[tuple[str, str, Callable[[EngineFacts], float]], ...] = (
             ("requests_running", "Requests in the batch.", lambda f: f.running),
             ("requests_waiting", "Requests queued.", lambda f: f.waiting),
@@ -136,23 +138,23 @@ class _Collector:
             ("tokens_per_second", "Output tokens a second, moving average.", lambda f: f.tokens_per_second),
         )
         serving = GaugeMetricFamily("llumd:engine_serving", "1 while the engine serves.", labels=["engine"])
-        for i, facts in enumerate(self._fleet.facts):
-            serving.add_metric([str(i)], up(facts))
+        for i, facts in enumerate(self._snapshot.facts):
+            serving.add_metric([str(i)], float(facts is not None and facts.state == EngineState.SERVING))
         yield serving
         states = GaugeMetricFamily("llumd:engine_state", "1 for the engine's state.", labels=["engine", "state"])
-        for i, current in enumerate(self._fleet.states):
+        for i, current in enumerate(self._snapshot.states):
             for state in ENGINE_STATES:
                 states.add_metric([str(i), state], float(state == current))
         yield states
         for name, help, value in gauges:
             family = GaugeMetricFamily(f"llumd:engine_{name}", help, labels=["engine"])
-            for i, facts in enumerate(self._fleet.facts):
+            for i, facts in enumerate(self._snapshot.facts):
                 if facts is not None:
                     family.add_metric([str(i)], value(facts))
             yield family
 
-    def _engine_counts(self) -> Iterator[Metric]:
-        pages = self._fleet.engines
+    def _engine_counters(self) -> Iterator[Metric]:
+        pages = self._snapshot.engines
         if not pages:
             return
         for counter in pages[0].table.counters:
@@ -165,7 +167,7 @@ class _Collector:
         for histogram in pages[0].table.histograms:
             distribution = HistogramMetricFamily(f"llumd:engine_{histogram.name}", histogram.help, labels=["engine"])
             for i, page in enumerate(pages):
-                _add_histogram(distribution, [str(i)], histogram, page.histogram(histogram.name))
+                _add_buckets(distribution, [str(i)], histogram, page.histogram(histogram.name))
             yield distribution
 
 
@@ -179,7 +181,7 @@ def _merged(histogram: Histogram, pages: Sequence[Snapshot]) -> HistogramValue:
     return HistogramValue(counts, sum(v.sum for v in values))
 
 
-def _add_histogram(
+def _add_buckets(
     family: HistogramMetricFamily, labels: list[str], histogram: Histogram, value: HistogramValue
 ) -> None:
     bounds = [*(floatToGoString(b) for b in histogram.buckets), "+Inf"]

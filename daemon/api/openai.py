@@ -1,4 +1,4 @@
-"""OpenAI's routes: chat and text completions, models; and vLLM's tokenizer routes beside them."""
+"""OpenAI's routes (chat completions, text completions, models) and vLLM's tokenizer routes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from aiohttp import web
 
 from daemon.api import schemas, validation
 from daemon.api.answer import Prompt
-from daemon.api.errors import bad_request, model_not_found
-from daemon.api.respond import Task, respond
+from daemon.api.errors import bad_request
+from daemon.api.request_body import read_body
+from daemon.api.respond import CheckedRequest, respond
 from daemon.api.schemas import ChatRequest, CompletionRequest, Message
-from daemon.api.service import Service, read_body
+from daemon.api.service import Service
 
-_chat = msgspec.json.Decoder(ChatRequest).decode
-_completion = msgspec.json.Decoder(CompletionRequest).decode
-_tokenize = msgspec.json.Decoder(schemas.TokenizeRequest).decode
-_detokenize = msgspec.json.Decoder(schemas.DetokenizeRequest).decode
+_chat = msgspec.json.Decoder(ChatRequest)
+_completion = msgspec.json.Decoder(CompletionRequest)
+_tokenize = msgspec.json.Decoder(schemas.TokenizeRequest)
+_detokenize = msgspec.json.Decoder(schemas.DetokenizeRequest)
 
 
 class OpenAI:
-    """The handlers, by the service they work with."""
+    """The handlers of these routes."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -30,39 +31,40 @@ class OpenAI:
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
         service = self._service
-        request = await read_body(http, service.config.max_body, _chat)
-        service.check_model(request.model)
-        validation.check_chat(request, service.limits)
+        body = await read_body(http, service.config.max_body, _chat)
+        service.check_model(body.model)
+        validation.check_chat(body, service.limits)
 
         def tokenise() -> list[Prompt]:
-            text = service.render(request.messages, request.add_generation_prompt is not False)
-            # The template writes the special tokens itself.
-            return [Prompt(service.tokenizer.encode(text, bool(request.add_special_tokens)), None)]
+            text = service.render(body.messages, body.add_generation_prompt is not False)
+            # The template has written the special tokens, so the default is to add none.
+            return [Prompt(service.tokenizer.encode(text, bool(body.add_special_tokens)), None)]
 
-        return await respond(service, http, Task(request, 1, _characters(request.messages), tokenise))
+        size = _num_characters(body.messages)
+        request = CheckedRequest(body, num_prompts=1, num_characters=size, tokenise=tokenise)
+        return await respond(service, http, request)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
         service = self._service
-        request = await read_body(http, service.config.max_body, _completion)
-        service.check_model(request.model)
-        validation.check_completion(request, service.limits)
-        prompts = validation.split_prompts(request.prompt)
-        special = request.add_special_tokens is not False
+        body = await read_body(http, service.config.max_body, _completion)
+        service.check_model(body.model)
+        validation.check_completion(body, service.limits)
+        prompts = validation.split_prompts(body.prompt)
+        special = body.add_special_tokens is not False
 
         def tokenise() -> list[Prompt]:
             encode = service.tokenizer.encode
             return [Prompt(encode(p, special), p) if isinstance(p, str) else Prompt(p, None) for p in prompts]
 
         size = sum(len(p) for p in prompts if isinstance(p, str))
-        return await respond(service, http, Task(request, len(prompts), size, tokenise))
+        request = CheckedRequest(body, num_prompts=len(prompts), num_characters=size, tokenise=tokenise)
+        return await respond(service, http, request)
 
     async def models(self, http: web.Request) -> web.Response:
         return _json({"object": "list", "data": [self._model()]})
 
     async def model(self, http: web.Request) -> web.Response:
-        asked = http.match_info["model"]
-        if asked != self._service.model_config.name:
-            raise model_not_found(asked[:200], self._service.model_config.name)
+        self._service.check_model(http.match_info["model"])
         return _json(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class OpenAI:
             raise bad_request("Send either `prompt` or `messages`.", "prompt")
         if request.messages is not None:
             validation.check_messages(request.messages)
-        size = len(request.prompt or "") + _characters(request.messages or [])
+        size = len(request.prompt or "") + _num_characters(request.messages or [])
         tokens = await service.off_loop(lambda: self._tokens(request), size)
         texts = [service.tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
         body = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
@@ -101,7 +103,7 @@ class OpenAI:
         return _json({"prompt": text})
 
 
-def _characters(messages: list[Message]) -> int:
+def _num_characters(messages: list[Message]) -> int:
     total = 0
     for message in messages:
         if isinstance(message.content, list):

@@ -1,8 +1,8 @@
-"""Which engine was given which beginnings of prompts, so that a like prompt can be sent where its KV is. Pure.
+"""Prefix affinity: which engine was given which prompt prefixes, and so may hold the KV of a similar prompt. Pure.
 
-A guess, made without asking anybody: engines evict blocks unheard, and what other frontends sent is not known here.
-A prompt is known by its beginnings of 4, 8, 16, ... blocks, so that it costs a few look-ups however long it is. Of a
-common beginning at least half is found, if it is worth anything: what is shorter saves less than a request costs.
+The answer is a guess: engines do not report evictions, and prompts that other frontends dispatched are not known.
+A prompt is represented by its prefixes of 4, 8, 16, ... blocks, so a prompt of any length costs a few look-ups.
+At least half of a common prefix of 4 blocks or more is found; a shorter one saves less than a request costs.
 """
 
 from __future__ import annotations
@@ -11,72 +11,74 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-_CAPACITY = 1 << 15  # beginnings remembered
+_CAPACITY = 1 << 15  # prefixes remembered
 _SHORTEST, _LONGEST = 4, 1 << 10  # blocks
 
 
 class PrefixAffinity:
-    """The memory of one frontend, of at most `capacity` beginnings: the longest unused is forgotten."""
+    """Prefixes that one frontend has dispatched, at most `capacity`: the least recently used is dropped first."""
 
     def __init__(self, engines: int, block_size: int, capacity: int = _CAPACITY) -> None:
         self._engines = engines
-        self._everybody = (1 << engines) - 1
+        self._all_engines = (1 << engines) - 1
         self._block_size = block_size
         self._capacity = capacity
-        self._given: OrderedDict[int, int] = OrderedDict()  # name of a beginning -> bit set of engines
+        self._holders: OrderedDict[int, int] = OrderedDict()  # prefix key -> bit set of engines
 
-    def names(self, prompt: array[int], salt: bytes = b"") -> list[int]:
-        """Names of the prompt's beginnings of 4, 8, 16, ... blocks, for the other methods. Its last token is left
-        out, as engines compute it in any case. `prompt`: token ids, u32; `salt`: prompts of another are never alike.
+    def keys(self, prompt: array[int], salt: bytes = b"") -> list[int]:
+        """Return the keys of the prompt's prefixes of 4, 8, 16, ... blocks, for the other methods.
+
+        `prompt`: token ids, u32. Its last token is left out, because engines compute it in any case. Prompts with
+        different `salt` have no key in common.
         """
         packed = prompt.tobytes()
         width = prompt.itemsize * self._block_size
         blocks = min((len(prompt) - 1) // self._block_size, _LONGEST)
-        names = []
-        name, start, end = hash(salt), 0, _SHORTEST
+        keys = []
+        key, start, end = hash(salt), 0, _SHORTEST
         while end <= blocks:
-            name = hash((name, packed[start * width : end * width]))
-            names.append(name)
+            key = hash((key, packed[start * width : end * width]))
+            keys.append(key)
             start, end = end, end * 2
-        return names
+        return keys
 
-    def matched(self, names: Sequence[int]) -> list[int] | None:
-        """Leading blocks of the prompt that each engine is thought to hold; None: all the same."""
-        given = self._given
+    def matched(self, keys: Sequence[int]) -> list[int] | None:
+        """Return how many leading blocks of the prompt each engine probably holds; None if all hold the same."""
+        holders = self._holders
         found: list[int] | None = None
-        seen, blocks = 0, _SHORTEST << len(names)
-        for name in reversed(names):
+        seen, blocks = 0, _SHORTEST << len(keys)
+        for key in reversed(keys):
             blocks >>= 1
-            new = given.get(name, 0) & ~seen
+            new = holders.get(key, 0) & ~seen
             if new:
-                if new == self._everybody:
+                if new == self._all_engines:
                     return None
                 found = found or [0] * self._engines
-                _mark(found, new, blocks)
+                _set_blocks(found, new, blocks)
                 seen |= new
         return found
 
-    def record(self, names: Sequence[int], engine: int) -> None:
-        """The prompt was given to `engine`."""
-        given, bit = self._given, 1 << engine
-        for name in names:
-            given[name] = given.get(name, 0) | bit
-            given.move_to_end(name)
-        while len(given) > self._capacity:
-            given.popitem(last=False)
+    def record(self, keys: Sequence[int], engine: int) -> None:
+        """Record that the prompt with these keys was given to `engine`."""
+        holders, bit = self._holders, 1 << engine
+        for key in keys:
+            holders[key] = holders.get(key, 0) | bit
+            holders.move_to_end(key)
+        while len(holders) > self._capacity:
+            holders.popitem(last=False)
 
     def forget(self, engine: int) -> None:
-        """The engine is gone, and all that it held."""
+        """Remove an engine from all prefixes: it died, and its KV cache with it."""
         others = ~(1 << engine)
-        for name, engines in list(self._given.items()):
+        for key, engines in list(self._holders.items()):
             if engines & others:
-                self._given[name] = engines & others
+                self._holders[key] = engines & others
             else:
-                del self._given[name]
+                del self._holders[key]
 
 
-def _mark(found: list[int], engines: int, blocks: int) -> None:
-    """Note `blocks` for each of a bit set of engines."""
+def _set_blocks(found: list[int], engines: int, blocks: int) -> None:
+    """Set found[i] = blocks for each engine i of a bit set."""
     while engines:
         lowest = engines & -engines
         found[lowest.bit_length() - 1] = blocks

@@ -1,4 +1,4 @@
-"""What a choice, and an error, leave in the statistics."""
+"""Metrics of one choice: latencies, token counts, and how it ended; and of rejected requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REJECTED = {
 
 
 class RequestMetrics:
-    """Times one choice. All times are seconds of CLOCK_MONOTONIC."""
+    """Records the latencies and token counts of one choice. All times are CLOCK_MONOTONIC seconds."""
 
     __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_tokens")
 
@@ -31,7 +31,7 @@ class RequestMetrics:
         page.observe("request_params_max_tokens", max_tokens)
 
     def output(self, now: float, tokens: int) -> None:
-        """`tokens` > 0 came together at `now`; the time since the last ones is shared out among them."""
+        """Record `tokens` > 0 that arrived together at `now`; they share the time since the previous ones evenly."""
         if self._first < 0:
             self._first = now
             self._page.observe("time_to_first_token_seconds", now - self._arrival)
@@ -42,7 +42,7 @@ class RequestMetrics:
         self._page.inc("generation_tokens", tokens)
 
     def end(self, now: float, finish: Finish, cached: int) -> None:
-        """The choice ended; only the first call counts. `cached`: prompt tokens from a prefix cache."""
+        """Record the end of the choice; only the first call counts. `cached`: prompt tokens from a prefix cache."""
         if self._ended:
             return
         self._ended = True
@@ -59,7 +59,10 @@ class RequestMetrics:
 
 
 def count_rejection(page: MetricsPage, error: ApiError) -> None:
-    """A request for an answer that failed before it ran, or while it did."""
+    """Count the error of a completion, raised before or while it ran: overloaded, no engine, too long or invalid.
+
+    Status 401 and other errors of status 5xx are no rejections and are not counted.
+    """
     if error.code in _REJECTED:
         page.inc("admission_rejections", 1, _REJECTED[error.code])
     elif error.status < 500 and error.status != 401:

@@ -1,53 +1,159 @@
-"""One request in flight, as its frontend knows it."""
+"""One unfinished request of a frontend: its ownership, its journal slot, and output that its reader has not taken."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from daemon.api.generator import EngineLost, Piece
+from daemon.api.generator import EngineLost, TokenChunk
 from daemon.control.policy.ownership import Ownership
+from daemon.ipc.journal import Journal
 from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
-
-if TYPE_CHECKING:
-    from daemon.api.request_tracker import RequestTracker
 
 
 class RequestState:
-    """One request in flight: what arrived and was not taken by its reader yet. Implements `Stream`."""
+    """State of one unfinished request. Implements `TokenStream`.
+
+    Every change reaches the journal first, then this object, then the reader. `epoch` and `accepted` are separate
+    attributes because each output row reads them; `ownership` combines them for decisions.
+    """
 
     __slots__ = (
-        "_arrived", "_failure", "_finish", "_logprobs", "_tracker", "_waiter",
-        "accepted", "cached", "changed", "crashes", "engine", "epoch", "heard", "incarnation", "names", "paused",
-        "priority", "rid", "slot",
+        "_arrived", "_failure", "_finish", "_journal", "_logprobs", "_on_cancel", "_ownership", "_waiter",
+        "accepted", "crashes", "epoch", "last_output_at", "num_cached_tokens", "paused_since", "prefix_keys", "rid",
+        "slot",
     )  # fmt: skip
 
-    def __init__(self, tracker: RequestTracker, rid: int, slot: int, priority: int) -> None:
-        self._tracker = tracker
-        self.rid = rid
+    def __init__(
+        self,
+        journal: Journal,
+        slot: int,
+        ownership: Ownership,
+        prefix_keys: list[int],
+        on_cancel: Callable[[RequestState], None],
+    ) -> None:
+        """`slot`: opened in `journal` for this request. `on_cancel`: called when the reader cancels it."""
+        self._journal = journal
+        self._on_cancel = on_cancel
+        self.rid = ownership.rid
         self.slot = slot
-        self.names: list[int] = []  # of its prompt's beginnings, see `PrefixAffinity`
-        self.priority = priority  # as it is now
-        self.changed = False  # its priority, since this epoch began
-        self.epoch = 0
-        self.engine = -1  # its owner, and
-        self.incarnation = 0  # the owner's incarnation
-        self.accepted = 0  # output tokens journaled
-        self.crashes = 0  # engines that died while they had it
-        self.heard = 0.0  # when output last came, CLOCK_MONOTONIC seconds
-        self.paused = 0.0  # that of the last output before a takeover, while none has come since
+        self.prefix_keys = prefix_keys  # of its prompt, see `PrefixAffinity`
+        self._ownership = ownership
+        self.accepted = ownership.accepted  # output tokens journaled
+        self.crashes = 0  # engines that crashed while they owned it
+        self.last_output_at = 0.0  # when output last arrived, CLOCK_MONOTONIC seconds
+        self.paused_since = 0.0  # `last_output_at` of before a takeover; 0 once output has arrived again
         self._arrived: list[int] = []
         self._logprobs: list[TokenLogprobs | None] | None = None
         self._finish = Finish.NONE
-        self.cached = 0
+        self.num_cached_tokens = 0  # prompt tokens from the prefix cache
         self._failure: str | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.assign(ownership)
+
+    # -- ownership ----------------------------------------------------------------------------------
+
+    @property
+    def ownership(self) -> Ownership:
+        """Epoch, owner, accepted output and priority, as the journal has them."""
+        if self._ownership.accepted != self.accepted:
+            self._ownership = self._ownership._replace(accepted=self.accepted)
+        return self._ownership
+
+    @property
+    def owner(self) -> EngineIncarnation:
+        """Engine that the request was last given to; it may have died since."""
+        assert self._ownership.owner is not None
+        return self._ownership.owner
+
+    @property
+    def engine(self) -> int:
+        """Index of the owner."""
+        return self.owner.engine
+
+    @property
+    def priority(self) -> int:
+        """Current priority; lower goes first."""
+        return self._ownership.priority
+
+    def assign(self, ownership: Ownership) -> None:
+        """Journal the new epoch and owner with one store, and keep `ownership`."""
+        assert ownership.owner is not None
+        self._journal.assign(self.slot, ownership.epoch, *ownership.owner)
+        self._ownership = ownership
+        self.epoch = ownership.epoch
+
+    def reprioritise(self, ownership: Ownership) -> None:
+        """Journal the new priority, and keep `ownership`."""
+        self._journal.reprioritise(self.slot, ownership.priority)
+        self._ownership = ownership
+
+    # -- output -------------------------------------------------------------------------------------
+
+    def accept(
+        self,
+        start: int,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs | None] | None,
+        finish: Finish,
+        cached: int,
+        now: float,
+    ) -> int:
+        """Apply one output row of the current epoch: journal the new tokens and deliver them to the reader.
+
+        `start`: output position of tokens[0]. `cached`: prompt tokens from the prefix cache. `now`: CLOCK_MONOTONIC
+        seconds. Return the number of new tokens, as `ownership.fresh` counts them; the others repeat accepted output.
+        Return -1, and change nothing, if output before `start` is missing.
+        """
+        repeated = self.accepted - start
+        if repeated < 0:
+            return -1
+        if repeated:
+            tokens = tokens[repeated:]
+            logprobs = logprobs[repeated:] if logprobs is not None else None
+        count = len(tokens)
+        if count:
+            self._journal.append(self.slot, tokens, logprobs)
+            self.accepted += count
+            self.last_output_at = now
+        if self._arrived:
+            self._arrived += tokens
+        else:
+            self._arrived = tokens
+        if logprobs is not None:
+            self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
+        self._finish = finish
+        self.num_cached_tokens = cached
+        self._wake()
+        return count
+
+    def append(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        """Journal output that a claim carried, all of it new, and deliver it to the reader."""
+        self.accept(self.accepted, tokens, logprobs, Finish.NONE, self.num_cached_tokens, self.last_output_at)
+
+    def end(self, finish: Finish) -> None:
+        """End the stream without further output."""
+        self._finish = finish
+        self._wake()
+
+    def fail(self, reason: str) -> None:
+        """End the stream with EngineLost."""
+        self._failure = reason
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- TokenStream --------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
+        """True once the request has ended, with or without an error."""
         return self._finish is not Finish.NONE or self._failure is not None
 
-    async def next(self) -> Piece:
+    async def next(self) -> TokenChunk:
+        """Wait for output and take all that has arrived. Raises EngineLost."""
         while not self._arrived and not self.done:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -57,42 +163,11 @@ class RequestState:
         if self._failure is not None and not self._arrived:
             raise EngineLost(self._failure)
         finish = Finish.NONE if self._failure is not None else self._finish
-        piece = Piece(self._arrived, self._logprobs, finish, self.cached)
+        chunk = TokenChunk(self._arrived, self._logprobs, finish, self.num_cached_tokens)
         self._arrived, self._logprobs = [], None
-        return piece
+        return chunk
 
     def cancel(self) -> None:
+        """Cancel the request. No effect once it has ended."""
         if not self.done:
-            self._tracker.cancel(self, Finish.CANCELLED)
-
-    @property
-    def ownership(self) -> Ownership:
-        """Who runs it, as the journal has it."""
-        owner = EngineIncarnation(self.engine, self.incarnation)
-        return Ownership(self.rid, self.epoch, owner, self.accepted, self.priority, self.changed)
-
-    def deliver(
-        self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None, finish: Finish, cached: int
-    ) -> None:
-        """Hand accepted tokens to the reader."""
-        if self._arrived:
-            self._arrived += tokens
-        else:
-            self._arrived = tokens
-        if logprobs is not None:
-            self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
-        self._finish = finish
-        self.cached = cached
-        self._wake()
-
-    def end(self, finish: Finish) -> None:
-        self._finish = finish
-        self._wake()
-
-    def fail(self, reason: str) -> None:
-        self._failure = reason
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._on_cancel(self)

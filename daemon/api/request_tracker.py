@@ -1,8 +1,8 @@
-"""The frontend's side of the fabric: journals a request, picks its engine, accepts its tokens.
+"""The frontend's request table: journals each request, dispatches it to an engine and accepts its output.
 
-The frontend is the only judge of its requests. Every row of output names (request, epoch, position); what
-is stale, repeated or of a former owner is dropped by rule, and accepted tokens are journaled before anyone
-sees them. Rings are acknowledged after the journal holds what they carried.
+The frontend decides alone about its requests. Every row of output names (request, epoch, position); rows that are
+stale, repeated or from a former owner are dropped by rule. Accepted tokens are journaled before they are delivered.
+An engine's ring is acknowledged once the journal holds what was read from it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from daemon.api.engine_link import EngineLink
-from daemon.api.engine_links import EngineLinks
+from daemon.api.engine_links import EngineLink, EngineLinks
 from daemon.api.generator import NoEngine, Overloaded, TooLong
 from daemon.api.request_state import RequestState
 from daemon.config import Config
@@ -47,11 +46,11 @@ from daemon.ipc.process_table import ProcessState
 
 log = logging.getLogger(__name__)
 
-_RESCUE_PERIOD = 0.1  # seconds from one look for an engine to the next, while requests are without
+_REDISPATCH_PERIOD = 0.1  # seconds between two attempts to dispatch stranded requests
 
 
 class RequestTracker:
-    """All requests of one frontend. Implements `Generator`. Lives on the event loop's thread."""
+    """All requests of one frontend. Implements `Generator`. Used on the event loop's thread only."""
 
     def __init__(self, fabric: Fabric, config: Config) -> None:
         _, index = fabric.topology.role(fabric.process)
@@ -59,12 +58,12 @@ class RequestTracker:
         self._config = config
         self._journal = Journal(fabric.journal(index, writable=True))
         self.engines = EngineLinks(fabric, config)
-        self._advice = fabric.reader(COORDINATOR)
+        self._coordinator = fabric.reader(COORDINATOR)
         self.metrics = MetricsPage(fabric.metrics(fabric.process), FRONTEND)
-        self._log = EventWriter(fabric.events(fabric.process))
-        self._flights: dict[int, RequestState] = {}
-        self._stranded: dict[int, str] = {}  # requests that no engine has, and why
-        self._rescue: asyncio.TimerHandle | None = None  # the next look for an engine
+        self._events = EventWriter(fabric.events(fabric.process))
+        self._requests: dict[int, RequestState] = {}
+        self._stranded: dict[int, str] = {}  # rid -> why no engine runs the request now
+        self._redispatch_timer: asyncio.TimerHandle | None = None
         self._reserved = 0  # admitted and not submitted yet
         self._next_rid = index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self.draining = False
@@ -74,27 +73,29 @@ class RequestTracker:
 
     @property
     def max_model_len(self) -> int:
+        """Smallest context of the engines that serve, tokens; 0 if none serves."""
         return min((f.max_model_len for f in self.engines.serving()), default=0)
 
     @property
     def ready(self) -> bool:
+        """True if at least one engine serves and this frontend does not drain."""
         return not self.draining and bool(self.engines.serving())
 
     @property
     def active(self) -> int:
-        """Unfinished requests."""
-        return len(self._flights)
+        """Number of unfinished requests."""
+        return len(self._requests)
 
     def admit(self, count: int) -> _Places:
-        """Raises Overloaded or NoEngine."""
+        """Reserve `count` places in the queue limit, released on exit. Raises Overloaded or NoEngine."""
         if not self.ready:
             raise NoEngine("shutting down" if self.draining else "no engine is ready")
-        if len(self._flights) + self._reserved + count > self._config.max_queued:
-            raise Overloaded(f"{len(self._flights)} requests are queued or running; try again shortly")
+        if len(self._requests) + self._reserved + count > self._config.max_queued:
+            raise Overloaded(f"{len(self._requests)} requests are queued or running; try again shortly")
         return _Places(self, count)
 
     def reserve(self, count: int) -> None:
-        """Take (or, negative, give back) places in the queue limit."""
+        """Reserve places in the queue limit; a negative `count` releases them."""
         self._reserved += count
 
     def submit(
@@ -110,64 +111,64 @@ class RequestTracker:
         if self.draining:
             raise NoEngine("shutting down")
         prompt = array("I", prompt)
-        names = self.engines.names(prompt, cache_salt)
-        engine = self.engines.choose(high=priority < 0, names=names)
+        prefix_keys = self.engines.prefix_keys(prompt, cache_salt)
+        engine = self.engines.choose(high=priority < 0, prefix_keys=prefix_keys)
         self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
         record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
         slot = self._open(rid, record, prompt)
         self._next_rid += 1
-        flight = RequestState(self, rid, slot, priority)
-        flight.names = names
-        self._flights[rid] = flight
-        self._assign(flight, Ownership(rid, 1, self.engines.owner(engine), 0, priority))
-        self._start(flight, len(prompt))
-        self._note_dispatch(flight, len(prompt), label)
-        return flight
+        owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=priority)
+        request = self._requests[rid] = RequestState(self._journal, slot, owned, prefix_keys, self.cancel)
+        self._start(request, len(prompt))
+        self._record_dispatch(request, len(prompt), label)
+        return request
 
-    def _start(self, flight: RequestState, prompt_len: int) -> None:
-        """Send the Start to the flight's engine, and say how much was sent."""
-        owner = EngineIncarnation(flight.engine, flight.incarnation)
-        self.engines.start(owner, Start(flight.rid, flight.epoch, flight.slot, prompt_len))
+    def _start(self, request: RequestState, prompt_len: int) -> None:
+        """Send a Start to the request's owner and publish the new demand."""
+        self.engines.start(request.owner, Start(request.rid, request.epoch, request.slot, prompt_len))
         self._publish()
 
-    def _note_dispatch(self, flight: RequestState, prompt_len: int, label: str, again: str = "") -> None:
-        """For the record, after the engine was rung: it need not wait for that."""
-        self.engines.note(flight.names, flight.engine)
+    def _record_dispatch(self, request: RequestState, prompt_len: int, label: str, again: str = "") -> None:
+        """Record the dispatch in prefix affinity, metrics and events: after the Start, which need not wait for it."""
+        self.engines.record_prefixes(request.prefix_keys, request.engine)
         self.metrics.inc("dispatches", 1.0, DispatchKind.AGAIN if again else DispatchKind.FIRST)
-        name = label or f"{flight.rid:x}"
-        self._log.write(Dispatched(flight.rid, name, flight.engine, prompt_len, flight.priority, again))
+        name = label or f"{request.rid:x}"
+        self._events.write(Dispatched(request.rid, name, request.engine, prompt_len, request.priority, again))
 
-    # -- what arrives -----------------------------------------------------------------------------
+    # -- input ------------------------------------------------------------------------------------
 
     def on_doorbell(self) -> None:
-        """Take everything that peers have written. The table is read first, deaths are handled last:
-        what a dead engine had put on its ring before is accepted before its death counts."""
-        changed = self.engines.look()
+        """Handle everything that other processes have written.
+
+        The process table is read first and deaths are handled last: output that a dead engine had written to its ring
+        is accepted before its death counts.
+        """
+        changed = self.engines.refresh_table()
         for link in self.engines.links:
-            self._drain(link)
+            self._read_outputs(link)
             self.engines.flush(link)
-        while (record := self._advice.read()) is not None:
+        while (record := self._coordinator.read()) is not None:
             if record.receiver == self._fabric.incarnation:
                 self._handle(decode_from_coordinator(record.payload))
-        self._advice.ack()
+        self._coordinator.ack()
         if changed:
-            self._handle_changes()
+            self._handle_table_change()
 
-    def cancel(self, flight: RequestState, finish: Finish) -> None:
-        """End a request from this side and free its blocks."""
-        for order in ownership.cancel(flight.ownership):
-            self._order(order)
-        self._close(flight)
-        flight.end(finish)
+    def cancel(self, request: RequestState) -> None:
+        """Cancel a request: its engine frees its blocks, its stream ends with `Finish.CANCELLED`."""
+        for order in ownership.cancel(request.ownership):
+            self._send(order)
+        self._close(request)
+        request.end(Finish.CANCELLED)
 
     def give_up(self, reason: str) -> None:
-        """End every unfinished request with an error: nobody will wait for it any longer."""
-        for flight in list(self._flights.values()):
-            self._lose(flight, reason)
+        """End every unfinished request with an error."""
+        for request in list(self._requests.values()):
+            self._fail(request, reason)
 
-    def _drain(self, link: EngineLink) -> None:
-        link.refresh()  # now, while nobody waits for a dispatch
+    def _read_outputs(self, link: EngineLink) -> None:
+        link.refresh()  # here, because no request waits for a dispatch now
         read = link.outputs.read
         while (record := read()) is not None:
             if record.receiver != self._fabric.incarnation:
@@ -176,214 +177,209 @@ class RequestTracker:
             if type(message) is StepOutput:
                 self._accept(message)
             else:
-                self._judge(message, EngineIncarnation(link.index, record.sender))
+                self._handle_claim(message, EngineIncarnation(link.index, record.sender))
         link.outputs.ack()
 
     def _accept(self, out: StepOutput) -> None:
-        """Fold one step's rows: epoch and position decide what counts."""
+        """Apply the rows of one step; epoch and position decide which tokens are new."""
         end = 0
         now = time.monotonic()
         for rid, epoch, start, count, finish, cached in zip(
             out.rids, out.epochs, out.starts, out.counts, out.finishes, out.cached, strict=True
         ):
             begin, end = end, end + count
-            flight = self._flights.get(rid)
-            if flight is None or flight.epoch != epoch:
+            request = self._requests.get(rid)
+            if request is None or request.epoch != epoch:
                 self.metrics.inc("stale_tokens", count)
                 continue
-            known = flight.accepted - start
-            if known < 0:
-                self._lose(flight, "output was lost between engine and frontend")
-                continue
-            if known:
-                self.metrics.inc("stale_tokens", min(known, count))
-                begin = min(begin + known, end)
-            tokens = out.tokens[begin:end]
             logprobs = out.logprobs[begin:end] if out.logprobs is not None else None
-            if tokens:
-                self._journal.append(flight.slot, tokens, logprobs)
-                flight.accepted += len(tokens)
-                flight.heard = now
-                if flight.paused:
-                    self.metrics.observe("migration_pause_seconds", now - flight.paused)
-                    flight.paused = 0.0
+            new = request.accept(start, out.tokens[begin:end], logprobs, Finish(finish), cached, now)
+            if new < 0:
+                self._fail(request, "output was lost between engine and frontend")
+                continue
+            if new < count:
+                self.metrics.inc("stale_tokens", count - new)
+            if new and request.paused_since:
+                self.metrics.observe("migration_pause_seconds", now - request.paused_since)
+                request.paused_since = 0.0
             if finish:
-                self._close(flight)
-            flight.deliver(tokens, logprobs, Finish(finish), cached)
+                self._close(request)
 
-    def _judge(self, claim: Refused | Takeover | Reclaim | HandBack, sender: EngineIncarnation) -> None:
-        """What an engine says about one request."""
-        flight = self._flights.get(claim.rid)
-        if flight is None:
-            self._order(ownership.stale(claim.rid, claim.epoch, sender))
+    def _handle_claim(self, claim: Refused | Takeover | Reclaim | HandBack, sender: EngineIncarnation) -> None:
+        """Handle an engine's message about one request."""
+        request = self._requests.get(claim.rid)
+        if request is None:
+            self._send(ownership.stale(claim.rid, claim.epoch, sender))
             return
         match claim:
             case Refused(epoch=epoch, reason=reason):
-                if flight.epoch == epoch:
-                    self._lose(flight, reason)
+                if request.epoch == epoch:
+                    self._fail(request, reason)
             case Takeover():
-                decision = ownership.takeover(flight.ownership, sender, claim)
-                if decision.ownership.owner == sender and decision.ownership.epoch > flight.epoch:
-                    self._note_takeover(flight, decision.ownership)
-                self._apply(flight, decision)
+                decision = ownership.takeover(request.ownership, sender, claim)
+                if decision.ownership.owner == sender and decision.ownership.epoch > request.epoch:
+                    self._record_takeover(request, decision.ownership)
+                self._apply(request, decision)
             case Reclaim():
-                self._apply(flight, ownership.reclaim(flight.ownership, sender, claim))
+                self._apply(request, ownership.reclaim(request.ownership, sender, claim))
             case HandBack():
-                self._apply(flight, ownership.hand_back(flight.ownership, sender, claim))
+                self._apply(request, ownership.hand_back(request.ownership, sender, claim))
 
-    def _note_takeover(self, flight: RequestState, ownership: Ownership) -> None:
-        """For the record, before `ownership` takes the place of the flight's own."""
-        assert ownership.owner is not None
-        flight.paused = flight.paused or flight.heard
+    def _record_takeover(self, request: RequestState, new: Ownership) -> None:
+        """Record a takeover in prefix affinity, metrics and events. Call it before `new` is assigned."""
+        assert new.owner is not None
+        request.paused_since = request.paused_since or request.last_output_at
         self.metrics.inc("takeovers")
-        name = self._journal.params(flight.slot).label or f"{flight.rid:x}"
-        to = ownership.owner.engine
-        self.engines.note(flight.names, to)
-        self._log.write(TakenOver(flight.rid, name, flight.engine, to, ownership.epoch, ownership.accepted))
+        name = self._journal.params(request.slot).label or f"{request.rid:x}"
+        to = new.owner.engine
+        self.engines.record_prefixes(request.prefix_keys, to)
+        self._events.write(TakenOver(request.rid, name, request.engine, to, new.epoch, new.accepted))
 
-    def _apply(self, flight: RequestState, decision: Decision, why: str = "handed back") -> None:
-        """Journal the output, then the custody with one store, then send the orders. `why`: it is started anew, for
-        the record."""
+    def _apply(self, request: RequestState, decision: Decision, why: str = "handed back") -> None:
+        """Journal the output, then the ownership with one store, then send the orders.
+
+        `why`: the reason that the event of a new dispatch gives.
+        """
         output = decision.output
         if output is not None:
-            self._journal.append(flight.slot, output.tokens, output.logprobs)
-            flight.accepted += len(output.tokens)
-            flight.deliver(output.tokens, output.logprobs, Finish.NONE, flight.cached)
+            request.append(output.tokens, output.logprobs)
         if decision.redispatch:
-            self._redispatch(flight, decision, "output was lost" if decision.fault else why)
+            self._redispatch(request, decision, "output was lost" if decision.fault else why)
             return
-        if decision.ownership != flight.ownership:
-            self._assign(flight, decision.ownership)
+        if decision.ownership != request.ownership:
+            self._assign(request, decision.ownership)
         for order in decision.orders:
-            self._order(order)
+            self._send(order)
 
-    def _redispatch(self, flight: RequestState, decision: Decision, why: str) -> None:
-        """Nobody runs it now: start it where there is most room, as soon as there is an engine."""
+    def _redispatch(self, request: RequestState, decision: Decision, why: str) -> None:
+        """Send the orders, and start the request on the freest engine as soon as one serves."""
         for order in decision.orders:
-            self._order(order)
-        self._stranded[flight.rid] = why
+            self._send(order)
+        self._stranded[request.rid] = why
         self._place_stranded()
 
     def _place_stranded(self) -> None:
-        """Start anew what no engine has, or look again a little later; end it if none can come any more."""
-        if self._rescue is not None:
-            self._rescue.cancel()
-            self._rescue = None
+        """Dispatch stranded requests. Without an engine try again later, or fail them if no engine can come."""
+        if self._redispatch_timer is not None:
+            self._redispatch_timer.cancel()
+            self._redispatch_timer = None
         for rid, why in list(self._stranded.items()):
-            flight = self._flights[rid]
+            request = self._requests[rid]
+            high = request.priority < 0
             try:
-                engine = self.engines.choose(avoid=flight.engine, high=flight.priority < 0, names=flight.names)
+                engine = self.engines.choose(avoid=request.engine, high=high, prefix_keys=request.prefix_keys)
             except NoEngine as e:
-                if self.engines.may_come(draining=self.draining):
-                    self._rescue = asyncio.get_running_loop().call_later(_RESCUE_PERIOD, self._place_stranded)
+                if self.engines.may_serve_later(draining=self.draining):
+                    loop = asyncio.get_running_loop()
+                    self._redispatch_timer = loop.call_later(_REDISPATCH_PERIOD, self._place_stranded)
                     return
-                self._lose(flight, str(e))
+                self._fail(request, str(e))
             else:
-                self._restart(flight, engine, why)
+                self._restart(request, engine, why)
 
-    def _restart(self, flight: RequestState, engine: int, why: str) -> None:
-        self._assign(flight, ownership.started(flight.ownership, self.engines.owner(engine)))
-        prompt_len = self._journal.prompt_len(flight.slot)
-        self._start(flight, prompt_len)
-        self._note_dispatch(flight, prompt_len, self._journal.params(flight.slot).label, why)
+    def _restart(self, request: RequestState, engine: int, why: str) -> None:
+        self._assign(request, ownership.started(request.ownership, self.engines.current(engine)))
+        prompt_len = self._journal.prompt_len(request.slot)
+        self._start(request, prompt_len)
+        self._record_dispatch(request, prompt_len, self._journal.params(request.slot).label, why)
 
-    def _assign(self, flight: RequestState, ownership: Ownership) -> None:
-        assert ownership.owner is not None
-        self._stranded.pop(flight.rid, None)
-        flight.epoch, flight.changed = ownership.epoch, ownership.changed
-        flight.engine, flight.incarnation = ownership.owner
-        self._journal.assign(flight.slot, ownership.epoch, *ownership.owner)
+    def _assign(self, request: RequestState, new: Ownership) -> None:
+        self._stranded.pop(request.rid, None)
+        request.assign(new)
 
-    def _order(self, order: Order) -> None:
+    def _send(self, order: Order) -> None:
         self.engines.send(order.to, order.message)
 
-    def _handle(self, advice: CancelRequest | SetPriority) -> None:
-        flight = self._flights.get(advice.rid)
-        if flight is None:
+    def _handle(self, message: CancelRequest | SetPriority) -> None:
+        """Handle a message of the coordinator."""
+        request = self._requests.get(message.rid)
+        if request is None:
             return
-        match advice:
+        match message:
             case CancelRequest():
-                self.cancel(flight, Finish.CANCELLED)
+                self.cancel(request)
             case SetPriority(priority=priority):
-                self._reprioritise(flight, priority)
+                self._reprioritise(request, priority)
 
-    def _reprioritise(self, flight: RequestState, priority: int) -> None:
-        """Journal it first: whoever is sent a Start or a Handover from now on reads it there."""
-        decision = ownership.reprioritise(flight.ownership, priority)
-        flight.priority, flight.changed = decision.ownership.priority, decision.ownership.changed
-        self._journal.reprioritise(flight.slot, flight.priority)
+    def _reprioritise(self, request: RequestState, priority: int) -> None:
+        """Journal the priority, then send the orders: an engine reads it there after a later Start or Handover."""
+        decision = ownership.reprioritise(request.ownership, priority)
+        request.reprioritise(decision.ownership)
         for order in decision.orders:
-            self._order(order)
+            self._send(order)
 
-    # -- engines come and go ------------------------------------------------------------------------
+    # -- engine incarnations ------------------------------------------------------------------------
 
-    def _handle_changes(self) -> None:
-        """Know all who are alive before anything is started anew."""
-        for link in self.engines.meet():
-            self._state(link)
+    def _handle_table_change(self) -> None:
+        """Update all incarnations before any request is dispatched again."""
+        for link in self.engines.update_incarnations():
+            self._send_owned(link)
         for link in self.engines.links:
             self._handle_engine_death(link)
         self._publish()
 
     def _handle_engine_death(self, link: EngineLink) -> None:
-        """Have what lives of the engine that are over have left go on elsewhere. What one that was parked still owned
-        had never reached it. A request may be what made one crash, so it is not taken from engine to engine for long.
+        """Dispatch again the requests that dead incarnations of this engine own.
+
+        A request that a parked engine still owns had never reached it. A request may be the cause of a crash, so it
+        ends with an error after `max_resumes` crashes.
         """
-        row = self.engines.row(link)
+        row = self.engines.table_row(link)
         dead = row.incarnation - (row.state == ProcessState.UP)
-        left = [
-            f
-            for f in self._flights.values()
-            if f.engine == link.index and f.incarnation <= dead and f.rid not in self._stranded
+        orphaned = [
+            r
+            for r in self._requests.values()
+            if r.engine == link.index and r.owner.incarnation <= dead and r.rid not in self._stranded
         ]
-        last_crashed = [f for f in left if f.incarnation <= row.last_crashed]
-        for flight in last_crashed:
-            flight.crashes += 1
-        lost = [f for f in last_crashed if f.crashes > self._config.max_resumes]
-        if last_crashed:
+        crashed = [r for r in orphaned if r.owner.incarnation <= row.last_crashed]
+        for request in crashed:
+            request.crashes += 1
+        failed = [r for r in crashed if r.crashes > self._config.max_resumes]
+        if crashed:
             log.warning(
-                "engine %d died: of its requests %d go on elsewhere, %d end with an error",
+                "engine %d died: %d of its requests continue on other engines, %d end with an error",
                 link.index,
-                len(last_crashed) - len(lost),
-                len(lost),
+                len(crashed) - len(failed),
+                len(failed),
             )
-        for flight in lost:
-            self._lose(flight, "the engine that ran this request died; please send it again")
-        for flight in left:
-            if flight.crashes <= self._config.max_resumes:
-                self._resume(flight, last_crashed=flight.incarnation <= row.last_crashed)
+        for request in failed:
+            self._fail(request, "the engine that ran this request died; please send it again")
+        for request in orphaned:
+            if request.crashes <= self._config.max_resumes:
+                self._resume(request, crashed=request.owner.incarnation <= row.last_crashed)
 
-    def _resume(self, flight: RequestState, *, last_crashed: bool) -> None:
-        if last_crashed:
+    def _resume(self, request: RequestState, *, crashed: bool) -> None:
+        if crashed:
             self.metrics.inc("resumes")
-        decision = ownership.engine_died(flight.ownership, EngineIncarnation(flight.engine, flight.incarnation))
-        self._apply(flight, decision, "its engine died" if last_crashed else "its engine was parked")
+        decision = ownership.engine_died(request.ownership, request.owner)
+        self._apply(request, decision, "its engine died" if crashed else "its engine was parked")
 
-    def _state(self, link: EngineLink) -> None:
-        """Tell an engine all that it owns of this frontend: whatever else it holds it drops."""
-        owner = self.engines.owner(link.index)
-        owned = [f for f in self._flights.values() if (f.engine, f.incarnation) == owner]
-        self.engines.send(owner, OwnedRequests([f.rid for f in owned], [f.epoch for f in owned]))
+    def _send_owned(self, link: EngineLink) -> None:
+        """Send an engine the list of requests that it owns of this frontend; it drops all others."""
+        owner = self.engines.current(link.index)
+        owned = [r for r in self._requests.values() if r.owner == owner]
+        self.engines.send(owner, OwnedRequests([r.rid for r in owned], [r.epoch for r in owned]))
 
-    def _lose(self, flight: RequestState, reason: str) -> None:
-        self._close(flight)
-        flight.fail(reason)
+    def _fail(self, request: RequestState, reason: str) -> None:
+        self._close(request)
+        request.fail(reason)
 
-    def _close(self, flight: RequestState) -> None:
-        del self._flights[flight.rid]
-        self._stranded.pop(flight.rid, None)
-        self._journal.close(flight.slot)
+    def _close(self, request: RequestState) -> None:
+        del self._requests[request.rid]
+        self._stranded.pop(request.rid, None)
+        self._journal.close(request.slot)
 
-    # -- room ---------------------------------------------------------------------------------------
+    # -- limits -------------------------------------------------------------------------------------
 
     def _refuse_oversized(self, engine: int, prompt_len: int) -> None:
         facts = self.engines.links[engine].facts
         assert facts is not None
-        room = min(facts.max_model_len, facts.total_blocks * facts.block_size)
-        if prompt_len >= room:
-            raise TooLong(f"the prompt has {prompt_len} tokens; an engine holds at most {room} with the answer")
+        limit = min(facts.max_model_len, facts.total_blocks * facts.block_size)
+        if prompt_len >= limit:
+            raise TooLong(f"the prompt has {prompt_len} tokens; prompt and answer together may have {limit}")
 
     def _open(self, rid: int, record: RequestParams, prompt: Sequence[int]) -> int:
+        """Open a journal slot. Raises Overloaded or TooLong."""
         try:
             return self._journal.open(rid, record, prompt)
         except JournalFull as e:
@@ -392,7 +388,7 @@ class RequestTracker:
             raise TooLong(str(e)) from None
 
     def _publish(self) -> None:
-        self.engines.publish(len(self._flights), taking=not self.draining)
+        self.engines.publish(len(self._requests), taking=not self.draining)
 
 
 class _Places:

@@ -1,7 +1,7 @@
-"""The life of one request for an answer, from its checked body to its last byte.
+"""Answers one checked request for a completion, from its admission to the last byte.
 
-Whatever ends it early (the client hangs up, the deadline, a lost engine), leaving the contexts frees the
-places in the queue, the streams and their blocks; nothing of that waits, so nothing of it can be interrupted.
+A request may end early: the client hangs up, the deadline passes or its engine is lost. Leaving the contexts then
+frees the places in the queue, the streams and their blocks. The releases do not await, so nothing interrupts them.
 """
 
 from __future__ import annotations
@@ -9,123 +9,142 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import msgspec
 from aiohttp import web
 
 from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
 from daemon.api.auth import current_key
-from daemon.api.errors import deadline_exceeded
-from daemon.api.params import asked_max_tokens, default_max_tokens, sampling_params
+from daemon.api.errors import deadline_exceeded, to_api_error
+from daemon.api.params import default_max_tokens, requested_max_tokens, sampling_params
 from daemon.api.schemas import ChatRequest
-from daemon.api.service import Service, explain
+from daemon.api.service import Service
 from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup
 from daemon.api.validation import check_length, priority_class
 
-Deliver = Callable[[Answer, StreamGroup], Awaitable[web.StreamResponse]]
 
+class CheckedRequest:
+    """A checked request for a completion, with its id, priority and arrival time.
 
-class Task:
-    """A checked request: how many prompts it has, and how to make tokens of them (`size` characters)."""
+    `tokenise` returns its `num_prompts` prompts, which have `num_characters` characters in total.
+    """
 
-    def __init__(self, request: Request, count: int, size: int, tokenise: Callable[[], list[Prompt]]) -> None:
+    def __init__(
+        self, body: Request, *, num_prompts: int, num_characters: int, tokenise: Callable[[], list[Prompt]]
+    ) -> None:
         key = current_key.get()
-        self.request = request
-        self.priority = priority_class(request.priority, key.priority if key else 0)
-        self.count = count
-        self.size = size
+        self.body = body
+        self.priority = priority_class(body.priority, key.priority if key else 0)
+        self.num_prompts = num_prompts
+        self.num_characters = num_characters
         self.tokenise = tokenise
-        self.id = ("chatcmpl-" if isinstance(request, ChatRequest) else "cmpl-") + secrets.token_hex(16)
+        self.id = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(16)
         self.arrival = time.monotonic()
 
 
-async def respond(service: Service, http: web.Request, task: Task) -> web.StreamResponse:
-    """The answer, streamed or whole. Raises ApiError and the generator's errors while nothing was sent."""
-    service.page.observe("request_params_n", task.request.n or 1)
-    if not task.request.stream:
-        return await _run(service, task, _whole)
+async def respond(service: Service, http: web.Request, request: CheckedRequest) -> web.StreamResponse:
+    """Answer the request, as a stream or as a whole.
+
+    Raises ApiError and the generator's errors as long as no byte is sent. A later error is the last event of the
+    stream.
+    """
+    service.page.observe("request_params_n", request.body.n or 1)
+    if not request.body.stream:
+        async with _submitted(service, request) as (answer, streams):
+            return await _write_whole(answer, streams)
     events = EventStream(http, service.config.heartbeat)
     async with events:
         try:
-            return await _run(service, task, lambda answer, fan: _stream(task, events, answer, fan))
+            async with _submitted(service, request) as (answer, streams):
+                await _write_events(_writer(answer, request.body), answer, streams, events)
         except ConnectionError:
-            return events.response  # the client is gone
+            pass  # the client has hung up
         except Exception as e:
             if not events.started:
                 raise
-            await events.fail(explain(e))
-            return events.response
+            await events.fail(to_api_error(e))
+    return events.response
 
 
-async def _run(service: Service, task: Task, deliver: Deliver) -> web.StreamResponse:
+@asynccontextmanager
+async def _submitted(service: Service, request: CheckedRequest) -> AsyncIterator[tuple[Answer, StreamGroup]]:
+    """Submit all choices of the request; leaving the context cancels those that have not ended.
+
+    Raises the errors of admission and submission, and ApiError (504) if the body runs past the request's deadline.
+    """
     seconds = service.config.request_deadline
     try:
         async with asyncio.timeout(seconds if seconds > 0 else None):
-            with StreamGroup() as fan:
-                answer = await _start(service, task, fan)
+            with StreamGroup() as streams:
+                # Take the places before any work: under a burst, tokenise no request that is then refused.
+                with service.generator.admit(request.num_prompts * (request.body.n or 1)):
+                    prompts = await service.off_loop(request.tokenise, request.num_characters)
+                    answer = Answer(service, request.body, prompts, request.id, request.arrival)
+                    _submit(service, request, prompts, answer, streams)
                 with answer:
-                    return await deliver(answer, fan)
+                    yield answer, streams
     except TimeoutError:
         raise deadline_exceeded(seconds) from None
 
 
-async def _start(service: Service, task: Task, fan: StreamGroup) -> Answer:
-    """Every choice submitted. Raises what admission and submission raise."""
-    # Places are taken before any work is done: a burst must not be tokenised to be turned away.
-    with service.generator.admit(task.count * (task.request.n or 1)):
-        prompts = await service.off_loop(task.tokenise, task.size)
-        answer = Answer(service, task.request, prompts, task.id, task.arrival)
-        _submit(service, task, prompts, answer, fan)
-        return answer
-
-
-def _submit(service: Service, task: Task, prompts: list[Prompt], answer: Answer, fan: StreamGroup) -> None:
+def _submit(
+    service: Service, request: CheckedRequest, prompts: list[Prompt], answer: Answer, streams: StreamGroup
+) -> None:
     """Start every choice of every prompt."""
-    request, priority = task.request, task.priority
-    asked, longest = asked_max_tokens(request), service.max_model_len
+    body, limits = request.body, service.limits
+    requested, max_model_len = requested_max_tokens(body), service.max_model_len
     param = "messages" if answer.chat else "prompt"
     for prompt in prompts:
-        check_length(len(prompt.tokens), asked, longest, service.limits, param)
-    salt = (request.cache_salt or "").encode()
+        check_length(len(prompt.tokens), requested, max_model_len, limits, param)
+    salt = (body.cache_salt or "").encode()
     for prompt in prompts:
-        room = longest - len(prompt.tokens)
-        max_tokens = asked or min(default_max_tokens(request, service.limits.max_output_tokens), room)
-        # Without a seed of the client's, equal prompts in one request get answers of their own.
-        seed = secrets.randbits(64) if request.seed is None else request.seed
-        for i in range(request.n or 1):
-            params = sampling_params(request, max_tokens, seed, i)
+        room = max_model_len - len(prompt.tokens)
+        max_tokens = requested or min(default_max_tokens(body, limits.max_output_tokens), room)
+        # If the request sets no seed, each prompt gets its own, so equal prompts get different answers.
+        seed = secrets.randbits(64) if body.seed is None else body.seed
+        for i in range(body.n or 1):
+            params = sampling_params(body, max_tokens, seed, i)
             label = f"{answer.id}-{len(answer.choices)}"
-            fan.add(service.generator.submit(prompt.tokens, params, label=label, priority=priority, cache_salt=salt))
+            streams.add(
+                service.generator.submit(
+                    prompt.tokens, params, label=label, priority=request.priority, cache_salt=salt
+                )
+            )
             answer.add(params)
 
 
-async def _whole(answer: Answer, fan: StreamGroup) -> web.StreamResponse:
+async def _write_whole(answer: Answer, streams: StreamGroup) -> web.StreamResponse:
+    """Wait for the end of all choices and return the response."""
     texts: list[list[str]] = [[] for _ in answer.choices]
     while answer.unfinished:
-        for i, piece in await fan.next():
-            texts[i].append(answer.push(i, piece))
+        for i, chunk in await streams.next():
+            texts[i].append(answer.push(i, chunk))
             if answer.choices[i].finish:
-                fan.stop(i)
+                streams.stop(i)
     body = msgspec.json.encode(answer.whole(["".join(t) for t in texts]))
     return web.Response(body=body, content_type="application/json")
 
 
-async def _stream(task: Task, events: EventStream, answer: Answer, fan: StreamGroup) -> web.StreamResponse:
-    options = task.request.stream_options
-    include_usage = options is not None and bool(options.include_usage)
-    continuous = include_usage and options is not None and bool(options.continuous_usage_stats)
-    writer = AnswerWriter(answer, include_usage=include_usage, continuous=continuous)
+async def _write_events(writer: AnswerWriter, answer: Answer, streams: StreamGroup, events: EventStream) -> None:
+    """Send the events of the answer as its tokens arrive, and close the stream."""
     while answer.unfinished:
         out: list[bytes] = []
-        for i, piece in await fan.next():
-            writer.write(i, answer.push(i, piece), out)
+        for i, chunk in await streams.next():
+            writer.write(i, answer.push(i, chunk), out)
             if answer.choices[i].finish:
-                fan.stop(i)
+                streams.stop(i)
         if not answer.unfinished:
             writer.end(out)
         if out:
             await events.send(b"".join(out))
     await events.close()
-    return events.response
+
+
+def _writer(answer: Answer, body: Request) -> AnswerWriter:
+    options = body.stream_options
+    include_usage = options is not None and bool(options.include_usage)
+    continuous = include_usage and options is not None and bool(options.continuous_usage_stats)
+    return AnswerWriter(answer, include_usage=include_usage, continuous=continuous)

@@ -1,7 +1,7 @@
-"""Server-sent events: the bytes of the chunks, and the response that carries them.
+"""Server-sent events: the bytes of the events, and the response that sends them.
 
-A chunk carries all text of one piece, so a client that reads slowly, or a frontend that is busy, sees fewer and
-larger chunks. Everything of a chunk but its text is made once a choice: this is the daemon's hottest path.
+An event has all text of one token chunk, so a client that reads slowly, or a busy frontend, gets fewer and larger
+events. All of an event but its text is built once per choice, because this is the daemon's hottest path.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from aiohttp import web
 from daemon.api.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
-_CLOSE_GRACE = 5.0  # seconds a client may take to read how its stream failed
+_CLOSE_GRACE = 5.0  # seconds for a client to read the error event of its stream
 
 _json = msgspec.json.Encoder().encode
 
 
 class ChunkWriter:
-    """Writes the chunks of one choice. `usage` is what the chunk's usage member holds, where it has one."""
+    """Encodes the events of one choice. `usage` is the value of an event's usage member, if it has one."""
 
     __slots__ = ("_chat", "_open", "_tail", "_text_head", "_text_mid", "_text_tail", "_usage")
 
@@ -37,19 +37,19 @@ class ChunkWriter:
         self._text_tail = self._text_mid + b'null,"finish_reason":null' + self._tail
 
     def role(self) -> bytes:
-        """The first chunk of a chat choice, the only one that names the role."""
+        """Return the first event of a chat choice, the only one that names the role."""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return self._open + delta + self._tail
 
     def text(self, text: str, logprobs: Any = None, usage: Any = None) -> bytes:
-        """A chunk with `text`, JSON-encoded here, and the logprobs object of its tokens."""
+        """Return an event with `text`, encoded as JSON, and the logprobs object of its tokens."""
         if logprobs is None and usage is None:
             return self._text_head + _json(text) + self._text_tail
         middle = self._text_mid + _json(logprobs) + b',"finish_reason":null'
         return self._text_head + _json(text) + middle + self._end(usage)
 
     def finish(self, reason: str, usage: Any = None) -> bytes:
-        """The last chunk of the choice."""
+        """Return the last event of the choice."""
         empty = b'"delta":{}' if self._chat else b'"text":""'
         middle = b',"logprobs":null,"finish_reason":"%s"' % reason.encode()
         return self._open + empty + middle + self._end(usage)
@@ -59,22 +59,22 @@ class ChunkWriter:
 
 
 def chunk_head(*, chat: bool, id: str, created: int, model: str) -> bytes:
-    """What all chunks of an answer begin with."""
+    """Return the bytes that all events of an answer begin with."""
     kind = "chat.completion.chunk" if chat else "text_completion"
     common = _json({"id": id, "object": kind, "created": created, "model": model})
     return b"data: " + common[:-1] + b","
 
 
 def usage_chunk(head: bytes, usage: Any) -> bytes:
-    """The chunk before [DONE] that only carries totals."""
+    """Return the event before [DONE], which has only the totals."""
     return head + b'"choices":[],"usage":' + _json(usage) + b"}\n\n"
 
 
 class EventStream:
-    """A response of server-sent events that begins with the first thing to send.
+    """A response of server-sent events whose headers go out with the first event.
 
-    Until then a failure can still be a plain response with its own status. With `heartbeat` > 0 a comment
-    goes out after that many seconds of silence. An async context: leaving it ends the heartbeat.
+    Until then a failure can still be a plain response with its own status. If `heartbeat` > 0, a comment is sent
+    after that many seconds without an event. An async context: leaving it stops the heartbeat.
     """
 
     def __init__(self, http: web.Request, heartbeat: float) -> None:
@@ -83,8 +83,8 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         self._starting = asyncio.Lock()
-        self._writing = 0  # writes not completed; an interrupted one never is
-        self._beat: asyncio.Task[None] | None = None
+        self._num_writes = 0  # incomplete writes; an interrupted write stays counted
+        self._heartbeat_task: asyncio.Task[None] | None = None
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
         headers["X-Accel-Buffering"] = "no"
         self.response = web.StreamResponse(headers=headers)
@@ -94,25 +94,25 @@ class EventStream:
         return self.response.prepared
 
     async def send(self, data: bytes) -> None:
-        """Write whole events at once; waits while the client is slow. Raises ConnectionError if it is gone."""
+        """Write whole events; waits while the client is slow. Raises ConnectionError if it has hung up."""
         if not self.response.prepared:
             await self._start()
         self._last = self._loop.time()
-        self._writing += 1
+        self._num_writes += 1
         await self.response.write(data)
-        self._writing -= 1
+        self._num_writes -= 1
 
     async def close(self) -> None:
-        """End the response, once the client has taken what was sent."""
-        self._writing += 1
+        """End the response after the client has read all events."""
+        self._num_writes += 1
         await self.response.write_eof()
-        self._writing -= 1
+        self._num_writes -= 1
 
     async def fail(self, error: ApiError) -> None:
-        """End the stream with an error event. A client that does not read gets its connection closed."""
+        """End the stream with an error event. Abort the connection of a client that does not read."""
         try:
-            # The client has left its buffers full, and aiohttp cannot wait for them after an interrupted wait.
-            if self._writing:
+            # The buffers are still full, and aiohttp cannot wait for them after an interrupted wait.
+            if self._num_writes:
                 raise TimeoutError
             async with asyncio.timeout(_CLOSE_GRACE):
                 await self.send(error.event())
@@ -129,21 +129,21 @@ class EventStream:
     async def _heartbeat(self) -> None:
         while True:
             silent = self._loop.time() - self._last
-            if silent < self._interval or self._writing:
+            if silent < self._interval or self._num_writes:
                 await asyncio.sleep(max(self._interval - silent, self._interval / 2))
                 continue
             try:
                 await self.send(b": heartbeat\n\n")
             except ConnectionError:
-                return  # the stream's own task finds out by itself
+                return  # the task that sends the events gets this error too
 
     async def __aenter__(self) -> EventStream:
         if self._interval > 0:
-            self._beat = self._loop.create_task(self._heartbeat())
+            self._heartbeat_task = self._loop.create_task(self._heartbeat())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._beat is not None:
-            self._beat.cancel()
+        if self._heartbeat_task is not None:
+            self._heartbeat_task.cancel()

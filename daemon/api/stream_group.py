@@ -1,34 +1,34 @@
-"""The choices of an answer, waited for together."""
+"""Several token streams, one for each choice of an answer, read together."""
 
 from __future__ import annotations
 
 import asyncio
 from types import TracebackType
 
-from daemon.api.generator import Piece, Stream
+from daemon.api.generator import TokenChunk, TokenStream
 
 
 class StreamGroup:
-    """Waits for whichever streams have something. A context: leaving it cancels what has not ended.
+    """Reads whichever streams have output. A context manager: on exit it cancels the streams that have not ended.
 
-    One stream, the common case, is awaited directly; several have a task each for as long as they live.
-    A task waits until its last piece was taken, so what a slow reader leaves stays in the journal.
+    A single stream, the common case, is awaited directly. Several streams have one task each until they end.
+    A task waits until its last chunk was taken, so output that a slow reader has not taken stays in the journal.
     """
 
     def __init__(self) -> None:
-        self._streams: list[Stream] = []
-        self._ready: list[tuple[int, Piece]] = []
-        self._failed: BaseException | None = None
+        self._streams: list[TokenStream] = []
+        self._ready: list[tuple[int, TokenChunk]] = []
+        self._error: BaseException | None = None
         self._wake = asyncio.Event()
-        self._taken: list[asyncio.Event] = []
+        self._taken: list[asyncio.Event] = []  # by stream: set once its last chunk was taken
         self._tasks: list[asyncio.Task[None]] = []
 
-    def add(self, stream: Stream) -> None:
-        """The next stream, by index. All are added before the first `next`."""
+    def add(self, stream: TokenStream) -> None:
+        """Add a stream at the next index. All streams are added before the first `next`."""
         self._streams.append(stream)
 
-    async def next(self) -> list[tuple[int, Piece]]:
-        """What has come since the last call: (index of the stream, piece), at most one each. Raises Lost."""
+    async def next(self) -> list[tuple[int, TokenChunk]]:
+        """Wait for output and return (stream index, chunk) pairs, at most one for each stream. Raises EngineLost."""
         if len(self._streams) == 1:
             return [(0, await self._streams[0].next())]
         if not self._tasks:
@@ -36,15 +36,15 @@ class StreamGroup:
             self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self._streams))]
         await self._wake.wait()
         self._wake.clear()
-        if self._failed is not None:
-            raise self._failed
+        if self._error is not None:
+            raise self._error
         ready, self._ready = self._ready, []
         for i, _ in ready:
             self._taken[i].set()
         return ready
 
     def stop(self, index: int) -> None:
-        """Nothing more is wanted of this stream."""
+        """Cancel one stream; it delivers no further chunk."""
         self._streams[index].cancel()
         if self._tasks:
             self._tasks[index].cancel()
@@ -53,15 +53,15 @@ class StreamGroup:
         stream, taken = self._streams[index], self._taken[index]
         try:
             while True:
-                piece = await stream.next()
+                chunk = await stream.next()
                 taken.clear()
-                self._ready.append((index, piece))
+                self._ready.append((index, chunk))
                 self._wake.set()
-                if piece.finish:
+                if chunk.finish:
                     return
                 await taken.wait()
         except Exception as e:
-            self._failed = e
+            self._error = e
             self._wake.set()
 
     def __enter__(self) -> StreamGroup:

@@ -1,1 +1,1 @@
-"""The commands `llumd` and `llumctl`, and the checks that llumd makes before it starts a process."""
+"""The commands `llumd` and `llumctl`, and the checks of `llumd` before it starts processes."""

@@ -1,4 +1,4 @@
-"""Which devices this machine has, and what must be there before engines start on its GPUs. Imports no torch."""
+"""Detection of the GPUs of this machine, and checks before engines start on them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,67 +10,73 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from daemon.config import Config, ConfigError
+from daemon.config import MAX_ENGINES, Config, ConfigError
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.kernels import KernelError, KvDtype
 from daemon.models.model_config import ModelConfig
 
-_MOST_ENGINES = 64
 _CPU = ["cpu", "cpu"]
 _DRIVER = Path("/proc/driver/nvidia/gpus")
-_SET_UP = "LLUMD_TORCH=cuda bin/serve sets up what GPUs need"
+_SET_UP = "`LLUMD_TORCH=cuda bin/serve` installs the packages for GPUs"
 
 
 class Gpus(NamedTuple):
-    """The GPUs that CUDA shows to whoever asks here."""
+    """The GPUs that CUDA makes visible to this process."""
 
     number: int
-    arch: str  # of each of them; "" if they differ, so that only CUDA knows which is which, or if it cannot be told
+    arch: str  # architecture of every GPU; "" if they differ (only CUDA knows their order) or if it is unknown
 
 
-def find(config: Config, say: Callable[[str], None]) -> list[str]:
-    """The default of `devices`: every GPU that CUDA shows; two engines on the CPU where there is none or none of
-    use, or where engines compute nothing."""
+def default_devices(config: Config, progress: Callable[[str], None]) -> list[str]:
+    """Return the default of `devices`: every visible GPU, or two engines on the CPU.
+
+    Machines without usable GPUs and engines without a model use the CPU. If there are GPUs that are not usable,
+    `progress` gets the reason.
+    """
     if config.engine != "model":
         return list(_CPU)
     try:
-        gpus = look().number
+        count = detect_gpus().number
     except KernelError as e:
-        say(f"llumd: {e}; serving on the CPU")
+        progress(f"llumd: {e}; serving on the CPU")
         return list(_CPU)
-    return [f"cuda:{i}" for i in range(min(gpus, _MOST_ENGINES))] or list(_CPU)
+    return [f"cuda:{i}" for i in range(min(count, MAX_ENGINES))] or list(_CPU)
 
 
 def check_gpus(config: Config, model_config: ModelConfig) -> None:
-    """Refuse with a ConfigError, before anything is started, what engines on GPUs could not start with: no such GPU,
-    packages without CUDA, kernels that nobody has compiled."""
+    """Check that the GPUs exist, that the packages support CUDA and that the kernels are compiled.
+
+    Raises ConfigError.
+    """
     try:
-        gpus = look()
+        gpus = detect_gpus()
         _check_numbers(config.devices, gpus.number)
         _check_torch()
         kernels.flashinfer_version()
-        if gpus.arch:  # else each engine looks for its kernels itself, before it loads the model
+        if gpus.arch:  # otherwise each engine checks its kernels itself, before it loads the model
             specs = kernels.required(model_config, arch=gpus.arch, kv_dtype=cast(KvDtype, config.kv_dtype))
             kernels.check(specs, gpus.arch, build_command=_build_command(config))
     except KernelError as e:
         raise ConfigError(str(e)) from None
 
 
-def look(driver: Path = _DRIVER) -> Gpus:
-    """What nvidia-smi says or, without that, the driver itself. Raises KernelError for a GPU too old."""
+def detect_gpus(driver: Path = _DRIVER) -> Gpus:
+    """Return the visible GPUs, from nvidia-smi or otherwise from the driver. Raises KernelError for an old GPU."""
     archs = kernels.gpu_archs()
     installed = len(archs) or (len(list(driver.iterdir())) if driver.is_dir() else 0)
     arch = archs[0] if len(set(archs)) == 1 else ""
-    return Gpus(visible(installed, os.environ.get("CUDA_VISIBLE_DEVICES")), arch)
+    return Gpus(count_visible(installed, os.environ.get("CUDA_VISIBLE_DEVICES")), arch)
 
 
-def visible(installed: int, named: str | None) -> int:
-    """How many of the `installed` GPUs CUDA shows, given $CUDA_VISIBLE_DEVICES: those up to the first entry that
-    names none."""
-    if named is None or not installed:
+def count_visible(installed: int, variable: str | None) -> int:
+    """Return how many of the `installed` GPUs are visible with this $CUDA_VISIBLE_DEVICES (None: not set).
+
+    As in CUDA, the first entry that is no GPU ends the list.
+    """
+    if variable is None or not installed:
         return installed
     count = 0
-    for entry in map(str.strip, named.split(",")):
+    for entry in map(str.strip, variable.split(",")):
         if not (re.match("GPU-|MIG-", entry) or (entry.isdecimal() and int(entry) < installed)):
             break
         count += 1
@@ -78,7 +84,7 @@ def visible(installed: int, named: str | None) -> int:
 
 
 def torch_cuda(version_file: Path) -> str | None:
-    """The CUDA that a PyTorch is built for, by its version.py; None for a build without."""
+    """Return the CUDA version of a PyTorch build, from its version.py. None for a build without CUDA."""
     found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version_file.read_text(), re.MULTILINE)
     return found[1] if found else None
 
@@ -90,9 +96,9 @@ def _check_numbers(devices: list[str], gpus: int) -> None:
         return
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = f" (CUDA_VISIBLE_DEVICES is {limit!r})" if limit is not None else ""
-    there = f"GPUs here are numbered 0 to {gpus - 1}" if gpus else "no NVIDIA GPU is seen here"
-    advice = "" if gpus else "; ask nvidia-smi whether the driver works, or serve on the CPU: `--devices cpu,cpu`"
-    raise ConfigError(f"devices: there is no cuda:{absent[0]}: {there}{why}{advice}")
+    visible = f"the visible GPUs have the numbers 0 to {gpus - 1}" if gpus else "no NVIDIA GPU is visible"
+    advice = "" if gpus else "; check the driver with nvidia-smi, or serve on the CPU: `--devices cpu,cpu`"
+    raise ConfigError(f"devices: there is no cuda:{absent[0]}: {visible}{why}{advice}")
 
 
 def _check_torch() -> None:
@@ -101,7 +107,7 @@ def _check_torch() -> None:
         raise ConfigError(f"PyTorch is not installed; {_SET_UP}")
     if torch_cuda(Path(found.origin).with_name("version.py")) is None:
         raise ConfigError(
-            f"devices: PyTorch here is built for the CPU alone; {_SET_UP}; or serve on the CPU: `--devices cpu,cpu`"
+            f"devices: this PyTorch is built for the CPU only; {_SET_UP}, or serve on the CPU: `--devices cpu,cpu`"
         )
 
 

@@ -1,16 +1,94 @@
-"""Events as lines for people: `llumctl events`."""
+"""Text output of `llumctl`: tables of engines and requests, and one line for each event, in local time."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
+_ENGINE_HEADINGS = (
+    *("ENGINE", "DEVICE", "STATE", "PID", "UP", "RESTARTS"),
+    *("RUN", "WAIT", "KV", "TOK/S", "STEP", "FREENESS"),
+)
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def status_lines(status: Row) -> list[str]:
+    """Return the status of the daemon as lines of text."""
+    head = f"llumd {status['version']}  {status['model']}  {status['address']}"
+    engines = table(_ENGINE_HEADINGS, [_engine_row(e) for e in status["engines"]])
+    others = [
+        ["coordinator", status["coordinator"]],
+        *([f"frontend {f['frontend']}", f] for f in status["frontends"]),
+    ]
+    rows = [[name, p["state"], *_pid_and_age(p), p["restarts"], p.get("active", "")] for name, p in others]
+    return [head, "", *engines, "", *table(["PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS"], rows)]
+
+
+def _engine_row(e: Row) -> list[Any]:
+    row = [e["engine"], e["device"], e["state"], *_pid_and_age(e), e["restarts"]]
+    if "running" not in e:
+        return [*row, "", "", "", "", "", ""]
+    free = "max" if e["freeness"] is None else f"{e['freeness']:.0f}"
+    load = [e["running"], e["waiting"], f"{e['kv_usage']:.0%}", f"{e['tokens_per_second']:.0f}"]
+    return [*row, *load, f"{e['step_ms']:.1f} ms", free]
+
+
+def _pid_and_age(process: Row) -> tuple[Any, str]:
+    """Return the pid and the age of a process, both empty while it is down."""
+    return ("", "") if process["pid"] is None else (process["pid"], _duration(process["uptime_seconds"]))
+
+
+def request_lines(requests: list[Row]) -> list[str]:
+    """Return the unfinished requests as lines of text."""
+    if not requests:
+        return ["no unfinished requests"]
+    headings = ["REQUEST", "ENGINE", "PHASE", "PROMPT", "OUTPUT", "MAX", "PRIORITY", "AGE"]
+    names = ("id", "engine", "phase", "prompt_tokens", "output_tokens", "max_tokens", "priority")
+    return table(headings, [[*(r[n] for n in names), _duration(r["age_seconds"])] for r in requests])
+
+
+def option_lines(rows: list[Row]) -> list[str]:
+    """Return the options of the daemon, their values and sources as lines of text."""
+    cells = [[o["name"], _value(o["value"]), o["unit"], o["origin"]] for o in rows]
+    return table(["OPTION", "VALUE", "UNIT", "SET BY"], cells)
+
+
+def table(headings: Sequence[str], rows: list[list[Any]]) -> list[str]:
+    """Return a table as lines of text. Columns of numbers are aligned right, other columns left."""
+    cells = [[str(c) for c in row] for row in rows]
+    widths = [max(len(h), *(len(r[i]) for r in cells)) if cells else len(h) for i, h in enumerate(headings)]
+    right = [all(isinstance(r[i], int | float) for r in rows) and bool(rows) for i in range(len(headings))]
+
+    def line(row: list[str]) -> str:
+        parts = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return "  ".join(parts).rstrip()
+
+    return [line(list(headings)), *(line(row) for row in cells)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def _value(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+# -- events ------------------------------------------------------------------------------------
+
 
 def concerns(row: Row, name: str) -> bool:
-    """Whether it is about the request called `name`: its own id, that of its answer, or its number. An order may
-    have named the answer of a request."""
+    """Return True if the event is about the request `name`: its id, the id of its answer, or its number in hex.
+
+    The id of one choice is `<id of the answer>-<number>`. An order may name either of them.
+    """
     request = row.get("request", "")
     number = f"{row['rid']:x}" if "rid" in row else ""
     return bool(request) and (name in (request, number) or _is_choice(request, name) or _is_choice(name, request))
@@ -22,11 +100,11 @@ def _is_choice(request: str, answer: str) -> bool:
 
 
 def event_line(row: Row) -> str:
-    """One event: local time, who tells it, its kind, and what happened."""
+    """Return one event as text: local time, process, kind, and what happened."""
     clock = time.strftime("%H:%M:%S", time.localtime(row["time"]))
-    thousandths = int(row["time"] % 1 * 1000)
-    tell = _TELL.get(row["kind"], _anything)
-    return f"{clock}.{thousandths:03d}  {row['process']:<12} {row['kind']:<11} {tell(row)}"
+    milliseconds = int(row["time"] % 1 * 1000)
+    describe = _DESCRIPTIONS.get(row["kind"], _unknown_kind)
+    return f"{clock}.{milliseconds:03d}  {row['process']:<12} {row['kind']:<11} {describe(row)}"
 
 
 def _dispatched(row: Row) -> str:
@@ -42,8 +120,8 @@ def _taken_over(row: Row) -> str:
 def _move_ended(row: Row) -> str:
     detail = f" ({row['detail']})" if row["detail"] else ""
     head = f"{row['request']} to engine {row['to']}, reason {row['reason']}: {row['result']}{detail}"
-    there = f" + {row['skipped']} there already" if row["skipped"] else ""
-    copied = f"{_size(row['nbytes'])}, {row['blocks']} blocks{there}, {row['stages']} stages"
+    skipped = f" + {row['skipped']} already there" if row["skipped"] else ""
+    copied = f"{_size(row['nbytes'])}, {row['blocks']} blocks{skipped}, {row['stages']} stages"
     return f"{head}; {copied}, {row['seconds'] * 1e3:.1f} ms, frozen {row['frozen_seconds'] * 1e3:.1f} ms"
 
 
@@ -52,30 +130,30 @@ def _handed_back(row: Row) -> str:
 
 
 def _preempted(row: Row) -> str:
-    return f"{row['request']}: {row['tokens']} tokens to compute anew"
+    return f"{row['request']}: {row['tokens']} tokens to recompute"
 
 
 def _engine(row: Row) -> str:
-    return f"{row['state']}"
+    return str(row["state"])
 
 
 def _ordered(row: Row) -> str:
-    about = [row["request"]] if row["request"] else []
-    about += [f"engine {row['engine']}"] if row["engine"] >= 0 else []
-    about += [row["detail"]] if row["detail"] else []
-    return f"{row['action']} {', '.join(about)}, by {row['by']}"
+    objects = [row["request"]] if row["request"] else []
+    objects += [f"engine {row['engine']}"] if row["engine"] >= 0 else []
+    objects += [row["detail"]] if row["detail"] else []
+    return f"{row['action']} {', '.join(objects)}, by {row['by']}"
 
 
 def _missed(row: Row) -> str:
     return f"{row['count']} events were overwritten before they could be read"
 
 
-def _anything(row: Row) -> str:
-    """Of a daemon that is newer than this command."""
+def _unknown_kind(row: Row) -> str:
+    """Describe an event of a daemon that is newer than this command."""
     return ", ".join(f"{k}={v}" for k, v in row.items() if k not in ("time", "process", "kind"))
 
 
-_TELL = {
+_DESCRIPTIONS = {
     "dispatched": _dispatched,
     "taken_over": _taken_over,
     "move_ended": _move_ended,

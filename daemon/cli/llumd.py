@@ -1,4 +1,4 @@
-"""The `llumd` command: serve, check, options, kernels."""
+"""The `llumd` command: `serve`, `check`, `options` and `kernels`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 
 from daemon import __version__
 from daemon import config as settings
-from daemon.cli import devices
-from daemon.cli.memory_budget import kv_pool_bytes
+from daemon.cli.prepare import Prepared, prepare
 from daemon.config import Config, ConfigError
 from daemon.ipc.child import EXIT_CONFIG, start_logging
 from daemon.ipc.segment import SegmentError
 from daemon.models import store
-from daemon.models.model_config import ModelConfig, ModelError, check_tokenizer, read_model_config
+from daemon.models.model_config import ModelConfig, ModelError, read_model_config
+from daemon.units import format_value
 
 _BACKLOG = 4096
 _EXAMPLE = """\
 llumd serves {name} at {url}
-  {engines} engine{s} ready; try
+  {engines} engine{s} ready; for example:
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
     "model": "{name}", "temperature": 0,
@@ -35,36 +35,48 @@ llumd serves {name} at {url}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `llumd`."""
+    """Run the `llumd` command."""
     args = _parser().parse_args(argv)
     sys.exit(args.run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("llumd", description="Serve one LLM from every GPU of this box.")
+    parser = argparse.ArgumentParser("llumd", description="Serve one language model from all GPUs of a machine.")
     parser.add_argument("--version", action="version", version=f"llumd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve a model until SIGTERM")
+    serve = commands.add_parser("serve", help="serve a model until SIGTERM or SIGINT")
     _add_options(serve)
     serve.set_defaults(run=_serve)
-    check = commands.add_parser("check", help="check settings and model, start nothing")
+    check = commands.add_parser("check", help="check the settings and the model, then exit")
     _add_options(check)
     check.set_defaults(run=_check)
-    table = commands.add_parser("options", help="list every option as a Markdown table")
+    table = commands.add_parser("options", help="print all options as a Markdown table")
     table.set_defaults(run=_options)
-    _add_kernels(commands.add_parser("kernels", help="compile and list the kernels that GPUs need"))
+    _add_kernels(commands.add_parser("kernels", help="compile or list the kernels that GPUs need"))
     return parser
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser("build", help="compile what a model needs, with nvcc; no GPU is needed")
-    build.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="as for serve (default: demo)")
-    build.add_argument("--arch", metavar="9.0a", help="compute capability; default: of the GPUs in this machine")
-    build.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="arithmetic (default: bf16)")
-    build.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="KV cache (default: as --dtype)")
+    build = commands.add_parser("build", help="compile the kernels of a model with nvcc; needs no GPU")
+    build.add_argument(
+        "model", nargs="?", default="demo", metavar="MODEL", help="as in `llumd serve` (default: demo)"
+    )
+    build.add_argument("--arch", metavar="9.0a", help="compute capability (default: of the GPUs in this machine)")
+    build.add_argument(
+        "--dtype", choices=("bf16", "fp16"), default="bf16", help="type of activations (default: bf16)"
+    )
+    build.add_argument(
+        "--kv-dtype", choices=("auto", "fp8"), default="auto", help="type of the KV cache (default: auto, as --dtype)"
+    )
     build.add_argument("--prefill", choices=("fa2", "fa3"), default="fa2", help="prefill kernel (default: fa2)")
-    build.add_argument("--jobs", type=int, default=0, metavar="N", help="compilers at a time; default: what fits")
+    build.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compilers that run at the same time (default: as many as fit)",
+    )
     build.set_defaults(run=_build_kernels)
     listing = commands.add_parser("list", help="list compiled kernels")
     listing.set_defaults(run=_list_kernels)
@@ -72,17 +84,22 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_", nargs="?", metavar="MODEL", help="demo, a Hugging Face directory or a .gguf file")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the options below")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file with options (default: /etc/llumd/config.toml if it exists)",
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in settings.options():
         meta = option.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         flag = "--" + option.name.replace("_", "-")
-        text = meta["meaning"].replace("%", "%%") + (f" [{meta['unit']}]" if meta["unit"] else "")
+        text = f"{meta['meaning']} [{_default(option)}]".replace("%", "%%")
         if option.type == "bool":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            name = "|".join(meta["choices"]) or option.name.upper()
+            name = "|".join(map(str, meta["choices"])) or option.name.upper()
             group.add_argument(flag, dest=option.name, default=None, metavar=name, help=text)
 
 
@@ -98,8 +115,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         config = _load(args)
         start_logging(config.log_level, "supervisor")
-        config, model_config, model_dir, pool = _prepare(config)
-        return _run(config, model_config, model_dir, pool)
+        return _run(prepare(config, _print_progress))
     except (ConfigError, ModelError, SegmentError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
@@ -107,28 +123,41 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     try:
-        config, model_config, _, pool = _prepare(_load(args))
+        config, model_config, _, pool_bytes = prepare(_load(args), _print_progress)
     except (ConfigError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
     n = len(config.devices)
-    kv = "KV in what their GPUs have free" if config.on_gpus else f"{pool >> 20} MiB of KV each"
-    print(f"{model_config.name}: {n} engine{'s' if n > 1 else ''}, {kv}; settings are fine")
+    kv = "KV cache in the free memory of the GPUs" if config.on_gpus else f"{pool_bytes >> 20} MiB of KV cache each"
+    print(f"{model_config.name}: {n} engine{'s' if n > 1 else ''}, {kv}; the settings are valid")
     return 0
 
 
 def _options(_args: argparse.Namespace) -> int:
-    print("| option | default | unit | meaning |\n|---|---|---|---|")
+    print(option_table())
+    return 0
+
+
+def option_table() -> str:
+    """Return a Markdown table of all options, for docs/configuration.md."""
+    lines = ["| option | default | unit | allowed | meaning |", "|---|---|---|---|---|"]
     defaults = Config()
     for option in settings.options():
         unit, gpu = option.metadata["unit"], option.metadata["gpu"]
-        shown = _default(getattr(defaults, option.name), unit)
-        default = f"`{shown}`" if shown else ""
-        if gpu is not None:
-            default += f"; GPUs: `{_default(gpu, unit)}`"
+        text = format_value(getattr(defaults, option.name), unit)
+        default = f"`{text}`" if text else ""
+        default += f"; on GPUs `{format_value(gpu, unit)}`" if gpu is not None else ""
         meaning = option.metadata["meaning"].replace("|", "\\|")
-        print(f"| `{option.name}` | {default} | {unit} | {meaning} |")
-    return 0
+        lines.append(f"| `{option.name}` | {default} | {unit} | {settings.allowed(option)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _default(option: settings.Option) -> str:
+    """Return the default and the unit of an option, for its help text."""
+    unit, gpu = option.metadata["unit"], option.metadata["gpu"]
+    text = format_value(getattr(Config(), option.name), unit) or "empty"
+    on_gpus = f", on GPUs {format_value(gpu, unit)}" if gpu is not None else ""
+    return f"default: {text}{on_gpus}" + (f"; unit: {unit}" if unit else "")
 
 
 def _build_kernels(args: argparse.Namespace) -> int:
@@ -138,15 +167,17 @@ def _build_kernels(args: argparse.Namespace) -> int:
     try:
         archs = {kernels.parse_arch(args.arch)} if args.arch else set(kernels.gpu_archs())
         if not archs:
-            raise kernels.KernelError("no GPU is seen here; name the architecture to compile for: --arch 9.0a")
-        model_dir = store.resolve(args.model, "auto", _say)
-        model_config = read_model_config(model_dir, load_format="dummy")  # what is compiled depends on no weight
+            raise kernels.KernelError(
+                "no GPU is visible; name the architecture to compile for, for example --arch 9.0a"
+            )
+        model_dir = store.resolve(args.model, "auto", _print_progress)
+        model_config = read_model_config(model_dir)  # kernels do not depend on weights
         for arch in sorted(archs):
             specs = kernels.required(
                 model_config, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill
             )
-            kernel_compiler.build(specs, arch, kernels.directory(arch), _say, jobs=args.jobs)
-            print(f"{len(specs)} kernels for {model_config.name} on {arch} are in {kernels.directory(arch)}")
+            kernel_compiler.build(specs, arch, kernels.directory(arch), _print_progress, jobs=args.jobs)
+            print(f"{len(specs)} kernels of {model_config.name} for {arch} are in {kernels.directory(arch)}")
     except (kernels.KernelError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
@@ -159,7 +190,7 @@ def _list_kernels(_args: argparse.Namespace) -> int:
     root = kernels.kernels_dir()
     found = kernels.listing(root)
     if not found:
-        print(f"no compiled kernels in {root}; llumd kernels build makes them")
+        print(f"no compiled kernels in {root}; `llumd kernels build` compiles them")
     for where, modules in found.items():
         print(where)
         for built in modules:
@@ -167,55 +198,15 @@ def _list_kernels(_args: argparse.Namespace) -> int:
     return 0
 
 
-def _default(value: object, unit: str) -> str:
-    if isinstance(value, list):
-        return ",".join(value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if unit == "bytes" and isinstance(value, int) and value:
-        return f"{value >> 20}MiB"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _prepare(config: Config) -> tuple[Config, ModelConfig, Path, int]:
-    """Everything that can be refused is refused here, before a process or a segment exists."""
-    config = dataclasses.replace(config, devices=config.devices or devices.find(config, _say))
-    config = config.for_gpus() if config.on_gpus else config
-    config.check()
-    if config.api_key_file:
-        from daemon.api.auth import KeyRing
-
-        KeyRing.load(Path(config.api_key_file))
-    model_dir = store.resolve(config.model, config.load_format, _say)
-    # The stub and hash engines compute nothing of the model; its tokenizer serves the frontends all the same.
-    load_format = config.load_format if config.engine == "model" else "dummy"
-    model_config = read_model_config(model_dir, config.served_name, load_format)
-    check_tokenizer(model_dir)
-    if config.on_gpus:
-        devices.check_gpus(config, model_config)
-    config = dataclasses.replace(config, served_name=model_config.name)
-    return (
-        config,
-        model_config,
-        model_dir,
-        kv_pool_bytes(config, model_config, len(config.devices), _available_memory()),
-    )
-
-
-def _say(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _run(config: Config, model_config: ModelConfig, model_dir: Path, pool: int) -> int:
+def _run(prepared: Prepared) -> int:
+    """Open the sockets and run the supervisor until it ends. Return the exit code."""
     from daemon.supervisor.supervisor import Supervisor
 
+    config, model_config, model_dir, pool_bytes = prepared
     directory = settings.run_dir(config)
     lock = _lock(directory)
     try:
@@ -223,7 +214,7 @@ def _run(config: Config, model_config: ModelConfig, model_dir: Path, pool: int) 
         config = dataclasses.replace(config, port=http.getsockname()[1])
         admin = _listen_admin(directory / "admin.sock")
         try:
-            supervisor = Supervisor(config, str(model_dir), pool, http, admin)
+            supervisor = Supervisor(config, str(model_dir), pool_bytes, http, admin)
             return supervisor.run(lambda: _announce(config, model_config, directory))
         finally:
             (directory / "admin.sock").unlink(missing_ok=True)
@@ -241,24 +232,26 @@ def _announce(config: Config, model_config: ModelConfig, directory: Path) -> Non
 
 
 def _lock(directory: Path) -> int:
-    """Hold the run directory; the kernel lets go of it however we die."""
+    """Lock the run directory and return the descriptor of the lock. The kernel releases it when the process ends."""
     try:
         directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as e:
-        raise ConfigError(f"run_dir: cannot use {directory}: {e.strerror}; choose another with --run-dir") from None
+        raise ConfigError(
+            f"run_dir: cannot use {directory}: {e.strerror}; choose another directory with --run-dir"
+        ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
         raise ConfigError(
-            f"run_dir: another llumd runs with {directory}; stop it, or choose another with --run-dir"
+            f"run_dir: another llumd uses {directory}; stop it, or choose another directory with --run-dir"
         ) from None
     return fd
 
 
 def _listen(config: Config) -> socket.socket:
-    """The one listening socket that all frontends share: a dying frontend loses no queued connection."""
+    """Open the listening socket that all frontends share, so that a killed frontend loses no queued connection."""
     try:
         info = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(info[0], socket.SOCK_STREAM)
@@ -267,13 +260,17 @@ def _listen(config: Config) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as e:
         if e.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port: {config.port} on {config.host} is taken; choose another with --port") from None
-        raise ConfigError(f"host: cannot listen on {config.host}:{config.port}: {e.strerror}") from None
+            raise ConfigError(
+                f"port: {config.port} on {config.host} is in use; choose another port with --port"
+            ) from None
+        raise ConfigError(
+            f"host: cannot listen on {config.host}:{config.port}: {e.strerror}; choose another address with --host"
+        ) from None
     return sock
 
 
 def _listen_admin(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)  # ours by the lock: a leftover of a daemon that was killed
+    path.unlink(missing_ok=True)  # We hold the lock, so the socket is from a daemon that was killed.
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o117)
     try:

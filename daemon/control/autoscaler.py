@@ -1,61 +1,62 @@
-"""Auto-scaling's deeds: `scaling` decides, this writes the wishes."""
+"""Auto-scaling: ask `policy.scaling` what to do, and set the desired states of engines accordingly."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from daemon.config import Config
+from daemon.control.desired_states import DesiredStates
 from daemon.control.policy.freeness import policy_of
-from daemon.control.policy.scaling import Action, Park, ScalingRules, ScalingState, Wake, average, decide
-from daemon.ipc.desired_state import DesiredStateReader, served_without
+from daemon.control.policy.scaling import Action, Park, ScalingRules, ScalingState, Wake, average_freeness, decide
 from daemon.ipc.messages import EngineFacts, EngineState
 
 log = logging.getLogger(__name__)
 
-SetState = Callable[[int, EngineState], None]
-
 
 class Autoscaler:
-    """Wakes and parks engines by load. `wish` carries out; it does nothing unless `config.min_engines` is set."""
+    """Wakes and parks engines by load. It does nothing unless `config.min_engines` is set."""
 
-    def __init__(self, desired_states: DesiredStateReader, wish: SetState, config: Config, engines: int) -> None:
+    def __init__(self, desired_states: DesiredStates, config: Config, engines: int) -> None:
         self._desired_states = desired_states
-        self._set_state = wish
         self._state = ScalingState()
         self._rules: ScalingRules | None = None
         if config.min_engines:
-            most = config.max_engines or engines
-            judge = policy_of(config.policy, config.headroom)
-            self._rules = ScalingRules.of(judge, most, config.min_engines, config.scale_period)
+            max_engines = config.max_engines or engines
+            policy = policy_of(config.policy, config.headroom)
+            self._rules = ScalingRules.of(policy, max_engines, config.min_engines, config.scale_period)
 
     @property
-    def on(self) -> bool:
-        """Whether there is anything for it to do."""
+    def enabled(self) -> bool:
+        """True if auto-scaling is configured."""
         return self._rules is not None
 
     def cycle(
-        self, facts: Sequence[EngineFacts | None], expected: Sequence[EngineFacts | None], now: float
+        self, facts: Sequence[EngineFacts | None], projected: Sequence[EngineFacts | None], now: float
     ) -> list[Action]:
-        """One period; what was done. `expected`: see `outlook`. `now` in seconds, any clock."""
+        """Run one period and return the actions taken.
+
+        `projected`: `facts` as `policy.projection.project` returns them. `now` in seconds, any clock.
+        """
         if self._rules is None:
             return []
-        wanted, self._state = decide(expected, self._state, now, self._rules)
-        # Never the last that answers now, though another that still loads would soon do.
-        done = [a for a in wanted if isinstance(a, Wake) or served_without(a.engine, facts, self._desired_states)]
-        for action in done:
-            self._carry_out(action, expected, self._rules)
-        return done
+        decided, self._state = decide(projected, self._state, now, self._rules)
+        # Never park the last engine that serves now, even if another one is loading and will soon serve.
+        taken = [a for a in decided if isinstance(a, Wake) or self._desired_states.served_without(a.engine, facts)]
+        for action in taken:
+            self._execute(action, projected, self._rules)
+        return taken
 
-    def _carry_out(self, action: Action, expected: Sequence[EngineFacts | None], rules: ScalingRules) -> None:
-        engines = {i: f for i, f in enumerate(expected) if f is not None}
+    def _execute(self, action: Action, projected: Sequence[EngineFacts | None], rules: ScalingRules) -> None:
+        engines = {i: f for i, f in enumerate(projected) if f is not None}
         serving = {i for i, f in engines.items() if f.state == EngineState.SERVING}
-        free = average(engines, serving, rules.policy)
+        freeness = average_freeness(engines, serving, rules.policy)
         verb = "parked" if isinstance(action, Park) else "woken"
         log.info(
-            "engine %d is %s: %d engines serve at a freeness of %.0f tokens a request (woken below %.0f, "
-            "parked if above %.0f without one; %d to %d engines)",
-            *(action.engine, verb, len(serving), free, rules.low, rules.high),
+            "engine %d is %s: %d engines serve at a freeness of %.0f tokens a request "
+            "(an engine is woken below %.0f, and parked if the others stay above %.0f; %d to %d engines)",
+            *(action.engine, verb, len(serving), freeness, rules.low, rules.high),
             *(rules.min_engines, rules.max_engines),
         )
-        self._set_state(action.engine, EngineState.PARKED if isinstance(action, Park) else EngineState.SERVING)
+        state = EngineState.PARKED if isinstance(action, Park) else EngineState.SERVING
+        self._desired_states.set(action.engine, state, by="auto-scaling")

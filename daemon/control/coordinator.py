@@ -1,12 +1,11 @@
 """The coordinator process: pairs engines for migration, wakes and parks them, and answers the admin socket.
 
-No request waits on it.
+No request waits for it. When it is dead, serving goes on; rebalancing and scaling pause until its successor runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import time
 
@@ -14,22 +13,22 @@ from aiohttp import web
 
 from daemon.control.admin import build_admin
 from daemon.control.autoscaler import Autoscaler
+from daemon.control.desired_states import DesiredStates
 from daemon.control.rebalancer import Rebalancer
-from daemon.control.status import Overview
+from daemon.control.request_orders import RequestOrders
+from daemon.control.status import StatusReader
 from daemon.ipc import child, doorbell
 from daemon.ipc.child import STOP_SIGNAL, ChildSpec
-from daemon.ipc.events import Ordered
+from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import EngineState
 
-log = logging.getLogger(__name__)
-
-_BEAT_DEADLINE = 30.0
+_BEAT_DEADLINE = 30.0  # seconds
 
 
 def main(spec: ChildSpec) -> None:
-    """Entry point of the coordinator process."""
-    fabric = child.begin(spec)
+    """Run the coordinator process until it gets STOP_SIGNAL."""
+    fabric = child.initialize(spec)
     asyncio.run(_serve(spec, fabric))
 
 
@@ -37,26 +36,23 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(STOP_SIGNAL, stop.set)
-    loop.add_reader(fabric.bell, lambda: doorbell.answer(fabric.bell))
-    overview, rebalancer = Overview(fabric, spec), Rebalancer(fabric, spec.config)
-
-    def scale(engine: int, state: EngineState) -> None:
-        verb = "park" if state == EngineState.PARKED else "wake"
-        rebalancer.log.write(Ordered(verb, "", engine, "", "auto-scaling"))
-        rebalancer.set_desired_state(engine, state)
-
-    autoscaler = Autoscaler(rebalancer.desired_states, scale, spec.config, fabric.topology.engines)
-    runner = web.AppRunner(build_admin(overview, rebalancer), access_log=None, shutdown_timeout=1.0)
+    loop.add_reader(fabric.bell, lambda: doorbell.clear(fabric.bell))
+    events = EventWriter(fabric.events(fabric.process))
+    status, rebalancer = StatusReader(fabric, spec), Rebalancer(fabric, spec.config, events)
+    desired_states = DesiredStates(fabric, events)
+    autoscaler = Autoscaler(desired_states, spec.config, fabric.topology.engines)
+    app = build_admin(status, RequestOrders(fabric, status), rebalancer, desired_states, events)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    await web.SockSite(runner, socket.socket(fileno=spec.listener)).start()
+    await web.SockSite(runner, socket.socket(fileno=spec.listener_fd)).start()
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.SERVING, fabric.incarnation, _BEAT_DEADLINE)
     while not stop.is_set():
         progress.beat(_BEAT_DEADLINE)
-        facts = overview.facts()
+        facts = status.facts()
         rebalancer.cycle(facts)
-        if autoscaler.on:
-            autoscaler.cycle(facts, overview.outlook(facts), time.monotonic())
+        if autoscaler.enabled:
+            autoscaler.cycle(facts, status.projected(facts), time.monotonic())
         try:
             await asyncio.wait_for(stop.wait(), spec.config.rebalance_period)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""The event logs of all processes as one: rows in order of time, ready for JSON."""
+"""The event logs of all processes, merged: rows in order of time, ready for JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 class EventHistory:
-    """A reader of every log, from the oldest events that they still hold."""
+    """A reader of every process's event log. It starts at the oldest events that the logs still hold."""
 
     def __init__(self, fabric: Fabric) -> None:
         topology = fabric.topology
@@ -22,26 +22,26 @@ class EventHistory:
         ]
 
     def read(self, since: float = 0.0) -> list[Row]:
-        """What was written since the last call and after `since`, seconds since 1970; in order of time.
+        """Return the events written since the last call and after `since` (seconds since 1970), in order of time.
 
-        A row has `time`, `process`, `kind` and the fields of its event; an engine's names that engine. Where events
-        were overwritten before they could be read, a row of kind "missed" has their `count`.
+        A row has `time`, `process`, `kind` and the fields of its event; the row of an engine's event also has
+        `engine`. Where events were overwritten before they were read, a row of kind "missed" has their `count`.
         """
         rows: list[Row] = []
         for role, index, log in self._logs:
-            entries, lost = log.read()
-            if lost:
+            entries, missed = log.read()
+            if missed:
                 when = entries[0].time if entries else time.time()
-                rows.append({"time": when, "process": _process(role, index), "kind": MISSED, "count": lost})
+                rows.append({"time": when, "process": _process_name(role, index), "kind": MISSED, "count": missed})
             rows += [_row(role, index, entry) for entry in entries if entry.time > since]
         return sorted(rows, key=lambda row: row["time"])
 
 
 def _row(role: str, index: int, entry: Entry) -> Row:
-    head = {"time": entry.time, "process": _process(role, index), "kind": kind_of(entry.event)}
+    head = {"time": entry.time, "process": _process_name(role, index), "kind": kind_of(entry.event)}
     engine = {"engine": index} if role == "engine" else {}
     return head | engine | fields_of(entry.event)
 
 
-def _process(role: str, index: int) -> str:
+def _process_name(role: str, index: int) -> str:
     return role if role == "coordinator" else f"{role} {index}"

@@ -1,7 +1,7 @@
-"""GET /v1/events: what the logs hold, and with `follow=1` what comes after, as newline-delimited JSON.
+"""GET /v1/events: the events in the logs, and with `follow=1` those that come later, as newline-delimited JSON.
 
-Nothing is read while nobody asks. Who follows and does not read its answer stands still by itself, and is told how
-much it has missed when it reads on.
+The logs are read only while a client is connected. A follower that does not read its response blocks only itself:
+when it reads again, it gets a row of kind "missed" with the number of events that it missed.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import msgspec
 from aiohttp import web
 
 from daemon.control.event_history import EventHistory, Row
-from daemon.control.status import Overview
+from daemon.control.status import StatusReader
 
-OVERVIEW = web.AppKey("overview", Overview)
-_ENDING = web.AppKey("ending", asyncio.Event)
+STATUS = web.AppKey("status", StatusReader)
+_SHUTDOWN = web.AppKey("shutdown", asyncio.Event)
 _POLL = 0.1  # seconds
 
 
 def add_events(app: web.Application) -> None:
-    """The route, and the end of all who follow when `app` shuts down."""
-    app[_ENDING] = asyncio.Event()
-    app.on_shutdown.append(_end)
+    """Add the route to `app`. Followers are disconnected when `app` shuts down."""
+    app[_SHUTDOWN] = asyncio.Event()
+    app.on_shutdown.append(_shut_down)
     app.router.add_get("/v1/events", _events)
 
 
-async def _end(app: web.Application) -> None:
-    app[_ENDING].set()
+async def _shut_down(app: web.Application) -> None:
+    app[_SHUTDOWN].set()
 
 
 async def _events(request: web.Request) -> web.StreamResponse:
@@ -38,29 +38,29 @@ async def _events(request: web.Request) -> web.StreamResponse:
         since = math.nan
     if not math.isfinite(since):
         return web.json_response({"error": "`since` must be a number of seconds since 1970"}, status=400)
-    event_history = request.app[OVERVIEW].event_history()
+    history = request.app[STATUS].event_history()
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     try:
-        await response.write(_lines(event_history.read(since)))
+        await response.write(_encode(history.read(since)))
         if request.query.get("follow") == "1":
-            await _follow(request, response, event_history)
+            await _follow(request, response, history)
         await response.write_eof()
     except ConnectionError:
-        pass  # whoever followed has left
+        pass  # the client disconnected
     return response
 
 
-async def _follow(request: web.Request, response: web.StreamResponse, event_history: EventHistory) -> None:
-    """Until somebody leaves."""
-    ending = request.app[_ENDING]
-    while not ending.is_set() and request.transport is not None:
+async def _follow(request: web.Request, response: web.StreamResponse, history: EventHistory) -> None:
+    """Send new events until the client disconnects or the app shuts down."""
+    shutdown = request.app[_SHUTDOWN]
+    while not shutdown.is_set() and request.transport is not None:
         try:
-            await asyncio.wait_for(ending.wait(), _POLL)
+            await asyncio.wait_for(shutdown.wait(), _POLL)
         except TimeoutError:
-            if rows := event_history.read():
-                await response.write(_lines(rows))
+            if rows := history.read():
+                await response.write(_encode(rows))
 
 
-def _lines(rows: list[Row]) -> bytes:
+def _encode(rows: list[Row]) -> bytes:
     return b"".join(msgspec.json.encode(row) + b"\n" for row in rows)

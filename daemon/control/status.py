@@ -1,44 +1,40 @@
-"""What an operator sees of the daemon, gathered from table, boards and journals: plain dicts, ready for JSON."""
+"""The status of the daemon, read from process table, boards and journals: plain dicts, ready for JSON."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from daemon import __version__
 from daemon.config import options
 from daemon.control.event_history import EventHistory
-from daemon.control.policy.dispatch import in_flight
+from daemon.control.policy.dispatch import count_in_flight
 from daemon.control.policy.freeness import InFlight, policy_of
-from daemon.control.policy.projection import emptied, outlook
+from daemon.control.policy.projection import emptied, project
 from daemon.ipc import metrics_page
 from daemon.ipc.child import ChildSpec
 from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.journal import JournalView, SlotState
 from daemon.ipc.messages import (
-    CancelRequest,
     EngineFacts,
     EngineState,
-    FromCoordinator,
     FrontendFacts,
-    SetPriority,
     decode_engine_facts,
     decode_frontend_facts,
-    encode,
 )
 from daemon.ipc.process_table import ProcessFacts, ProcessState, engine_state
 
 
-class Overview:
-    """A reader of everything shared; its only deeds are to pass on cancellations and priorities."""
+class StatusReader:
+    """Reads the shared memory of all processes. It writes nothing."""
 
     def __init__(self, fabric: Fabric, spec: ChildSpec) -> None:
         topology = fabric.topology
         self._fabric = fabric
-        self._birth = spec
+        self._spec = spec
         self._policy = policy_of(spec.config.policy, spec.config.headroom)
         self._topology = topology
         self._table = fabric.table()
@@ -46,46 +42,45 @@ class Overview:
         self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
         self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
         self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
-        self._advice = [fabric.writer(topology.frontend(k)) for k in range(topology.frontends)]
 
     def facts(self) -> list[EngineFacts | None]:
-        """Each engine's facts as last published, a parked one's as of an empty one; None of one that is not there."""
+        """Return the latest facts of each engine; of a parked one, those of an empty engine; None if it is not up."""
         self._table.refresh()
         return [self._engine_facts(i) for i in range(self._topology.engines)]
 
-    def outlook(self, facts: Sequence[EngineFacts | None]) -> list[EngineFacts | None]:
-        """`facts`, just read, as they will be once each engine has done as wished."""
+    def projected(self, facts: Sequence[EngineFacts | None]) -> list[EngineFacts | None]:
+        """Return `facts`, just read, as they will be once each engine has reached its desired state."""
         engines = range(self._topology.engines)
         loading = [facts[i] is None and self._row(i).state == ProcessState.UP for i in engines]
-        starting = [self._last(i) if loading[i] else None for i in engines]
-        return outlook(facts, starting, [self._desired_states.of(i) for i in engines])
+        predecessors = [self._last_published(i) if loading[i] else None for i in engines]
+        return project(facts, predecessors, [self._desired_states.of(i) for i in engines])
 
     def event_history(self) -> EventHistory:
-        """A reader of everybody's events."""
+        """Return a new reader of the events of all processes."""
         return EventHistory(self._fabric)
 
     def find(self, name: str) -> list[dict[str, Any]]:
-        """Unfinished requests called `name`: all choices of an answer, or one by its own id."""
+        """Return the unfinished requests called `name`: all choices of a response, or one by its own id."""
         return [r for r in self.requests() if name in (r["id"], r["id"].rsplit("-", 1)[0], f"{r['rid']:x}")]
 
     def status(self) -> dict[str, Any]:
-        """The daemon, its engines and its frontends, as of now."""
+        """Return the state of the daemon, its engines and its frontends."""
         facts = self.facts()
         frontends = [self._frontend_facts(k) for k in range(self._topology.frontends)]
-        flying = in_flight(facts, frontends)
-        config = self._birth.config
+        in_flight = count_in_flight(facts, frontends)
+        config = self._spec.config
         return {
             "version": __version__,
             "model": config.served_name or config.model,
             "address": f"http://{config.host}:{config.port}",
-            "supervisor_pid": self._birth.supervisor_pid,
-            "engines": [self._engine(i, f, flying[i]) for i, f in enumerate(facts)],
+            "supervisor_pid": self._spec.supervisor_pid,
+            "engines": [self._engine(i, f, in_flight[i]) for i, f in enumerate(facts)],
             "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
             "coordinator": self._process(0),
         }
 
     def requests(self) -> list[dict[str, Any]]:
-        """Every unfinished request, oldest first."""
+        """Return a row for every unfinished request, oldest first."""
         found = []
         for k, journal in enumerate(self._journals):
             for slot in journal.live_slots():
@@ -94,30 +89,9 @@ class Overview:
                     found.append(row)
         return sorted(found, key=lambda row: -row["age_seconds"])
 
-    def cancel(self, name: str) -> list[str]:
-        """Ask the owners to cancel the request called `name` (all its choices). Returns what was asked for."""
-        return self._ask(name, CancelRequest)
-
-    def reprioritise(self, name: str, priority: int) -> list[str]:
-        """Ask the owners to give the request called `name` (all its choices) this priority. Returns what was asked
-        for."""
-        return self._ask(name, lambda rid: SetPriority(rid, priority))
-
-    def _ask(self, name: str, message: Callable[[int], FromCoordinator]) -> list[str]:
-        asked = []
-        for row in self.find(name):
-            k = row["frontend"]
-            process = self._topology.frontend(k)
-            self._table.refresh()
-            receiver = self._table.rows[process].incarnation
-            if self._advice[k].put(encode(message(row["rid"])), receiver):
-                self._fabric.ring_bell(process)
-                asked.append(row["id"])
-        return asked
-
     def config(self) -> list[dict[str, Any]]:
-        """Every option with its value and where that came from."""
-        config = self._birth.config
+        """Return every option with its value and the origin of the value."""
+        config = self._spec.config
         return [
             {
                 "name": option.name,
@@ -129,17 +103,18 @@ class Overview:
             for option in options()
         ]
 
-    def _engine(self, i: int, facts: EngineFacts | None, flying: InFlight) -> dict[str, Any]:
+    def _engine(self, i: int, facts: EngineFacts | None, in_flight: InFlight) -> dict[str, Any]:
         process = self._process(self._topology.engine(i))
-        row: dict[str, Any] = {"engine": i, "device": self._birth.config.devices[i], **process}
-        row["wished"] = self._desired_states.of(i).name.lower()
-        life = self._row(i).state
-        if facts is None or life != ProcessState.UP:
+        row: dict[str, Any] = {"engine": i, "device": self._spec.config.devices[i], **process}
+        row["desired"] = self._desired_states.of(i).name.lower()
+        row["wished"] = row["desired"]  # deprecated
+        process_state = self._row(i).state
+        if facts is None or process_state != ProcessState.UP:
             return row
-        free = self._policy.dispatch(facts, flying)
+        freeness = self._policy.dispatch(facts, in_flight)
         page = metrics_page.snapshot(self._fabric.metrics(self._topology.engine(i)), metrics_page.ENGINE)
         return row | {
-            "state": engine_state(life, EngineState(facts.state)),
+            "state": engine_state(process_state, EngineState(facts.state)),
             "running": facts.running,
             "waiting": facts.waiting,
             "kv_used_blocks": facts.used_blocks,
@@ -148,7 +123,7 @@ class Overview:
             "tokens_per_second": facts.tokens_per_second,
             "step_ms": facts.step_seconds * 1e3,
             "steps": facts.step,
-            "freeness": free if math.isfinite(free) else None,
+            "freeness": freeness if math.isfinite(freeness) else None,
             "preemptions": int(page.counter("preemptions")),
             "incoming": facts.incoming,
             "outgoing": facts.outgoing,
@@ -159,7 +134,7 @@ class Overview:
         row = {"frontend": k, **self._process(self._topology.frontend(k))}
         if facts is None:
             return row
-        # The board is written at dispatch only, so its own count says nothing of what has ended since.
+        # The board is written at dispatch only, so its own count still includes requests that have ended since.
         return row | {"active": len(self._journals[k].live_slots()), "ready": facts.ready}
 
     def _process(self, process: int) -> dict[str, Any]:
@@ -181,9 +156,9 @@ class Overview:
         try:
             params = journal.params(slot)
         except ValueError:
-            return None  # overwritten while we were reading
+            return None  # the slot was overwritten during the read
         if journal.rid(slot) != rid or journal.state(slot) is not SlotState.LIVE:
-            return None  # it ended while we were reading
+            return None  # the request ended during the read
         return {
             "id": params.label or f"{rid:x}",
             "rid": rid,
@@ -199,17 +174,15 @@ class Overview:
         }
 
     def _engine_facts(self, i: int) -> EngineFacts | None:
-        last, row = self._last(i), self._row(i)
-        if last is not None and row.state == ProcessState.PARKED:
+        last, row = self._last_published(i), self._row(i)
+        if last is None:
+            return None
+        if row.state == ProcessState.PARKED:
             return emptied(last, EngineState.PARKED)
-        return (
-            last
-            if last is not None and row.state == ProcessState.UP and last.incarnation == row.incarnation
-            else None
-        )
+        return last if row.state == ProcessState.UP and last.incarnation == row.incarnation else None
 
-    def _last(self, i: int) -> EngineFacts | None:
-        """What engine i has published last, in this life or an earlier one."""
+    def _last_published(self, i: int) -> EngineFacts | None:
+        """Return the facts that engine i published last, in this incarnation or an earlier one."""
         found = self._engines[i].read()
         return decode_engine_facts(found[1]) if found is not None else None
 

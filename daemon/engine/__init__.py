@@ -1,1 +1,1 @@
-"""One device's worker: scheduler, model, sampler and the step loop."""
+"""The engine process: scheduler, runner, migration and the step loop."""

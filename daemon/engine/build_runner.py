@@ -1,18 +1,18 @@
-"""Which runner an engine gets. Heavy imports happen here, inside the engine's process, and nowhere earlier."""
+"""Build the runner of an engine. The engine's process imports heavy packages here, not earlier."""
 
 from __future__ import annotations
 
 import os
 
 from daemon.config import Config
-from daemon.engine.runner import DeviceRunner, Runner
+from daemon.engine.runner import DeviceRunner, Runner, RunnerSettings
 from daemon.models.model_config import ModelConfig
 
 
 def build_runner(config: Config, model_config: ModelConfig, device: str = "cpu") -> Runner:
-    """The runner that `config.engine` asks for, on that device. Raises ModelError for a model that cannot run here.
+    """Build the runner that `config.engine` names, on `device`. On a GPU it is a `DeviceRunner`.
 
-    One on a GPU is a `DeviceRunner`.
+    Raises ModelError for a model that cannot run here.
     """
     length = min(config.max_model_len or model_config.max_position, model_config.max_position)
     if config.engine == "stub":
@@ -28,49 +28,42 @@ def build_runner(config: Config, model_config: ModelConfig, device: str = "cpu")
         from daemon.engine.fake.hash import HashRunner
 
         return HashRunner(model_config.vocab_size, length, config.block_size, step_seconds=config.stub_step)
+    settings = _settings(config, length, device)
     if config.on_gpus:
-        return _build_cuda(config, model_config, device, length)
+        return _build_cuda(model_config, settings, device, sharing=config.devices.count(device))
     from daemon.engine.cpu.runner import CpuRunner
 
-    return CpuRunner(
-        model_config,
-        threads=config.threads or max(1, cores() // max(1, len(config.devices))),
-        dtype=config.dtype,
-        deterministic=config.deterministic,
+    return CpuRunner(model_config, settings)
+
+
+def _settings(config: Config, max_model_len: int, device: str) -> RunnerSettings:
+    return RunnerSettings(
         load_format=config.load_format,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        deterministic=config.deterministic,
+        threads=config.threads or max(1, cores() // max(1, len(config.devices))),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
-        max_model_len=length,
+        max_model_len=max_model_len,
+        kv_memory=config.kv_memory,
+        memory_share=config.memory_share / max(1, config.devices.count(device)),
     )
 
 
-def _build_cuda(config: Config, model_config: ModelConfig, device: str, length: int) -> DeviceRunner:
+def _build_cuda(model_config: ModelConfig, settings: RunnerSettings, device: str, *, sharing: int) -> DeviceRunner:
     from daemon.engine.cuda import numa
     from daemon.engine.cuda.runner import CudaRunner
     from daemon.kvpool.cudart import CudaRuntime
 
-    sharing = config.devices.count(device)
-    runner = CudaRunner(
-        model_config,
-        device=device,
-        dtype=config.dtype,
-        kv_dtype=config.kv_dtype,
-        deterministic=config.deterministic,
-        load_format=config.load_format,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_batch_tokens=config.max_batch_tokens,
-        max_model_len=length,
-        kv_memory=config.kv_memory,
-        memory_share=config.memory_share / sharing,
-    )
+    runner = CudaRunner(model_config, settings, device=device)
     if sharing > 1:
-        runner.device += f", shared by {sharing}"  # its steps take as long as those of the others leave it
-    numa.stay_near(CudaRuntime().pci_address(int(device.removeprefix("cuda:"))))  # before memory is taken
+        runner.device += f", shared by {sharing}"  # the other engines on the device slow its steps
+    numa.stay_near(CudaRuntime().pci_address(int(device.removeprefix("cuda:"))))  # before memory is allocated
     return runner
 
 
 def cores() -> int:
-    """CPUs this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))

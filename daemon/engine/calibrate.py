@@ -1,8 +1,9 @@
-"""Times a few steps of a freshly loaded runner, so that policies know what its steps cost.
+"""Measures what steps of a freshly loaded runner cost, for the scheduling policies.
 
-Every row is a request of its own that writes the dummy block alone and reads blocks that nobody holds yet. Steps
-come in rounds, smallest first; whatever is slow to run for the first time, or is disturbed, is better in the next.
-Rounds go on, past the budget too, until one brings nothing new: an engine often starts where others are at work.
+Each row is a separate request that writes only the dummy block and reads blocks that no request holds yet. Steps run
+in rounds, smallest first: a step that was slow because it ran for the first time, or because other work disturbed
+it, is faster in the next round. Rounds continue, even past the budget, until one brings no improvement: an engine
+often starts while other processes use the machine.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from daemon.ipc.messages import RequestParams, SamplingParams
 
 BUDGET = 0.2  # seconds
 DEVICE_BUDGET = 2.0
-"""Seconds for a GPU: its largest steps are so large, and cost so much more a token than those that wait for the
-weights alone, that they must be among the timed ones."""
-PATIENCE = 5  # times the budget, on a machine where no round is like the one before
-_ROUNDS = 5  # at most, once they are alike
-_BETTER = 0.95  # of a step's time before, and it was disturbed then
-_INDISPENSABLE = 3  # steps: the least that tell the three terms of the cost apart
-_BATCH, _GROWTH = 16, 4  # rows of the first batch beyond 1, and from one batch to the next
+"""Seconds for a GPU. Its largest steps must be among the measured ones: they are so large that they cost much more
+per token than the steps that only wait for the weights."""
+PATIENCE = 5  # times the budget, on a machine where each round differs from the one before
+_ROUNDS = 5  # at most, once a round brings no improvement
+_BETTER = 0.95  # of a step's earlier time: a step this fast or faster shows that the earlier run was disturbed
+_INDISPENSABLE = 3  # steps: the minimum that separates the three terms of the cost
+_BATCH, _GROWTH = 16, 4  # rows of the first batch larger than 1, and the factor from one batch to the next
 _SHORT, _LONG = 8, 256  # tokens of context of a decode row
-_CHUNK = 64  # tokens of a prefill row: so few that attention hardly counts
+_CHUNK = 64  # tokens of a prefill row: few enough that the cost of attention is negligible
 
 
 def calibrate(
@@ -39,18 +40,18 @@ def calibrate(
     budget: float = BUDGET,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCost:
-    """What a step of `runner` costs. For use before the first request: of the pool's `num_blocks` blocks the dummy
-    is written, and any is read.
+    """Return what a step of `runner` costs. Call it before the first request: of the pool's `num_blocks` blocks it
+    writes the dummy and reads any.
 
-    It takes at most `budget` seconds and a round to see whether it was disturbed; PATIENCE times as many where it is
-    again and again, longer only with a runner so slow that even the indispensable steps do.
+    It takes at most `budget` seconds and one round more, to see whether it was disturbed; PATIENCE times as many if
+    it is disturbed again and again. It takes longer only if the runner is so slow that the indispensable steps do.
     """
     end = clock() + budget
     steps: list[_Step] = []
     for step in _steps(runner.max_model_len, num_blocks, block_size, max_num_seqs, max_batch_tokens):
         step.time(runner, clock)
         steps.append(step)
-        if len(steps) >= _INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for rounds of these
+        if len(steps) >= _INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for more rounds
             break
     rounds, disturbed = 1, True
     while disturbed or rounds < _ROUNDS:
@@ -63,7 +64,7 @@ def calibrate(
 
 
 class _Step:
-    """A plan, and the fastest that it has been."""
+    """A plan and its fastest run."""
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan = plan
@@ -71,7 +72,7 @@ class _Step:
         self.fastest = Observation(plan.num_tokens, kv, math.inf)
 
     def time(self, runner: Runner, clock: Callable[[], float]) -> bool:
-        """Whether it was clearly faster than ever."""
+        """Run the step; return True if it was clearly faster than every earlier run."""
         start = clock()
         runner.execute(self._plan)
         seconds, before = clock() - start, self.fastest.seconds
@@ -82,25 +83,25 @@ class _Step:
 def _steps(
     max_model_len: int, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int
 ) -> Iterator[_Step]:
-    """Decode batches with short and with long context, then prefill chunks, each larger than the one before."""
+    """Yield decode batches with short and long context, then prefill chunks, in order of size."""
     longest = min(max_model_len, (num_blocks - 1) * block_size)
-    pool = _Pool(num_blocks, block_size)
+    rows = _RowFactory(num_blocks, block_size)
     most = min(max_num_seqs, max_batch_tokens)
-    yield _Step(_decodes(pool, 1, min(_SHORT, longest)))
+    yield _Step(_decodes(rows, 1, min(_SHORT, longest)))
     for batch in _growing(min(_BATCH, most), most):
         for length in (_SHORT, _LONG):
-            yield _Step(_decodes(pool, batch, min(length, longest)))
+            yield _Step(_decodes(rows, batch, min(length, longest)))
     chunk = min(_CHUNK, longest)
     for count in _growing(1, min(max_batch_tokens // chunk, max_num_seqs)):
-        yield _Step(StepPlan([pool.row(0, chunk) for _ in range(count)], 0))
+        yield _Step(StepPlan([rows.row(0, chunk) for _ in range(count)], 0))
 
 
-def _decodes(pool: _Pool, batch: int, length: int) -> StepPlan:
-    return StepPlan([pool.row(length - 1, 1) for _ in range(batch)], batch)
+def _decodes(rows: _RowFactory, batch: int, length: int) -> StepPlan:
+    return StepPlan([rows.row(length - 1, 1) for _ in range(batch)], batch)
 
 
 def _growing(first: int, last: int) -> Iterator[int]:
-    """first, 4 * first, ..., and last; nothing if that is less."""
+    """Yield first, 4 * first, ... and last; nothing if last is 0."""
     while first < last:
         yield first
         first *= _GROWTH
@@ -108,8 +109,8 @@ def _growing(first: int, last: int) -> Iterator[int]:
         yield last
 
 
-class _Pool:
-    """Makes rows that spread over the pool, so that KV comes from memory and not from a cache."""
+class _RowFactory:
+    """Makes rows that are spread over the pool, so that KV comes from memory and not from a cache."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._num_blocks = num_blocks
@@ -117,12 +118,14 @@ class _Pool:
         self._next = 0
 
     def row(self, start: int, count: int) -> Row:
-        """One that reads any blocks and, from position `start` on, writes the dummy."""
+        """Return a row that reads arbitrary blocks and, from position `start` on, writes the dummy block."""
         reads = start // self._block_size
         writes = -(-(start + count) // self._block_size) - reads
         table = [1 + (self._next + i) % (self._num_blocks - 1) for i in range(reads)] + [0] * writes
         self._next += reads
         params = RequestParams(SamplingParams(max_tokens=1, seed=0), arrival=0.0)
         length = start + count
-        request = Request(-1, 0, 0, params, tokens=[0] * length, prompt_len=length, block_table=table)
+        request = Request(
+            rid=-1, epoch=0, frontend=0, params=params, tokens=[0] * length, prompt_len=length, block_table=table
+        )
         return Row(request, start, count, True)

@@ -1,8 +1,12 @@
-"""What a step costs: a linear model of its time, fitted to steps that were timed. Pure.
+"""The cost of a step: a linear model of its time, fitted to measured steps. Pure.
 
     t(step) = base + per_token * tokens computed + per_kv * tokens of KV read
 
-The ideal time is that of a step with one token and no KV: the model's weights are read once and hardly used.
+The ideal time is that of a step with one token and no KV: it reads the model's weights once and uses them least.
+
+Policies use two limits of this cost (`StepLimits`). What an engine measures at its start is noisy if other engines
+start beside it. Two equal engines with different limits would get unequal load for as long as they live, so equal
+engines use the median of their measurements.
 """
 
 from __future__ import annotations
@@ -12,37 +16,59 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import NamedTuple
 
-KNEE = 2.0  # times the ideal at which a step's tokens are at the knee
+from daemon.ipc.messages import EngineFacts
+
+KNEE = 2.0  # times the ideal time: a step that takes this long has reached the knee
 NEAR_IDEAL = 1.2
-"""Times the ideal that still counts as nearly ideal. That headroom is set by "the load at which a decode step is
-still near its best" is Llumnix's (section 6.4); the factor is ours."""
+"""Times the ideal time that still count as nearly ideal. The rule that "the load at which a decode step is still near
+its best" sets the headroom is from Llumnix (section 6.4); the factor is ours."""
 
 _NOTICEABLE = 0.05  # share of the ideal time below which a term, at its largest, is noise
 _SINGULAR = 1e-9
-_DIGITS = 9  # of a squared relative error: what differs after them is rounding
+_DIGITS = 9  # of a squared relative error: a difference beyond them is rounding
 
 
 class Observation(NamedTuple):
-    """One timed step."""
+    """One measured step."""
 
     tokens: int  # computed
     kv: int  # tokens of KV read, summed over the rows
     seconds: float
 
 
+class StepLimits(NamedTuple):
+    """The fields of the same name in `EngineFacts`; 0: no limit."""
+
+    knee: int
+    ideal_tokens: int
+
+
+def median_limits(own: StepLimits, cost_group: str, others: Iterable[EngineFacts]) -> StepLimits:
+    """Return the limits that an engine of `cost_group` publishes: the lower medians of its own measurement and those
+    of the other engines of the group. No limit counts as the largest one."""
+    group = (f for f in others if f.cost_group == cost_group)
+    measured = [own, *(StepLimits(f.measured_knee, f.measured_ideal_tokens) for f in group)]
+    return StepLimits(_lower_median(m.knee for m in measured), _lower_median(m.ideal_tokens for m in measured))
+
+
+def _lower_median(values: Iterable[int]) -> int:
+    ordered = sorted(values, key=lambda v: (v == 0, v))
+    return ordered[(len(ordered) - 1) // 2]
+
+
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds; all zero where nothing was measured."""
+    """Seconds; all zero if nothing was measured."""
 
     base: float = 0.0
     per_token: float = 0.0
     per_kv: float = 0.0
     at_scale: float = field(default=0.0, compare=False)
-    """Seconds a token, beyond `base`, in the largest step timed: on a GPU, where small steps wait for the weights
-    alone, it is more than `per_token`, which is to fit them all."""
+    """Seconds per token, beyond `base`, in the largest measured step. On a GPU small steps only wait for the weights,
+    so this is more than `per_token`, which fits all steps."""
 
     def seconds(self, tokens: int, kv: int) -> float:
-        """Time of a step that computes `tokens` and reads `kv` tokens of KV."""
+        """Return the time of a step that computes `tokens` and reads `kv` tokens of KV."""
         return self.base + self.per_token * tokens + self.per_kv * kv
 
     @property
@@ -51,7 +77,8 @@ class StepCost:
         return self.base + self.per_token
 
     def tokens_within(self, seconds: float) -> int:
-        """Most tokens that a step computes in `seconds`, KV aside, but one at least; 0: no limit was found."""
+        """Return the most tokens, but at least one, that a step computes in `seconds`, without the cost of reading
+        KV; 0: no limit was found."""
         each = max(self.per_token, self.at_scale)
         return max(1, int((seconds - self.base) / each)) if each else 0
 
@@ -62,15 +89,15 @@ class StepCost:
 
     @property
     def ideal_tokens(self) -> int:
-        """Tokens of KV up to which a step that decodes takes at most 1.2 times its ideal; 0: no limit was found."""
+        """Tokens of KV up to which a decode step takes at most 1.2 times its ideal; 0: no limit was found."""
         return max(1, int((NEAR_IDEAL - 1.0) * self.ideal / self.per_kv)) if self.per_kv else 0
 
 
 def fit(observations: Iterable[Observation]) -> StepCost:
-    """The model with the least squares of relative errors and no negative coefficient.
+    """Return the model with the least squares of relative errors and no negative coefficient.
 
-    Of steps alike the fastest counts: what delays a step is not the step's. A term that stays below a twentieth
-    of the ideal time, however large the steps were, is taken for noise. All zero without observations.
+    Of steps of equal size the fastest counts: a delay is not a property of the step. A term that stays below a
+    twentieth of the ideal time even in the largest steps counts as noise. Without observations all terms are zero.
     """
     fastest: dict[tuple[int, int], float] = {}
     for tokens, kv, seconds in observations:
@@ -92,8 +119,8 @@ def _at_scale(cost: StepCost, largest: Observation) -> float:
 
 
 def _least_squares(seen: Sequence[Observation], terms: tuple[int, ...]) -> StepCost:
-    """Non-negative least squares over some of the three terms: of all subsets the best that can be solved, of two
-    as good the first. `base` alone always can."""
+    """Solve non-negative least squares over some of the three terms: the best of all solvable subsets, and of two
+    equally good ones the first. The subset of `base` alone is always solvable."""
     rows = [(1.0 / o.seconds, o.tokens / o.seconds, o.kv / o.seconds) for o in seen]
     found = []
     for size in range(1, len(terms) + 1):
@@ -106,7 +133,8 @@ def _least_squares(seen: Sequence[Observation], terms: tuple[int, ...]) -> StepC
 
 
 def _solve(rows: Sequence[tuple[float, ...]], chosen: tuple[int, ...]) -> tuple[float, ...] | None:
-    """Coefficients, 0 where not `chosen`, with which the rows come nearest to 1; None if they do not tell."""
+    """Return the coefficients, 0 if not `chosen`, with which the rows are nearest to 1; None if the rows do not
+    determine them."""
     scale = [max(row[i] for row in rows) or 1.0 for i in chosen]
     columns = [[row[i] / s for row in rows] for i, s in zip(chosen, scale, strict=True)]
     matrix = [[_dot(a, b) for b in columns] + [sum(a)] for a in columns]
@@ -118,7 +146,8 @@ def _solve(rows: Sequence[tuple[float, ...]], chosen: tuple[int, ...]) -> tuple[
 
 
 def _eliminate(matrix: list[list[float]]) -> list[float] | None:
-    """Gauss-Jordan on n rows of n + 1; without pivoting, as the matrix of normal equations is positive."""
+    """Solve n rows of n + 1 by Gauss-Jordan; without pivoting, because the matrix of normal equations is positive.
+    Return None if it is singular."""
     for i, row in enumerate(matrix):
         if row[i] < _SINGULAR:
             return None

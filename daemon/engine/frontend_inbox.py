@@ -1,19 +1,17 @@
-"""One frontend's commands to an engine: off the ring, into the llumlet and its scheduler."""
+"""Reads the commands of one frontend from its ring and passes them to the llumlet."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-from daemon.engine.frontend_outbox import FrontendOutbox
 from daemon.engine.journal_reader import JournalReader
-from daemon.engine.migration.llumlet import Action, Llumlet
+from daemon.engine.migration.actions import Action, ResetOutbox
+from daemon.engine.migration.llumlet import Llumlet
 from daemon.ipc.messages import (
     Cancel,
     Demand,
     Grant,
     OwnedRequests,
-    Refused,
     Release,
     Reprioritise,
     Start,
@@ -24,51 +22,49 @@ from daemon.ipc.ring import RingReader
 
 
 class FrontendInbox:
-    """Commands from one frontend. Counts what it has taken, for the dispatch of all frontends.
-
-    `execute` gets what the llumlet wants done.
-    """
+    """Commands from one frontend. Counts the demand that it has read, for the dispatch of all frontends."""
 
     def __init__(
-        self,
-        frontend: int,
-        incarnation: int,
-        ring: RingReader,
-        records: JournalReader,
-        llumlet: Llumlet,
-        outbox: FrontendOutbox,
-        execute: Callable[[list[Action]], None],
+        self, frontend: int, incarnation: int, ring: RingReader, journals: JournalReader, llumlet: Llumlet
     ) -> None:
+        """`incarnation`: of this engine; commands for another one are dropped."""
         self._frontend = frontend
         self._incarnation = incarnation
         self._ring = ring
-        self._records = records
+        self._journals = journals
         self._llumlet = llumlet
-        self._outbox = outbox
-        self._execute = execute
+        self._sender = 0  # incarnation of the frontend that sent the last command
         self._requests = 0
         self._tokens = 0
 
     @property
     def consumed(self) -> Demand:
-        """Totals taken since the frontend's present incarnation began."""
-        return Demand(self._outbox.peer, self._requests, self._tokens)
+        """Totals read since the present incarnation of the frontend began."""
+        return Demand(self._sender, self._requests, self._tokens)
 
-    def drain(self) -> None:
-        """Take every command on the ring; acknowledge when all have taken effect."""
+    def read(self) -> list[Action]:
+        """Read every command on the ring and return the actions, in order. Execute them, then call `ack`."""
+        actions: list[Action] = []
         while (record := self._ring.read()) is not None:
             if record.receiver == self._incarnation:
-                self._on_new_incarnation(record.sender)
-                self._execute(self._handle(decode_to_engine(record.payload), time.monotonic()))
+                if record.sender != self._sender:
+                    actions += self._on_new_incarnation(record.sender)
+                actions += self._handle(decode_to_engine(record.payload), time.monotonic())
+        return actions
+
+    def ack(self) -> None:
+        """Free the ring's space of all that was read. Call it once the actions are executed."""
         self._ring.ack()
 
-    def _on_new_incarnation(self, sender: int) -> None:
-        """A new incarnation of the frontend owns nothing that its predecessor started, until it states so."""
-        if sender == self._outbox.peer:
-            return
+    def _on_new_incarnation(self, sender: int) -> list[Action]:
+        """Drop the requests and the queued output of the frontend's previous incarnation.
+
+        The new one owns none of them until it sends OwnedRequests.
+        """
+        self._sender = sender
         self._requests = self._tokens = 0
-        self._outbox.forget(sender)
-        self._execute(self._llumlet.on_owned_requests(self._frontend, {}, time.monotonic()))
+        dropped = self._llumlet.on_owned_requests(self._frontend, {}, time.monotonic())
+        return [ResetOutbox(self._frontend, sender), *dropped]
 
     def _handle(self, message: ToEngine, now: float) -> list[Action]:
         match message:
@@ -89,11 +85,7 @@ class FrontendInbox:
     def _start(self, start: Start, now: float) -> list[Action]:
         self._requests += 1
         self._tokens += start.tokens
-        request = self._records.load(self._frontend, start.slot, start.rid, start.epoch)
+        request = self._journals.load(self._frontend, start.slot, start.rid, start.epoch)
         if request is None:
-            return []  # cancelled or moved on before we got here
-        reason = self._llumlet.scheduler.refuse(request)
-        if reason is None:
-            return self._llumlet.on_start(request, now)
-        self._outbox.tell(Refused(start.rid, start.epoch, reason))
-        return []
+            return []  # cancelled, or moved to another engine, before the command was read
+        return self._llumlet.on_start(request, now)

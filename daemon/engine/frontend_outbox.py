@@ -1,54 +1,58 @@
-"""What an engine owes one frontend: rows wait here until the ring has room. A step never blocks on a reader."""
+"""Output and notes for one frontend, queued until the ring has room. A step never waits for a reader."""
 
 from __future__ import annotations
 
 from collections import deque
 
+from daemon.engine.migration.actions import Note
 from daemon.engine.scheduler import Emission
-from daemon.ipc.messages import HandBack, Reclaim, Refused, StepOutput, Takeover, TokenLogprobs, encode
+from daemon.ipc.messages import StepOutput, TokenLogprobs, encode
 from daemon.ipc.ring import RingWriter
 
-_ROWS_A_RECORD = 512  # keeps a record well under half a ring even with 20 logprobs a token
-
-Note = Refused | Takeover | Reclaim | HandBack
+_ROWS_PER_RECORD = 512  # keeps a record well under half a ring even with 20 logprobs per token
 
 
 class FrontendOutbox:
-    """Rows and notes for one frontend, each in order. A note carries what it needs of the rows before it."""
+    """Rows of output and notes for one frontend, each queue in order.
+
+    The two queues may overtake one another: a note carries the output that it depends on.
+    """
 
     def __init__(self, ring: RingWriter) -> None:
         self._ring = ring
         self._rows: deque[Emission] = deque()
         self._notes: deque[Note] = deque()
-        self.peer = 0  # incarnation of the frontend that owns what is in here
+        self._receiver = 0  # incarnation of the frontend that owns the queued output
 
     @property
-    def owes(self) -> bool:
-        """Whether something waits here for room on the ring."""
+    def pending(self) -> bool:
+        """True if something waits for room on the ring."""
         return bool(self._rows or self._notes)
 
     def emit(self, emission: Emission) -> None:
+        """Queue a row of output."""
         self._rows.append(emission)
 
     def tell(self, note: Note) -> None:
+        """Queue a note."""
         self._notes.append(note)
 
-    def forget(self, peer: int) -> None:
-        """The frontend was replaced: what its predecessor was owed goes to nobody."""
+    def reset(self, receiver: int) -> None:
+        """Drop what is queued for the previous incarnation of the frontend; `receiver` is the new one."""
         self._rows.clear()
         self._notes.clear()
-        self.peer = peer
+        self._receiver = receiver
 
     def flush(self) -> bool:
-        """Put as much as the ring takes; True if anything went, so the bell must ring."""
+        """Write as much as the ring takes; return True if anything was written, so that the bell must ring."""
         sent = False
-        while self._notes and self._ring.put(encode(self._notes[0]), self.peer):
+        while self._notes and self._ring.put(encode(self._notes[0]), self._receiver):
             self._notes.popleft()
             sent = True
         while self._rows:
-            count = min(len(self._rows), _ROWS_A_RECORD)
+            count = min(len(self._rows), _ROWS_PER_RECORD)
             batch = [self._rows[i] for i in range(count)]
-            if not self._ring.put(encode(_columns(batch)), self.peer):
+            if not self._ring.put(encode(_to_columns(batch)), self._receiver):
                 break
             for _ in range(count):
                 self._rows.popleft()
@@ -56,8 +60,8 @@ class FrontendOutbox:
         return sent
 
 
-def _columns(rows: list[Emission]) -> StepOutput:
-    """Rows to columns: one list a field is three times cheaper to decode than one record a row."""
+def _to_columns(rows: list[Emission]) -> StepOutput:
+    """Convert rows to columns: one list per field decodes three times faster than one record per row."""
     tokens: list[int] = []
     logprobs: list[TokenLogprobs | None] | None = None
     if any(row.logprobs for row in rows):

@@ -1,10 +1,11 @@
-"""Compiled CPU kernels: one decorator, one place for what is compiled to be kept.
+"""Compiled CPU kernels: the decorator and the cache directory of their machine code.
 
-Import `kernel` from here and never numba itself before this module: numba reads its cache
-directory once, when it is imported.
+Import `kernel` from here, and do not import numba before this module: numba reads its cache directory once, at
+import.
 
-Machine code holds what a kernel calls and the constants it uses, from whatever file, while numba looks only at the
-kernel's own file to see whether it is current. So it is kept under a stamp of every file with a kernel in it.
+The machine code of a kernel contains the functions that it calls and the constants that it uses, also those from
+other files. But numba checks only the kernel's own file to decide if the cached code is current. So the name of the
+cache directory contains a hash of every file that has a kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from daemon.config import cache_dir
 
 
 def _stamp() -> str:
-    """Changes with every file below this folder that compiles kernels; 12 hex digits."""
+    """Return a hash (12 hex digits) of every file below this folder that compiles kernels."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         source = file.read_bytes()
@@ -33,7 +34,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba" / _stamp()))
 
 import numba  # noqa: E402
 
-# What a scalar in a kernel is to the compiler; a type checker cannot follow compiled arithmetic.
+# Types of scalars in kernels, for the reader: a type checker cannot follow compiled arithmetic.
 F32: TypeAlias = Any
 F64: TypeAlias = Any
 I32: TypeAlias = Any
@@ -52,23 +53,25 @@ def _is_writable(directory: Path) -> bool:
     return os.access(directory, os.W_OK | os.X_OK)
 
 
-# Without a place to keep machine code, numba refuses to cache rather than compile.
+# With `cache=True` and no writable directory numba raises an error instead of compiling.
 _CACHE = _is_writable(Path(os.environ["NUMBA_CACHE_DIR"]))
 if not any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbi")):
-    # A start that takes many times as long as others should say why.
-    _kept = "once for this version" if _CACHE else f"and cannot keep them in {os.environ['NUMBA_CACHE_DIR']}"
-    logging.getLogger(__name__).info("compiling kernels for this CPU, %s: some seconds, more if it is busy", _kept)
+    # The first start takes many times as long as the next ones: log the reason.
+    _note = "once for this version" if _CACHE else f"cannot cache them in {os.environ['NUMBA_CACHE_DIR']}"
+    logging.getLogger(__name__).info(
+        "compiling kernels for this CPU (%s): takes some seconds, more on a busy CPU", _note
+    )
 
 
 def kernel(
     *signatures: str, parallel: bool = False, fastmath: bool = False, inline: bool = False
 ) -> Callable[[F], F]:
-    """Compile a function with numba, release the GIL in it and keep the machine code on disk where there is room.
+    """Compile a function with numba. It releases the GIL; its machine code is cached on disk if that is writable.
 
-    With `signatures` (such as ``"int64(float32[::1], uint64)"``) it compiles when its module is imported, from
-    the disk cache where that is current; without any, at the first call with new argument types.
-    `fastmath` lets the compiler reorder sums, so that bits may differ with length and alignment: leave it
-    off wherever a result must not depend on its neighbours. `inline` has LLVM inline it into its callers.
+    With `signatures` (such as ``"int64(float32[::1], uint64)"``) the function is compiled when its module is
+    imported, or read from the disk cache if that is current. Without signatures it is compiled at the first call with
+    new argument types. `fastmath` lets the compiler reorder sums, so bits may differ with length and alignment:
+    leave it off if a result must not depend on its neighbours. `inline` makes LLVM inline it into its callers.
     """
     options: dict[str, Any] = {"cache": _CACHE, "nogil": True, "parallel": parallel, "fastmath": fastmath}
     if inline:

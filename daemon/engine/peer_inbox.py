@@ -1,11 +1,11 @@
-"""What the other engines and the coordinator say to this one, and whether they live."""
+"""Reads the rings from the other engines and the coordinator, and detects the deaths of engines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-from daemon.engine.migration.llumlet import Action, Llumlet
+from daemon.engine.migration.actions import Action
+from daemon.engine.migration.llumlet import Llumlet
 from daemon.ipc.fabric import COORDINATOR, Fabric
 from daemon.ipc.messages import (
     EngineFacts,
@@ -19,70 +19,80 @@ from daemon.ipc.process_table import ProcessState
 
 
 class PeerInbox:
-    """Reads the lanes from peers and coordinator. `kv_format`: blocks move between equal ones only."""
+    """Messages from peers and coordinator. `kv_format`: blocks move only between engines with equal formats."""
 
-    def __init__(
-        self, fabric: Fabric, llumlet: Llumlet, kv_format: str, execute: Callable[[list[Action]], None]
-    ) -> None:
+    def __init__(self, fabric: Fabric, llumlet: Llumlet, kv_format: str) -> None:
         topology = fabric.topology
         _, me = topology.role(fabric.process)
         others = [i for i in range(topology.engines) if i != me]
         self._fabric = fabric
         self._llumlet = llumlet
         self._kv_format = kv_format
-        self._execute = execute
         self._table = fabric.table()
-        self._lives = dict.fromkeys(others, 0)  # engine: incarnation alive, 0 if none
-        self._dead = dict.fromkeys(others, 0)  # engine: last incarnation known to be over
-        self._lanes = {i: fabric.reader(topology.engine(i)) for i in others}
+        self._alive = dict.fromkeys(others, 0)  # engine: live incarnation, 0 if none
+        self._dead = dict.fromkeys(others, 0)  # engine: last incarnation known to be dead
+        self._rings = {i: fabric.reader(topology.engine(i)) for i in others}
         self._boards = {i: fabric.board_of(topology.engine(i)) for i in others}
         self._orders = fabric.reader(COORDINATOR)
 
-    def listen(self) -> None:
-        """Take what they have written. The table is read first, deaths are handled last: all that a peer had
-        written before it died counts before its death does."""
+    def read(self) -> list[Action]:
+        """Read all messages, handle deaths, and return the actions, in order. Execute them, then call `ack`.
+
+        The process table is read first and deaths are handled last: everything that a peer wrote before it died
+        takes effect before its death does.
+        """
         changed = self._table.refresh()
-        for engine, lane in self._lanes.items():
-            while (record := lane.read()) is not None:
+        actions: list[Action] = []
+        for engine, ring in self._rings.items():
+            while (record := ring.read()) is not None:
                 if record.receiver == self._fabric.incarnation:
                     peer, message = EngineIncarnation(engine, record.sender), decode_to_peer(record.payload)
-                    self._execute(self._llumlet.on_peer(peer, message, time.monotonic()))
-            lane.ack()
+                    actions += self._llumlet.on_peer(peer, message, time.monotonic())
         if changed:
-            self._handle_engine_death()
+            actions += self._handle_deaths()
         while (record := self._orders.read()) is not None:
             if record.receiver == self._fabric.incarnation:
-                self._handle(decode_to_llumlet(record.payload))
+                actions += self._handle_order(decode_to_llumlet(record.payload))
+        return actions
+
+    def ack(self) -> None:
+        """Free the rings' space of all that was read. Call it once the actions are executed."""
+        for ring in self._rings.values():
+            ring.ack()
         self._orders.ack()
 
-    def _handle_engine_death(self) -> None:
-        for engine in self._lives:
+    def _handle_deaths(self) -> list[Action]:
+        actions: list[Action] = []
+        for engine in self._alive:
             row = self._table.rows[self._fabric.topology.engine(engine)]
             up = row.state == ProcessState.UP
-            self._lives[engine] = row.incarnation if up else 0
+            self._alive[engine] = row.incarnation if up else 0
             dead = row.incarnation - up
-            if dead > self._dead[engine]:  # that life, and any earlier one that came and went unseen
+            if dead > self._dead[engine]:  # this incarnation, and any earlier one that began and died unseen
                 self._dead[engine] = dead
-                self._execute(self._llumlet.peer_died(EngineIncarnation(engine, dead), time.monotonic()))
+                actions += self._llumlet.on_peer_death(EngineIncarnation(engine, dead), time.monotonic())
+        return actions
 
-    def _handle(self, order: MigrateTo) -> None:
-        if self._fits(order.engine):
-            peer = EngineIncarnation(order.engine, self._lives[order.engine])
-            self._execute(self._llumlet.migrate_to(peer, order, time.monotonic()))
+    def _handle_order(self, order: MigrateTo) -> list[Action]:
+        if not self._can_receive(order.engine):
+            return []
+        peer = EngineIncarnation(order.engine, self._alive[order.engine])
+        return self._llumlet.migrate_to(peer, order, time.monotonic())
 
     def facts_of(self, peer: EngineIncarnation) -> EngineFacts | None:
-        """What that life of an engine has published last, if it is not over."""
-        found = self._boards[peer.engine].read() if peer.incarnation == self._lives[peer.engine] else None
+        """Return the last facts of that incarnation of an engine; None if it is dead or has published none."""
+        found = self._boards[peer.engine].read() if peer.incarnation == self._alive[peer.engine] else None
         facts = decode_engine_facts(found[1]) if found else None
         return facts if facts and facts.incarnation == peer.incarnation else None
 
     def alive(self) -> list[EngineFacts]:
-        """What each engine that lives has published last."""
-        found = (self.facts_of(EngineIncarnation(engine, life)) for engine, life in self._lives.items() if life)
+        """Return the last facts of each live engine."""
+        alive = (EngineIncarnation(engine, incarnation) for engine, incarnation in self._alive.items() if incarnation)
+        found = (self.facts_of(peer) for peer in alive)
         return [facts for facts in found if facts is not None]
 
-    def _fits(self, engine: int) -> bool:
-        """Whether it lives and its blocks are of the same make."""
-        alive = self._lives.get(engine)
-        facts = self.facts_of(EngineIncarnation(engine, alive)) if alive else None
+    def _can_receive(self, engine: int) -> bool:
+        """Return True if the engine is alive and its blocks have this engine's format."""
+        incarnation = self._alive.get(engine)
+        facts = self.facts_of(EngineIncarnation(engine, incarnation)) if incarnation else None
         return facts is not None and facts.kv_format == self._kv_format

@@ -1,5 +1,5 @@
-"""The steps under way: each is launched, collected and folded in turn, the next one launched before the last is
-collected where the runner can do that. So a device never waits for the host.
+"""The steps in flight. Each step is launched, collected and applied in turn; if the runner can, the next step is
+launched before the last one is collected, so that the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from daemon.engine.runner import Overlapping, Runner, StepPlan, StepResult
 
 
 class Step(NamedTuple):
-    """One that has ended. `seconds`: since its launch or, if that was later, the end of the one before."""
+    """A step that has ended. `seconds`: since its launch or, if that was later, since the end of the step before."""
 
     plan: StepPlan
     result: StepResult
@@ -21,38 +21,39 @@ class Step(NamedTuple):
 
 
 class Pipeline:
-    """Between scheduler and runner. With `overlap`, a runner that can is given a step beforehand."""
+    """Connects the scheduler with the runner. `overlap`: launch one step ahead if the runner can."""
 
     def __init__(self, runner: Runner, *, overlap: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._runner = runner
-        self._ahead = cast(Overlapping, runner) if overlap and hasattr(runner, "launch") else None
+        self._overlapping = cast(Overlapping, runner) if overlap and hasattr(runner, "launch") else None
         self._clock = clock
-        self._under_way: deque[tuple[StepPlan, Any, float]] = deque()  # plan, ticket, when launched
+        self._in_flight: deque[tuple[StepPlan, Any, float]] = deque()  # plan, ticket, launch time
         self._last_end = 0.0
 
     def __len__(self) -> int:
-        return len(self._under_way)
+        """Number of steps in flight."""
+        return len(self._in_flight)
 
     @property
     def closed(self) -> bool:
-        """No step may be planned before the one under way is collected."""
-        if self._ahead is None:
-            return False  # steps end where they are launched
-        return any(self._ahead.stands_alone(plan) for plan, _, _ in self._under_way)
+        """True if the step in flight must be collected before the next one is planned."""
+        if self._overlapping is None:
+            return False  # a step ends in `launch`
+        return any(self._overlapping.blocks_overlap(plan) for plan, _, _ in self._in_flight)
 
     def launch(self, plan: StepPlan) -> None:
-        """Begin a step, which a runner that computes one at a time does at once."""
+        """Launch a step. A runner that cannot overlap computes it before this returns."""
         now = self._clock()
-        ticket = self._ahead.launch(plan) if self._ahead else self._runner.execute(plan)
-        self._under_way.append((plan, ticket, now))
+        ticket = self._overlapping.launch(plan) if self._overlapping else self._runner.execute(plan)
+        self._in_flight.append((plan, ticket, now))
 
     def collect(self, leave: int = 0) -> Step | None:
-        """The oldest step, once it has ended; None if not more than `leave` are under way."""
-        keep = leave if self._ahead else 0
-        if len(self._under_way) <= keep:
+        """Wait for the oldest step and return it; return None if at most `leave` steps are in flight."""
+        keep = leave if self._overlapping else 0
+        if len(self._in_flight) <= keep:
             return None
-        plan, ticket, launched = self._under_way.popleft()
-        result = self._ahead.collect(ticket) if self._ahead else ticket
+        plan, ticket, launched = self._in_flight.popleft()
+        result = self._overlapping.collect(ticket) if self._overlapping else ticket
         now = self._clock()
         began = max(launched, self._last_end)
         self._last_end = now

@@ -1,4 +1,4 @@
-"""A request as its engine sees it: tokens, progress, blocks. Pure."""
+"""A request at its engine: tokens, progress, blocks. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from daemon.ipc.messages import Finish, RequestParams, SamplingParams
 class Request:
     """One choice of one client request.
 
-    `tokens` is the prompt followed by the output. `num_computed` of them have their KV in the
-    blocks of `block_table` (token i lies in block ``block_table[i // block_size]``); after prefill it trails
-    `len(tokens)` by one, the token to feed next.
+    `tokens` is the prompt followed by the output. The KV of the first `num_computed` tokens is in the blocks of
+    `block_table` (token i is in block ``block_table[i // block_size]``). After prefill, `num_computed` is one less
+    than `len(tokens)`: the last token is the next one to feed.
     """
 
     rid: int
@@ -24,40 +24,42 @@ class Request:
     prompt_len: int
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
-    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_cached: int = 0  # prompt tokens found in the prefix cache at the first admission
     hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `tokens`, computed lazily
     finish: Finish = Finish.NONE
     preemptions: int = 0
-    admitted: float = -1.0  # first time it entered the batch
-    slot: int = -1  # journal slot of its frontend
-    num_inflight_tokens: int = 0  # tokens whose KV steps in flight compute, after those of `num_computed`
-    num_sampling: bool = False  # a step in flight draws the token after those known
-    held: bool = False  # left out of further steps, so that none in flight contains it soon
+    admitted: float = -1.0  # time of the first admission to the batch, seconds; -1: not yet
+    slot: int = -1  # journal slot at its frontend
+    num_inflight_tokens: int = 0  # tokens after `num_computed` whose KV is computed by steps in flight
+    num_sampling: bool = False  # a step in flight samples the token after the known ones
+    paused: bool = False  # left out of further plans, so that no step in flight contains it soon
 
     @property
     def sampling(self) -> SamplingParams:
+        """The request's sampling parameters."""
         return self.params.sampling
 
     @property
     def num_output(self) -> int:
+        """Number of output tokens."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def length(self) -> int:
-        """Tokens known or being drawn."""
+        """Number of tokens that are known or being sampled."""
         return len(self.tokens) + self.num_sampling
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is neither computed nor on its way; 1 for a decoding request."""
+        """Number of tokens whose KV no step has computed or is computing; 1 for a decoding request."""
         return self.length - self.num_computed - self.num_inflight_tokens
 
     @property
     def in_flight(self) -> bool:
-        """A step that is launched and not folded yet writes its KV."""
+        """True if a step that is launched but not applied yet writes KV of this request."""
         return self.num_inflight_tokens > 0
 
     @property
     def last_position(self) -> int:
-        """Longest sequence this request can become, in tokens."""
+        """Largest length that this request can reach, in tokens."""
         return self.prompt_len + self.sampling.max_tokens

@@ -1,6 +1,6 @@
-"""What computes a step. The worker drives any of: the model on CPU or CUDA, the stub, the hash engine.
+"""The interface between the worker and a backend: the model on CPU or CUDA, the stub, the hash engine.
 
-The scheduler (pure) makes a `StepPlan`; a `Runner` computes it and says which tokens came out.
+The scheduler (pure) makes a `StepPlan`. A `Runner` computes it and returns the sampled tokens.
 """
 
 from __future__ import annotations
@@ -8,46 +8,53 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from daemon.engine.request import Request
 from daemon.ipc.messages import TokenLogprobs
 
 
 class Row(NamedTuple):
-    """Compute ``request.tokens[start : start + count]``; all earlier KV is in its blocks, which also have room
-    for these. `sample`: the chunk reaches the last token, so the next one is drawn from its logits.
+    """One request's part of a step: compute the KV of ``request.tokens[start : start + count]``.
 
-    Where ``start == len(request.tokens)`` the one token to compute is what the step in flight draws for it.
+    The request's blocks hold all earlier KV and have space for these tokens. `sample`: the chunk reaches the last
+    token, so the runner samples the next token from its logits.
+
+    If ``start == len(request.tokens)``, the one token to compute is the token that the step in flight samples for
+    this request.
     """
 
     request: Request
     start: int
-    count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    count: int  # type: ignore[assignment]  # shadows tuple.count, which is not used here
     sample: bool
-    preemptions: int = 0  # the request's preemptions when this was planned: after another one the row is void
+    preemptions: int = 0  # `request.preemptions` at planning; after another preemption the row is void
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: decode rows (count 1) first, then prefill chunks."""
+    """One step: the decode rows (count 1), then the prefill chunks."""
 
     rows: list[Row]
     num_decodes: int  # rows[:num_decodes] are decodes
     preempted: list[Request] = field(default_factory=list)
-    number: int = 0  # plans of a scheduler, counted from 1
+    number: int = 0  # of the plan, counted from 1 by its scheduler
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens that the step computes."""
         return sum(row.count for row in self.rows)
 
 
-NO_TOKEN = -1  # nothing could be drawn: the request ends with an error, its batch goes on
+NO_TOKEN = -1  # no token could be sampled: the request ends with an error, the batch continues
 
 
 class StepResult(NamedTuple):
-    """`tokens[i]` is the token drawn for the i-th row with `sample`, or NO_TOKEN; logprobs likewise.
+    """`tokens[i]` is the token sampled for the i-th row with `sample`, or NO_TOKEN; `logprobs` has the same order.
 
-    `dropped`: indices of plan rows that were not computed for want of memory. Their KV does not exist, so their
-    requests must end and none of their blocks may be registered; where they sample, the token is NO_TOKEN.
+    `dropped`: indices of the plan's rows that were not computed because memory ran out. Their KV does not exist, so
+    their requests must end and their blocks must not enter the prefix cache. If such a row samples, its token is
+    NO_TOKEN.
     """
 
     tokens: list[int]
@@ -68,71 +75,91 @@ class PoolSpec(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
+        """Size of one block."""
         return self.layers * 2 * self.block_size * self.kv_heads * self.head_dim * self.item_bytes
 
     @property
     def nbytes(self) -> int:
+        """Size of the pool in bytes."""
         return self.num_blocks * self.block_bytes
 
 
-class Overlapping(Protocol):
-    """A runner that can have the next step under way before the last one's tokens are known.
+class RunnerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of a runner that computes a model; `build_runner` makes them from `Config`."""
 
-    Steps are computed in the order in which they are launched, each over what the ones before have written. Two
-    at most are under way, and they are collected in turn.
+    load_format: str = "auto"  # "auto": read the checkpoint; "dummy": random weights
+    dtype: str = "auto"  # "auto", "bf16" or "fp32"
+    kv_dtype: str = "auto"  # CUDA only: "auto" (as `dtype`) or "fp8" (e4m3 with scale 1)
+    deterministic: bool = False  # a token's bits do not depend on its batch; CPU only
+    threads: int = 1  # CPU only
+    block_size: int = 16  # tokens of a KV block
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_model_len: int
+    kv_memory: int = 0  # CUDA only: bytes of the KV pool; 0: all memory that is free within `memory_share`
+    memory_share: float = 0.9  # CUDA only: share of the device's memory that this engine may use
+
+
+class Overlapping(Protocol):
+    """A runner that can launch the next step before the tokens of the last one are known.
+
+    Steps are computed in launch order. Each step reads what the earlier steps wrote. At most two steps are in
+    flight, and they are collected in launch order.
     """
 
     def launch(self, plan: StepPlan) -> Any:
-        """Begin a step; the ticket is for `collect`. What is to be read of the plan's requests is read now, but
-        for a token that the step before draws."""
+        """Begin a step and return a ticket for `collect`.
+
+        The runner reads the plan's requests now, except for a token that the step before it samples.
+        """
         ...
 
     def collect(self, ticket: Any) -> StepResult:
-        """Wait for the step's end."""
+        """Wait for the end of the step and return its result."""
         ...
 
-    def stands_alone(self, plan: StepPlan) -> bool:
-        """Whether the step must be collected before the next one is planned: its tokens are drawn on the host."""
+    def blocks_overlap(self, plan: StepPlan) -> bool:
+        """Return True if the step must be collected before the next one is planned: the host samples its tokens."""
         ...
 
 
 class Runner(Protocol):
     """Computes steps over one KV pool. Not thread-safe; every call comes from the worker's loop.
 
-    Life: construct (reads the model's config, no weights) -> `pool_spec` -> `load` -> `execute`*.
+    Order of calls: constructor (reads the model's config, no weights) -> `pool_spec` -> `load` -> `execute`*.
     """
 
-    device: str  # what it computes on, by name: engines on equal ones share what they measure
+    device: str  # name of the hardware: engines with the same name share their measurements
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     vocab_size: int
 
     def pool_spec(self, num_blocks: int) -> PoolSpec:
-        """Shape of a pool of `num_blocks` blocks; block 0 is a dummy that no request holds."""
+        """Return the shape of a pool of `num_blocks` blocks. Block 0 is a dummy that no request holds."""
         ...
 
     def load(self, pool: memoryview) -> None:
-        """Load weights and adopt `pool` (writable, pool_spec().nbytes long). Warms up every kernel."""
+        """Load the weights, use `pool` (writable, pool_spec().nbytes long) as KV pool, and warm up every kernel."""
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Write the KV of the plan's rows into their blocks and draw a token for each row that samples.
+        """Write the KV of the plan's rows into their blocks and sample a token for each row with `sample`.
 
-        Must not change `plan` or its requests: the scheduler folds the result.
+        Must not change `plan` or its requests: the scheduler applies the result to them.
         """
         ...
 
 
 class DeviceRunner(Runner, Overlapping, Protocol):
-    """A runner that keeps its KV pool in its device's own memory; `execute` is `launch` and `collect`."""
+    """A runner with its KV pool in the device's memory; `execute` is `launch` followed by `collect`."""
 
-    num_blocks: int  # of the pool, the dummy among them; known after `load`
+    num_blocks: int  # of the pool, including the dummy; known after `load`
 
     @property
     def pool_memory(self) -> Any:
-        """The pool's bytes as one tensor on the device, an allocation of its own; after `load`."""
+        """The pool's bytes as one tensor on the device, in a separate allocation. Valid after `load`."""
         ...
 
     def load(self, pool: memoryview | None = None) -> None:
-        """As `Runner.load`; without `pool` the runner measures what is free, and allocates the pool itself."""
+        """Load as `Runner.load` does. Without `pool` the runner measures the free memory and allocates the pool."""
         ...

@@ -1,10 +1,10 @@
-"""What one engine did, for its operators: into the event log, and into the statistics."""
+"""Reports what one engine did: events for operators, and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from daemon.engine.migration.llumlet import Report
+from daemon.engine.migration.actions import Report
 from daemon.engine.request import Request
 from daemon.enums import MigrationResult
 from daemon.ipc.event_ring import EventWriter
@@ -14,7 +14,7 @@ from daemon.ipc.metrics_page import MetricsPage
 
 
 class Telemetry:
-    """Writes `log` and `page`. `block_bytes`: of a KV block."""
+    """Writes to `log` and `page`. `block_bytes`: size of a KV block."""
 
     def __init__(self, log: EventWriter, page: MetricsPage, block_bytes: int) -> None:
         self._log = log
@@ -23,14 +23,14 @@ class Telemetry:
         self._state: EngineState | None = None
 
     def move(self, report: Report) -> None:
-        """A move is over."""
+        """Report that a move, or an order to move, is over."""
         self._page.inc("migrations", 1.0, report.reason, report.result)
         request = report.request
         if report.result is MigrationResult.HANDED_BACK:
             self._log.write(HandedBack(request.rid, _name(request), report.reason, report.detail))
             return
         if report.result is MigrationResult.MOVED:
-            self._page.observe("migration_stages", report.stages)
+            self._page.observe("migration_stages", report.num_copies)
             self._page.observe("migration_blocks", report.blocks)
             self._page.observe("migration_seconds", report.seconds)
             self._page.observe("migration_frozen_seconds", report.frozen_seconds)
@@ -41,7 +41,7 @@ class Telemetry:
             reason=report.reason,
             result=report.result,
             detail=report.detail,
-            stages=report.stages,
+            stages=report.num_copies,
             blocks=report.blocks,
             skipped=report.skipped,
             nbytes=report.blocks * self._block_bytes,
@@ -51,17 +51,17 @@ class Telemetry:
         self._log.write(event)
 
     def preempted(self, requests: Iterable[Request]) -> None:
-        """A step began by taking these out of the batch."""
+        """Report the requests that were preempted at the beginning of a step."""
         for request in requests:
             self._log.write(Preempted(request.rid, _name(request), len(request.tokens)))
 
     def state(self, state: EngineState) -> None:
-        """What the engine publishes; told of once."""
+        """Report the engine's state if it has changed."""
         if state != self._state:
             self._state = state
             self._log.write(EngineChanged(state.name.lower()))
 
 
 def _name(request: Request) -> str:
-    """As `llumctl requests` shows it."""
+    """Return the name that `llumctl requests` shows."""
     return request.params.label or f"{request.rid:x}"

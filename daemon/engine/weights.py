@@ -1,7 +1,7 @@
-"""Where a model's tensors come from: a safetensors directory, or a seed.
+"""Sources of a model's tensors: a safetensors directory, or random numbers.
 
-Checkpoint tensors are views of the mapped files. Engines that map the same file share its pages; what is
-packed for the linear layers is a private copy in each process, so only the embedding table stays shared.
+Tensors of a checkpoint are views of the mapped files. Engines that map the same file share its pages. The weights
+packed for the linear layers are a private copy in each process, so only the embedding table stays shared.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ class Weights(Protocol):
     """Tensors by their Hugging Face names."""
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor, in its stored dtype. KeyError unless the model has it. It may be mapped: do not write."""
+        """Return the tensor in its stored dtype. Do not write to it: it may be mapped.
+
+        Raises KeyError if the model has no such tensor.
+        """
         ...
 
 
-class Checkpoint:
-    """The safetensors files of a card's directory; checked to be whole before a tensor is read.
+class CheckpointWeights:
+    """The safetensors files of a model's directory, checked for completeness before a tensor is read.
 
-    Raises ModelError where a tensor is missing or misshapen.
+    Raises ModelError if a tensor is missing or has the wrong shape.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         checkpoint.check(config)
         self._files: dict[Path, Any] = {}
-        self._where = checkpoint.weight_map(config.path)
+        self._file_of = checkpoint.weight_map(config.path)
 
     def get(self, name: str) -> torch.Tensor:
-        file = self._where[name]
+        file = self._file_of[name]
         try:
             if file not in self._files:
                 self._files[file] = safe_open(file, framework="pt", device="cpu")
@@ -46,8 +49,8 @@ class Checkpoint:
             raise ModelError(f"cannot read {name} from {file}: {e}") from None
 
 
-class Dummy:
-    """Random weights that depend on the card and the tensor's name alone: the same on every engine."""
+class DummyWeights:
+    """Random weights that depend only on the tensor's name and shape: the same on every engine."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = checkpoint.expected_tensors(config)
@@ -61,5 +64,5 @@ class Dummy:
 
 
 def open_weights(config: ModelConfig, load_format: str) -> Weights:
-    """The weights for `load_format`: "auto" or "dummy"."""
-    return Dummy(config) if load_format == "dummy" else Checkpoint(config)
+    """Return the weights for `load_format`: "auto" or "dummy"."""
+    return DummyWeights(config) if load_format == "dummy" else CheckpointWeights(config)

@@ -1,1 +1,1 @@
-"""What processes share: segments, rings, boards, doorbells, journals, tables, and the messages in them."""
+"""Shared memory between processes: segments, rings, boards, doorbells, journals, tables, and the messages in them."""

@@ -1,4 +1,4 @@
-"""Contiguous extents out of one arena: first fit, freed neighbours join. Pure."""
+"""An allocator of contiguous extents in one arena: first fit, adjacent free extents are joined. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ ALIGN = 64
 
 
 class Arena:
-    """Hands out [offset, offset + size) of an arena of `size` bytes, 64-byte aligned."""
+    """Allocates extents [offset, offset + size) of an arena of `size` bytes, 64-byte aligned."""
 
     def __init__(self, size: int) -> None:
-        self._free: list[tuple[int, int]] = [(0, size)]  # (offset, size), by offset, never adjacent
+        self._free: list[tuple[int, int]] = [(0, size)]  # (offset, size), sorted, never adjacent
         self.free_bytes = size
 
     def allocate(self, size: int) -> int | None:
-        """Offset of a new extent of at least `size` bytes, or None if no gap is that large."""
+        """Return the offset of a new extent of at least `size` bytes, or None if no gap is large enough."""
         size = rounded(size)
         for i, (offset, gap) in enumerate(self._free):
             if gap >= size:
@@ -28,13 +28,13 @@ class Arena:
         return None
 
     def free(self, offset: int, size: int) -> None:
-        """Give back an extent exactly as allocated. ValueError if it overlaps what is free already."""
+        """Free an extent exactly as it was allocated. Raises ValueError if it overlaps a free extent."""
         size = rounded(size)
         i = bisect_left(self._free, (offset, 0))
         before = self._free[i - 1] if i else (-1, 0)
         after = self._free[i] if i < len(self._free) else None
         if before[0] + before[1] > offset or (after and offset + size > after[0]):
-            raise ValueError(f"extent {offset}+{size} is free already")
+            raise ValueError(f"extent {offset}+{size} is already free")
         self.free_bytes += size
         if after and offset + size == after[0]:
             del self._free[i]
@@ -46,5 +46,5 @@ class Arena:
 
 
 def rounded(size: int) -> int:
-    """`size` as the arena accounts it."""
+    """Return the number of bytes that the arena uses for an extent of `size` bytes."""
     return max(ALIGN, size + ALIGN - 1 & -ALIGN)

@@ -1,4 +1,4 @@
-"""What every child process does first: die with the supervisor, say in `ps` what it is, log, find the fabric."""
+"""The start of every child process: bind it to the supervisor, set its name and its logging, attach shared memory."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ from daemon.ipc.fabric import Fabric, FabricHandles
 PR_SET_PDEATHSIG = 1
 EXIT_FAILED = 1
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again cannot help
-EXIT_PARKED = 79  # an engine that is wished parked and has nothing left to do
-STOP_SIGNAL = signal.SIGUSR1  # the supervisor's word to finish and exit
+EXIT_PARKED = 79  # an engine whose desired state is PARKED and which holds no work
+STOP_SIGNAL = signal.SIGUSR1  # from the supervisor: finish and exit
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """Everything a child is told: plain values and descriptors."""
+    """Everything that the supervisor passes to a child: plain values and descriptors."""
 
     config: Config
     handles: FabricHandles
-    process: int
+    process: int  # process number, see `Topology`
     incarnation: int
     supervisor_pid: int
     model_dir: str
-    listener: int = -1  # frontends: the HTTP socket; coordinator: the admin socket
-    pool: int = -1  # engines: their KV pool segment
+    listener_fd: int = -1  # frontends: the HTTP socket; coordinator: the admin socket
+    pool_fd: int = -1  # engines: their KV pool segment
 
 
-def begin(spec: ChildSpec) -> Fabric:
-    """Tie this process to the supervisor's life and attach it to the fabric."""
+def initialize(spec: ChildSpec) -> Fabric:
+    """Prepare this process as the child that `spec` describes; return its view of the shared memory.
+
+    From now on the process dies with the supervisor.
+    """
     _die_with(spec.supervisor_pid)
-    role, index = spec.handles.topology.role(spec.process)
-    name = role if role == "coordinator" else f"{role} {index}"
+    name = spec.handles.topology.name(spec.process)
     setproctitle.setproctitle(f"llumd: {name}")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they may reach the whole group; the supervisor decides
+        signal.signal(number, signal.SIG_IGN)  # they may go to the whole group; the supervisor handles them
     start_logging(spec.config.log_level, name)
     return Fabric(spec.handles, spec.process, spec.incarnation)
 
 
 def start_logging(level: str, name: str) -> None:
-    """Log lines to stderr; under systemd with the priority prefix that journald understands."""
+    """Write log lines to stderr; under systemd with the priority prefix that journald reads."""
     under_journald = "JOURNAL_STREAM" in os.environ
     form = "%(message)s" if under_journald else "%(asctime)s %(levelname)-7s %(message)s"
     handler = logging.StreamHandler(sys.stderr)
@@ -69,9 +71,9 @@ class _Formatter(logging.Formatter):
 
 
 def _die_with(parent: int) -> None:
-    # The kernel sends the signal when the forking *thread* ends: the supervisor forks from its main thread only.
+    # The kernel sends the signal when the forking *thread* ends, so the supervisor forks from its main thread only.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the supervisor died before the call
         os._exit(1)

@@ -1,7 +1,8 @@
-"""Wish words: the state that the coordinator wants each engine in, one u64 an engine in shared memory.
+"""Desired states: the state that the coordinator wants each engine to have, one u64 word per engine in shared memory.
 
-Not messages but levels: a wish outlives the engine it is meant for and the coordinator who wrote it. So an engine
-that dies while it drains comes back draining, and a new coordinator goes on where the last one stopped.
+A desired state is a level, not a message: it outlives its engine and the coordinator that wrote it. So an engine that
+dies while it drains is draining again after its restart, and a new coordinator continues where its predecessor
+stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from daemon.ipc.messages import EngineFacts, EngineState
 
 
 class DesiredStateReader:
-    """What is wished, by engine: SERVING (also where nothing was ever written), DRAINING or PARKED."""
+    """The desired state of each engine: SERVING (also if none was ever written), DRAINING or PARKED."""
 
     def __init__(self, words: memoryview) -> None:
         self._words = words.cast("Q")
@@ -22,17 +23,17 @@ class DesiredStateReader:
 
 
 class DesiredStateWriter(DesiredStateReader):
-    """The coordinator's hand on the words."""
+    """The only writer of the desired states, in the coordinator."""
 
     def put(self, engine: int, state: EngineState) -> None:
-        """One aligned store. ValueError for a state that nobody can be wished in."""
+        """Set the desired state with one aligned store. Raises ValueError for a state that cannot be desired."""
         if state not in (EngineState.SERVING, EngineState.DRAINING, EngineState.PARKED):
-            raise ValueError(f"an engine cannot be wished {state.name.lower()}")
+            raise ValueError(f"{state.name.lower()} cannot be the desired state of an engine")
         self._words[engine] = state
 
 
 def served_without(engine: int, facts: Sequence[EngineFacts | None], desired_states: DesiredStateReader) -> bool:
-    """Whether an engine other than `engine` serves and is to go on serving."""
+    """Return True if an engine other than `engine` is serving and its desired state is SERVING."""
     return any(
         f is not None and f.state == EngineState.SERVING and desired_states.of(i) == EngineState.SERVING
         for i, f in enumerate(facts)

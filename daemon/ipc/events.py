@@ -1,7 +1,7 @@
-"""What the scheduler did, as operators are told: the events of all processes. Pure.
+"""The events that operators can read: what frontends, engines and coordinator did. Pure.
 
-Every request is named twice: by its number and by its public id as `llumctl requests` shows it. Whoever writes
-an event adds the time (`control.eventlog`).
+An event names a request twice: by its number and by its public id, which `llumctl requests` shows. `EventWriter` adds
+the time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 
 class Dispatched(msgspec.Struct, tag="dispatched", array_like=True, frozen=True):
-    """A request was given to an engine. `again`: not for the first time, and why."""
+    """A frontend has dispatched a request to an engine. `again`: why it is not the first time; empty if it is."""
 
     rid: int
     request: str
@@ -25,11 +25,11 @@ class Dispatched(msgspec.Struct, tag="dispatched", array_like=True, frozen=True)
 
 
 class TakenOver(msgspec.Struct, tag="taken_over", array_like=True, frozen=True):
-    """A running request has another owner, which goes on after `output_tokens`."""
+    """A running request has a new owner, which continues it after `output_tokens`."""
 
     rid: int
     request: str
-    engine: int  # it came from
+    engine: int  # the old owner
     to: int
     epoch: int  # the new one
     output_tokens: int
@@ -39,7 +39,7 @@ class TakenOver(msgspec.Struct, tag="taken_over", array_like=True, frozen=True):
 
 
 class MoveEnded(msgspec.Struct, tag="move_ended", array_like=True, frozen=True):
-    """What became of a migration, told by its source."""
+    """A migration has ended; its source writes this event."""
 
     rid: int
     request: str
@@ -47,33 +47,33 @@ class MoveEnded(msgspec.Struct, tag="move_ended", array_like=True, frozen=True):
     reason: str  # `enums.MigrationReason`
     result: str  # `enums.MigrationResult`
     detail: str
-    stages: int  # copies begun, the one while frozen included
+    stages: int  # copies started, including the one while the request was frozen
     blocks: int  # copied
-    skipped: int  # blocks that the destination had already
+    skipped: int  # blocks that the destination already had
     nbytes: int
-    seconds: float  # from choice to end
-    frozen_seconds: float  # of these, in no batch
+    seconds: float  # from the choice of the request to the end
+    frozen_seconds: float  # of these, the time in no batch
 
 
 class HandedBack(msgspec.Struct, tag="handed_back", array_like=True, frozen=True):
-    """An engine gave a request back to its frontend, which starts it anew."""
+    """An engine has handed a request back to its frontend, which dispatches it again."""
 
     rid: int
     request: str
-    reason: str  # of the order
+    reason: str  # of the order to migrate
     detail: str
 
 
 class Preempted(msgspec.Struct, tag="preempted", array_like=True, frozen=True):
-    """A running request lost its blocks and waits to be computed anew."""
+    """A running request was preempted: it lost its blocks and waits for recomputation."""
 
     rid: int
     request: str
-    tokens: int  # to compute anew
+    tokens: int  # to recompute
 
 
 class EngineChanged(msgspec.Struct, tag="engine", array_like=True, frozen=True):
-    """The engine publishes another state from now on."""
+    """The engine publishes a new state."""
 
     state: str  # `EngineState`, in lower case
 
@@ -82,7 +82,7 @@ class EngineChanged(msgspec.Struct, tag="engine", array_like=True, frozen=True):
 
 
 class Ordered(msgspec.Struct, tag="ordered", array_like=True, frozen=True):
-    """An order went out. `engine`: it is about, -1 if none; `request`: the same, or empty."""
+    """The coordinator has sent an order. `engine`, `request`: its targets; -1 and empty if it has none."""
 
     action: str
     request: str
@@ -93,17 +93,17 @@ class Ordered(msgspec.Struct, tag="ordered", array_like=True, frozen=True):
 
 Event = Dispatched | TakenOver | MoveEnded | HandedBack | Preempted | EngineChanged | Ordered
 
-MISSED = "missed"  # in the place of events that were overwritten before they were read
+MISSED = "missed"  # stands for events that were overwritten before they were read
 KINDS = (*(kind.__struct_config__.tag for kind in get_args(Event)), MISSED)
 
 
 def kind_of(event: Event) -> str:
-    """Its name in JSON."""
+    """Return the name of the event's kind in JSON."""
     tag = event.__struct_config__.tag
     assert isinstance(tag, str)
     return tag
 
 
 def fields_of(event: Event) -> dict[str, Any]:
-    """Its fields by name, ready for JSON."""
+    """Return the fields by name, ready for JSON."""
     return msgspec.structs.asdict(event)

@@ -1,8 +1,9 @@
-"""The shared segment that joins all processes: where everything lies in it, and each process's ends.
+"""The fabric: the shared segment that connects all processes, its layout, and the view that each process has of it.
 
-One segment holds process table, progress words, boards, statistics and rings; `Layout` computes every
-offset from the topology alone. Journals and KV pools are segments of their own. A lane is a ring for one
-directed pair that talks; a process finds its peers by their number: 0 coordinator, then frontends, then engines.
+One segment contains process table, progress words, boards, metrics pages, desired states, event rings and rings.
+`Layout` computes every offset from the topology alone. Journals and KV pools are separate segments. There is one ring
+for each directed pair of processes that communicate. Processes have numbers: 0 is the coordinator, then come the
+frontends, then the engines.
 """
 
 from __future__ import annotations
@@ -11,22 +12,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from daemon.ipc import doorbell, segment
-from daemon.ipc.board import SLOT_BYTES, BoardReader, BoardWriter
+from daemon.ipc.board import BOARD_BYTES, BoardReader, BoardWriter
 from daemon.ipc.process_table import PROGRESS_BYTES, Progress, TableReader, TableWriter
 from daemon.ipc.ring import PAGE, RingReader, RingWriter, ring_bytes
 
 COORDINATOR = 0
 
-COMMAND_RING = 256 << 10  # frontend -> engine: prompts go by reference, so records are small
+COMMAND_RING = 256 << 10  # frontend -> engine: prompts stay in the journal, so records are small
 OUTPUT_RING = 1 << 20  # engine -> frontend: a step's tokens and logprobs
-ADVICE_RING = 64 << 10  # coordinator -> frontend and engine
+ORDER_RING = 64 << 10  # coordinator -> frontend and engine
 PEER_RING = 256 << 10  # engine -> engine: a reservation names a block for each 16 tokens
-METRICS_BYTES = 16 << 10  # statistics page of one process
-EVENT_BYTES = 64 << 10  # event log of one process
+METRICS_BYTES = 16 << 10  # metrics page of one process
+EVENT_BYTES = 64 << 10  # event ring of one process
 
 
 class Topology(NamedTuple):
-    """How many there are of each."""
+    """The number of frontends and engines, and the numbers of all processes."""
 
     frontends: int
     engines: int
@@ -36,31 +37,36 @@ class Topology(NamedTuple):
         return 1 + self.frontends + self.engines
 
     def frontend(self, k: int) -> int:
-        """Process number of frontend k."""
+        """Return the process number of frontend k."""
         return 1 + k
 
     def engine(self, i: int) -> int:
-        """Process number of engine i."""
+        """Return the process number of engine i."""
         return 1 + self.frontends + i
 
     def role(self, process: int) -> tuple[str, int]:
-        """("coordinator" | "frontend" | "engine", index) of a process number."""
+        """Return ("coordinator" | "frontend" | "engine", index) for a process number."""
         if process == COORDINATOR:
             return "coordinator", 0
         if process <= self.frontends:
             return "frontend", process - 1
         return "engine", process - 1 - self.frontends
 
-    def lanes(self) -> dict[tuple[int, int], int]:
-        """Every directed pair that talks, with the capacity of its ring."""
+    def name(self, process: int) -> str:
+        """Return the name of a process in logs, such as "coordinator" or "engine 0"."""
+        role, index = self.role(process)
+        return role if process == COORDINATOR else f"{role} {index}"
+
+    def rings(self) -> dict[tuple[int, int], int]:
+        """Return every directed pair of processes that communicate, with the capacity of its ring in bytes."""
         found: dict[tuple[int, int], int] = {}
         for i in range(self.engines):
-            found[COORDINATOR, self.engine(i)] = ADVICE_RING
+            found[COORDINATOR, self.engine(i)] = ORDER_RING
             for j in range(self.engines):
                 if i != j:
                     found[self.engine(i), self.engine(j)] = PEER_RING
         for k in range(self.frontends):
-            found[COORDINATOR, self.frontend(k)] = ADVICE_RING
+            found[COORDINATOR, self.frontend(k)] = ORDER_RING
             for i in range(self.engines):
                 found[self.frontend(k), self.engine(i)] = COMMAND_RING
                 found[self.engine(i), self.frontend(k)] = OUTPUT_RING
@@ -74,30 +80,30 @@ class Layout:
         n = topology.processes
         self.progress = PAGE
         self.table = _page_up(self.progress + n * PROGRESS_BYTES)
-        self.boards = self.table + n * SLOT_BYTES
-        self.metrics = self.boards + n * SLOT_BYTES
+        self.boards = self.table + n * BOARD_BYTES
+        self.metrics = self.boards + n * BOARD_BYTES
         self.desired_states = _page_up(self.metrics + n * METRICS_BYTES)
         self.events = _page_up(self.desired_states + topology.engines * 8)
         end = _page_up(self.events + n * EVENT_BYTES)
-        self.lanes: dict[tuple[int, int], tuple[int, int]] = {}
-        for pair, capacity in topology.lanes().items():
-            self.lanes[pair] = (end, ring_bytes(capacity))
+        self.rings: dict[tuple[int, int], tuple[int, int]] = {}
+        for pair, capacity in topology.rings().items():
+            self.rings[pair] = (end, ring_bytes(capacity))
             end += ring_bytes(capacity)
         self.size = end
 
 
 @dataclass(frozen=True, slots=True)
 class FabricHandles:
-    """What a child is given: the topology and descriptors valid in its own process."""
+    """What a process needs to attach: the topology, and descriptors that are valid in that process."""
 
     topology: Topology
     segment: int
-    journals: tuple[int, ...]  # one a frontend
-    doorbells: tuple[int, ...]  # one a process
+    journals: tuple[int, ...]  # one per frontend
+    doorbells: tuple[int, ...]  # one per process
 
 
 class Fabric:
-    """One process's view of the shared segment. The supervisor passes process -1."""
+    """The shared segment as one process sees it. `process`: its number; the supervisor passes -1."""
 
     def __init__(self, handles: FabricHandles, process: int, incarnation: int) -> None:
         self.topology = handles.topology
@@ -109,7 +115,7 @@ class Fabric:
 
     @classmethod
     def create(cls, topology: Topology, journal_bytes: int) -> FabricHandles:
-        """Allocate every segment and doorbell (supervisor only)."""
+        """Create all segments and doorbells (supervisor only)."""
         return FabricHandles(
             topology,
             segment.create(Layout(topology).size),
@@ -129,46 +135,46 @@ class Fabric:
         return Progress(self._at(self._layout.progress + process * PROGRESS_BYTES, PROGRESS_BYTES))
 
     def table(self) -> TableReader:
-        return TableReader(self._view[:8], self._table_slots())
+        return TableReader(self._view[:8], self._table_boards())
 
     def table_writer(self) -> TableWriter:
-        return TableWriter(self._view[:8], self._table_slots())
+        return TableWriter(self._view[:8], self._table_boards())
 
     def board(self) -> BoardWriter:
-        """This process's own slot."""
-        return BoardWriter(self._board_slot(self.process))
+        """Return the writer of this process's own board."""
+        return BoardWriter(self._board_memory(self.process))
 
     def board_of(self, process: int) -> BoardReader:
-        return BoardReader(self._board_slot(process))
+        return BoardReader(self._board_memory(process))
 
     def metrics(self, process: int) -> memoryview:
-        """The statistics page of a process."""
+        """Return the metrics page of a process."""
         return self._at(self._layout.metrics + process * METRICS_BYTES, METRICS_BYTES)
 
     def desired_states(self) -> memoryview:
-        """One u64 an engine: the state that the coordinator wants it in."""
+        """Return the desired-state words: one u64 per engine."""
         return self._at(self._layout.desired_states, self.topology.engines * 8)
 
     def events(self, process: int) -> memoryview:
-        """The event log of a process."""
+        """Return the event ring of a process."""
         return self._at(self._layout.events + process * EVENT_BYTES, EVENT_BYTES)
 
     def writer(self, to: int) -> RingWriter:
-        """The producing end of the lane to process `to`."""
-        return RingWriter(self._at(*self._layout.lanes[self.process, to]), self.incarnation)
+        """Return the writer of the ring to process `to`."""
+        return RingWriter(self._at(*self._layout.rings[self.process, to]), self.incarnation)
 
     def reader(self, source: int) -> RingReader:
-        """The consuming end of the lane from process `source`."""
-        return RingReader(self._at(*self._layout.lanes[source, self.process]))
+        """Return the reader of the ring from process `source`."""
+        return RingReader(self._at(*self._layout.rings[source, self.process]))
 
     def journal(self, frontend: int, *, writable: bool = False) -> memoryview:
         return segment.attach(self._handles.journals[frontend], writable=writable)
 
-    def _table_slots(self) -> list[memoryview]:
-        return [self._at(self._layout.table + p * SLOT_BYTES, SLOT_BYTES) for p in range(self.topology.processes)]
+    def _table_boards(self) -> list[memoryview]:
+        return [self._at(self._layout.table + p * BOARD_BYTES, BOARD_BYTES) for p in range(self.topology.processes)]
 
-    def _board_slot(self, process: int) -> memoryview:
-        return self._at(self._layout.boards + process * SLOT_BYTES, SLOT_BYTES)
+    def _board_memory(self, process: int) -> memoryview:
+        return self._at(self._layout.boards + process * BOARD_BYTES, BOARD_BYTES)
 
     def _at(self, offset: int, size: int) -> memoryview:
         return self._view[offset : offset + size]

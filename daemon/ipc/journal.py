@@ -1,8 +1,8 @@
-"""The journal: one frontend's record of every request it answers for, in shared memory.
+"""The journal: one frontend's record of all its requests, in shared memory.
 
-Written only by the owning frontend, mapped read-only by engines and the coordinator. It holds all that is
-needed to run a request again from where its client stands: parameters, prompt, seed, epoch, owner and the
-output accepted so far with its logprobs. Space for the whole of max_tokens is reserved at admission.
+Only the owning frontend writes it; engines and the coordinator map it read-only. It contains everything that another
+engine needs to continue a request from the last token that the frontend has accepted: parameters, prompt, seed,
+epoch, owner and the accepted output with its logprobs. At admission it reserves the space for all of max_tokens.
 
 A slot is nine u64 words:
 
@@ -14,7 +14,7 @@ A slot is nine u64 words:
     5  output offset << 32 | output capacity, tokens
     6  logprobs offset << 32 | bytes of one token's logprob record (0: none)
     7  incarnation of the owner
-    8  priority as it is now, two's complement (params hold what it was at admission)
+    8  priority as it is now, two's complement (params contain the priority at admission)
 
 Offsets count from the start of the segment, in bytes. Prompt and output are u32 arrays. A logprob record is
 f32 of the chosen token, then (u32 id, f32 logprob) for each alternative; unused alternatives have id 2^32-1.
@@ -36,7 +36,7 @@ _U64 = (1 << 64) - 1
 
 
 class SlotState(IntEnum):
-    """FREE may be reused; LIVE is answered for; CLOSED has ended and only waits to be freed."""
+    """FREE: can be reused; LIVE: belongs to a request; CLOSED: the request has ended, the slot is being freed."""
 
     FREE = 0
     LIVE = 1
@@ -44,20 +44,20 @@ class SlotState(IntEnum):
 
 
 class JournalFull(Exception):
-    """No slot or no contiguous space for the request's reservation."""
+    """There is no free slot or no contiguous space for the request's reservation now."""
 
 
 class JournalTooSmall(Exception):
-    """The reservation exceeds what an empty journal has."""
+    """The reservation does not fit an empty journal."""
 
 
 def slots_for(size: int) -> int:
-    """Slots in a journal segment of `size` bytes: one for each 4 KiB, so that space runs out before slots do."""
+    """Return the number of slots in a journal of `size` bytes: one per 4 KiB, so that space runs out before slots."""
     return size // (4 << 10)
 
 
 class JournalView:
-    """Read access to a journal: engines and the coordinator."""
+    """Read access to a journal, for engines and the coordinator."""
 
     def __init__(self, view: memoryview) -> None:
         self._view = view
@@ -66,14 +66,14 @@ class JournalView:
         self._u32 = view[: len(view) & -4].cast("I")
 
     def rid(self, slot: int) -> int:
-        """Request in the slot (meaningful unless FREE)."""
+        """Return the request id in the slot (meaningless if it is FREE)."""
         return int(self._words[slot * SLOT_WORDS])
 
     def epoch(self, slot: int) -> int:
         return int(self._words[slot * SLOT_WORDS + 1]) >> 32
 
     def owner(self, slot: int) -> tuple[int, int]:
-        """(engine index, its incarnation) that the frontend has given the request to."""
+        """Return (engine index, its incarnation) of the request's owner."""
         base = slot * SLOT_WORDS
         return int(self._words[base + 1]) >> 16 & 0xFFFF, int(self._words[base + 7])
 
@@ -84,7 +84,7 @@ class JournalView:
         return int(self._words[slot * SLOT_WORDS + 2])
 
     def priority(self, slot: int) -> int:
-        """The request's class as it is now; `params` has the one it came with."""
+        """Return the current priority; `params` contains the one at admission."""
         word = int(self._words[slot * SLOT_WORDS + 8])
         return word - (word >> 63 << 64)
 
@@ -99,20 +99,21 @@ class JournalView:
         return self._tokens(slot, 4, self.prompt_len(slot))
 
     def output(self, slot: int, start: int = 0) -> list[int]:
-        """Accepted output tokens from position `start` on."""
+        """Return the accepted output tokens from position `start` on."""
         offset, _ = self._pair(slot, 5)
         return self._u32[offset // 4 + start : offset // 4 + self.num_output(slot)].tolist()
 
     def logprobs(self, slot: int, position: int) -> TokenLogprobs | None:
-        """Logprobs of the accepted output token at `position`; None where the request asked for none."""
+        """Return the logprobs of the accepted output token at `position`; None if the request asked for none."""
         offset, record = self._pair(slot, 6)
         if not record:
             return None
         return _unpack_logprobs(self._view[offset + position * record : offset + (position + 1) * record])
 
     def live_slots(self) -> list[int]:
+        """Return the slots of all LIVE requests."""
         live = int(SlotState.LIVE)
-        states = self._words[1::SLOT_WORDS].tolist()  # one look for all: this is on the way of every status
+        states = self._words[1::SLOT_WORDS].tolist()  # one bulk read: every status request calls this
         return [slot for slot, word in enumerate(states) if word & 0xFFFF == live]
 
     def _pair(self, slot: int, word: int) -> tuple[int, int]:
@@ -125,22 +126,22 @@ class JournalView:
 
 
 class Journal(JournalView):
-    """The owning frontend's journal. Begins empty: what a predecessor left is forgotten."""
+    """The owning frontend's journal. It starts empty: it discards the content that a predecessor has left."""
 
     def __init__(self, view: memoryview) -> None:
         super().__init__(view)
-        self._arena = rounded(self.num_slots * SLOT_WORDS * 8)
-        self._capacity = len(view) - self._arena & -ALIGN
-        self._extents = Arena(self._capacity)
+        self._arena_offset = rounded(self.num_slots * SLOT_WORDS * 8)
+        self._capacity = len(view) - self._arena_offset & -ALIGN
+        self._arena = Arena(self._capacity)
         for slot in range(self.num_slots):
             self._words[slot * SLOT_WORDS + 1] = SlotState.FREE
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
-        self._held: dict[int, tuple[int, int]] = {}  # slot -> extent
+        self._reserved: dict[int, tuple[int, int]] = {}  # slot -> extent
 
     def open(self, rid: int, params: RequestParams, prompt: Sequence[int]) -> int:
-        """Record a request and reserve all the space it can need. Returns its slot, without owner, at epoch 0.
+        """Record a request, reserve all the space it can need and return its slot, at epoch 0 and without an owner.
 
-        Raises JournalFull (try again later) or JournalTooSmall (never).
+        Raises JournalFull (a later try can succeed) or JournalTooSmall (no try can succeed).
         """
         sampling = params.sampling
         blob = encode(params)
@@ -150,7 +151,7 @@ class Journal(JournalView):
         logprobs_at = output_at + 4 * sampling.max_tokens
         size = logprobs_at + record * sampling.max_tokens
         slot, start = self._reserve(size)
-        at = self._arena + start
+        at = self._arena_offset + start
         self._view[at : at + len(blob)] = blob
         packed = prompt if isinstance(prompt, array) and prompt.typecode == "I" else array("I", prompt)
         self._view[at + tokens_at : at + output_at] = packed.tobytes()
@@ -167,21 +168,24 @@ class Journal(JournalView):
         return slot
 
     def assign(self, slot: int, epoch: int, engine: int, incarnation: int) -> None:
-        """Give the request to an engine at `epoch`: one store decides."""
+        """Make an engine the owner at `epoch`; one aligned store commits both."""
         base = slot * SLOT_WORDS
         self._words[base + 7] = incarnation
         self._words[base + 1] = epoch << 32 | engine << 16 | SlotState.LIVE
 
     def reprioritise(self, slot: int, priority: int) -> None:
-        """Give the request another class, with one store."""
+        """Change the priority of the request with one store."""
         self._words[slot * SLOT_WORDS + 8] = priority & _U64
 
     def append(self, slot: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None] | None) -> None:
-        """Accept output tokens: written first, then counted with one store. ValueError past the reservation."""
+        """Append accepted output tokens: write them, then commit their number with one store.
+
+        Raises ValueError if they exceed the reservation.
+        """
         n = self.num_output(slot)
         offset, capacity = self._pair(slot, 5)
         if n + len(tokens) > capacity:
-            raise ValueError(f"request {self.rid(slot)} outgrows its {capacity} tokens")
+            raise ValueError(f"request {self.rid(slot)} exceeds its reservation of {capacity} tokens")
         base = offset // 4 + n
         for i, token in enumerate(tokens):
             self._u32[base + i] = token
@@ -190,25 +194,25 @@ class Journal(JournalView):
         self._words[slot * SLOT_WORDS + 2] = n + len(tokens)
 
     def close(self, slot: int) -> None:
-        """The request has ended; free its slot and space."""
+        """Free the slot and the space of a request that has ended."""
         base = slot * SLOT_WORDS
         self._words[base + 1] = self._words[base + 1] & ~0xFFFF | SlotState.CLOSED
-        self._extents.free(*self._held.pop(slot))
+        self._arena.free(*self._reserved.pop(slot))
         self._words[base + 1] = SlotState.FREE
         self._free_slots.append(slot)
 
     @property
     def free_bytes(self) -> int:
-        return self._extents.free_bytes
+        return self._arena.free_bytes
 
     def _reserve(self, size: int) -> tuple[int, int]:
         if size > self._capacity:
-            raise JournalTooSmall(f"the request needs {size} bytes of journal, journal_memory gives {self._capacity}")
-        start = self._extents.allocate(size) if self._free_slots else None
+            raise JournalTooSmall(f"the request needs {size} bytes of journal, journal_memory has {self._capacity}")
+        start = self._arena.allocate(size) if self._free_slots else None
         if start is None:
             raise JournalFull("the journal has no room for another request")
         slot = self._free_slots.pop()
-        self._held[slot] = (start, size)
+        self._reserved[slot] = (start, size)
         return slot, start
 
     def _write_logprobs(self, slot: int, position: int, logprobs: Sequence[TokenLogprobs | None]) -> None:

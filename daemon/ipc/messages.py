@@ -1,7 +1,7 @@
-"""Every message that crosses a process boundary. msgpack, typed, never pickle.
+"""The messages between processes and the facts on boards: typed, encoded as msgpack, never pickle.
 
-A message travels in a ring record whose header names the incarnations of sender and receiver
-(`control.ring`), so no message repeats them. Step batches are columnar: one list a field.
+The header of the ring record that carries a message contains the incarnations of sender and receiver (`ipc.ring`), so
+no message repeats them. Batches of a step are columnar: one list per field.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ Struct = msgspec.Struct
 
 
 class Finish(IntEnum):
-    """Why a request ended; NONE while it runs."""
+    """Why a request has ended; NONE while it has not."""
 
     NONE = 0
     STOP = 1  # end-of-sequence token, stop token or stop string
     LENGTH = 2  # max_tokens or the model's context
     CANCELLED = 3  # by the client, an operator or the deadline
-    ERROR = 4  # the engine could not go on; see the log
+    ERROR = 4  # the engine could not continue; see the log
 
 
 class EngineIncarnation(NamedTuple):
-    """One incarnation of one engine: the pair names the process, not only its place."""
+    """One incarnation of one engine: it names one process, where the index alone names all its incarnations."""
 
     engine: int
     incarnation: int
 
 
 class SamplingParams(Struct, array_like=True, frozen=True):
-    """What decides the next token. Travels in the journal, so a resumed request keeps it.
+    """The parameters that determine the next token. The journal contains them, so a resumed request keeps them.
 
-    `seed` is always set: the user's, or one drawn at admission; choice i of n uses `choice_seed`.
+    `seed` is always set: the user's, or a random one from admission; choice i of n uses `choice_seed`.
     """
 
     max_tokens: int
@@ -52,7 +52,7 @@ class SamplingParams(Struct, array_like=True, frozen=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int = -1  # -1: none; 0: of the chosen token; k: and of the k most likely
+    logprobs: int = -1  # -1: none; 0: of the chosen token; k: also of the k most likely tokens
 
     @property
     def greedy(self) -> bool:
@@ -60,12 +60,12 @@ class SamplingParams(Struct, array_like=True, frozen=True):
 
 
 class RequestParams(Struct, array_like=True, frozen=True):
-    """The journal's record of a request beside its tokens."""
+    """What the journal contains of a request besides its tokens."""
 
     sampling: SamplingParams
-    arrival: float  # seconds, CLOCK_MONOTONIC, when the frontend took it
-    priority: int = 0  # scheduling class; lower goes first (vLLM's convention)
-    cache_salt: bytes = b""  # requests share prefix blocks only within one salt
+    arrival: float  # CLOCK_MONOTONIC seconds at which the frontend accepted it
+    priority: int = 0  # scheduling class; lower is more urgent, as in vLLM
+    cache_salt: bytes = b""  # requests share prefix blocks only with the same salt
     label: str = ""  # public id, for operators
 
 
@@ -81,30 +81,30 @@ class TokenLogprobs(Struct, array_like=True, frozen=True):
 
 
 class Start(Struct, tag=1, array_like=True, frozen=True):
-    """Run this request from what its journal slot holds. Ignored unless `epoch` is above the one held."""
+    """Run this request from its journal slot. Ignored unless `epoch` exceeds the epoch that the engine holds."""
 
     rid: int
     epoch: int
     slot: int  # journal slot of the sending frontend
-    tokens: int  # of the prompt, as the frontend counts its demand; the slot may be another request's by now
+    tokens: int  # of the prompt, as counted in `Demand`; the slot may already belong to another request
 
 
 class Cancel(Struct, tag=2, array_like=True, frozen=True):
-    """The client is gone or satisfied: free everything of `rid` at `epoch` or older."""
+    """The client has left or has enough output: free everything of `rid` at `epoch` or older."""
 
     rid: int
     epoch: int
 
 
 class OwnedRequests(Struct, tag=3, array_like=True, frozen=True):
-    """All that the (restarted) frontend owns at this engine; whatever it omits is dropped."""
+    """All requests of the (restarted) frontend that this engine owns; the engine drops every other request of it."""
 
     rids: list[int]
     epochs: list[int]
 
 
 class Grant(Struct, tag=4, array_like=True, frozen=True):
-    """Whoever holds `rid` frozen or pending at `epoch` is its owner, at `new_epoch`: run it."""
+    """The engine that holds `rid` frozen or pending at `epoch` is its owner at `new_epoch`: run it."""
 
     rid: int
     epoch: int
@@ -112,14 +112,14 @@ class Grant(Struct, tag=4, array_like=True, frozen=True):
 
 
 class Release(Struct, tag=5, array_like=True, frozen=True):
-    """`rid` is somebody else's, or ended: free everything of it at `epoch` or older."""
+    """Another engine owns `rid`, or it has ended: free everything of it at `epoch` or older."""
 
     rid: int
     epoch: int
 
 
 class Reprioritise(Struct, tag=6, array_like=True, frozen=True):
-    """`rid`, held at `epoch`, has this priority from now on."""
+    """Give `rid`, held at `epoch`, this priority."""
 
     rid: int
     epoch: int
@@ -133,55 +133,55 @@ ToEngine = Start | Cancel | OwnedRequests | Grant | Release | Reprioritise
 
 
 class MigrateTo(Struct, tag=1, array_like=True, frozen=True):
-    """Move requests to another engine, one after another, until the lease ends; sent anew to renew it."""
+    """Migrate requests to another engine, one after another, until the lease ends; sent again to renew it."""
 
     engine: int
     lease: float  # CLOCK_MONOTONIC seconds
-    rid: int = 0  # this request and no other; 0: the llumlet chooses
-    choice: str = MigrationChoice.SHORTEST  # among requests of one class
-    drain: bool = False  # the engine is to become empty: urgent and waiting requests leave as well
-    how: str = MigrationMode.LIVE  # of one request
-    reason: str = MigrationReason.OPERATOR  # for the record
+    rid: int = 0  # only this request; 0: the llumlet chooses
+    choice: str = MigrationChoice.SHORTEST  # among requests of equal priority
+    drain: bool = False  # the engine must become empty: urgent and waiting requests migrate, too
+    how: str = MigrationMode.LIVE  # for each request
+    reason: str = MigrationReason.OPERATOR  # for events and metrics
 
 
 ToLlumlet = MigrateTo
 
 
 # -- engine -> engine ----------------------------------------------------------------------------
-# `move` numbers the migrations of one source incarnation; an answer names the move it answers.
+# `move` numbers the migrations of one source incarnation; an answer names the migration that it answers.
 
 
 class Reserve(Struct, tag=1, array_like=True, frozen=True):
-    """Source: have room for the first `num_tokens` tokens of a request, and (stage 0) a place in the batch."""
+    """Source: reserve blocks for the first `num_tokens` tokens of a request; the first also a place in its batch."""
 
     move: int
     rid: int
     epoch: int
     frontend: int
     slot: int  # journal slot of that frontend
-    stage: int  # 0: the first; a later one extends what is reserved
+    reservation: int  # 0: the first; later ones extend it
     num_tokens: int
-    longest: int  # tokens that the request can become
-    hashes: list[bytes]  # stage 0: names of the full blocks computed so far; later none
+    longest: int  # number of tokens that the request can reach
+    hashes: list[bytes]  # reservation 0: hashes of the full blocks computed so far; later none
 
 
 class Reserved(Struct, tag=2, array_like=True, frozen=True):
-    """Destination: room for the blocks that follow those it had said before.
+    """Destination: the blocks that it has reserved, in addition to those in its earlier answers.
 
-    The first `skip` blocks of the request are there already, found by name; `blocks` are ids in the
-    destination's pool, which the source may write until it says Handover or Aborted.
+    The destination already has the first `skip` blocks of the request, found by their hashes. `blocks` are ids in its
+    pool, which the source may write until it sends Handover or Aborted.
     """
 
     move: int
     rid: int
     epoch: int
-    stage: int
+    reservation: int
     skip: int
     blocks: list[int]
 
 
 class Declined(Struct, tag=3, array_like=True, frozen=True):
-    """Destination: no. What it had reserved before stays reserved until Aborted; what was handed over is free."""
+    """Destination: it refuses. Earlier reservations stay until Aborted; blocks of a request handed over are free."""
 
     move: int
     rid: int
@@ -190,7 +190,7 @@ class Declined(Struct, tag=3, array_like=True, frozen=True):
 
 
 class Aborted(Struct, tag=4, array_like=True, frozen=True):
-    """Source: it stays here or is gone; no copy of this move is under way any more."""
+    """Source: the request stays here or has ended; no copy of this migration is in flight any more."""
 
     move: int
     rid: int
@@ -198,16 +198,16 @@ class Aborted(Struct, tag=4, array_like=True, frozen=True):
 
 
 class Handover(Struct, tag=5, array_like=True, frozen=True):
-    """Source: all KV has arrived, the request is frozen here. Output before `start` is in the journal."""
+    """Source: all KV has arrived and the request is frozen here. Output before `start` is in the journal."""
 
     move: int
     rid: int
     epoch: int
-    num_computed: int  # tokens whose KV is there
+    num_computed: int  # tokens whose KV is at the destination
     num_cached: int  # prompt tokens that came from a prefix cache
     start: int  # output position of the first of `tokens`
     tokens: list[int]
-    logprobs: list[TokenLogprobs | None] | None  # one a token, or None if the request wants none
+    logprobs: list[TokenLogprobs | None] | None  # one per token, or None if the request asks for none
 
 
 ToPeer = Reserve | Reserved | Declined | Aborted | Handover
@@ -217,10 +217,10 @@ ToPeer = Reserve | Reserved | Declined | Aborted | Handover
 
 
 class StepOutput(Struct, tag=1, array_like=True, frozen=True):
-    """All that one step gave one frontend. Row i is a run of tokens of request rids[i].
+    """All output of one step for one frontend. Row i contains consecutive tokens of request rids[i].
 
-    `starts[i]` is the output position of the row's first token; `counts[i]` tokens of it stand in
-    `tokens`, rows after one another. A row may be empty of tokens and only carry a finish.
+    `starts[i]` is the output position of the row's first token. The row has `counts[i]` tokens; `tokens` contains the
+    rows one after another. A row may have no token and only a finish.
     """
 
     rids: list[int]
@@ -230,11 +230,11 @@ class StepOutput(Struct, tag=1, array_like=True, frozen=True):
     tokens: list[int]
     finishes: list[int]  # Finish
     cached: list[int]  # prompt tokens that came from the prefix cache
-    logprobs: list[TokenLogprobs | None] | None = None  # one a token, or None if no row wants any
+    logprobs: list[TokenLogprobs | None] | None = None  # one per token, or None if no row asks for any
 
 
 class Refused(Struct, tag=2, array_like=True, frozen=True):
-    """The engine cannot run this request at all; `reason` is for the client."""
+    """The engine can never run this request; `reason` is for the client."""
 
     rid: int
     epoch: int
@@ -242,8 +242,10 @@ class Refused(Struct, tag=2, array_like=True, frozen=True):
 
 
 class Takeover(Struct, tag=3, array_like=True, frozen=True):
-    """The destination of a migration holds the request, pending, and asks to own it. Carries the output from
-    position `start` on that the journal may not hold yet."""
+    """The destination of a migration holds the request as pending and asks to own it.
+
+    Carries the output from position `start` on, which may not be in the journal yet.
+    """
 
     rid: int
     epoch: int
@@ -253,7 +255,7 @@ class Takeover(Struct, tag=3, array_like=True, frozen=True):
 
 
 class Reclaim(Struct, tag=4, array_like=True, frozen=True):
-    """The source of a migration, which froze the request, asks to go on with it. Carries the same output."""
+    """The source of a migration, which has frozen the request, asks to continue it. Carries the same output."""
 
     rid: int
     epoch: int
@@ -263,7 +265,7 @@ class Reclaim(Struct, tag=4, array_like=True, frozen=True):
 
 
 class HandBack(Struct, tag=5, array_like=True, frozen=True):
-    """The engine holds nothing of the request at `epoch`: start it anew, elsewhere if possible."""
+    """The engine holds nothing of the request at `epoch`: dispatch it again, to another engine if possible."""
 
     rid: int
     epoch: int
@@ -282,7 +284,7 @@ class CancelRequest(Struct, tag=1, array_like=True, frozen=True):
 
 
 class SetPriority(Struct, tag=2, array_like=True, frozen=True):
-    """An operator gives a request another priority."""
+    """An operator changes the priority of a request."""
 
     rid: int
     priority: int
@@ -303,20 +305,20 @@ decode_params = msgspec.msgpack.Decoder(RequestParams).decode
 
 
 class EngineState(IntEnum):
-    """What an engine publishes about itself, on its board and in its progress words."""
+    """The state that an engine publishes on its board and in its progress words."""
 
     STARTING = 0
     LOADING = 1
     SERVING = 2
-    DRAINING = 3  # takes nothing new and gives away what it has: by an operator, or at shutdown
-    PARKED = 4  # the same, and its process ends once it is empty, until it is woken
+    DRAINING = 3  # accepts no new requests and migrates its own away: by an operator, or at shutdown
+    PARKED = 4  # the same; when it is empty, its process ends until the engine is woken
 
 
 class Demand(Struct, array_like=True, frozen=True):
-    """Totals between one frontend and one engine, counted since `peer` (an incarnation) began.
+    """Totals between one frontend and one engine since the start of `peer`, an incarnation of the other process.
 
-    The frontend counts what it has submitted, the engine what it has taken off the ring; the
-    difference is in flight and counts as load.
+    The frontend counts what it has submitted, the engine what it has read from the ring. The difference is in flight
+    and counts as load.
     """
 
     peer: int
@@ -325,7 +327,7 @@ class Demand(Struct, array_like=True, frozen=True):
 
 
 class EngineFacts(Struct, array_like=True, frozen=True):
-    """Raw facts of one engine, published once a step. Judgement (freeness) is the reader's."""
+    """Raw facts of one engine, published once per step. The reader computes freeness from them."""
 
     incarnation: int
     state: int  # EngineState
@@ -333,36 +335,36 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     time: float  # CLOCK_MONOTONIC seconds of publication
     block_size: int
     total_blocks: int
-    used_blocks: int  # held by a request; an evictable cached block counts as free
+    used_blocks: int  # held by requests; a cached block that can be evicted counts as free
     running: int
     waiting: int
-    head_demand_blocks: int  # blocks the first waiting request needs
-    pending_prefill_tokens: int  # still to compute, of running and waiting requests
-    waiting_tokens: int  # of waiting requests alone
+    head_demand_blocks: int  # blocks that the first waiting request needs
+    pending_prefill_tokens: int  # not computed yet, of running and waiting requests
+    waiting_tokens: int  # of waiting requests only
     max_num_seqs: int
     max_model_len: int
-    step_seconds: float  # moving average of a step with work in it
+    step_seconds: float  # moving average over steps that computed tokens
     tokens_per_second: float  # emitted, moving average
-    consumed: list[Demand]  # one a frontend
+    consumed: list[Demand]  # one per frontend
     high_running: int = 0  # of `running`, those of high priority (below 0)
     high_waiting: int = 0  # of `waiting`
-    preempted_waiting: int = 0  # of `waiting`, those that have run before
-    incoming: int = 0  # requests it has reserved for; their blocks are in `used_blocks`, they are not in `running`
-    outgoing: int = 0  # requests it is copying away, still in `running`
-    knee: int = 0  # tokens in a step at which it takes twice its ideal time; 0: not measured
-    ideal_tokens: int = 0  # KV up to which a decode step takes nearly its ideal time; 0: not measured
-    measured_knee: int = 0  # by this engine alone; `knee` is what engines of its make agree on
+    preempted_waiting: int = 0  # of `waiting`, those that were preempted
+    incoming: int = 0  # requests with a reservation here: counted in `used_blocks`, not in `running`
+    outgoing: int = 0  # requests that are migrating away; `running` includes them
+    knee: int = 0  # number of tokens at which a step takes twice its ideal time; 0: not measured
+    ideal_tokens: int = 0  # tokens of KV up to which a decode step takes nearly its ideal time; 0: not measured
+    measured_knee: int = 0  # by this engine; `knee` is the value that its `cost_group` agrees on
     measured_ideal_tokens: int = 0
-    make: str = ""  # device and model: engines of one make take equally long for a step
-    kv_format: str = ""  # shape and dtype of a KV block; blocks move between equal ones only
-    pool_handle: bytes = b""  # how to open a KV pool in a GPU's memory: see kvpool/cuda_pools.py
+    cost_group: str = ""  # device and model: engines of one cost group take equally long for a step
+    kv_format: str = ""  # shape and dtype of a KV block; requests migrate only between engines with equal formats
+    pool_handle: bytes = b""  # how to open a KV pool in GPU memory: see kvpool/cuda_pools.py
 
 
 class FrontendFacts(Struct, array_like=True, frozen=True):
     """Raw facts of one frontend, published at each dispatch."""
 
     incarnation: int
-    submitted: list[Demand]  # one an engine
+    submitted: list[Demand]  # one per engine
     active: int  # unfinished requests
     ready: bool
 

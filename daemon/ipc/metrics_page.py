@@ -1,8 +1,8 @@
-"""Counters and histograms of one process, as float64 cells of a page in shared memory.
+"""The metrics page: counters and histograms of one process, as float64 cells in shared memory.
 
-One process writes a page, by plain aligned 8-byte stores; any process reads it at any time. The page
-outlives its writer, so a restarted process counts on from where its predecessor died. A `Table` fixes
-the layout; both sides of a page use the same one.
+One process writes a page, by plain aligned 8-byte stores; every process can read it at any time. The page outlives
+its writer, so a restarted process continues the counts of its predecessor. A `Table` defines the layout; writer and
+readers of a page use the same one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Counter(NamedTuple):
     labels: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (label, its values), ...
 
     def series(self) -> Iterator[tuple[str, ...]]:
-        """Every combination of label values, in cell order; the empty one where there are no labels."""
+        """Yield every combination of label values, in cell order; one empty combination if there are no labels."""
         return itertools.product(*(values for _, values in self.labels))
 
 
 class Histogram(NamedTuple):
-    """Observations by size: a cell for each bucket, one for what is above the last, one for the sum."""
+    """Observations by size: one cell per bucket, one for values above the last bound, one for the sum."""
 
     name: str
     help: str
@@ -38,14 +38,14 @@ class Histogram(NamedTuple):
 
 
 class HistogramValue(NamedTuple):
-    """What a histogram has seen: `counts[i]` of it lie in bucket i alone, the last above every bound."""
+    """The observations of a histogram: `counts[i]` are in bucket i only; the last count is above every bound."""
 
     counts: list[float]
     sum: float
 
 
 class Table:
-    """The layout of one kind of page: which cell belongs to what."""
+    """The layout of one kind of page: the cells of each counter and histogram."""
 
     def __init__(self, counters: Sequence[Counter], histograms: Sequence[Histogram]) -> None:
         self.counters = tuple(counters)
@@ -64,7 +64,7 @@ class Table:
 
 
 class MetricsPage:
-    """The writer's side of a page.
+    """The only writer of a page.
 
     `view` is writable, 8-byte aligned, at least `table.nbytes` long and was zeroed when it was created.
     """
@@ -77,23 +77,19 @@ class MetricsPage:
         self._histograms = table.histogram_cells
 
     def inc(self, counter: str, amount: float = 1.0, *values: str) -> None:
-        """Add `amount` to the counter with these label values. KeyError if the table has no such series."""
+        """Add `amount` to the counter with these label values. Raises KeyError if the table has no such series."""
         cell = self._counters[counter, *values]
         self._cells[cell] += amount
 
     def observe(self, histogram: str, value: float, times: int = 1) -> None:
-        """Count `value`, `times` over. KeyError if the table has no such histogram."""
+        """Add `times` observations of `value`. Raises KeyError if the table has no such histogram."""
         first, buckets = self._histograms[histogram]
         self._cells[first + bisect_left(buckets, value)] += times
         self._cells[first + len(buckets) + 1] += value * times
 
-    def release(self) -> None:
-        """Let go of the memory; the page must not be used afterwards."""
-        self._cells.release()
-
 
 class Snapshot:
-    """A copy of a page at one moment. Cells may be a few observations apart from each other."""
+    """A copy of a page. Its cells may differ by the few observations that were written during the copy."""
 
     __slots__ = ("_cells", "table")
 
@@ -111,22 +107,17 @@ class Snapshot:
 
 
 def snapshot(view: memoryview, table: Table) -> Snapshot:
-    """Copy a page that somebody else may be writing."""
+    """Copy a page that another process may be writing."""
     with view[: table.nbytes].cast("d") as cells:
         return Snapshot(table, cells.tolist())
 
 
-def empty(table: Table) -> Snapshot:
-    """A page on which nothing was counted yet."""
-    return Snapshot(table, [0.0] * (table.nbytes // CELL))
-
-
-# Bucket bounds: seconds to an answer, seconds between tokens, tokens of a request, tokens of a step.
+# Bucket bounds: latency, time between tokens, tokens of a request, tokens of a step, duration of a migration, pauses.
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _BATCH = tuple(float(1 << k) for k in range(15))
-_MOVES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_MIGRATIONS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PAUSES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
 
 # Label values.
@@ -140,15 +131,15 @@ MOVE_RESULTS = tuple(MigrationResult)
 
 FRONTEND = Table(
     counters=(
-        Counter("request_success", "Requests (choices) that ended.", (("finished_reason", FINISHED),)),
-        Counter("admission_rejections", "Requests turned away before they ran.", (("reason", REJECTED),)),
-        Counter("prompt_tokens", "Prompt tokens of the requests taken."),
+        Counter("request_success", "Requests (choices) that have ended.", (("finished_reason", FINISHED),)),
+        Counter("admission_rejections", "Requests rejected before they ran.", (("reason", REJECTED),)),
+        Counter("prompt_tokens", "Prompt tokens of accepted requests."),
         Counter("generation_tokens", "Output tokens delivered."),
-        Counter("cached_prompt_tokens", "Prompt tokens that came from a prefix cache."),
-        Counter("resumes", "Requests that went on elsewhere after their engine was lost."),
-        Counter("dispatches", "Requests given to an engine, first or anew.", (("kind", DISPATCHES),)),
-        Counter("takeovers", "Requests that went on elsewhere after a live migration."),
-        Counter("stale_tokens", "Output tokens dropped as duplicate or of a former owner."),
+        Counter("cached_prompt_tokens", "Prompt tokens found in a prefix cache."),
+        Counter("resumes", "Requests resumed on another engine after their engine was lost."),
+        Counter("dispatches", "Requests dispatched to an engine, first or again.", (("kind", DISPATCHES),)),
+        Counter("takeovers", "Requests continued on another engine after a migration."),
+        Counter("stale_tokens", "Output tokens dropped: duplicates, or from a former owner."),
         Counter("http_requests", "HTTP requests answered.", (("handler", HANDLERS), ("status", STATUSES))),
     ),
     histograms=(
@@ -168,26 +159,26 @@ FRONTEND = Table(
 ENGINE = Table(
     counters=(
         Counter("prompt_tokens", "Prompt tokens computed, recomputation included."),
-        Counter("generation_tokens", "Output tokens drawn."),
-        Counter("preemptions", "Requests that gave up their blocks and were queued again."),
+        Counter("generation_tokens", "Output tokens sampled."),
+        Counter("preemptions", "Requests preempted: they lost their blocks and were queued again."),
         Counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
         Counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
-        Counter("steps", "Steps with work in them."),
+        Counter("steps", "Steps that computed tokens."),
         Counter("migrated_bytes", "KV bytes copied to other engines."),
         Counter(
             "migrations",
-            "Moves of requests away from here that are over, by why they were ordered and how they ended.",
+            "Migrations from this engine that have ended, by reason and result.",
             (("reason", MOVE_REASONS), ("result", MOVE_RESULTS)),
         ),
     ),
     histograms=(
-        Histogram("step_seconds", "Duration of a step with work in it.", _GAPS),
+        Histogram("step_seconds", "Duration of a step that computed tokens.", _GAPS),
         Histogram("iteration_tokens", "Tokens computed in a step.", _BATCH),
-        Histogram("request_queue_time_seconds", "From arrival to first entering a batch.", _SECONDS),
-        Histogram("request_prefill_time_seconds", "From entering a batch to the first output token.", _SECONDS),
-        Histogram("migration_stages", "Copies that moved a request.", tuple(float(n) for n in range(1, 9))),
-        Histogram("migration_blocks", "KV blocks copied to move a request.", _BATCH),
-        Histogram("migration_seconds", "From choosing a request to its being moved.", _MOVES),
-        Histogram("migration_frozen_seconds", "Time that a moved request spent in no batch here.", _PAUSES),
+        Histogram("request_queue_time_seconds", "From arrival to the first step.", _SECONDS),
+        Histogram("request_prefill_time_seconds", "From the first step to the first output token.", _SECONDS),
+        Histogram("migration_stages", "KV copies per migrated request.", tuple(float(n) for n in range(1, 9))),
+        Histogram("migration_blocks", "KV blocks copied per migrated request.", _BATCH),
+        Histogram("migration_seconds", "From the choice of a request to the end of its migration.", _MIGRATIONS),
+        Histogram("migration_frozen_seconds", "Time that a migrated request spent in no batch here.", _PAUSES),
     ),
 )

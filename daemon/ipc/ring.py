@@ -1,17 +1,17 @@
-"""A ring of records between one producer process and one consumer process, safe under kill -9 of either.
+"""A ring of records from one producer process to one consumer process; it survives kill -9 of either.
 
-Layout: page 0 holds the tail word (producer), page 1 the head word (consumer), then the data. Both words
-are absolute byte counts that only grow, so a record's offset is also its sequence number: unique, and
-known to both sides without being stored apart. A record is
+Layout: page 0 contains the tail word (producer), page 1 the head word (consumer), then comes the data. Both words are
+absolute byte counts that only grow. So the offset of a record is also its sequence number: it is unique, and both
+sides know it without a separate field. A record is
 
     length u32 | crc32 u32 | offset u64 | sender incarnation u32 | receiver incarnation u32 | payload, padded to 8
 
-with the CRC over payload and header; the offset in it makes bytes of an earlier lap unmistakable.
+with the CRC over payload and header. The offset in the header tells a record from the bytes of an earlier lap.
 
-Commit is one aligned 8-byte store of the tail, after the record is complete: a producer that dies in
-mid-write has written nothing. The consumer moves the head once the record's *effect* is safe: one that
-dies before sees the record again (at least once; receivers drop repeats by epoch and position).
-Never `struct.pack_into` on a live word: it stores a transient zero that the other side sees.
+Commit is one aligned 8-byte store of the tail, after the record is complete: a producer that dies in the middle of a
+write has written nothing. The consumer moves the head when the *effect* of a record is safe: a consumer that dies
+before that reads the record again (at-least-once; receivers drop repeats by epoch and position). Never use
+`struct.pack_into` on a word in use: it stores a transient zero that the other side can read.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from zlib import crc32
 PAGE = 4096
 _HEADER = struct.Struct("<IIQII")
 _SEED = struct.Struct("<IQII")
-_WRAP = struct.Struct("<II")  # in place of a record: nothing more before the end of the buffer
+_WRAP = struct.Struct("<II")  # instead of a record: the rest of the buffer is unused
 _WRAP_MARK = 0xFFFFFFFF
 _VISIBILITY_RETRIES = 10_000
 
 
 class RingFault(RuntimeError):
-    """The bytes in a ring are not what a producer could have written."""
+    """A ring contains bytes that no producer can have written."""
 
 
 class Record(NamedTuple):
-    """One message. `payload` is a view into the ring: use it before `ack`."""
+    """One message. `payload` is a view of the ring that is valid until `ack`."""
 
     offset: int
-    sender: int  # incarnation that wrote it
-    receiver: int  # incarnation it is meant for
+    sender: int  # incarnation that has written it
+    receiver: int  # incarnation that it is for
     payload: memoryview
 
 
 def ring_bytes(capacity: int) -> int:
-    """Bytes of shared memory for a ring with `capacity` data bytes (a multiple of 4096)."""
+    """Return the bytes of shared memory for a ring with `capacity` data bytes (a multiple of 4096)."""
     return 2 * PAGE + capacity
 
 
 def largest_payload(capacity: int) -> int:
-    """A payload up to this size always fits an empty ring, wherever its end lies."""
+    """Return the size up to which a payload always fits an empty ring, wherever head and tail are."""
     return capacity // 2 - _HEADER.size - 8
 
 
 class RingWriter:
-    """The producing end. A restarted producer continues at the tail it finds."""
+    """The producing end. A restarted producer continues at the tail that it reads."""
 
     def __init__(self, view: memoryview, incarnation: int) -> None:
         self._tail_word = view[:8].cast("Q")
@@ -61,10 +61,13 @@ class RingWriter:
         self._capacity = len(self._data)
         self._incarnation = incarnation
         self._tail: int = self._tail_word[0]
-        self._head: int = self._head_word[0]  # cached; re-read only when the ring looks full
+        self._head: int = self._head_word[0]  # cached; read again only if the ring seems to be full
 
     def put(self, payload: bytes, receiver: int) -> bool:
-        """Append one record; False if there is no room now. ValueError if there never could be."""
+        """Append one record; return False if there is no room now.
+
+        Raises ValueError if the record does not fit an empty ring.
+        """
         size = _HEADER.size + (len(payload) + 7 & ~7)
         position = self._tail % self._capacity
         skip = self._capacity - position if position + size > self._capacity else 0
@@ -90,7 +93,7 @@ class RingWriter:
 
 
 class RingReader:
-    """The consuming end. A restarted consumer sees again what its predecessor had not acknowledged."""
+    """The consuming end. A restarted consumer reads the records again that its predecessor had not acknowledged."""
 
     def __init__(self, view: memoryview) -> None:
         self._tail_word = view[:8].cast("Q")
@@ -100,9 +103,9 @@ class RingReader:
         self._cursor: int = self._head_word[0]
 
     def read(self) -> Record | None:
-        """The next record, or None. Does not acknowledge. Raises RingFault on impossible bytes."""
+        """Return the next record, or None. It is not acknowledged yet. Raises RingFault for impossible bytes."""
         tail = self._tail_word[0]
-        # On weakly ordered machines the tail may be seen before the bytes: then the CRC fails and we look again.
+        # On weakly ordered machines the new tail may be visible before the bytes: then the CRC fails; read again.
         for _ in range(_VISIBILITY_RETRIES):
             if self._cursor == tail:
                 return None
@@ -112,7 +115,7 @@ class RingReader:
         raise RingFault(f"record at offset {self._cursor} is corrupt")
 
     def ack(self) -> None:
-        """Everything read so far has taken effect; its space may be written again."""
+        """Acknowledge all records read so far: their effect is safe, and the producer may overwrite them."""
         self._head_word[0] = self._cursor
 
     def _parse(self, tail: int) -> Record | None:
@@ -135,7 +138,7 @@ class RingReader:
 
 
 def _wrap(offset: int) -> bytes:
-    # The offset tells this lap's mark from an earlier one's.
+    # The offset tells the mark of this lap from the mark of an earlier lap.
     return _WRAP.pack(_WRAP_MARK, offset >> 3 & 0xFFFFFFFF)
 
 

@@ -1,7 +1,7 @@
-"""Shared memory that cannot be left behind.
+"""Shared-memory segments that never stay behind after their processes.
 
-Only the supervisor creates segments: allocate in full, initialise, **unlink at once**, then hand the
-descriptor to the children. Nobody opens a segment by name, so no kill -9 leaves anything in /dev/shm.
+Only the supervisor creates segments. It **unlinks each at once**, allocates all its space and passes the descriptor
+to the children. No process opens a segment by name, so no kill -9 leaves a file in /dev/shm.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import posix_ipc
 
 
 class SegmentError(OSError):
-    """Shared memory could not be had; the message says how much was wanted."""
+    """A segment cannot be allocated; the message gives its size."""
 
 
 def create(size: int) -> int:
-    """A new anonymous-by-unlinking segment of `size` zero bytes, mode 0600. Returns its descriptor.
+    """Create an unlinked segment of `size` zero bytes, mode 0600, and return its descriptor.
 
-    The space is allocated here: a full /dev/shm is an error now, not a SIGBUS in some child later.
+    This allocates all the space: a full /dev/shm is a SegmentError here, not a SIGBUS in a child later.
     """
     name = f"/llumd-{os.getpid()}-{secrets.token_hex(8)}"
     shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
@@ -38,6 +38,6 @@ def create(size: int) -> int:
 
 
 def attach(fd: int, *, writable: bool = True) -> memoryview:
-    """Map the whole segment behind `fd`. The mapping lives as long as the view does."""
+    """Map the whole segment of descriptor `fd`. The mapping exists as long as the returned view."""
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     return memoryview(mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED, access))

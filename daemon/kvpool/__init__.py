@@ -1,1 +1,1 @@
-"""KV blocks: who holds which (pure), where they lie (memory), how they move (transfer)."""
+"""KV cache blocks: their accounting (pure), the pools of other engines, and copies between pools."""

@@ -1,8 +1,8 @@
-"""Who holds which KV block, and which block already holds which tokens. Pure.
+"""The block manager: allocation of KV blocks, their reference counts and the prefix cache. Pure.
 
-Block ids only; the bytes live in `kvpool.memory`. Block 0 is a dummy for padding and is never handed out.
-A block is *held* while its reference count is above zero, else *free*. A free block keeps its content and
-its hash until it is handed out again, so the free blocks are the prefix cache, least recently used first.
+It knows block ids only; the runner knows the bytes. Block 0 is a dummy for padding and is never allocated. A block is
+*held* while its reference count is above zero, otherwise it is *free*. A free block keeps its content and its hash
+until it is allocated again, so the free blocks are the prefix cache, least recently used first.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ HASH_BYTES = 16
 
 
 class PoolError(RuntimeError):
-    """The block accounting was violated; the message names the block."""
+    """The block accounting is violated; the message names the block."""
 
 
 def block_hashes(
     tokens: Sequence[int], block_size: int, salt: bytes = b"", have: Sequence[bytes] = ()
 ) -> list[bytes]:
-    """Names of the full blocks of `tokens`, 16 bytes each: H(name of the block before, tokens of this one).
+    """Return the hashes of the full blocks of `tokens`, 16 bytes each.
 
-    Equal names mean equal tokens from the beginning on, within one `salt`. `have` holds the names of the
-    first blocks where they are known already. Token ids fit in 32 bits.
+    The hash of a block is H(hash of the previous block, tokens of this block), so equal hashes mean equal tokens from
+    the first token on, within one `salt`. `have`: the hashes of the first blocks, if they are already known. Token
+    ids must fit in 32 bits.
     """
     hashes = list(have)
     parent = hashes[-1] if hashes else _root(salt)
@@ -38,15 +39,15 @@ def block_hashes(
 
 
 def _root(salt: bytes) -> bytes:
-    """The parent of first blocks. Personalised: no salt can pass for the name of somebody's block."""
+    """Return the parent hash of first blocks. It is personalised, so no salt can equal the hash of a block."""
     return blake2b(salt, digest_size=HASH_BYTES, person=b"kv-root").digest()
 
 
 class BlockManager:
-    """Hands out the blocks of one pool.
+    """Allocates the blocks of one pool.
 
-    Tables are append-only: of two equal blocks computed at the same time the first to be registered is found
-    by its name and both stay where they are, as exchanging one would rewrite a table that is in use.
+    Block tables are append-only. If two requests compute equal blocks at the same time, the prefix cache finds the
+    one that is registered first. Both blocks stay: to replace one would rewrite a block table that is in use.
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
@@ -56,45 +57,44 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self._refs = [0] * num_blocks
-        self._names: list[bytes | None] = [None] * num_blocks
-        self._by_name: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # next to go first
+        self._hashes: list[bytes | None] = [None] * num_blocks  # None: not in the prefix cache
+        self._by_hash: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # in order of allocation
 
-    # -- facts ---------------------------------------------------------------------------------
+    # -- counts --------------------------------------------------------------------------------
 
     @property
     def capacity(self) -> int:
-        """Blocks that requests can hold: all but the dummy."""
+        """Number of blocks that requests can hold: all except the dummy."""
         return self.num_blocks - 1
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be handed out now, cached ones included."""
+        """Number of blocks that can be allocated now, cached blocks included."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks held, a shared one counted once."""
+        """Number of held blocks; a shared block counts once."""
         return self.capacity - len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens fill, the last one perhaps in part."""
+        """Return the number of blocks for `num_tokens` tokens; the last block may be partly full."""
         return -(-num_tokens // self.block_size)
 
     def can_allocate(self, n: int) -> bool:
         return n <= len(self._free)
 
     def num_idle(self, blocks: Iterable[int]) -> int:
-        """How many of `blocks` are free, so that acquiring them would lower `num_free`."""
+        """Return how many of `blocks` are free: `acquire` would lower `num_free` by this number."""
         return sum(not self._refs[block] for block in blocks)
 
-    # -- handing out and taking back ---------------------------------------------------------------
+    # -- allocation ----------------------------------------------------------------------------
 
     def allocate(self, n: int, avoid: Container[int] = ()) -> list[int]:
-        """Take `n` free blocks but those to `avoid`, uncached and then least recently used first; what they cached
-        is forgotten.
+        """Allocate `n` free blocks that are not in `avoid`; they leave the prefix cache.
 
-        Raises PoolError, and takes none, if fewer are free.
+        Uncached blocks go first, then the least recently used. Raises PoolError and allocates none if fewer are free.
         """
         blocks = list(islice((block for block in self._free if block not in avoid), n))
         if len(blocks) < n:
@@ -106,16 +106,16 @@ class BlockManager:
         return blocks
 
     def acquire(self, blocks: Iterable[int]) -> None:
-        """Hold each of `blocks` once more; those from `match` may be free or held."""
+        """Add one reference to each of `blocks`; blocks from `match` may be free or held."""
         for block in blocks:
             if not self._refs[block]:
                 del self._free[block]
             self._refs[block] += 1
 
     def free(self, table: Sequence[int]) -> None:
-        """Hold each block of `table` once less. The last goes first, so that cached prefixes die tail first.
+        """Drop one reference to each block of `table`, in reverse, so that prefixes are evicted from the tail.
 
-        Raises PoolError if one is not held.
+        Raises PoolError if a block is not held.
         """
         for block in reversed(table):
             if self._refs[block] < 1:
@@ -123,63 +123,63 @@ class BlockManager:
             self._refs[block] -= 1
             if not self._refs[block]:
                 self._free[block] = None
-                if self._names[block] is None:  # nothing to find in it: hand it out before any cached one
+                if self._hashes[block] is None:  # not cached: allocate it before any cached block
                     self._free.move_to_end(block, last=False)
 
     # -- the prefix cache ----------------------------------------------------------------------
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest cached prefix of `hashes`. They are not held before `acquire`."""
+        """Return the blocks of the longest cached prefix of `hashes`. They are not held before `acquire`."""
         matched = []
-        for name in hashes:
-            block = self._by_name.get(name)
+        for block_hash in hashes:
+            block = self._by_hash.get(block_hash)
             if block is None:
                 break
             matched.append(block)
         return matched
 
     def register(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
-        """Make held, full blocks findable. Call it once their content is computed, or copied, and not before.
+        """Add held, full blocks to the prefix cache. Call it when their content is computed or copied, not before.
 
-        Naming a block again does nothing. Raises PoolError if it is not held or has another name.
+        To register a block again does nothing. Raises PoolError if a block is not held or has another hash.
         """
         if not self.prefix_caching:
             return
-        for block, name in zip(blocks, hashes, strict=True):
+        for block, block_hash in zip(blocks, hashes, strict=True):
             if not self._refs[block]:
                 raise PoolError(f"block {block} registered but not held")
-            if self._names[block] not in (None, name):
-                raise PoolError(f"block {block} registered under a second name")
-            if self._by_name.setdefault(name, block) == block:
-                self._names[block] = name
+            if self._hashes[block] not in (None, block_hash):
+                raise PoolError(f"block {block} registered under a second hash")
+            if self._by_hash.setdefault(block_hash, block) == block:
+                self._hashes[block] = block_hash
 
     def _forget(self, block: int) -> None:
-        name = self._names[block]
-        if name is not None:
-            self._names[block] = None
-            del self._by_name[name]
+        block_hash = self._hashes[block]
+        if block_hash is not None:
+            self._hashes[block] = None
+            del self._by_hash[block_hash]
 
     # -- invariants ----------------------------------------------------------------------------
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Compare the accounting with `tables`, those of all holders. Raises PoolError at the first flaw."""
+        """Compare the accounting with the block tables of all holders; raise PoolError at the first difference."""
         holders: Counter[int] = Counter()
         for table in tables:
             holders.update(table)
             if len(set(table)) < len(table):
-                raise PoolError(f"a block stands twice in one table: {list(table)}")
-        if holders[0] or self._refs[0] or 0 in self._free or self._names[0] is not None:
+                raise PoolError(f"a block is twice in one table: {list(table)}")
+        if holders[0] or self._refs[0] or 0 in self._free or self._hashes[0] is not None:
             raise PoolError("the dummy block 0 is in use")
         for block in range(1, self.num_blocks):
             self._check_block(block, holders[block])
-        if len(self._by_name) != sum(name is not None for name in self._names):
-            raise PoolError("the hash table names a block that does not bear the name")
+        if len(self._by_hash) != sum(block_hash is not None for block_hash in self._hashes):
+            raise PoolError("the prefix cache maps a hash to a block that does not have it")
 
     def _check_block(self, block: int, holders: int) -> None:
         if self._refs[block] != holders:
             raise PoolError(f"block {block} counts {self._refs[block]} holders, {holders} tables hold it")
         if (block in self._free) == (holders > 0):
             raise PoolError(f"block {block} is {'both free and' if holders else 'neither free nor'} held")
-        name = self._names[block]
-        if name is not None and self._by_name.get(name) != block:
-            raise PoolError(f"block {block} is not found by its name")
+        block_hash = self._hashes[block]
+        if block_hash is not None and self._by_hash.get(block_hash) != block:
+            raise PoolError(f"block {block} is not found by its hash")

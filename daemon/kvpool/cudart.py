@@ -1,7 +1,8 @@
-"""The calls of the CUDA runtime that moving KV between processes takes, by ctypes: one method each.
+"""The CUDA runtime calls that KV copies between processes need, by ctypes: one method per call.
 
-A process has one context a device, whichever copy of the runtime library speaks to it: pointers that torch has
-allocated are good here. Still the copy that torch uses is preferred, since streams and errors are a library's own.
+A process has one context per device, whichever copy of the runtime library uses it, so pointers that torch allocated
+are valid here. `CudaRuntime` still prefers the copy of the library that torch uses, because streams and errors belong
+to one copy.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _SUCCESS = 0
 _NOT_READY = 600
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: not ordered with the legacy default stream
-_BLOCKING_SYNC = 1  # cudaEventBlockingSync: who waits sleeps
+_BLOCKING_SYNC = 1  # cudaEventBlockingSync: a waiting thread blocks and does not spin
 _NO_TIMING = 2  # cudaEventDisableTiming
-_BY_ADDRESS = 4  # cudaMemcpyDefault: the pointers tell where they lead
+_BY_ADDRESS = 4  # cudaMemcpyDefault: the addresses tell host and device memory apart
 
 
 class CudaError(RuntimeError):
-    """A call has failed; `code` is its cudaError_t (of the driver's calls: its CUresult)."""
+    """A failed call; `code` is its cudaError_t (for calls of the driver: its CUresult)."""
 
     def __init__(self, call: str, code: int, text: str) -> None:
         super().__init__(f"{call}: {text} ({code})")
@@ -35,7 +36,7 @@ class CudaError(RuntimeError):
 
 
 class Allocation(NamedTuple):
-    """What one cudaMalloc has given."""
+    """The memory of one cudaMalloc."""
 
     base: int
     nbytes: int
@@ -68,8 +69,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 class CudaRuntime:
     """The runtime library. Every method raises CudaError; streams, events and pointers are plain integers.
 
-    `library`: path or name of libcudart, by default the one this process has mapped already, such as torch's own,
-    else the loader's. Raises OSError if there is none.
+    `library`: path or name of libcudart. By default the one that this process has already mapped, such as torch's
+    own, otherwise the one that the loader finds. Raises OSError if there is none.
     """
 
     def __init__(self, library: str = "", driver: str = _DRIVER) -> None:
@@ -85,11 +86,11 @@ class CudaRuntime:
     # -- devices
 
     def set_device(self, device: int) -> None:
-        """For the calling thread alone."""
+        """Select the device of the calling thread."""
         self._call("cudaSetDevice", device)
 
     def pci_address(self, device: int) -> str:
-        """Where the device sits, such as "0000:1B:00.0": the same in every process, whatever each calls it."""
+        """Return the PCI address of the device, such as "0000:1B:00.0"; it is the same in every process."""
         address = ctypes.create_string_buffer(32)
         self._call("cudaDeviceGetPCIBusId", address, len(address), device)
         return address.value.decode()
@@ -97,14 +98,16 @@ class CudaRuntime:
     # -- memory of other processes
 
     def ipc_handle(self, pointer: int) -> bytes:
-        """HANDLE_BYTES by which other processes open the whole allocation that `pointer` is in."""
+        """Return the HANDLE_BYTES by which other processes open the whole allocation that contains `pointer`."""
         handle = _Handle()
         self._call("cudaIpcGetMemHandle", byref(handle), pointer)
         return bytes(handle.reserved)
 
     def open_ipc(self, handle: bytes) -> int:
-        """The base of an allocation of another process, mapped for the current device; access between the devices
-        is enabled with it. ValueError if `handle` is not HANDLE_BYTES long."""
+        """Map an allocation of another process for the current device and return its base address.
+
+        This also enables access between the two devices. Raises ValueError if `handle` is not HANDLE_BYTES long.
+        """
         if len(handle) != HANDLE_BYTES:
             raise ValueError(f"an IPC handle has {HANDLE_BYTES} bytes, not {len(handle)}")
         pointer = c_void_p()
@@ -112,57 +115,57 @@ class CudaRuntime:
         return pointer.value or 0
 
     def close_ipc(self, pointer: int) -> None:
-        """Unmap what `open_ipc` has returned."""
+        """Unmap an allocation; `pointer`: the result of `open_ipc`."""
         self._call("cudaIpcCloseMemHandle", pointer)
 
     def allocation(self, pointer: int) -> Allocation:
-        """The allocation that `pointer` is in. OSError without a driver."""
+        """Return the allocation that contains `pointer`. Raises OSError without a driver."""
         driver = ctypes.CDLL(self._driver)
         base, nbytes = c_uint64(), c_size_t()
-        # The driver's call: the runtime has none.
+        # A call of the driver: the runtime has no equivalent.
         code = driver.cuMemGetAddressRange_v2(byref(base), byref(nbytes), c_uint64(pointer))
         if code != _SUCCESS:
-            raise CudaError("cuMemGetAddressRange", code, "not a pointer to a device's memory")
+            raise CudaError("cuMemGetAddressRange", code, "not a pointer to device memory")
         return Allocation(base.value, nbytes.value)
 
-    # -- work in order
+    # -- streams
 
     def create_stream(self) -> int:
-        """A stream of the lowest priority, ordered with no other."""
+        """Create a stream of the lowest priority that is not ordered with any other stream."""
         least, greatest, stream = c_int(), c_int(), c_void_p()
         self._call("cudaDeviceGetStreamPriorityRange", byref(least), byref(greatest))
         self._call("cudaStreamCreateWithPriority", byref(stream), _NON_BLOCKING, least.value)
         return stream.value or 0
 
     def synchronize_stream(self, stream: int) -> None:
-        """Wait for all work on it."""
+        """Wait for all work on the stream."""
         self._call("cudaStreamSynchronize", stream)
 
     def destroy_stream(self, stream: int) -> None:
         self._call("cudaStreamDestroy", stream)
 
     def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
-        """Begin a copy between any two places, the host's included, whose memory must stay until it is over."""
+        """Start a copy between any two addresses, host memory included. Both must stay valid until it has ended."""
         self._call("cudaMemcpyAsync", destination, source, nbytes, _BY_ADDRESS, stream)
 
     # -- events
 
     def create_event(self) -> int:
-        """An event for which one may sleep, without a time."""
+        """Create an event without a timestamp; a thread that waits for it blocks and does not spin."""
         event = c_void_p()
         self._call("cudaEventCreateWithFlags", byref(event), _BLOCKING_SYNC | _NO_TIMING)
         return event.value or 0
 
     def record(self, event: int, stream: int) -> None:
-        """Have `event` stand behind all work on `stream` so far."""
+        """Record `event` on `stream`, behind all its work so far."""
         self._call("cudaEventRecord", event, stream)
 
-    def is_over(self, event: int) -> bool:
-        """Whether the work before `event` is done."""
+    def is_done(self, event: int) -> bool:
+        """Return True if the work before `event` is done."""
         return self._call("cudaEventQuery", event) == _SUCCESS
 
     def synchronize_event(self, event: int) -> None:
-        """Sleep until the work before `event` is done, without the interpreter lock."""
+        """Wait until the work before `event` is done, without the interpreter lock."""
         self._call("cudaEventSynchronize", event)
 
     def destroy_event(self, event: int) -> None:
@@ -172,8 +175,8 @@ class CudaRuntime:
         code: int = getattr(self._lib, name)(*arguments)
         if code == _SUCCESS:
             return code
-        # The library remembers it, and the next to ask in this thread, such as torch after a launch, would take it
-        # for its own.
+        # The library keeps the error for this thread. Clear it, or the next caller of cudaGetLastError, such as torch
+        # after a launch, would take it for its own.
         self._lib.cudaGetLastError()
         if code == _NOT_READY:
             return code
@@ -184,11 +187,11 @@ def _load() -> ctypes.CDLL:
     for name in (*_mapped(), *_NAMES):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-    raise OSError(f"the CUDA runtime is not to be found: none of {', '.join(_NAMES)}")
+    raise OSError(f"cannot find the CUDA runtime: none of {', '.join(_NAMES)}")
 
 
 def _mapped() -> list[str]:
-    """Paths of the CUDA runtimes in this process."""
+    """Return the paths of the CUDA runtimes that this process has mapped."""
     fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
     paths = {entry[5] for entry in fields if len(entry) == 6}
     return sorted(path for path in paths if Path(path).name.startswith("libcudart"))

@@ -1,1 +1,1 @@
-"""The model store: everything that turns a model name into one Hugging Face directory, and text into tokens."""
+"""Models on disk: conversion to a Hugging Face directory, configuration, checkpoint, tokenizer and chat template."""

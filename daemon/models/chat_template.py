@@ -1,7 +1,7 @@
-"""Chat templates: messages to the prompt a model was trained on, rendered in a sandbox.
+"""Chat templates: render messages as the prompt format that the model was trained on.
 
-A template comes with a model, from whoever made it: it may compute text and nothing else. Its output, its loops
-over ranges and its products are bounded; a template is never taken from a client.
+A template is part of a model and is untrusted code. It runs in a sandbox, where it can only compute text. The length
+of its output, the steps of its loops over ranges and the size of its products are limited. Clients cannot send one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from daemon.models.model_config import ModelError, read_json
 
-MAX_OUTPUT = 16 << 20  # characters; twice the default max_body
-MAX_STEPS = 100_000  # of all `range` calls in one rendering
+MAX_OUTPUT = 16 << 20  # characters; twice the default of max_body
+MAX_STEPS = 100_000  # in all `range` calls of one rendering
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class ChatError(ValueError):
-    """These messages cannot be rendered; the message is fit for the client."""
+    """The messages cannot be rendered. The text of the error is for the client."""
 
 
 class ChatTemplate:
-    """The chat template of a model directory: chat_template.jinja, else the one in tokenizer_config.json.
+    """The chat template of a model directory, from chat_template.jinja or otherwise from tokenizer_config.json.
 
-    `available` is False where the model has none. Raises ModelError for a template that does not compile.
+    `available` is False if the model has no template. Raises ModelError if the template does not compile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,9 +46,10 @@ class ChatTemplate:
             raise ModelError(f"{path}: the chat template does not compile, line {e.lineno}: {e.message}") from None
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt. `variables` reach the template (`tools`, say); they cannot replace what it is given anyway.
+        """Return the prompt. `variables` (for example `tools`) are passed to the template.
 
-        Special tokens are in the text: encode it with add_special=False. Raises ChatError.
+        They cannot replace the built-in variables: `messages`, `add_generation_prompt`, `range` and special tokens.
+        The prompt contains its special tokens: encode it with add_special=False. Raises ChatError.
         """
         if not self.available:
             raise ChatError("this model has no chat template; use /v1/completions")
@@ -60,7 +61,7 @@ class ChatTemplate:
             raise
         except jinja2.TemplateError as e:
             raise ChatError(f"the chat template refuses these messages: {e}") from None
-        except Exception as e:  # a template can fail in any way, on data that it does not expect
+        except Exception as e:  # a template can fail in any way on messages that it does not expect
             raise ChatError(f"the chat template fails on these messages: {type(e).__name__}: {e}") from None
 
 
@@ -72,7 +73,7 @@ def _source(path: Path, config: dict[str, Any]) -> str | None:
     except (OSError, UnicodeDecodeError) as e:
         raise ModelError(f"cannot read {path / 'chat_template.jinja'}: {e}") from None
     value = config.get("chat_template")
-    if isinstance(value, list):  # several, by name
+    if isinstance(value, list):  # several templates, each with a name
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
@@ -83,42 +84,48 @@ def _token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _collect(pieces: Any) -> str:
+def _collect(chunks: Any) -> str:
     out: list[str] = []
     size = 0
-    for piece in pieces:
-        size += len(piece)
+    for chunk in chunks:
+        size += len(chunk)
         if size > MAX_OUTPUT:
-            raise ChatError("the chat template makes more text of these messages than is allowed")
-        out.append(piece)
+            raise ChatError(
+                f"the chat template makes more text from these messages than the limit of {MAX_OUTPUT} characters"
+            )
+        out.append(chunk)
     return "".join(out)
 
 
 def _bounded_range() -> Callable[..., range]:
-    left = MAX_STEPS
+    """Return a `range` function that allows MAX_STEPS steps in all its calls together."""
+    remaining = MAX_STEPS
 
     def bounded(*args: int) -> range:
-        nonlocal left
+        nonlocal remaining
         steps = range(*args)
-        left -= len(steps)
-        if left < 0:
-            raise ChatError("the chat template loops too often")
+        remaining -= len(steps)
+        if remaining < 0:
+            raise ChatError(f"the chat template loops more than {MAX_STEPS} times")
         return steps
 
     return bounded
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """As Transformers sets it up, with products bounded: a sandbox stops escapes, not `'a' * 10**12`."""
+    """Jinja environment as in Transformers, with a limit on products.
+
+    The sandbox of Jinja prevents access to Python objects, but not `'a' * 10**12`.
+    """
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         numbers = all(isinstance(v, int | float) for v in (left, right))
         if operator == "**" and not (numbers and abs(left) <= MAX_STEPS and abs(right) <= 64):
-            raise ChatError("the chat template computes something too large")
+            raise ChatError("the chat template computes a value that is too large")
         if operator == "*" and not numbers and _extent(left) * _extent(right) > MAX_STEPS:
-            raise ChatError("the chat template computes something too large")
+            raise ChatError("the chat template computes a value that is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -127,9 +134,9 @@ def _extent(value: Any) -> int:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks assistant text for training; here it only groups."""
+    """The tag `{% generation %}`, which marks assistant text for training. Here it has no effect."""
 
-    tags = {"generation"}  # noqa: RUF012  jinja declares it so
+    tags = {"generation"}  # noqa: RUF012  declared like this in jinja
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -138,7 +145,7 @@ class _Generation(Extension):
 
 def _environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    del environment.globals["lipsum"]  # text without bounds
+    del environment.globals["lipsum"]  # it makes text of any length
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -156,5 +163,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes HTML, which no model has been trained on.
+    # The `tojson` of Jinja escapes HTML. Models are trained on plain JSON.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,7 +1,7 @@
-"""Safetensors checkpoints: which file holds which tensor, whether they are whole, and how to write one.
+"""Safetensors checkpoints: locate tensors, check that files are complete, and write new checkpoints.
 
-The format: header length (u64, little-endian), a JSON header naming dtype, shape and byte range of every
-tensor, then the data. Only headers are read here.
+File format: length of the header (u64, little-endian), a JSON header with dtype, shape and byte range of every
+tensor, then the data. This module reads only headers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SHARD_BYTES = 4 * 10**9
 _MAX_HEADER = 100 << 20
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_IGNORED = ("rotary_emb.inv_freq",)  # recomputed from the config, by Transformers too
+_IGNORED = ("rotary_emb.inv_freq",)  # computed from the config instead, as Transformers does
 
 
 class Tensor(NamedTuple):
-    """One tensor of a file; `start` and `end` are offsets from the beginning of the file, in bytes."""
+    """Location of a tensor in its file. `start` and `end` are byte offsets from the beginning of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,18 +35,18 @@ class Tensor(NamedTuple):
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a model of this card is made of, and its shape ([out, in] for a linear layer)."""
+    """Return the name and shape of every tensor that the model needs. A linear layer has the shape [out, in]."""
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     layer["post_attention_layernorm.weight"] = (hidden,)
-    for room, linears, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
+    for module, linears, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
         for name, shape in linears.items():
-            layer[f"{room}.{name}.weight"] = shape
+            layer[f"{module}.{name}.weight"] = shape
             if bias:
-                layer[f"{room}.{name}.bias"] = shape[:1]
+                layer[f"{module}.{name}.bias"] = shape[:1]
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(config.num_layers):
         out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
@@ -57,7 +57,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def weight_map(path: Path) -> dict[str, Path]:
-    """Tensor name -> its file. Raises ModelError when there are no safetensors weights or a file is missing."""
+    """Return the file of each tensor, by tensor name.
+
+    Raises ModelError if there are no safetensors weights or a file is missing.
+    """
     index = read_json(path / _INDEX)
     if index is None:
         single = path / _SINGLE
@@ -69,14 +72,14 @@ def weight_map(path: Path) -> dict[str, Path]:
         raise ModelError(f"{path / _INDEX} has no weight_map")
     for file in sorted(set(names.values())):
         if Path(file).name != file:
-            raise ModelError(f"{path / _INDEX} points outside the directory: {file}")
+            raise ModelError(f"{path / _INDEX} points to a file outside the directory: {file}")
         if not (path / file).is_file():
-            raise ModelError(f"{path} lacks the shard {file} that its index names; download it again")
+            raise ModelError(f"{path} lacks the shard {file} that its index lists; download it again")
     return {name: path / file for name, file in names.items()}
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ModelError if it is truncated or not safetensors."""
+    """Return the tensors of a safetensors file, by name. Raises ModelError if it is truncated or not safetensors."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -91,7 +94,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     try:
         tensors = {n: _tensor(t, 8 + length) for n, t in raw.items() if n != "__metadata__"}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ModelError(f"{file} has a broken safetensors header") from None
+        raise ModelError(f"{file} has a damaged safetensors header; download it again") from None
     end = max((t.end for t in tensors.values()), default=8 + length)
     if end > size:
         raise ModelError(f"{file} is truncated: {size} of {end} bytes; download it again")
@@ -99,22 +102,22 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def check(config: ModelConfig) -> None:
-    """Raises ModelError unless the directory holds exactly the weights the card describes."""
-    where = weight_map(config.path)
-    headers = {file: read_header(file) for file in set(where.values())}
+    """Check that the directory has exactly the weights that `config` describes. Raises ModelError."""
+    files = weight_map(config.path)
+    headers = {file: read_header(file) for file in set(files.values())}
     expected = expected_tensors(config)
     for name, shape in expected.items():
-        file = where.get(name)
+        file = files.get(name)
         if file is None or name not in headers[file]:
-            raise ModelError(f"{config.path}: the weights lack {name}")
+            raise ModelError(f"{config.path}: the weights lack the tensor {name}")
         _check_tensor(f"{file}: {name}", headers[file][name], shape)
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    extra = [n for n in where if n not in expected and n not in tied and not n.endswith(_IGNORED)]
+    extra = [n for n in files if n not in expected and n not in tied and not n.endswith(_IGNORED)]
     if extra:
-        # Computing without them would be another model than the checkpoint's.
+        # Without these tensors we would compute another model.
         raise ModelError(
-            f"{config.path}: the weights hold {len(extra)} tensors that config.json has no place for, "
-            f"such as {extra[0]}"
+            f"{config.path}: the weights have {len(extra)} tensors that config.json has no place for, "
+            f"for example {extra[0]}"
         )
 
 
@@ -125,24 +128,25 @@ def write(
     load: Callable[[str], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint of `dtype` ("F32" or "BF16"), one tensor in memory at a time, synced to disk.
+    """Write a checkpoint of `dtype` ("F32" or "BF16") and sync it to disk. Only one tensor is in memory at a time.
 
-    `load(name)` gives a float32 array of shape `shapes[name]`. Above `shard_bytes` it becomes shards and an index.
+    `load(name)` returns a float32 array of the shape `shapes[name]`. A checkpoint above `shard_bytes` is written as
+    shards and an index.
     """
     sizes = {n: math.prod(s) * ITEM_BYTES[dtype] for n, s in shapes.items()}
     shards = _split(sizes, shard_bytes)
-    where: dict[str, str] = {}
+    files: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         _write_file(path / file, names, shapes, sizes, dtype, load)
-        where |= dict.fromkeys(names, file)
+        files |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         (path / _INDEX).write_text(json.dumps(index, indent=1))
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Float32 -> the upper 16 bits, rounded to nearest even; uint16 of the same shape. NaN stays NaN."""
+    """Round float32 values to bfloat16 (nearest even). Return its bits as uint16 of the same shape. NaN stays NaN."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
@@ -152,12 +156,12 @@ def _no_weights(path: Path) -> str:
     for pattern in ("*.bin", "*.pt", "*.pth"):
         if any(path.glob(pattern)):
             return (
-                f"{path} holds only {pattern} weights; those are pickles, which can run code when loaded, and "
-                "are refused: convert them to safetensors"
+                f"{path} has only {pattern} weights. These are pickles, which can run code when they are loaded, "
+                "so llumd refuses them; convert them to safetensors"
             )
     if found := sorted(path.glob("*.gguf")):
-        return f"{path} holds no safetensors; to serve its GGUF file, name the file: {found[0]}"
-    return f"{path} holds no {_SINGLE} and no {_INDEX}"
+        return f"{path} has no safetensors weights; to serve its GGUF file, give the path of the file: {found[0]}"
+    return f"{path} has neither {_SINGLE} nor {_INDEX}"
 
 
 def _tensor(raw: dict[str, object], base: int) -> Tensor:
@@ -170,11 +174,11 @@ def _tensor(raw: dict[str, object], base: int) -> Tensor:
 
 def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype not in ITEM_BYTES:
-        raise ModelError(f"{what} is stored as {tensor.dtype}; only F32, F16 and BF16 are supported")
+        raise ModelError(f"{what} is stored as {tensor.dtype}; supported are F32, F16 and BF16")
     if tensor.shape != shape:
-        raise ModelError(f"{what} has shape {list(tensor.shape)}; config.json asks for {list(shape)}")
+        raise ModelError(f"{what} has shape {list(tensor.shape)}; config.json needs {list(shape)}")
     if tensor.end - tensor.start != math.prod(shape) * ITEM_BYTES[tensor.dtype]:
-        raise ModelError(f"{what}: its byte range does not fit its shape; the file is damaged")
+        raise ModelError(f"{what}: its byte range does not match its shape; the file is damaged, download it again")
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -203,14 +207,16 @@ def _write_file(
         header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [offset, offset + sizes[name]]}
         offset += sizes[name]
     head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # readers map the data; keep it aligned
+    head += b" " * (-len(head) % 8)  # readers map the data into memory, so it must be aligned
     with file.open("wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         for name in names:
             values = load(name)
             if values.shape != shapes[name]:
                 raise ModelError(f"{name} has shape {list(values.shape)}, not {list(shapes[name])}")
-            for part in np.array_split(values.reshape(-1), max(1, values.size >> 24)):  # keeps temporaries small
+            for part in np.array_split(
+                values.reshape(-1), max(1, values.size >> 24)
+            ):  # small parts, so that temporary arrays are small
                 f.write((to_bfloat16(part) if dtype == "BF16" else part).data)
         f.flush()
         os.fsync(f.fileno())

@@ -1,4 +1,8 @@
-"""The model card: all that the daemon needs to know of a model before it loads a weight. No torch."""
+"""The configuration of a model, parsed from the JSON files of its Hugging Face directory.
+
+It is everything that the daemon must know about a model before it loads weights. This module reads no weights and
+imports neither torch nor numpy. `loader.open_model` also checks the weights.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from typing import Any
 
 
 class ModelError(Exception):
-    """A model that cannot be served; the message says why and what to do."""
+    """The model cannot be served. The message says why and what the user can do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-family decoder, as its Hugging Face directory describes it."""
+    """The architecture of a Llama-family decoder, from the config.json of its Hugging Face directory."""
 
     path: Path
-    name: str  # what clients call it
+    name: str  # the model name in the API
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -28,7 +32,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None  # None, or {"rope_type": "llama3" | "linear", ...}
-    max_position: int  # longest sequence, tokens
+    max_position: int  # maximum length of a sequence, in tokens
     tie_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
@@ -36,7 +40,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Weights in the model (a tied embedding once)."""
+        """Number of weights in the model. A tied embedding counts once. Biases are not counted."""
         qkv = self.hidden_size * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         out = self.num_heads * self.head_dim * self.hidden_size
         layer = qkv + out + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
@@ -44,31 +48,25 @@ class ModelConfig:
         return self.num_layers * layer + head + self.hidden_size
 
 
-def read_model_config(path: Path, name: str = "", load_format: str = "auto") -> ModelConfig:
-    """Read and check a Hugging Face directory; weights are checked by their headers alone.
+def read_model_config(path: Path, name: str = "") -> ModelConfig:
+    """Parse config.json and generation_config.json of a Hugging Face directory.
 
-    `name` defaults to the directory's. With `load_format` "dummy" only config.json is needed.
-    Raises ModelError for whatever cannot be served exactly as Transformers would compute it.
+    `name` defaults to the name of the directory. Raises ModelError for every model that llumd cannot compute exactly
+    as Transformers does.
     """
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory")
     config = read_json(path / "config.json")
     if config is None:
-        raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory")
+        raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model directory")
     try:
-        model_config = _card(path, name or path.absolute().name, config)
+        return _parse(path, name or path.absolute().name, config)
     except ModelError as e:
         raise ModelError(f"{path}/config.json: {e}") from None
-    if load_format != "dummy":
-        from daemon.models import checkpoint
-
-        checkpoint.check(model_config)
-        check_tokenizer(path)
-    return model_config
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in `file`, None if there is no such file. Raises ModelError if it is not a JSON object."""
+    """Return the JSON object in `file`, or None if the file does not exist. Raises ModelError for anything else."""
     try:
         value = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -76,38 +74,38 @@ def read_json(file: Path) -> dict[str, Any] | None:
     except OSError as e:
         raise ModelError(f"cannot read {file}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
-        raise ModelError(f"{file} is not valid JSON ({e}); was it copied whole?") from None
+        raise ModelError(f"{file} is not valid JSON ({e}); copy the file again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file} is not a JSON object")
     return value
 
 
 def eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Every id that config.json or generation_config.json calls an end of sequence, in that order."""
+    """Return all end-of-sequence ids, first those of config.json (`config`), then those of generation_config.json."""
     generation = read_json(path / "generation_config.json") or {}
     ids: dict[int, None] = {}
     for source in (config, generation):
         value = source.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise ModelError(f"eos_token_id {token!r} is not a token id")
+                raise ModelError(f"eos_token_id {token!r} is not a token id (a whole number, 0 or above)")
             ids[token] = None
     return tuple(ids)
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raises ModelError unless `path` holds a tokenizer.json."""
+    """Check that the directory `path` has a tokenizer.json. Raises ModelError if it has none."""
     if (path / "tokenizer.json").is_file():
         return
     if (path / "tokenizer.model").is_file():
         raise ModelError(
-            f"{path} has tokenizer.model but no tokenizer.json; write it once with "
+            f"{path} has tokenizer.model but no tokenizer.json; create it with "
             "transformers.AutoTokenizer.from_pretrained(path).save_pretrained(path)"
         )
-    raise ModelError(f"{path} holds no tokenizer.json; copy it from the model's repository")
+    raise ModelError(f"{path} has no tokenizer.json; copy it from the model's repository")
 
 
-def _card(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
+def _parse(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
     _check_architecture(config)
     heads = _count(config, "num_attention_heads")
     kv_heads = _count(config, "num_key_value_heads", heads)
@@ -118,13 +116,13 @@ def _card(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
         raise ModelError(f"hidden_size {hidden} is not a multiple of {heads} heads and head_dim is not given")
     head_dim = _count(config, "head_dim", hidden // heads)
     if head_dim % 2:
-        raise ModelError(f"head_dim {head_dim} is odd; rotary embedding needs pairs")
+        raise ModelError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
     vocab = _count(config, "vocab_size")
     max_position = _count(config, "max_position_embeddings", 2048)
     theta, scaling = _rope(config, max_position)
     eos = eos_token_ids(path, config)
     if any(token >= vocab for token in eos):
-        raise ModelError(f"eos_token_id {max(eos)} lies outside the vocabulary of {vocab}")
+        raise ModelError(f"eos_token_id {max(eos)} is outside the vocabulary of {vocab} tokens")
     mistral = _architecture(config) == "MistralForCausalLM"
     return ModelConfig(
         path=path,
@@ -158,18 +156,23 @@ def _architecture(config: dict[str, Any]) -> str:
 def _check_architecture(config: dict[str, Any]) -> None:
     architecture = _architecture(config)
     if architecture not in ("LlamaForCausalLM", "MistralForCausalLM"):
-        raise ModelError(f"architecture {architecture} is not supported; LlamaForCausalLM is, and what equals it")
-    # An absent key means a window of 4096 to Transformers; only an explicit null is a plain Llama.
+        raise ModelError(
+            f"architecture {architecture} is not supported; supported are LlamaForCausalLM "
+            "and MistralForCausalLM without a sliding window"
+        )
+    # Without the key, Transformers uses a window of 4096. Only an explicit null makes the model a plain Llama.
     if architecture == "MistralForCausalLM" and config.get("sliding_window", 4096) is not None:
-        raise ModelError("sliding-window attention is not supported (a Mistral with sliding_window null is)")
+        raise ModelError("sliding-window attention is not supported; a Mistral model must have sliding_window null")
     if config.get("quantization_config") or config.get("compression_config"):
-        raise ModelError("quantised checkpoints are not supported; take the model's bf16 or fp32 weights, or a .gguf")
+        raise ModelError(
+            "quantised checkpoints are not supported; use the bf16 or fp32 weights of the model, or a .gguf file"
+        )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ModelError(f"activation {config['hidden_act']!r} is not supported, only silu")
+        raise ModelError(f"activation {config['hidden_act']!r} is not supported; only silu is")
 
 
 def _rope(config: dict[str, Any], max_position: int) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from `rope_parameters` (Transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """Return (theta, scaling) from `rope_parameters` (Transformers 5), or `rope_theta` and `rope_scaling` (older)."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise ModelError("the rope parameters are not an object")
@@ -182,11 +185,11 @@ def _rope(config: dict[str, Any], max_position: int) -> tuple[float, dict[str, A
     if kind == "linear":
         return theta, {"rope_type": kind, "factor": _positive(parameters, "factor")}
     if kind != "llama3":
-        raise ModelError(f"rope scaling {kind!r} is not supported; llama3, linear and none are")
+        raise ModelError(f"rope scaling {kind!r} is not supported; supported are llama3, linear and none")
     names = ("factor", "low_freq_factor", "high_freq_factor")
     scaling = {"rope_type": kind} | {n: _positive(parameters, n) for n in names}
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ModelError("llama3 rope scaling needs high_freq_factor above low_freq_factor")
+        raise ModelError("llama3 rope scaling needs a high_freq_factor above its low_freq_factor")
     original = _count(parameters, "original_max_position_embeddings", max_position)
     return theta, scaling | {"original_max_position_embeddings": original}
 
@@ -197,7 +200,7 @@ def _count(config: dict[str, Any], key: str, default: int | None = None) -> int:
     if value is None:
         raise ModelError(f"{key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise ModelError(f"{key} is {value!r}, not a positive number")
+        raise ModelError(f"{key} is {value!r}; it must be a positive whole number")
     return value
 
 
@@ -207,12 +210,12 @@ def _positive(config: dict[str, Any], key: str, default: float | None = None) ->
     if value is None:
         raise ModelError(f"{key} is missing")
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ModelError(f"{key} is {value!r}, not a positive number")
+        raise ModelError(f"{key} is {value!r}; it must be a positive number")
     return float(value)
 
 
 def _flag(config: dict[str, Any], key: str) -> bool:
     value = config.get(key) or False
     if not isinstance(value, bool):
-        raise ModelError(f"{key} is {value!r}, neither true nor false")
+        raise ModelError(f"{key} is {value!r}; it must be true or false")
     return value

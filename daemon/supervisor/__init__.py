@@ -1,1 +1,1 @@
-"""The supervisor: the process tree, restarts, systemd. Imports no torch and reads no payloads."""
+"""The supervisor: the process tree, restarts and systemd. It imports no torch and reads no payloads."""

@@ -1,4 +1,4 @@
-"""The entry points of the child processes, named but not imported: each child loads only its own room."""
+"""The entry points of the child processes, by name and not imported: each child imports only its own package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAIN = {
 
 
 class Inherited:
-    """Descriptors that a spawned child keeps, under the same numbers."""
+    """Descriptors that a spawned child inherits under the same numbers."""
 
     def __init__(self, fds: list[int]) -> None:
         self._fds = fds
@@ -28,7 +28,7 @@ class Inherited:
         return {}
 
 
-def run(spec: ChildSpec, _keep: Inherited) -> None:
-    """Become the process that `spec` names."""
+def run(spec: ChildSpec, _inherited: Inherited) -> None:
+    """Run the process that `spec` names."""
     role, _ = spec.handles.topology.role(spec.process)
     importlib.import_module(_MAIN[role]).main(spec)

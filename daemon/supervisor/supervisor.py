@@ -1,8 +1,8 @@
-"""The supervisor: owns segments, sockets and the process tree; restarts what dies; never reads payloads.
+"""The supervisor: it owns segments, sockets and the process tree, restarts dead children and never reads payloads.
 
-Children are spawned from the main thread alone (their death signal hangs on it), watched through pidfds and
-restarted with back-off under a new incarnation. Each birth and death goes into the process table, and
-everybody's doorbell is rung.
+It spawns children only from the main thread (their death signal depends on that thread), watches them through pidfds
+and restarts them with back-off under a new incarnation. It publishes each start and each death in the process table
+and rings all doorbells.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import multiprocess
 import setproctitle
 
@@ -25,7 +26,7 @@ from daemon.config import Config
 from daemon.ipc import segment
 from daemon.ipc.child import EXIT_CONFIG, EXIT_PARKED, STOP_SIGNAL, ChildSpec
 from daemon.ipc.desired_state import DesiredStateReader
-from daemon.ipc.fabric import COORDINATOR, Fabric, Topology
+from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
@@ -33,17 +34,17 @@ from daemon.supervisor.systemd import Notifier
 
 log = logging.getLogger(__name__)
 
-TICK = 0.2  # seconds between looks at timers
-LATE_TICK = 2.0  # a tick later than this says more about us than about the children
+TICK = 0.2  # seconds between checks of the timers
+LATE_TICK = 2.0  # seconds; after a longer gap the supervisor itself was stopped, and missed deadlines mean nothing
 FIRST_BACKOFF = 0.2
 MAX_BACKOFF = 30.0
-HEALTHY_AFTER = 60.0  # seconds of life that forget earlier deaths
-LAST_WORDS = 5.0  # seconds between LEAVE and SIGKILL for engines and coordinator
+HEALTHY_AFTER = 60.0  # seconds of uptime after which the back-off starts again at FIRST_BACKOFF
+STOP_GRACE = 5.0  # seconds between STOP_SIGNAL and SIGKILL for engines and coordinator
 
 
 @dataclass(slots=True)
 class Child:
-    """One place in the tree and whoever fills it now."""
+    """One process of the tree, through all its incarnations."""
 
     process: int
     name: str
@@ -51,10 +52,10 @@ class Child:
     progress: Progress
     handle: Any = None  # multiprocess.Process
     pidfd: int = -1
-    pool: int = -1  # engines: descriptor of the present KV pool
+    pool_fd: int = -1  # engines: descriptor of the current KV pool
     backoff: float = FIRST_BACKOFF
-    start_at: float = 0.0
-    suspected: bool = False
+    start_at: float = 0.0  # earliest time of the next start, monotonic; infinite when the daemon stops
+    suspected: bool = False  # has missed its deadline
 
     @property
     def alive(self) -> bool:
@@ -70,7 +71,7 @@ class Child:
 
 
 class Supervisor:
-    """Runs the daemon from start to exit code."""
+    """Runs the daemon from its start to its exit code."""
 
     def __init__(
         self, config: Config, model_dir: str, pool_bytes: int, http: socket.socket, admin: socket.socket
@@ -88,17 +89,17 @@ class Supervisor:
         self._notifier = Notifier()
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
-        self._children = [self._place(p) for p in range(self._topology.processes)]
+        self._children = [self._new_child(p) for p in range(self._topology.processes)]
         self._signals: list[int] = []
         self._announced = False
-        self._forgiven_until = 0.0
+        self._ignore_deadlines_until = 0.0
 
-    # -- life of the daemon -------------------------------------------------------------------------
+    # -- start and stop -------------------------------------------------------------------------------
 
     def run(self, ready: Callable[[], None]) -> int:
-        """Serve until SIGTERM or SIGINT; the exit code. `ready` is called once, when the first answer is possible."""
+        """Serve until SIGTERM or SIGINT; return the exit code. Call `ready` once, when the daemon can serve."""
         setproctitle.setproctitle(f"llumd: supervisor of {self._config.served_name}")
-        self._catch_signals()
+        self._install_signal_handlers()
         for child in self._children:
             self._spawn(child)
         last_tick = time.monotonic()
@@ -106,18 +107,18 @@ class Supervisor:
             self._wait(TICK)
             now = time.monotonic()
             if now - last_tick > LATE_TICK:
-                self._forgiven_until = now + self._config.hang_timeout
+                self._ignore_deadlines_until = now + self._config.hang_timeout
             last_tick = now
             self._tick(now)
-            self._announce(ready)
+            self._report_status(ready)
             if all(c.facts.state == ProcessState.FAILED for c in self._engines()):
-                log.error("no engine can run; see above")
+                log.error("no engine can run; see the errors above")
                 self._stop(drain=False)
                 return EXIT_CONFIG
         self._stop(drain=True)
         return 0
 
-    def _announce(self, ready: Callable[[], None]) -> None:
+    def _report_status(self, ready: Callable[[], None]) -> None:
         engines, frontends = self._engines(), self._frontends()
         serving = sum(c.serving for c in engines)
         if not self._announced and serving and any(c.serving for c in frontends):
@@ -126,20 +127,21 @@ class Supervisor:
             ready()
         state = "ready" if self._announced else "loading"
         parked = sum(c.facts.state == ProcessState.PARKED for c in engines)
-        asleep = f", {parked} parked" if parked else ""
-        self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving{asleep}", "WATCHDOG=1")
+        suffix = f", {parked} parked" if parked else ""
+        self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving{suffix}", "WATCHDOG=1")
 
     def _stop(self, *, drain: bool) -> None:
-        """Frontends finish what runs, then everybody goes. A second signal cuts it short."""
+        """Stop the frontends, which may finish requests if `drain`, then the rest; a second signal skips the wait."""
         self._notifier.send("STOPPING=1")
         self._signals.clear()
         if drain:
-            log.info("draining: running requests have %.0f s", self._config.drain_timeout)
+            log.info("draining: running requests have %.0f s to finish", self._config.drain_timeout)
         grace = self._config.drain_timeout + 2.0 if drain else 0.0
-        self._end(self._frontends(), grace)
-        self._end([c for c in self._children if c.alive], LAST_WORDS)
+        self._stop_children(self._frontends(), grace)
+        self._stop_children([c for c in self._children if c.alive], STOP_GRACE)
 
-    def _end(self, children: list[Child], grace: float) -> None:
+    def _stop_children(self, children: list[Child], grace: float) -> None:
+        """Send STOP_SIGNAL, wait up to `grace` seconds, then send SIGKILL and wait for the end."""
         for child in children:
             child.start_at = float("inf")
             self._signal(child, STOP_SIGNAL)
@@ -153,31 +155,16 @@ class Supervisor:
 
     # -- children -------------------------------------------------------------------------------------
 
-    def _place(self, process: int) -> Child:
-        role, index = self._topology.role(process)
-        name = role if role == "coordinator" else f"{role} {index}"
-        return Child(process, name, ProcessFacts(), self._fabric.progress(process))
+    def _new_child(self, process: int) -> Child:
+        return Child(process, self._topology.name(process), ProcessFacts(), self._fabric.progress(process))
 
     def _spawn(self, child: Child) -> None:
         role, _ = self._topology.role(child.process)
-        incarnation = child.facts.incarnation + 1
-        listener = self._http.fileno() if role == "frontend" else -1
-        if child.process == COORDINATOR:
-            listener = self._admin.fileno()
         if role == "engine":
-            self._renew_pool(child)
-        spec = ChildSpec(
-            self._config,
-            self._handles,
-            child.process,
-            incarnation,
-            os.getpid(),
-            self._model_dir,
-            listener,
-            child.pool,
-        )
+            self._create_pool(child)
+        spec = self._spec(child, role)
         handles = self._handles
-        fds = [handles.segment, *handles.journals, *handles.doorbells, listener, child.pool]
+        fds = [handles.segment, *handles.journals, *handles.doorbells, spec.listener_fd, spec.pool_fd]
         child.handle = self._context.Process(
             target=child_entry.run,
             args=(spec, child_entry.Inherited([fd for fd in fds if fd >= 0])),
@@ -187,30 +174,47 @@ class Supervisor:
         child.pidfd = os.pidfd_open(child.handle.pid)
         self._epoll.register(child.pidfd, select.EPOLLIN)
         child.suspected = False
-        child.progress.enter(EngineState.STARTING, incarnation, self._config.load_timeout)
-        pool = {"pool_fd": child.pool, "pool_bytes": self._pool_bytes} if role == "engine" else {}
+        child.progress.enter(EngineState.STARTING, spec.incarnation, self._config.load_timeout)
+        pool = {"pool_fd": child.pool_fd, "pool_bytes": self._pool_bytes} if role == "engine" else {}
         self._record(
             child,
             state=ProcessState.UP,
-            incarnation=incarnation,
+            incarnation=spec.incarnation,
             pid=child.handle.pid,
             started_at=time.monotonic(),
             **pool,
         )
 
-    def _renew_pool(self, child: Child) -> None:
-        """A fresh KV pool for each incarnation: nobody reads what a dead engine may have left half written."""
+    def _spec(self, child: Child, role: str) -> ChildSpec:
+        """Describe the next incarnation of `child`."""
+        listeners = {"frontend": self._http, "coordinator": self._admin}
+        return ChildSpec(
+            config=self._config,
+            handles=self._handles,
+            process=child.process,
+            incarnation=child.facts.incarnation + 1,
+            supervisor_pid=os.getpid(),
+            model_dir=self._model_dir,
+            listener_fd=listeners[role].fileno() if role in listeners else -1,
+            pool_fd=child.pool_fd,
+        )
+
+    def _create_pool(self, child: Child) -> None:
+        """Create a new KV pool for the next incarnation: a dead engine may have left blocks half written."""
         self._close_pool(child)
-        child.pool = segment.create(self._pool_bytes)
+        child.pool_fd = segment.create(self._pool_bytes)
 
     def _close_pool(self, child: Child) -> None:
-        """Its memory is free once its peers have let go of it too, which the table tells them to."""
-        if child.pool >= 0:
-            os.close(child.pool)
-            child.pool = -1
+        """Close the supervisor's descriptor of the pool.
+
+        The kernel frees the memory when the peers have unmapped it, too; they do so when the table shows the death.
+        """
+        if child.pool_fd >= 0:
+            os.close(child.pool_fd)
+            child.pool_fd = -1
 
     def _reap(self, child: Child) -> None:
-        """The kernel says that the child is dead."""
+        """Handle the death of a child, which the kernel has reported: record it and schedule the restart."""
         self._epoll.unregister(child.pidfd)
         os.close(child.pidfd)
         child.pidfd = -1
@@ -218,35 +222,43 @@ class Supervisor:
         code = child.handle.exitcode
         child.handle.close()
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        stopping = child.start_at == float("inf")
-        if stopping:
+        last_crashed = child.facts.incarnation
+        if child.start_at == float("inf"):  # the daemon stops
             self._record(child, state=ProcessState.STOPPED, last_exit=how)
-            return
-        if code == EXIT_PARKED:
+        elif code == EXIT_PARKED:
             log.info("%s is parked", child.name)
             self._park(child, last_exit=how)
-            return
-        last_crashed = child.facts.incarnation
-        if code == EXIT_CONFIG:
-            log.error("%s cannot run and is not started again", child.name)
+        elif code == EXIT_CONFIG:
+            log.error("%s cannot run and is not restarted", child.name)
             self._record(child, state=ProcessState.FAILED, last_exit=how, last_crashed=last_crashed)
-            return
-        if self._desired_state(child) == EngineState.PARKED:
-            log.error("%s (pid %d) died while it was to be parked: %s", child.name, child.facts.pid, how)
+        elif self._desired_state(child) == EngineState.PARKED:
+            log.error("%s (pid %d) died before it was parked: %s", child.name, child.facts.pid, how)
             self._park(child, last_exit=how, last_crashed=last_crashed)
-            return
-        if time.monotonic() - child.facts.started_at > HEALTHY_AFTER:
+        else:
+            self._schedule_restart(child, how)
+
+    def _schedule_restart(self, child: Child, how: str) -> None:
+        """Record the crash of a child, which has ended by `how`, and set the time of its restart."""
+        now = time.monotonic()
+        if now - child.facts.started_at > HEALTHY_AFTER:
             child.backoff = FIRST_BACKOFF
-        child.start_at = time.monotonic() + child.backoff
-        log.error(
-            "%s (pid %d) died: %s; starting it again in %.1f s", child.name, child.facts.pid, how, child.backoff
+        log.error("%s (pid %d) died: %s; restart in %.1f s", child.name, child.facts.pid, how, child.backoff)
+        self._back_off(child, now)
+        self._record(
+            child,
+            state=ProcessState.DEAD,
+            last_exit=how,
+            restarts=child.facts.restarts + 1,
+            last_crashed=child.facts.incarnation,
         )
+
+    @staticmethod
+    def _back_off(child: Child, now: float) -> None:
+        child.start_at = now + child.backoff
         child.backoff = min(MAX_BACKOFF, child.backoff * 2)
-        restarts = child.facts.restarts + 1
-        self._record(child, state=ProcessState.DEAD, last_exit=how, restarts=restarts, last_crashed=last_crashed)
 
     def _park(self, child: Child, **changes: Any) -> None:
-        """Let it sleep. First the table says so, then the descriptor of its pool may go."""
+        """Record that the engine is parked, then close its pool; the table must change before the descriptor."""
         child.start_at, child.backoff = 0.0, FIRST_BACKOFF
         self._record(child, state=ProcessState.PARKED, pool_fd=-1, pool_bytes=0, **changes)
         self._close_pool(child)
@@ -255,36 +267,34 @@ class Supervisor:
         role, index = self._topology.role(child.process)
         return self._desired_states.of(index) if role == "engine" else EngineState.SERVING
 
-    def _due(self, child: Child, now: float) -> bool:
-        """Whether it is to be started now."""
+    def _must_start(self, child: Child, now: float) -> bool:
+        """Return True if the child must start now."""
         woken = child.facts.state == ProcessState.PARKED and self._desired_state(child) == EngineState.SERVING
         return (child.facts.state == ProcessState.DEAD or woken) and now >= child.start_at
 
     def _record(self, child: Child, **changes: Any) -> None:
-        """Change the child's row in the table and wake everybody who is alive to read it."""
-        fields = {name: getattr(child.facts, name) for name in child.facts.__struct_fields__}
-        child.facts = ProcessFacts(**(fields | changes))
+        """Change the child's row in the process table and ring all doorbells."""
+        child.facts = msgspec.structs.replace(child.facts, **changes)
         self._table.publish(child.process, child.facts)
         for process in range(self._topology.processes):
             self._fabric.ring_bell(process)
 
     def _tick(self, now: float) -> None:
-        """Start who is due, and kill who has been silent for too long."""
+        """Start the children that must start, and kill those that missed their deadline by too much."""
         for child in self._children:
-            if self._due(child, now):
+            if self._must_start(child, now):
                 self._respawn(child, now)
-            elif child.alive and now > self._forgiven_until:
-                self._judge_silence(child, child.progress.overdue(now))
+            elif child.alive and now > self._ignore_deadlines_until:
+                self._check_deadline(child, child.progress.overdue(now))
 
     def _respawn(self, child: Child, now: float) -> None:
         try:
             self._spawn(child)
-        except OSError as e:  # out of memory or descriptors: that may pass
-            child.start_at = now + child.backoff
-            child.backoff = min(MAX_BACKOFF, child.backoff * 2)
-            log.error("cannot start %s: %s; next try in %.1f s", child.name, e, child.start_at - now)
+        except OSError as e:  # out of memory or descriptors: a later try can succeed
+            self._back_off(child, now)
+            log.error("cannot start %s: %s; next attempt in %.1f s", child.name, e, child.start_at - now)
 
-    def _judge_silence(self, child: Child, overdue: float) -> None:
+    def _check_deadline(self, child: Child, overdue: float) -> None:
         if overdue <= 0:
             child.suspected = False
             return
@@ -292,7 +302,7 @@ class Supervisor:
             child.suspected = True
             log.warning("%s (pid %d) has missed its deadline", child.name, child.facts.pid)
         if overdue > self._config.hang_timeout:
-            log.error("%s (pid %d) hangs for %.0f s and is killed", child.name, child.facts.pid, overdue)
+            log.error("%s (pid %d) is killed: it missed its deadline by %.0f s", child.name, child.facts.pid, overdue)
             self._signal(child, signal.SIGKILL)
 
     def _signal(self, child: Child, number: signal.Signals) -> None:
@@ -308,8 +318,8 @@ class Supervisor:
 
     # -- waiting --------------------------------------------------------------------------------------
 
-    def _catch_signals(self) -> None:
-        """SIGTERM and SIGINT wake the loop through a pipe; SIGHUP, deadly by default, is only noted."""
+    def _install_signal_handlers(self) -> None:
+        """Let SIGTERM and SIGINT wake the loop through a pipe; only log SIGHUP, which kills by default."""
         self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         self._epoll.register(self._wake_read, select.EPOLLIN)
@@ -318,11 +328,11 @@ class Supervisor:
         signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP: settings are read at start only"))
 
     def _wait(self, timeout: float) -> None:
-        """Sleep until a child dies, a signal comes or `timeout` seconds have passed."""
-        dead = {fd for fd, _ in self._epoll.poll(timeout)}
-        if self._wake_read in dead:
+        """Wait until a child dies, a signal arrives or `timeout` seconds have passed; reap dead children."""
+        ready = {fd for fd, _ in self._epoll.poll(timeout)}
+        if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
         for child in self._children:
-            if child.pidfd in dead:
+            if child.pidfd in ready:
                 self._reap(child)

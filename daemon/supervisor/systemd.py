@@ -1,4 +1,4 @@
-"""What systemd wants to hear: one datagram to $NOTIFY_SOCKET. Silent where there is none."""
+"""Notifications to systemd: one datagram each to $NOTIFY_SOCKET; none if it is not set."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import socket
 
 
 class Notifier:
-    """Takes NOTIFY_SOCKET out of the environment, so that no child inherits it."""
+    """Sends notifications. It removes NOTIFY_SOCKET and WATCHDOG_USEC from the environment of later children."""
 
     def __init__(self) -> None:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
-        usec = os.environ.pop("WATCHDOG_USEC", "")
-        self.watchdog_seconds = int(usec) / 1e6 if usec.isdigit() else 0.0
+        os.environ.pop("WATCHDOG_USEC", None)
 
     def send(self, *lines: str) -> None:
-        """Send for example ``READY=1``, ``STATUS=...``; a lost datagram is no reason to fail."""
+        """Send lines such as ``READY=1`` or ``STATUS=...``; a lost datagram is no error."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address

@@ -1,8 +1,10 @@
+"""Fixtures: a small model, and an application that serves it."""
+
 from __future__ import annotations
 
 import pytest
 
-from tests.api.harness import Model, World, make_model, make_world
+from tests.api.harness import ApiUnderTest, Model, make_api, make_model
 
 
 @pytest.fixture(scope="session")
@@ -11,5 +13,5 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture
-def world(model: Model) -> World:
-    return make_world(model)
+def api(model: Model) -> ApiUnderTest:
+    return make_api(model)

@@ -1,27 +1,33 @@
-"""The real application over a generator in this process, which takes its answers from a script."""
+"""The real HTTP application with a scripted generator in the same process."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing, parse_key
-from daemon.api.generator import EngineLost, NoEngine, Overloaded, Piece, TooLong
-from daemon.api.metrics import Fleet, FrontendMetrics
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, TokenChunk, TooLong
+from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.config import Config
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
-from daemon.ipc.metrics_page import ENGINE, FRONTEND, MetricsPage, empty, snapshot
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, MetricsPage, snapshot
 from daemon.models.chat_template import ChatTemplate
 from daemon.models.model_config import ModelConfig, read_model_config
 from daemon.models.tokenizer import Tokenizer
 from tests.models.tiny_model import EOS_ID, make_tiny_llama
 
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 ANSWER = "the quick brown fox jumps over the lazy dog, naïve café 🙂"
 
 
@@ -42,7 +48,7 @@ class Submission:
 
 
 class ScriptedStream:
-    """One choice: its tokens in pieces of `generator.piece`, `generator.delay` seconds apart."""
+    """One choice: sends chunks of `generator.chunk_size` tokens, `generator.delay` seconds apart."""
 
     def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
         self.rid = rid
@@ -53,20 +59,20 @@ class ScriptedStream:
         self._finish = Finish.STOP if self._tokens and self._tokens[-1] == EOS_ID else Finish.LENGTH
         self._at = 0
 
-    async def next(self) -> Piece:
+    async def next(self) -> TokenChunk:
         g = self._generator
         await asyncio.sleep(g.delay)
         if g.hang_after is not None and self._at >= g.hang_after:
             await asyncio.Event().wait()
         if g.lose_after is not None and self._at >= g.lose_after:
             raise EngineLost("gone")
-        tokens = self._tokens[self._at : self._at + g.piece]
+        tokens = self._tokens[self._at : self._at + g.chunk_size]
         self._at += len(tokens)
         done = self._at >= len(self._tokens)
         finish = (g.finish or self._finish) if done else Finish.NONE
         if done:
             g.running -= 1
-        return Piece(tokens, self._logprobs(tokens), finish, g.cached)
+        return TokenChunk(tokens, self._logprobs(tokens), finish, g.num_cached_tokens)
 
     def _logprobs(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
         k = self._params.logprobs
@@ -80,11 +86,11 @@ class ScriptedStream:
             self._generator.running -= 1
 
 
-class _Places:
+class _Admission:
     def __init__(self, generator: ScriptedGenerator, count: int) -> None:
         self._generator, self._count = generator, count
 
-    def __enter__(self) -> _Places:
+    def __enter__(self) -> _Admission:
         self._generator.places += self._count
         return self
 
@@ -94,14 +100,19 @@ class _Places:
 
 @dataclass
 class ScriptedGenerator:
-    """Implements Generator. `reply` makes the whole answer of a prompt, end of sequence included."""
+    """Implements Generator. `reply` returns the whole output for a prompt, with its end-of-sequence token.
+
+    Streams never answer again after `hang_after` tokens, and raise EngineLost after `lose_after` tokens. `refusal` is
+    raised by each submission, and `finish` replaces the finish of every stream. `running` and `places` count choices
+    against `limit`.
+    """
 
     reply: Callable[[list[int], SamplingParams], list[int]]
     max_model_len: int = 256
     ready: bool = True
-    piece: int = 3
+    chunk_size: int = 3
     delay: float = 0.0
-    cached: int = 0
+    num_cached_tokens: int = 0
     finish: Finish | None = None
     hang_after: int | None = None
     lose_after: int | None = None
@@ -113,12 +124,12 @@ class ScriptedGenerator:
     submissions: list[Submission] = field(default_factory=list)
     streams: list[ScriptedStream] = field(default_factory=list)
 
-    def admit(self, count: int) -> _Places:
+    def admit(self, count: int) -> _Admission:
         if not self.ready:
             raise NoEngine("no engine is ready")
         if self.running + self.places + count > self.limit:
             raise Overloaded("full", self.retry_after)
-        return _Places(self, count)
+        return _Admission(self, count)
 
     def submit(
         self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0, cache_salt: bytes = b""
@@ -135,8 +146,8 @@ class ScriptedGenerator:
 
 
 @dataclass
-class World:
-    """An application, what it talks to, and a client of it."""
+class ApiUnderTest:
+    """An application, its collaborators and a client for it."""
 
     model: Model
     generator: ScriptedGenerator
@@ -151,18 +162,20 @@ class World:
 
 def make_model(directory: Path) -> Model:
     path = make_tiny_llama(directory, weights=False, vocab=384)
-    return Model(read_model_config(path, "tiny", "dummy"), Tokenizer(path), ChatTemplate(path))
+    return Model(read_model_config(path, "tiny"), Tokenizer(path), ChatTemplate(path))
 
 
-def make_world(model: Model, *, keys: list[str] | None = None, **options: object) -> World:
-    """A fresh application; `keys` are lines of a key file, `options` the configuration's."""
-    config = Config(**options)  # type: ignore[arg-type]
+def make_api(model: Model, *, keys: list[str] | None = None, **options: object) -> ApiUnderTest:
+    """Build an application; `keys` are lines of a key file, `options` those of `Config`."""
+    config = Config(**options)
     tokens = [*model.tokenizer.encode(ANSWER, False), EOS_ID]
     generator = ScriptedGenerator(reply=lambda prompt, params: tokens)
     page = bytearray(FRONTEND.nbytes)
     metrics = FrontendMetrics(
         MetricsPage(memoryview(page), FRONTEND),
-        lambda: Fleet([snapshot(memoryview(page), FRONTEND)], [empty(ENGINE)], [None]),
+        lambda: DaemonSnapshot(
+            [snapshot(memoryview(page), FRONTEND)], [snapshot(memoryview(bytearray(ENGINE.nbytes)), ENGINE)], [None]
+        ),
     )
     app = build_app(
         config=config,
@@ -173,17 +186,42 @@ def make_world(model: Model, *, keys: list[str] | None = None, **options: object
         keys=KeyRing(filter(None, map(parse_key, keys))) if keys else None,
         metrics=metrics,
     )
-    return World(model, generator, config, app, page)
+    return ApiUnderTest(model, generator, config, app, page)
 
 
-def with_client(world: World, body: Callable[[TestClient], object]) -> None:
-    """Run the coroutine function `body` against the served application."""
+def with_client(api: ApiUnderTest, body: Callable[[TestClient], object]) -> None:
+    """Serve the application and run the coroutine function `body` with a client for it."""
 
     async def run() -> None:
-        server = TestServer(world.app)
+        server = TestServer(api.app)
         await server.start_server()
         async with TestClient(server) as client:
-            world.client = client
-            await body(client)  # type: ignore[misc]
+            api.client = client
+            await body(client)
 
     asyncio.run(run())
+
+
+def events(body: str) -> list[dict[str, Any]]:
+    """Return the JSON events before [DONE]; every event must be one data line."""
+    parts = body.split("\n\n")
+    assert parts[-1] == "" and parts[-2] == "data: [DONE]"
+    assert all(p.startswith("data: ") and "\n" not in p for p in parts[:-1])
+    return [json.loads(p[6:]) for p in parts[:-2]]
+
+
+async def stream(client: TestClient, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Send a streaming request and return its JSON events."""
+    response = await client.post(path, json=body | {"stream": True})
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    return events(await response.text())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait up to 10 seconds until `condition` returns True."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the condition did not become true")

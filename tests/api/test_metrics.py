@@ -1,3 +1,5 @@
+"""The Prometheus page: series, labels and totals."""
+
 from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,24 +28,24 @@ def _series(text: bytes) -> dict[str, list[tuple[dict[str, str], float]]]:
     return out
 
 
-def test_gateway_sees_the_whole_box_in_one_series():
+def test_each_vllm_gauge_has_one_series_for_the_whole_daemon():
     facts = [
         _facts(running=3, waiting=1, used_blocks=10, total_blocks=40, block_size=16),
         None,  # still loading
         _facts(running=4, waiting=5, used_blocks=30, total_blocks=40, block_size=16),
     ]
     series = _series(render("m", [], [], facts))
-    box = {"model_name": "m"}
-    assert series["vllm:num_requests_running"] == [(box, 7)]
-    assert series["vllm:num_requests_waiting"] == [(box, 6)]
-    assert series["vllm:kv_cache_usage_perc"] == [(box, 0.5)]
-    info = box | {"block_size": "16", "num_gpu_blocks": "80"}
+    labels = {"model_name": "m"}
+    assert series["vllm:num_requests_running"] == [(labels, 7)]
+    assert series["vllm:num_requests_waiting"] == [(labels, 6)]
+    assert series["vllm:kv_cache_usage_perc"] == [(labels, 0.5)]
+    info = labels | {"block_size": "16", "num_gpu_blocks": "80"}
     assert series["vllm:cache_config_info"] == [(info, 1)]
     assert series["llumd:engine_serving"] == [({"engine": e}, v) for e, v in (("0", 1), ("1", 0), ("2", 1))]
     assert series["llumd:engine_requests_running"] == [({"engine": "0"}, 3), ({"engine": "2"}, 4)]
 
 
-def test_each_engine_is_in_one_state():
+def test_each_engine_is_in_exactly_one_state():
     states = ["serving", "parked", "parking"]
     series = _series(render("m", [], [], [_facts(), None, _facts(state=EngineState.PARKED)], states))
     current = {label["engine"]: label["state"] for label, value in series["llumd:engine_state"] if value}
@@ -64,18 +66,18 @@ def test_totals_are_sums_over_processes():
         page.observe("iteration_tokens", 100)
 
     series = _series(render("m", [_page(FRONTEND, frontend)] * 2, [_page(ENGINE, engine)] * 3, [None] * 3))
-    box = {"model_name": "m"}
-    assert series["vllm:generation_tokens_total"] == [(box, 10)]
-    assert (box | {"finished_reason": "stop"}, 2) in series["vllm:request_success_total"]
-    assert series["vllm:num_preemptions_total"] == [(box, 6)]
+    labels = {"model_name": "m"}
+    assert series["vllm:generation_tokens_total"] == [(labels, 10)]
+    assert (labels | {"finished_reason": "stop"}, 2) in series["vllm:request_success_total"]
+    assert series["vllm:num_preemptions_total"] == [(labels, 6)]
     assert series["llumd:engine_preemptions_total"] == [({"engine": str(i)}, 2) for i in range(3)]
     buckets = dict((float(label["le"]), v) for label, v in series["vllm:time_to_first_token_seconds_bucket"])
     assert (buckets[0.25], buckets[0.5], buckets[float("inf")]) == (0, 2, 4)
-    assert series["vllm:time_to_first_token_seconds_count"] == [(box, 4)]
-    assert series["vllm:iteration_tokens_total_sum"] == [(box, 300)]
+    assert series["vllm:time_to_first_token_seconds_count"] == [(labels, 4)]
+    assert series["vllm:iteration_tokens_total_sum"] == [(labels, 300)]
 
 
-def test_no_name_is_exposed_twice():
+def test_no_metric_name_is_exposed_twice():
     empty = [_page(FRONTEND, lambda page: None)], [_page(ENGINE, lambda page: None)] * 2
     text = render('quo"te\\', *empty, [_facts(), _facts()])
     names = [line.split()[2] for line in text.decode().splitlines() if line.startswith("# TYPE")]

@@ -1,4 +1,4 @@
-"""What is not served, and how it is said."""
+"""Refused requests: status, code and message, and API keys."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 
 from daemon.api.auth import KeyRing
 from daemon.config import ConfigError
-from tests.api.harness import make_world, with_client
-
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+from tests.api.harness import CHAT, HELLO, TEXT, make_api, with_client
 
 
 async def refused(client, path: str, body: dict, status: int = 400) -> dict:
@@ -46,7 +42,7 @@ BAD_CHAT = [
 ]  # fmt: skip
 
 
-def test_each_bad_value_names_its_field(world):
+def test_refusal_of_a_bad_value_names_its_field(api):
     async def body(client):
         for field, value in BAD_CHAT:
             error = await refused(client, CHAT, HELLO | {field: value})
@@ -73,11 +69,36 @@ def test_each_bad_value_names_its_field(world):
         assert (await refused(client, TEXT, {}))["param"] == "prompt"
         assert (await refused(client, CHAT, {}))["param"] == "messages"
 
-    with_client(world, body)
-    assert world.generator.submissions == [] and world.generator.places == 0
+    with_client(api, body)
+    assert api.generator.submissions == [] and api.generator.places == 0
 
 
-def test_neutral_values_of_refused_fields_are_taken(world):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", 2.5, "`temperature` must be from 0 to 2, got 2.5."),
+        ("top_p", 0, "`top_p` must be above 0 and at most 1, got 0."),
+        ("n", 0, "`n` must be at least 1, got 0."),
+        ("n", 9, "`n` must be from 1 to 8."),
+        ("max_tokens", 1.5, "`max_tokens` must be a whole number or null, got 1.5."),
+        ("priority", 10**30, f"`priority` must be from -100 to 100, got {10**30}."),
+        ("priority", "urgent", "`priority` must be high, normal, low or a whole number from -100 to 100."),
+        ("stop", ["a", ""], "`stop[1]` must have 1 to 1024 characters."),
+        ("stop", ["a"] * 17, "`stop` must have at most 16 items."),
+        ("logit_bias", {"1": 101}, "A value of `logit_bias` must be from -100 to 100."),
+        ("stop_token_ids", [384], "`stop_token_ids` must hold token ids from 0 to 383."),
+        ("messages", None, "`messages` must be a list, got null."),
+        ("messages", [{}], "`role` is required in `messages[0]`."),
+    ],
+)
+def test_refusal_names_the_value_and_the_allowed_range(api, field, value, message):
+    async def body(client):
+        assert (await refused(client, CHAT, HELLO | {field: value}))["message"] == message
+
+    with_client(api, body)
+
+
+def test_neutral_values_of_refused_fields_are_accepted(api):
     neutral = {
         "tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
         "modalities": ["text"], "audio": None, "best_of": 1, "functions": [], "guided_json": None,
@@ -92,7 +113,7 @@ def test_neutral_values_of_refused_fields_are_taken(world):
         assert (await client.post(CHAT, json=HELLO | tools)).status == 200
         assert (await client.post(TEXT, json={"prompt": "x", "suffix": ""})).status == 200
 
-    with_client(world, body)
+    with_client(api, body)
 
 
 @pytest.mark.parametrize(
@@ -104,26 +125,26 @@ def test_neutral_values_of_refused_fields_are_taken(world):
         ({"role": "user", "content": [{"type": "text"}]}, "messages.[1].content.[0]"),
     ],
 )
-def test_messages_that_cannot_be_served(world, message, param):
+def test_unsupported_messages_are_refused(api, message, param):
     async def body(client):
         both = {"messages": HELLO["messages"] + [message]}
         assert (await refused(client, CHAT, both))["param"] == param
         assert (await refused(client, "/tokenize", both))["param"] == param
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_model_without_chat_template(world, monkeypatch):
-    monkeypatch.setattr(world.model.chat, "available", False)
+def test_model_without_chat_template(api, monkeypatch):
+    monkeypatch.setattr(api.model.chat, "available", False)
 
     async def body(client):
         assert "chat template" in (await refused(client, CHAT, HELLO))["message"]
 
-    with_client(world, body)
+    with_client(api, body)
 
 
 def test_context_length(model):
-    world = make_world(model, max_prompt_tokens=40)
+    api = make_api(model, max_prompt_tokens=40)
 
     async def body(client):
         for request in ({"prompt": [5] * 20, "max_tokens": 237}, {"prompt": [5] * 256}, {"prompt": [5] * 41}):
@@ -133,11 +154,11 @@ def test_context_length(model):
         error = await refused(client, CHAT, HELLO | {"max_completion_tokens": 2**31 - 1})
         assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
-    with_client(world, body)
-    assert world.counter("admission_rejections", "too_long") == 4
+    with_client(api, body)
+    assert api.counter("admission_rejections", "too_long") == 4
 
 
-def test_wrong_model_names_the_right_one(world):
+def test_refusal_of_a_wrong_model_names_the_served_one(api):
     async def body(client):
         for path, request in ((CHAT, HELLO), (TEXT, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
             error = await refused(client, path, request | {"model": "gpt-x"}, 404)
@@ -148,10 +169,10 @@ def test_wrong_model_names_the_right_one(world):
         assert (await (await client.get("/v1/models/tiny")).json())["id"] == "tiny"
         assert (await client.get("/v1/models/meta/other")).status == 404
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_unknown_paths_and_methods_have_the_official_body(world):
+def test_unknown_paths_and_methods_get_the_official_error_body(api):
     async def body(client):
         for method, path, status in (
             ("POST", "/v1/embeddings", 404), ("GET", "/", 404), ("GET", CHAT, 405), ("POST", "/v1/models", 405),
@@ -162,21 +183,21 @@ def test_unknown_paths_and_methods_have_the_official_body(world):
             assert set((await response.json())["error"]) == {"message", "type", "param", "code"}
             assert status != 405 or response.headers["Allow"]
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_health_and_readiness_differ(world):
+def test_health_and_readiness_differ(api):
     async def body(client):
         assert (await client.get("/health/ready")).status == 200
-        world.generator.ready = False
+        api.generator.ready = False
         assert (await client.get("/health/ready")).status == 503
         assert (await client.get("/health")).status == 200
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_bodies_that_are_not_read(model):
-    world = make_world(model, max_body=2048)
+def test_unsupported_bodies_are_refused(model):
+    api = make_api(model, max_body=2048)
 
     async def chunked(size):
         for _ in range(size // 1024):
@@ -196,11 +217,11 @@ def test_bodies_that_are_not_read(model):
             assert response.status == status
             assert (await response.json())["error"]["type"] == "invalid_request_error"
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_large_body_is_refused_by_its_header_alone(model):
-    world = make_world(model, max_body=2048, keys=["k"])
+def test_large_body_is_refused_from_its_header(model):
+    api = make_api(model, max_body=2048, keys=["k"])
 
     async def body(client):
         reader, writer = await asyncio.open_connection(client.host, client.port)
@@ -209,57 +230,57 @@ def test_large_body_is_refused_by_its_header_alone(model):
         assert b"connection: close" in (await reader.readuntil(b"\r\n\r\n")).lower()
         writer.close()
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_request_id_is_echoed_if_sane(world):
+def test_valid_request_id_is_returned(api):
     async def body(client):
-        for asked, same in (("abc-1.2:3", True), ("a b", False), ("x" * 129, False), ("", False)):
-            response = await client.post(CHAT, json=HELLO | {"stream": True}, headers={"x-request-id": asked})
-            answered = response.headers["x-request-id"]
-            assert (answered == asked) is same and answered
+        for request_id, valid in (("abc-1.2:3", True), ("a b", False), ("x" * 129, False), ("", False)):
+            response = await client.post(CHAT, json=HELLO | {"stream": True}, headers={"x-request-id": request_id})
+            returned = response.headers["x-request-id"]
+            assert (returned == request_id) is valid and returned
             await response.read()
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_unexpected_failures_tell_nothing(world, caplog):
-    world.generator.refusal = RuntimeError("secret address 0xdeadbeef")
+def test_unexpected_failure_goes_to_the_log_only(api, caplog):
+    api.generator.refusal = RuntimeError("secret address 0xdeadbeef")
 
     async def body(client):
         error = await refused(client, CHAT, HELLO, 500)
         assert "secret" not in json.dumps(error)
 
-    with_client(world, body)
+    with_client(api, body)
     assert "secret" in caplog.text
 
 
-def test_tokenize_and_back(world):
+def test_tokenize_and_back(api):
     async def body(client):
         text = "naïve 🙂 <|im_end|>"
         found = await (await client.post("/tokenize", json={"prompt": text, "return_token_strs": True})).json()
-        assert found["tokens"] == world.model.tokenizer.encode(text, True)
+        assert found["tokens"] == api.model.tokenizer.encode(text, True)
         assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 256)
         assert len(found["token_strs"]) == found["count"]
         back = await (await client.post("/detokenize", json={"tokens": found["tokens"]})).json()
         assert back == {"prompt": text}
         chat = await (await client.post("/tokenize", json=HELLO)).json()
         await client.post(CHAT, json=HELLO)
-        assert world.generator.submissions[0].prompt == chat["tokens"]
+        assert api.generator.submissions[0].prompt == chat["tokens"]
         assert (await refused(client, "/detokenize", {"tokens": [384]}))["param"] == "tokens"
         await refused(client, "/tokenize", {})
 
-    with_client(world, body)
+    with_client(api, body)
 
 
 # -- keys
 
 
 def test_every_route_but_health_needs_a_key(model):
-    world = make_world(model, keys=["k1", "k2"])
+    api = make_api(model, keys=["k1", "k2"])
 
     async def body(client):
-        routes = [r for r in world.app.router.routes() if r.resource is not None]
+        routes = [r for r in api.app.router.routes() if r.resource is not None]
         assert len(routes) >= 9
         for route in routes:
             path = route.resource.canonical.replace("{model}", "tiny")
@@ -277,18 +298,18 @@ def test_every_route_but_health_needs_a_key(model):
         assert response.headers["WWW-Authenticate"] == "Bearer"
         assert (await response.json())["error"]["code"] == "invalid_api_key"
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_any_key_is_taken_when_none_is_set(world):
+def test_every_key_is_accepted_without_a_key_file(api):
     async def body(client):
         assert (await client.get("/v1/models", headers={"Authorization": "Bearer whatever"})).status == 200
 
-    with_client(world, body)
+    with_client(api, body)
 
 
-def test_header_of_raw_bytes_is_just_a_wrong_key(model):
-    world = make_world(model, keys=["k"])
+def test_header_of_raw_bytes_is_a_wrong_key(model):
+    api = make_api(model, keys=["k"])
 
     async def body(client):
         reader, writer = await asyncio.open_connection(client.host, client.port)
@@ -296,7 +317,7 @@ def test_header_of_raw_bytes_is_just_a_wrong_key(model):
         assert b" 401 " in await reader.readline()
         writer.close()
 
-    with_client(world, body)
+    with_client(api, body)
 
 
 def test_key_file(tmp_path):
@@ -332,31 +353,31 @@ def test_key_file_with_priorities(tmp_path):
         "secret priority = high", "priority=high secret", "priority=high", "secret pass phrase", "known priority=low",
     ],
 )  # fmt: skip
-def test_a_wrong_line_of_the_key_file_is_named_and_not_shown(tmp_path, line):
+def test_error_of_a_key_file_names_the_line_and_does_not_show_it(tmp_path, line):
     file = tmp_path / "keys"
     file.write_text(f"# keys\n\nknown\n{line}\nlast\n")
     with pytest.raises(ConfigError, match="api_key_file: line 4 of") as e:
         KeyRing.load(file)
-    said = str(e.value).removeprefix(f"api_key_file: line 4 of {file}")
-    assert "priority" in said
-    assert not any(word in said for word in ("secret", "known", "phrase", "urgent", "team"))
+    message = str(e.value).removeprefix(f"api_key_file: line 4 of {file}")
+    assert "priority" in message
+    assert not any(word in message for word in ("secret", "known", "phrase", "urgent", "team"))
 
 
 # -- malformed bodies
 
 
 class Served:
-    """An application and a client on a loop of their own, for tests that are not coroutines."""
+    """An application and its client on their own event loop, for tests that are not coroutines."""
 
-    def __init__(self, world) -> None:
+    def __init__(self, api) -> None:
         from aiohttp.test_utils import TestClient, TestServer
 
-        self.world = world
+        self.api = api
         self.loop = asyncio.new_event_loop()
         self.client = self.loop.run_until_complete(self._start(TestClient, TestServer))
 
     async def _start(self, client, server):
-        client = client(server(self.world.app))
+        client = client(server(self.api.app))
         await client.start_server()
         return client
 
@@ -375,7 +396,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(model):
-    served = Served(make_world(model, max_body=200_000))
+    served = Served(make_api(model, max_body=200_000))
     yield served
     served.close()
 
@@ -408,7 +429,7 @@ RAW = st.sampled_from([
 
 @st.composite
 def bodies(draw) -> bytes:
-    """A good body with something put in the wrong place, or cut, or with bytes changed; or no body at all."""
+    """A valid body with wrong values, or truncated, or with changed bytes; or a body that is not a request."""
     if draw(st.integers(0, 9)) == 0:
         return draw(RAW)
     base = dict(FULL) | draw(
@@ -429,19 +450,19 @@ def bodies(draw) -> bytes:
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies(), path=st.sampled_from([CHAT, TEXT, "/tokenize", "/detokenize"]))
-def test_no_body_makes_a_server_error(served, body, path):
+def test_no_body_causes_a_server_error(served, body, path):
     status, answer = served.post(path, body)
     assert status == 200 or 400 <= status < 500, (body, status, answer)
     if status != 200:
         error = json.loads(answer)["error"]
         assert isinstance(error["message"], str) and error["type"]
-    assert served.world.generator.places == served.world.generator.running == 0
+    assert served.api.generator.places == served.api.generator.running == 0
 
 
-def test_streaming_response_is_not_buffered_by_proxies(world):
+def test_streaming_response_is_not_buffered_by_proxies(api):
     async def body(client):
         response = await client.post(CHAT, json=HELLO | {"stream": True})
         assert response.headers["X-Accel-Buffering"] == "no" and response.headers["Cache-Control"] == "no-cache"
         await response.read()
 
-    with_client(world, body)
+    with_client(api, body)

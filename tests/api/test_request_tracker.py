@@ -1,4 +1,4 @@
-"""What becomes of a frontend's requests when engines come and go: over the real fabric, with engines by hand."""
+"""RequestTracker when engines start, park and crash: over the real fabric, with simulated engines."""
 
 from __future__ import annotations
 
@@ -26,80 +26,99 @@ from daemon.ipc.messages import (
     decode_to_engine,
     encode,
 )
-from daemon.ipc.metrics_page import FRONTEND as FRONTEND_STATS
-from daemon.ipc.metrics_page import snapshot
+from daemon.ipc.metrics_page import FRONTEND, snapshot
 from daemon.ipc.process_table import ProcessFacts, ProcessState
-from tests.control.factories import engine
-from tests.ipc.factories import handles_of
+from tests.control.factories import engine_facts
+from tests.ipc.factories import fabric_handles
 
-FRONTEND = 5  # its incarnation
+INCARNATION = 5  # of the frontend
 PARAMS = SamplingParams(10, 1)
 
 
 @pytest.fixture
 def handles() -> Iterator[FabricHandles]:
-    with handles_of(1, 2) as made:
+    with fabric_handles(1, 2) as made:
         yield made
 
 
-class Box:
-    """The supervisor's and the engines' ends, and a frontend's tracker between them."""
+class Harness:
+    """A frontend's tracker, with the fabric ends of the supervisor and of two engines around it."""
 
     def __init__(self, handles: FabricHandles) -> None:
         self.handles = handles
         self.topology = handles.topology
         self.table = Fabric(handles, -1, 0).table_writer()
-        self.table.publish(self.topology.frontend(0), ProcessFacts(ProcessState.UP, FRONTEND))
+        self.table.publish(self.topology.frontend(0), ProcessFacts(ProcessState.UP, INCARNATION))
         self.journal = JournalView(Fabric(handles, -1, 0).journal(0))
-        self.tracker = RequestTracker(Fabric(handles, self.topology.frontend(0), FRONTEND), Config(max_queued=10))
+        self.tracker = RequestTracker(Fabric(handles, self.topology.frontend(0), INCARNATION), Config(max_queued=10))
 
     def engine(self, i: int, incarnation: int) -> Fabric:
+        """Return the fabric as this incarnation of engine i maps it."""
         return Fabric(self.handles, self.topology.engine(i), incarnation)
 
-    def appear(
+    def start_engine(
         self, i: int, incarnation: int, *, last_crashed: int = 0, state: EngineState = EngineState.SERVING
     ) -> None:
-        """Engine i is up."""
+        """Publish that this incarnation of engine i is up, with its state."""
         self.table.publish(
             self.topology.engine(i), ProcessFacts(ProcessState.UP, incarnation, last_crashed=last_crashed)
         )
-        self.engine(i, incarnation).board().publish(encode(engine(incarnation=incarnation, state=state)))
+        self.engine(i, incarnation).board().publish(encode(engine_facts(incarnation=incarnation, state=state)))
         self.tracker.on_doorbell()
 
-    def resumes(self) -> float:
+    def counter(self, name: str) -> float:
+        """Return a counter of the frontend's metrics page."""
         page = Fabric(self.handles, -1, 0).metrics(self.topology.frontend(0))
-        return snapshot(page, FRONTEND_STATS).counter("resumes")
+        return snapshot(page, FRONTEND).counter(name)
 
-    def say(self, i: int, incarnation: int, message: ToFrontend) -> None:
-        self.engine(i, incarnation).writer(self.topology.frontend(0)).put(encode(message), FRONTEND)
+    def send(self, i: int, incarnation: int, message: ToFrontend) -> None:
+        """Send a message from this incarnation of engine i to the tracker."""
+        self.engine(i, incarnation).writer(self.topology.frontend(0)).put(encode(message), INCARNATION)
         self.tracker.on_doorbell()
 
-    def leave(
-        self, i: int, incarnation: int, life: ProcessState = ProcessState.PARKED, *, last_crashed: int = 0
+    def end_engine(
+        self, i: int, incarnation: int, state: ProcessState = ProcessState.PARKED, *, last_crashed: int = 0
     ) -> None:
-        self.table.publish(self.topology.engine(i), ProcessFacts(life, incarnation, last_crashed=last_crashed))
+        """Publish that this incarnation of engine i has ended, with `state`."""
+        self.table.publish(self.topology.engine(i), ProcessFacts(state, incarnation, last_crashed=last_crashed))
         self.tracker.on_doorbell()
 
     def submit(self) -> RequestState:
         with self.tracker.admit(1):
             return self.tracker.submit([1, 2, 3], PARAMS, label="x")
 
-    def told(self, i: int, incarnation: int) -> list[ToEngine]:
-        """What that life of engine i finds on its ring from the beginning."""
+    def received(self, i: int, incarnation: int) -> list[ToEngine]:
+        """Return all messages to this incarnation of engine i that the tracker has put on its ring."""
         reader, found = self.engine(i, incarnation).reader(self.topology.frontend(0)), []
         while (record := reader.read()) is not None:
             if record.receiver == incarnation:
                 found.append(decode_to_engine(record.payload))
         return found
 
-    def starts(self, i: int, incarnation: int) -> list[tuple[int, int]]:
-        return [(m.rid, m.epoch) for m in self.told(i, incarnation) if isinstance(m, Start)]
+    def received_starts(self, i: int, incarnation: int) -> list[tuple[int, int]]:
+        """Return (rid, epoch) of each Start among them."""
+        return [(m.rid, m.epoch) for m in self.received(i, incarnation) if isinstance(m, Start)]
 
 
-def on_a_loop(test: Callable[[Box], Coroutine[Any, Any, None]]) -> Callable[[FabricHandles], None]:
+def step_output(rid: int, *, epoch: int, start: int, tokens: list[int], finish: Finish = Finish.NONE) -> StepOutput:
+    """Return a step with one row."""
+    return StepOutput(
+        rids=[rid],
+        epochs=[epoch],
+        starts=[start],
+        counts=[len(tokens)],
+        tokens=tokens,
+        finishes=[finish],
+        cached=[0],
+    )
+
+
+def with_harness(test: Callable[[Harness], Coroutine[Any, Any, None]]) -> Callable[[FabricHandles], None]:
+    """Run a coroutine test with a new harness on an event loop."""
+
     def go(handles: FabricHandles) -> None:
         async def body() -> None:
-            await test(Box(handles))
+            await test(Harness(handles))
 
         asyncio.run(body())
 
@@ -107,145 +126,178 @@ def on_a_loop(test: Callable[[Box], Coroutine[Any, Any, None]]) -> Callable[[Fab
     return go
 
 
-@on_a_loop
-async def test_a_start_that_crossed_its_engines_parking_goes_elsewhere(box: Box) -> None:
-    box.appear(0, 1)
-    flight = box.submit()
-    box.appear(1, 1)
-    box.leave(0, 1)
-    assert not flight.done
-    assert (flight.engine, flight.epoch) == (1, 2)
-    assert box.starts(1, 1) == [(flight.rid, 2)]
+@with_harness
+async def test_start_that_its_parked_engine_never_read_goes_to_another_engine(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.end_engine(0, 1)
+    assert not request.done
+    assert (request.engine, request.epoch) == (1, 2)
+    assert harness.received_starts(1, 1) == [(request.rid, 2)]
 
 
-@on_a_loop
-async def test_it_goes_elsewhere_also_if_the_engine_was_woken_before_anybody_looked(box: Box) -> None:
-    box.appear(0, 1)
-    flight = box.submit()
-    box.appear(1, 1)
-    box.appear(0, 3)
-    assert (flight.engine, flight.epoch) == (1, 2)
-    assert box.starts(1, 1) == [(flight.rid, 2)]
-    assert box.starts(0, 3) == []
+@with_harness
+async def test_start_goes_to_another_engine_also_if_the_parked_one_was_woken_in_the_meantime(
+    harness: Harness,
+) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.start_engine(0, 3)
+    assert (request.engine, request.epoch) == (1, 2)
+    assert harness.received_starts(1, 1) == [(request.rid, 2)]
+    assert harness.received_starts(0, 3) == []
 
 
-@on_a_loop
-async def test_what_the_parked_engine_had_said_counts_first(box: Box) -> None:
-    box.appear(0, 1)
-    first, second = box.submit(), box.submit()
-    box.appear(1, 1)
-    said = StepOutput([first.rid, second.rid], [1, 1], [0, 0], [2, 1], [7, 8, 9], [Finish.STOP, Finish.NONE], [0, 0])
-    box.engine(0, 1).writer(box.topology.frontend(0)).put(encode(said), FRONTEND)
-    box.leave(0, 1)
-    piece = await first.next()
-    assert (piece.tokens, piece.finish) == ([7, 8], Finish.STOP)
-    assert box.starts(1, 1) == [(second.rid, 2)]
+@with_harness
+async def test_output_of_the_parked_engine_is_accepted_first(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    first, second = harness.submit(), harness.submit()
+    harness.start_engine(1, 1)
+    output = StepOutput(
+        rids=[first.rid, second.rid],
+        epochs=[1, 1],
+        starts=[0, 0],
+        counts=[2, 1],
+        tokens=[7, 8, 9],
+        finishes=[Finish.STOP, Finish.NONE],
+        cached=[0, 0],
+    )
+    harness.engine(0, 1).writer(harness.topology.frontend(0)).put(encode(output), INCARNATION)
+    harness.end_engine(0, 1)
+    chunk = await first.next()
+    assert (chunk.tokens, chunk.finish) == ([7, 8], Finish.STOP)
+    assert harness.received_starts(1, 1) == [(second.rid, 2)]
     assert second.accepted == 1
 
 
-@on_a_loop
-async def test_two_engines_parked_at_once_send_nothing_to_each_other(box: Box) -> None:
-    box.appear(0, 1)
-    box.appear(1, 1)
-    flights = [box.submit(), box.submit()]
-    assert {f.engine for f in flights} == {0, 1}
-    box.table.publish(box.topology.engine(1), ProcessFacts(ProcessState.PARKED, 1))
-    box.leave(0, 1)
-    for flight in flights:
+@with_harness
+async def test_requests_of_two_engines_parked_at_once_end_with_an_error(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    harness.start_engine(1, 1)
+    requests = [harness.submit(), harness.submit()]
+    assert {r.engine for r in requests} == {0, 1}
+    harness.table.publish(harness.topology.engine(1), ProcessFacts(ProcessState.PARKED, 1))
+    harness.end_engine(0, 1)
+    for request in requests:
         with pytest.raises(EngineLost, match="no engine is ready"):
-            await flight.next()
+            await request.next()
 
 
-@pytest.mark.parametrize("life", [ProcessState.DEAD, ProcessState.PARKED])
-def test_what_a_crashed_engine_had_goes_on_elsewhere(handles: FabricHandles, life: ProcessState) -> None:
-    """Also what one had which was to be parked, and so is not started again. Nothing that it said is lost or asked
-    for twice."""
+@pytest.mark.parametrize("state", [ProcessState.DEAD, ProcessState.PARKED])
+def test_requests_of_a_crashed_engine_continue_on_another(handles: FabricHandles, state: ProcessState) -> None:
+    """PARKED: the engine crashed while it was to be parked, so it is not restarted. No output is lost or repeated."""
 
     async def body() -> None:
-        box = Box(handles)
-        box.appear(0, 1)
-        flight = box.submit()
-        box.say(0, 1, StepOutput([flight.rid], [1], [0], [2], [7, 8], [Finish.NONE], [0]))
-        box.appear(1, 1)
-        box.leave(0, 1, life, last_crashed=1)
-        assert (await flight.next()).tokens == [7, 8]
-        assert box.starts(1, 1) == [(flight.rid, 2)]
-        assert box.journal.output(flight.slot) == [7, 8]
-        box.say(1, 1, StepOutput([flight.rid], [2], [2], [1], [9], [Finish.STOP], [0]))
-        assert (await flight.next()).tokens == [9]
-        assert box.resumes() == 1
+        harness = Harness(handles)
+        harness.start_engine(0, 1)
+        request = harness.submit()
+        harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7, 8]))
+        harness.start_engine(1, 1)
+        harness.end_engine(0, 1, state, last_crashed=1)
+        assert (await request.next()).tokens == [7, 8]
+        assert harness.received_starts(1, 1) == [(request.rid, 2)]
+        assert harness.journal.output(request.slot) == [7, 8]
+        harness.send(1, 1, step_output(request.rid, epoch=2, start=2, tokens=[9], finish=Finish.STOP))
+        assert (await request.next()).tokens == [9]
+        assert harness.counter("resumes") == 1
 
     asyncio.run(body())
 
 
-@on_a_loop
-async def test_a_request_that_may_be_what_kills_engines_ends(box: Box) -> None:
-    box.appear(0, 1)
-    flight = box.submit()
-    box.appear(1, 1)
-    box.leave(0, 1, ProcessState.DEAD, last_crashed=1)
-    younger = box.submit()
+@with_harness
+async def test_only_new_tokens_of_the_current_epoch_are_accepted(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7, 8]))
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=1, tokens=[8, 9]))
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7]))
+    harness.send(0, 1, step_output(request.rid, epoch=2, start=3, tokens=[1, 2]))
+    assert (await request.next()).tokens == [7, 8, 9]
+    assert harness.journal.output(request.slot) == [7, 8, 9]
+    assert (request.accepted, request.ownership.accepted) == (3, 3)
+    assert harness.counter("stale_tokens") == 1 + 1 + 2
+
+
+@with_harness
+async def test_request_ends_with_an_error_if_output_is_missing(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=1, tokens=[8]))
+    with pytest.raises(EngineLost, match="output was lost"):
+        await request.next()
+    assert harness.tracker.active == 0
+
+
+@with_harness
+async def test_request_ends_after_max_resumes_crashes(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.end_engine(0, 1, ProcessState.DEAD, last_crashed=1)
+    younger = harness.submit()
     assert younger.engine == 1
-    box.appear(0, 2, last_crashed=1)
-    box.leave(1, 1, ProcessState.DEAD, last_crashed=1)
+    harness.start_engine(0, 2, last_crashed=1)
+    harness.end_engine(1, 1, ProcessState.DEAD, last_crashed=1)
     with pytest.raises(EngineLost, match="died"):
-        await flight.next()
+        await request.next()
     assert not younger.done
-    assert box.starts(0, 2) == [(younger.rid, 2)]
+    assert harness.received_starts(0, 2) == [(younger.rid, 2)]
 
 
-@on_a_loop
-async def test_it_waits_for_the_only_engines_successor(box: Box) -> None:
-    box.appear(0, 1)
-    flights = [box.submit() for _ in range(3)]
-    box.leave(0, 1, ProcessState.DEAD, last_crashed=1)
-    flights[1].cancel()
+@with_harness
+async def test_requests_wait_for_the_restart_of_the_only_engine(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    requests = [harness.submit() for _ in range(3)]
+    harness.end_engine(0, 1, ProcessState.DEAD, last_crashed=1)
+    requests[1].cancel()
     await asyncio.sleep(0.25)
-    assert [f.done for f in flights] == [False, True, False]
-    box.appear(0, 2, last_crashed=1)
+    assert [r.done for r in requests] == [False, True, False]
+    harness.start_engine(0, 2, last_crashed=1)
     await asyncio.sleep(0.25)
-    assert box.starts(0, 2) == [(flights[0].rid, 2), (flights[2].rid, 2)]
+    assert harness.received_starts(0, 2) == [(requests[0].rid, 2), (requests[2].rid, 2)]
 
 
-@on_a_loop
-async def test_it_ends_when_no_engine_can_come_any_more(box: Box) -> None:
-    box.appear(0, 1)
-    flight = box.submit()
-    box.leave(0, 1, ProcessState.FAILED, last_crashed=1)
-    box.leave(1, 0, ProcessState.FAILED)
+@with_harness
+async def test_request_ends_when_all_engines_have_failed(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.end_engine(0, 1, ProcessState.FAILED, last_crashed=1)
+    harness.end_engine(1, 0, ProcessState.FAILED)
     with pytest.raises(EngineLost, match="no engine is ready"):
-        await flight.next()
+        await request.next()
 
 
-@on_a_loop
-async def test_the_destination_of_its_move_may_still_take_it_over(box: Box) -> None:
-    """Its source died with the request frozen, and nobody else serves: that is sooner than anew."""
-    box.appear(0, 1)
-    flight = box.submit()
-    box.appear(1, 1, state=EngineState.DRAINING)
-    box.leave(0, 1, ProcessState.DEAD, last_crashed=1)
-    box.say(1, 1, Takeover(flight.rid, 1, 0, [5], None))
-    assert (flight.engine, flight.epoch, flight.accepted) == (1, 2, 1)
-    box.appear(0, 2, last_crashed=1)
+@with_harness
+async def test_stranded_request_may_still_be_taken_over_by_its_migration_destination(harness: Harness) -> None:
+    """The source died while the request was frozen, and no engine serves: a takeover is faster than a restart."""
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1, state=EngineState.DRAINING)
+    harness.end_engine(0, 1, ProcessState.DEAD, last_crashed=1)
+    harness.send(1, 1, Takeover(request.rid, epoch=1, start=0, tokens=[5], logprobs=None))
+    assert (request.engine, request.epoch, request.accepted) == (1, 2, 1)
+    harness.start_engine(0, 2, last_crashed=1)
     await asyncio.sleep(0.25)
-    assert box.starts(0, 2) == []
+    assert harness.received_starts(0, 2) == []
 
 
-@on_a_loop
-async def test_a_life_that_was_parked_after_one_that_crashed_is_not_mistaken_for_it(box: Box) -> None:
-    box.appear(0, 2, last_crashed=1)
-    flight = box.submit()
-    box.appear(1, 1)
-    box.leave(0, 2, last_crashed=1)
-    assert (flight.engine, flight.epoch) == (1, 2)
+@with_harness
+async def test_incarnation_parked_after_a_crashed_one_does_not_count_as_a_crash(harness: Harness) -> None:
+    harness.start_engine(0, 2, last_crashed=1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.end_engine(0, 2, last_crashed=1)
+    assert (request.engine, request.epoch) == (1, 2)
 
 
-@on_a_loop
-async def test_states_of_engines_have_the_operators_names(box: Box) -> None:
-    assert box.tracker.engines.states() == ["absent", "absent"]
-    box.appear(0, 1)
-    box.appear(1, 1)
-    box.engine(1, 1).board().publish(encode(engine(state=EngineState.PARKED)))
-    assert box.tracker.engines.states() == ["serving", "parking"]
-    box.leave(1, 1)
-    assert box.tracker.engines.states() == ["serving", "parked"]
+@with_harness
+async def test_engine_states_have_the_names_that_operators_see(harness: Harness) -> None:
+    assert harness.tracker.engines.states() == ["absent", "absent"]
+    harness.start_engine(0, 1)
+    harness.start_engine(1, 1)
+    harness.engine(1, 1).board().publish(encode(engine_facts(state=EngineState.PARKED)))
+    assert harness.tracker.engines.states() == ["serving", "parking"]
+    harness.end_engine(1, 1)
+    assert harness.tracker.engines.states() == ["serving", "parked"]

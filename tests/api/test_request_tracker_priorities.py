@@ -1,4 +1,4 @@
-"""A request's priority changes while it is under way: over the real fabric, with engines by hand."""
+"""Priority changes of unfinished requests: over the real fabric, with simulated engines."""
 
 from __future__ import annotations
 
@@ -23,81 +23,81 @@ from daemon.ipc.messages import (
     encode,
 )
 from daemon.ipc.process_table import ProcessFacts, ProcessState
-from tests.api.test_request_tracker import FRONTEND, Box
-from tests.control.factories import engine
+from tests.api.test_request_tracker import INCARNATION, Harness
+from tests.control.factories import engine_facts
 
 
-def prioritise(box: Box, rid: int, priority: int) -> None:
-    advice = Fabric(box.handles, COORDINATOR, 1).writer(box.topology.frontend(0))
-    assert advice.put(encode(SetPriority(rid, priority)), FRONTEND)
-    box.tracker.on_doorbell()
+def set_priority(harness: Harness, rid: int, priority: int) -> None:
+    coordinator = Fabric(harness.handles, COORDINATOR, 1).writer(harness.topology.frontend(0))
+    assert coordinator.put(encode(SetPriority(rid, priority)), INCARNATION)
+    harness.tracker.on_doorbell()
 
 
-def say(box: Box, i: int, message: Any) -> None:
-    """Engine i says it to the frontend."""
-    assert box.engine(i, 1).writer(box.topology.frontend(0)).put(encode(message), FRONTEND)
-    box.tracker.on_doorbell()
+def send(harness: Harness, i: int, message: Any) -> None:
+    """Send a message from engine i to the frontend."""
+    assert harness.engine(i, 1).writer(harness.topology.frontend(0)).put(encode(message), INCARNATION)
+    harness.tracker.on_doorbell()
 
 
-def orders(box: Box, i: int) -> list[Any]:
-    return [m for m in box.told(i, 1) if not isinstance(m, OwnedRequests)]
+def received(harness: Harness, i: int) -> list[Any]:
+    return [m for m in harness.received(i, 1) if not isinstance(m, OwnedRequests)]
 
 
-def shown(box: Box, flight: RequestState) -> int:
-    """What a reader of the journal sees."""
-    return JournalView(box.tracker._fabric.journal(0)).priority(flight.slot)
+def journaled_priority(harness: Harness, request: RequestState) -> int:
+    """Return the priority that readers of the journal see."""
+    return JournalView(harness.tracker._fabric.journal(0)).priority(request.slot)
 
 
-def test_it_is_journaled_and_the_owner_hears_of_it(handles: FabricHandles) -> None:
+def test_new_priority_is_journaled_and_sent_to_the_owner(handles: FabricHandles) -> None:
     async def body() -> None:
-        box = Box(handles)
-        box.appear(0, 1)
-        flight, other = box.submit(), box.submit()
-        prioritise(box, flight.rid, -1)
-        prioritise(box, 12345, -1)
-        prioritise(box, flight.rid, 7)
-        assert (shown(box, flight), shown(box, other)) == (7, 0)
-        changes = [Reprioritise(flight.rid, 1, -1), Reprioritise(flight.rid, 1, 7)]
-        assert [m for m in orders(box, 0) if not isinstance(m, Start)] == changes
+        harness = Harness(handles)
+        harness.start_engine(0, 1)
+        request, other = harness.submit(), harness.submit()
+        set_priority(harness, request.rid, -1)
+        set_priority(harness, 12345, -1)
+        set_priority(harness, request.rid, 7)
+        assert (journaled_priority(harness, request), journaled_priority(harness, other)) == (7, 0)
+        changes = [Reprioritise(request.rid, 1, -1), Reprioritise(request.rid, 1, 7)]
+        assert [m for m in received(harness, 0) if not isinstance(m, Start)] == changes
 
     asyncio.run(body())
 
 
-def test_a_new_owner_hears_of_a_change_that_it_may_have_missed(handles: FabricHandles) -> None:
+def test_new_owner_receives_a_change_that_it_may_have_missed(handles: FabricHandles) -> None:
     async def body() -> None:
-        box = Box(handles)
-        box.appear(0, 1)
-        flight = box.submit()
-        box.appear(1, 1)
-        prioritise(box, flight.rid, -1)
-        say(box, 1, Takeover(flight.rid, 1, 0, [], None))
-        assert orders(box, 1) == [Grant(flight.rid, 1, 2), Reprioritise(flight.rid, 2, -1)]
-        say(box, 1, Reclaim(flight.rid, 2, 0, [], None))
-        assert orders(box, 1)[2:] == [Grant(flight.rid, 2, 3)]
-        assert orders(box, 0)[1:] == [Reprioritise(flight.rid, 1, -1), Release(flight.rid, 1)]
-        assert shown(box, flight) == -1
+        harness = Harness(handles)
+        harness.start_engine(0, 1)
+        request = harness.submit()
+        harness.start_engine(1, 1)
+        set_priority(harness, request.rid, -1)
+        send(harness, 1, Takeover(request.rid, epoch=1, start=0, tokens=[], logprobs=None))
+        assert received(harness, 1) == [Grant(request.rid, 1, 2), Reprioritise(request.rid, 2, -1)]
+        send(harness, 1, Reclaim(request.rid, epoch=2, start=0, tokens=[], logprobs=None))
+        assert received(harness, 1)[2:] == [Grant(request.rid, 2, 3)]
+        assert received(harness, 0)[1:] == [Reprioritise(request.rid, 1, -1), Release(request.rid, 1)]
+        assert journaled_priority(harness, request) == -1
 
     asyncio.run(body())
 
 
 @pytest.mark.parametrize(("priority", "chosen"), [(-1, 2), (1, 1)])
-def test_what_is_handed_back_goes_where_its_present_priority_belongs(
+def test_handed_back_request_goes_to_the_engine_that_suits_its_new_priority(
     handles: FabricHandles, priority: int, chosen: int
 ) -> None:
-    """Urgent requests gather on engine 2, the others keep away from it."""
+    """Engine 2 runs requests of high priority: others of high priority join them, normal ones avoid it."""
 
     async def body() -> None:
-        box = Box(handles)
-        box.appear(0, 1)
-        flight = box.submit()
-        gathering = {"used_blocks": 60, "running": 3, "high_running": 3}
-        for i, fields in ((1, {}), (2, gathering)):
-            box.table.publish(box.topology.engine(i), ProcessFacts(ProcessState.UP, 1))
-            facts = engine(total_blocks=851, max_num_seqs=256, **fields)
-            box.engine(i, 1).board().publish(encode(facts))
-        prioritise(box, flight.rid, priority)
-        say(box, 0, HandBack(flight.rid, 1))
-        assert (flight.engine, flight.epoch) == (chosen, 2)
-        assert [(m.rid, m.epoch) for m in orders(box, chosen)] == [(flight.rid, 2)]
+        harness = Harness(handles)
+        harness.start_engine(0, 1)
+        request = harness.submit()
+        busy_with_high = {"used_blocks": 60, "running": 3, "high_running": 3}
+        for i, fields in ((1, {}), (2, busy_with_high)):
+            harness.table.publish(harness.topology.engine(i), ProcessFacts(ProcessState.UP, 1))
+            facts = engine_facts(total_blocks=851, max_num_seqs=256, **fields)
+            harness.engine(i, 1).board().publish(encode(facts))
+        set_priority(harness, request.rid, priority)
+        send(harness, 0, HandBack(request.rid, 1))
+        assert (request.engine, request.epoch) == (chosen, 2)
+        assert [(m.rid, m.epoch) for m in received(harness, chosen)] == [(request.rid, 2)]
 
     asyncio.run(body())

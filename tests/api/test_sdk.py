@@ -1,4 +1,4 @@
-"""The official Python client against the application on a loopback port."""
+"""The official Python client with the application on a loopback port."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import asyncio
 import openai
 import pytest
 
-from tests.api.harness import ANSWER, make_world, with_client
+from tests.api.harness import ANSWER, make_api, with_client
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
-def with_sdk(world, body, **options) -> None:
+def with_sdk(api, body, **options) -> None:
     async def run(client):
         url = str(client.make_url("/v1"))
         options.setdefault("api_key", "any")
         async with openai.AsyncOpenAI(base_url=url, max_retries=0, **options) as sdk:
             await body(sdk)
 
-    with_client(world, run)
+    with_client(api, run)
 
 
-def test_chat(world):
+def test_chat(api):
     async def body(sdk):
         answer = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=2)
         assert answer.choices[0].message.content == ANSWER
@@ -38,10 +38,10 @@ def test_chat(world):
             last = chunk
         assert text == ANSWER and last.usage == answer.usage
 
-    with_sdk(world, body)
+    with_sdk(api, body)
 
 
-def test_chat_through_the_stream_accumulator(world):
+def test_chat_with_the_stream_accumulator(api):
     async def body(sdk):
         async with sdk.chat.completions.stream(model="tiny", messages=MESSAGES, n=2) as stream:
             async for _ in stream:
@@ -50,10 +50,10 @@ def test_chat_through_the_stream_accumulator(world):
         assert [c.message.content for c in final.choices] == [ANSWER] * 2
         assert [c.finish_reason for c in final.choices] == ["stop"] * 2
 
-    with_sdk(world, body)
+    with_sdk(api, body)
 
 
-def test_completions(world):
+def test_completions(api):
     async def body(sdk):
         answer = await sdk.completions.create(model="tiny", prompt=["a", "b"], max_tokens=4, logprobs=1)
         assert [c.text for c in answer.choices] == ["the quick bro"] * 2
@@ -64,19 +64,19 @@ def test_completions(world):
             text += chunk.choices[0].text
         assert text == "the quick bro"
 
-    with_sdk(world, body)
+    with_sdk(api, body)
 
 
-def test_models(world):
+def test_models(api):
     async def body(sdk):
         listed = [m async for m in sdk.models.list()]
         assert [m.id for m in listed] == ["tiny"] and listed[0].max_model_len == 256
         assert (await sdk.models.retrieve("tiny")).id == "tiny"
 
-    with_sdk(world, body)
+    with_sdk(api, body)
 
 
-def test_errors_become_the_client_s_exceptions(world):
+def test_errors_raise_the_exceptions_of_the_client(api):
     async def body(sdk):
         async def chat(**changes):
             return await sdk.chat.completions.create(**({"model": "tiny", "messages": MESSAGES} | changes))
@@ -92,31 +92,31 @@ def test_errors_become_the_client_s_exceptions(world):
         assert unknown.value.code == "model_not_found"
         with pytest.raises(openai.NotFoundError):
             await sdk.embeddings.create(model="tiny", input="x")
-        world.generator.limit = 0
+        api.generator.limit = 0
         with pytest.raises(openai.RateLimitError) as busy:
             await chat(stream=True)
         assert busy.value.response.headers["retry-after"] == "3"
-        world.generator.ready = False
+        api.generator.ready = False
         with pytest.raises(openai.InternalServerError) as down:
             await chat()
         assert down.value.status_code == 503
 
-    with_sdk(world, body)
+    with_sdk(api, body)
 
 
-def test_loss_in_mid_stream_is_raised(world):
-    world.generator.lose_after = 6
+def test_engine_lost_in_mid_stream_is_raised(api):
+    api.generator.lose_after = 6
 
     async def body(sdk):
         with pytest.raises(openai.APIError, match="could not finish"):
             async for _ in await sdk.chat.completions.create(model="tiny", messages=MESSAGES, stream=True):
                 pass
 
-    with_sdk(world, body)
+    with_sdk(api, body)
 
 
 def test_keys(model):
-    world = make_world(model, keys=["secret"])
+    api = make_api(model, keys=["secret"])
 
     async def right(sdk):
         assert (await sdk.completions.create(model="tiny", prompt="a")).choices
@@ -125,22 +125,22 @@ def test_keys(model):
         with pytest.raises(openai.AuthenticationError):
             await sdk.completions.create(model="tiny", prompt="a")
 
-    with_sdk(world, right, api_key="secret")
-    with_sdk(make_world(model, keys=["secret"]), wrong, api_key="guess")
+    with_sdk(api, right, api_key="secret")
+    with_sdk(make_api(model, keys=["secret"]), wrong, api_key="guess")
 
 
-def test_client_retries_what_passes(world):
-    world.generator.limit = 0
+def test_client_retries_a_temporary_refusal(api):
+    api.generator.limit = 0
 
     async def body(sdk):
         async def recover():
             await asyncio.sleep(0.1)
-            world.generator.limit = 64
+            api.generator.limit = 64
 
-        world.generator.retry_after = 1
-        healing = asyncio.create_task(recover())
+        api.generator.retry_after = 1
+        recovery = asyncio.create_task(recover())
         answer = await sdk.with_options(max_retries=2).completions.create(model="tiny", prompt="a")
         assert answer.choices
-        await healing
+        await recovery
 
-    with_sdk(world, body)
+    with_sdk(api, body)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from bench.sections import Figure, Outcome, append_figure, read_figures, run_all, run_section, table
-from tests.e2e.daemon_process import lives, wait_for
+from tests.e2e.daemon_process import is_alive, wait_for
 
 FIGURE = Figure("copy", "a thing", 12.5, "ms", 10.0, True, {"share": 0.5})
 
@@ -54,7 +54,7 @@ def test_what_hangs_is_killed_with_its_children(run, tmp_path):
     pid = int((tmp_path / "figures.pid").read_text())
     with suppress(psutil.NoSuchProcess):
         killed = psutil.Process(pid)
-        wait_for("its child's end", lambda: not lives(killed))
+        wait_for("its child's end", lambda: not is_alive(killed))
     assert pid != os.getpid()
 
 

@@ -1,3 +1,5 @@
+"""The size of the KV pool, and the check that weights and pools fit into memory."""
+
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -8,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.cli.memory_budget import MODELLESS_POOL, kv_pool_bytes
+from daemon.cli.memory_budget import MIN_POOL, kv_pool_bytes
 from daemon.config import Config, ConfigError, options
 from daemon.models.model_config import ModelConfig
 
 MIB, GIB = 1 << 20, 1 << 30
-CARD = ModelConfig(
+MODEL_CONFIG = ModelConfig(
     path=Path("m"), name="m", vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, max_position=512,
     tie_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(2,),
@@ -21,43 +23,43 @@ CARD = ModelConfig(
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of KV of one token: K and V, layers, heads, head_dim, fp32
 
 
-def test_default_is_a_quarter_shared_out_up_to_a_limit():
-    assert kv_pool_bytes(Config(), CARD, 2, 8 * GIB) == 1 * GIB
-    assert kv_pool_bytes(Config(), CARD, 4, 8 * GIB) == GIB // 2
-    assert kv_pool_bytes(Config(), CARD, 1, 500 * GIB) == 2 * GIB
+def test_the_default_is_a_quarter_of_the_memory_divided_between_engines_up_to_a_limit():
+    assert kv_pool_bytes(Config(), MODEL_CONFIG, 2, 8 * GIB) == 1 * GIB
+    assert kv_pool_bytes(Config(), MODEL_CONFIG, 4, 8 * GIB) == GIB // 2
+    assert kv_pool_bytes(Config(), MODEL_CONFIG, 1, 500 * GIB) == 2 * GIB
     meaning = next(o for o in options() if o.name == "kv_memory").metadata["meaning"]
     assert "a quarter" in meaning and "2 GiB" in meaning
 
 
-def test_what_is_asked_for_is_given():
-    assert kv_pool_bytes(Config(kv_memory=7 * MIB), CARD, 2, 8 * GIB) == 7 * MIB
+def test_kv_memory_sets_the_size():
+    assert kv_pool_bytes(Config(kv_memory=7 * MIB), MODEL_CONFIG, 2, 8 * GIB) == 7 * MIB
 
 
 @pytest.mark.parametrize("engine", ["stub", "hash"])
-def test_engines_without_a_model_need_little(engine: str):
-    assert kv_pool_bytes(Config(engine=engine), CARD, 64, 0) == MODELLESS_POOL
-    assert kv_pool_bytes(Config(engine=engine, kv_memory=5), CARD, 64, 0) == 5
+def test_engines_without_a_model_get_a_small_pool(engine: str):
+    assert kv_pool_bytes(Config(engine=engine), MODEL_CONFIG, 64, 0) == MIN_POOL
+    assert kv_pool_bytes(Config(engine=engine, kv_memory=5), MODEL_CONFIG, 64, 0) == 5
 
 
-def test_an_engine_on_a_gpu_sizes_its_own_pool():
+def test_engines_on_gpus_get_a_small_pool():
     on_gpus = Config(devices=["cuda:0", "cuda:1"], kv_memory=100 * GIB)
-    assert kv_pool_bytes(on_gpus, CARD, 2, 1 * GIB) == MODELLESS_POOL
+    assert kv_pool_bytes(on_gpus, MODEL_CONFIG, 2, 1 * GIB) == MIN_POOL
 
 
-def test_a_pool_for_nobody_is_refused():
-    least = 256 * TOKEN
-    assert kv_pool_bytes(Config(kv_memory=least), CARD, 1, 8 * GIB) == least
+def test_a_pool_that_is_too_small_is_refused():
+    smallest = 256 * TOKEN
+    assert kv_pool_bytes(Config(kv_memory=smallest), MODEL_CONFIG, 1, 8 * GIB) == smallest
     with pytest.raises(ConfigError, match=r"^kv_memory: .* 255 tokens of m"):
-        kv_pool_bytes(Config(kv_memory=least - 1), CARD, 1, 8 * GIB)
+        kv_pool_bytes(Config(kv_memory=smallest - 1), MODEL_CONFIG, 1, 8 * GIB)
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match=r"does not fit: 3 engines .* lower kv_memory or name fewer devices"):
-        kv_pool_bytes(Config(kv_memory=2 * GIB), CARD, 3, 6 * GIB)
+def test_engines_that_do_not_fit_into_memory_are_refused():
+    with pytest.raises(ConfigError, match=r"does not fit: 3 engines .* lower kv_memory or list fewer devices"):
+        kv_pool_bytes(Config(kv_memory=2 * GIB), MODEL_CONFIG, 3, 6 * GIB)
 
 
-def least(config: Config, model_config: ModelConfig) -> int:
-    """MiB of free memory at which one engine begins to fit."""
+def smallest_memory(config: Config, model_config: ModelConfig) -> int:
+    """Return the smallest free memory, in MiB, into which one engine fits."""
 
     def fits(mib: int) -> bool:
         try:
@@ -68,23 +70,23 @@ def least(config: Config, model_config: ModelConfig) -> int:
     return bisect_left(range(1 << 20), True, key=fits)
 
 
-def test_fp32_needs_the_weights_in_twice_the_bytes():
-    large = replace(CARD, hidden_size=2048, intermediate_size=8192, num_layers=20)
+def test_fp32_weights_need_twice_the_memory():
+    large = replace(MODEL_CONFIG, hidden_size=2048, intermediate_size=8192, num_layers=20)
     pool = 64 * MIB
-    bf16, fp32, exact = (
-        least(Config(kv_memory=pool, **settings), large)
+    bf16, fp32, deterministic = (
+        smallest_memory(Config(kv_memory=pool, **settings), large)
         for settings in ({"dtype": "bf16"}, {"dtype": "fp32"}, {"deterministic": True})
     )
-    assert fp32 == exact
+    assert fp32 == deterministic
     assert fp32 - bf16 == pytest.approx(2 * large.num_params / MIB, rel=0.2)
     assert bf16 * MIB > 2 * large.num_params + pool
 
 
 @given(st.integers(1, 64), st.integers(0, 2**42), st.sampled_from([0, 4 * MIB, GIB]))
-def test_what_is_granted_fits(engines: int, available: int, kv_memory: int):
+def test_the_pools_fit_into_memory(engines: int, available: int, kv_memory: int):
     try:
-        pool = kv_pool_bytes(Config(kv_memory=kv_memory), CARD, engines, available)
+        pool = kv_pool_bytes(Config(kv_memory=kv_memory), MODEL_CONFIG, engines, available)
     except ConfigError:
         return
     assert pool >= 256 * TOKEN
-    assert engines * (pool + 2 * CARD.num_params) <= available
+    assert engines * (pool + 2 * MODEL_CONFIG.num_params) <= available

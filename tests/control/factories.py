@@ -1,4 +1,4 @@
-"""Facts of engines and frontends with everything filled in."""
+"""Facts of engines and frontends, complete with defaults."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from daemon.ipc.messages import Demand, EngineFacts, EngineState, FrontendFacts
 
 
-def engine(**fields: Any) -> EngineFacts:
-    """An empty serving engine of incarnation 1 with 100 blocks of 16, unless said otherwise."""
+def engine_facts(**fields: Any) -> EngineFacts:
+    """Return facts with `fields`; by default of an empty serving engine, incarnation 1, with 100 blocks of 16."""
     empty: dict[str, Any] = {
         "incarnation": 1, "state": EngineState.SERVING, "step": 0, "time": 0.0, "block_size": 16,
         "total_blocks": 100, "used_blocks": 0, "running": 0, "waiting": 0, "head_demand_blocks": 0,
@@ -18,5 +18,6 @@ def engine(**fields: Any) -> EngineFacts:
     return EngineFacts(**(empty | fields))
 
 
-def frontend(*submitted: Demand, incarnation: int = 1) -> FrontendFacts:
+def frontend_facts(*submitted: Demand, incarnation: int = 1) -> FrontendFacts:
+    """Return the facts of a ready frontend that has sent `submitted` to each engine."""
     return FrontendFacts(incarnation, list(submitted), active=0, ready=True)

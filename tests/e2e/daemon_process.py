@@ -1,4 +1,4 @@
-"""A real daemon to test against, and what the kernel says of it."""
+"""A real daemon under test: start and stop it, find its processes, read its status and metrics."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
-from daemon.cli import llumctl
+from bench.live import READY_LINE, sample_values, serve_command
+from daemon.cli import admin_client
 
 ROOT = Path(__file__).parents[2]
 PYTHON = [sys.executable, "-m"]
 HEADERS = {"Content-Type": "application/json"}
 
-READY = 150.0  # seconds that a start may take: the first on a machine compiles kernels, here beside other work
-HELD = ("running", "waiting", "incoming", "outgoing", "kv_used_blocks")  # of an engine
+READY = 150.0  # seconds a start may take: the first start on a machine compiles kernels
+# Numbers in an engine's status row that are 0 when it is idle.
+HELD = ("running", "waiting", "incoming", "outgoing", "kv_used_blocks")
 
 T = TypeVar("T")
 
 
 def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 20.0) -> T:
-    """The first true value that `probe` gives; AssertionError naming `what` after `timeout` seconds."""
+    """Return the first true value of `probe()`. Raises AssertionError with `what` in it after `timeout` seconds."""
     end = time.monotonic() + timeout
     while True:
         value = probe()
@@ -40,23 +42,31 @@ def wait_for(what: str, probe: Callable[[], T | None], timeout: float = 20.0) ->
         time.sleep(0.02)
 
 
-def lives(process: psutil.Process) -> bool:
-    """Whether it runs; it may end at any moment."""
+def is_alive(process: psutil.Process) -> bool:
+    """Return True if the process runs. It may end at any moment."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
+def title_of(process: psutil.Process) -> str:
+    """Return the command line of the process as one string; empty if it has ended."""
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class Daemon:
-    """`llumd serve` in a session of its own, with everything it leaves in `home`."""
+    """`llumd serve` in a session of its own. All its files are in `home`."""
 
     def __init__(self, home: Path, *flags: str, model: str = "demo", engine: str = "stub", key: str = "") -> None:
         self.home = home
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.run_dir = home / "run"
         home.mkdir(parents=True, exist_ok=True)
-        command = [*PYTHON, "daemon.cli.llumd", "serve", model, "--engine", engine, "--run-dir", str(self.run_dir)]
+        command = serve_command(model, "--engine", engine, "--run-dir", str(self.run_dir))
         if "--port" not in flags:
             command += ["--port", "0"]
         with open(home / "out", "w") as out, open(home / "err", "w") as err:
@@ -64,38 +74,40 @@ class Daemon:
                 [*command, *flags], cwd=ROOT, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True
             )
         self.url = ""
-        self._family: dict[int, psutil.Process] = {}
+        self._seen: dict[int, psutil.Process] = {}
 
-    # -- life
+    # -- processes
 
     def await_ready(self, timeout: float = READY) -> Daemon:
-        """Until the ready line is printed and every process serves."""
-        self.await_announced(timeout)
-        return self.await_whole(timeout)
+        """Wait until the ready line is printed and every process serves."""
+        self.await_ready_line(timeout)
+        return self.await_serving(timeout)
 
-    def await_announced(self, timeout: float = READY) -> None:
+    def await_ready_line(self, timeout: float = READY) -> None:
+        """Wait for the ready line and store the URL that it names."""
+
         def announced() -> str | None:
             assert self.process.poll() is None, f"the daemon has ended:\n{self.log}"
-            found = re.search(r"serves \S+ at (\S+)$", (self.home / "out").read_text(), re.MULTILINE)
-            return found and found[1]
+            found = READY_LINE.search((self.home / "out").read_text())
+            return found and found["url"]
 
         self.url = wait_for("the ready line", announced, timeout)
 
-    def await_whole(self, timeout: float = 30.0) -> Daemon:
-        """Until every process serves and every frontend sees every engine."""
+    def await_serving(self, timeout: float = 30.0) -> Daemon:
+        """Wait until every process serves and the frontends see every engine."""
 
-        def whole() -> bool:
+        def all_serve() -> bool:
             status = self.try_status()
             if status is None:
                 return False
             engines, others = status["engines"], [*status["frontends"], status["coordinator"]]
             return all(p["state"] == "serving" for p in others) and all("running" in e for e in engines)
 
-        wait_for("every process serving", whole, timeout)
-        wait_for("every engine known to the frontends", self._answers_alike, timeout)
+        wait_for("every process serving", all_serve, timeout)
+        wait_for("every engine known to the frontends", self._frontends_see_all_engines, timeout)
         return self
 
-    def _answers_alike(self) -> bool:
+    def _frontends_see_all_engines(self) -> bool:
         engines = len(self.status()["engines"])
         try:
             text = self.get("/metrics", **self._headers).text
@@ -104,62 +116,75 @@ class Daemon:
         return len(re.findall(r"^llumd:engine_serving\{.*\} 1", text, re.MULTILINE)) == engines
 
     def wait(self, timeout: float = 15.0) -> int:
-        """The exit code."""
+        """Wait for the supervisor's end and return its exit code."""
         return self.process.wait(timeout)
 
     def terminate(self, timeout: float = 15.0) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM to the supervisor and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait(timeout)
 
-    def family(self) -> list[psutil.Process]:
-        """Every process of the daemon that was ever seen and still lives, the supervisor's included."""
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes of the daemon that still run, the supervisor included.
+
+        Once the supervisor has ended only processes that an earlier call has seen can be found.
+        """
         if self.process.poll() is None:
             top = psutil.Process(self.process.pid)
             for p in [top, *top.children(recursive=True)]:
-                self._family.setdefault(p.pid, p)
-        return [p for p in self._family.values() if lives(p)]
+                self._seen.setdefault(p.pid, p)
+        return [p for p in self._seen.values() if is_alive(p)]
+
+    def await_gone(self) -> None:
+        """Assert that the supervisor, which has ended, reaped all its children; wait until no helper process is left.
+
+        Helpers, such as Python's resource tracker, end by themselves once their parent has ended.
+        """
+        left = [title for title in map(title_of, self.processes()) if title.startswith("llumd:")]
+        assert not left, f"the supervisor has left {left}"
+        wait_for("every process gone", lambda: not self.processes())
 
     def clean_up(self) -> None:
-        """Whatever a failed test has left must not disturb the next."""
-        family = self.family()
+        """Kill all processes that a failed test has left."""
+        processes = self.processes()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for p in family:
+        for p in processes:
             with suppress(psutil.NoSuchProcess):
                 p.kill()
 
     @property
     def log(self) -> str:
+        """Everything that the daemon has written to stderr."""
         return (self.home / "err").read_text()
 
-    # -- its processes, by status
+    # -- status
 
     def status(self) -> dict[str, Any]:
-        return llumctl.call(self.run_dir / "admin.sock", "GET", "/v1/status")
+        return admin_client.call(self.run_dir / "admin.sock", "GET", "/v1/status")
 
     def try_status(self) -> dict[str, Any] | None:
-        """None while no coordinator answers."""
+        """Return the status; None while no coordinator answers."""
         try:
             return self.status()
-        except (llumctl.NotRunning, llumctl.Refused, TimeoutError):
+        except (admin_client.NotRunning, admin_client.Refused, TimeoutError):
             return None
 
     def child(self, role: str, index: int = 0) -> dict[str, Any]:
-        """The status row of `engine`, `frontend` or `coordinator`; waits for a coordinator that answers."""
-        status = wait_for("an answer of the coordinator", self.try_status)
+        """Return the status row of an `engine`, `frontend` or `coordinator`. Waits for the coordinator's answer."""
+        status = wait_for("an answer from the coordinator", self.try_status)
         return status["coordinator"] if role == "coordinator" else status[f"{role}s"][index]
 
     def kill(self, role: str, index: int = 0, number: int = signal.SIGKILL) -> dict[str, Any]:
-        """Signal a child; its row of before."""
-        self.family()
+        """Send a signal to a child. Return its status row from before."""
+        self.processes()
         row = self.child(role, index)
         os.kill(row["pid"], number)
         return row
 
     def await_successor(self, role: str, index: int, before: dict[str, Any]) -> dict[str, Any]:
-        """The row of the process that took the place of `before`."""
+        """Wait until the successor of the child with row `before` serves. Return the successor's row."""
 
         def successor() -> dict[str, Any] | None:
             row = self.child(role, index)
@@ -168,10 +193,10 @@ class Daemon:
         return wait_for(f"a new {role} {index}", successor)
 
     def requests(self) -> list[dict[str, Any]]:
-        return llumctl.call(self.run_dir / "admin.sock", "GET", "/v1/requests")["requests"]
+        return admin_client.call(self.run_dir / "admin.sock", "GET", "/v1/requests")["requests"]
 
     def await_idle(self, timeout: float = 10.0) -> None:
-        """Until no request is anywhere and no block is held."""
+        """Wait until no process has a request and no engine holds a block."""
 
         def idle() -> bool:
             status = self.try_status()
@@ -186,7 +211,7 @@ class Daemon:
         wait_for("no request and no block held", idle, timeout)
 
     def ctl(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """`llumctl` as an operator runs it."""
+        """Run `llumctl` as an operator does."""
         command = [*PYTHON, "daemon.cli.llumctl", "--run-dir", str(self.run_dir), *args]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
 
@@ -204,27 +229,27 @@ class Daemon:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
 
     def metric(self, name: str) -> float:
-        """The sum of the series called `name`."""
-        lines = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
-        assert lines, f"no metric {name}"
-        return sum(map(float, lines))
+        """Return the sum of the series with this name."""
+        values = sample_values(self.get("/metrics").text, name)
+        assert values, f"no metric {name}"
+        return sum(values)
 
 
 @contextmanager
-def running(home: Path, *flags: str, whole: bool = True, **options: Any) -> Iterator[Daemon]:
-    """A daemon that is ready (`whole`: with every engine), and that must end well: exit code 0, no process left,
-    no traceback logged.
+def running(home: Path, *flags: str, all_serving: bool = True, **options: Any) -> Iterator[Daemon]:
+    """Start a daemon; at the end assert exit code 0, no process left and no traceback in the log.
 
-    A test that ends the daemon itself judges the exit code itself.
+    `all_serving`: wait until every engine serves; otherwise until the first does. A test that stops the daemon checks
+    the exit code itself.
     """
     daemon = Daemon(home, *flags, **options)
     try:
-        daemon.await_announced()
-        yield daemon.await_whole() if whole else daemon
+        daemon.await_ready_line()
+        yield daemon.await_serving() if all_serving else daemon
         if daemon.process.poll() is None:
-            daemon.family()
+            daemon.processes()
             assert daemon.terminate() == 0, daemon.log
-        wait_for("every process gone", lambda: not daemon.family(), 2.0)
+        daemon.await_gone()
         assert "Traceback" not in daemon.log, daemon.log
     finally:
         daemon.clean_up()
@@ -232,7 +257,7 @@ def running(home: Path, *flags: str, whole: bool = True, **options: Any) -> Iter
 
 
 def refused(home: Path, *arguments: str) -> tuple[int, str]:
-    """`llumd serve` with arguments that must not work: exit code and stderr."""
-    command = [*PYTHON, "daemon.cli.llumd", "serve", "--run-dir", str(home / "run"), *arguments]
+    """Run `llumd serve` with arguments that it must refuse. Return exit code and stderr."""
+    command = serve_command("--run-dir", str(home / "run"), *arguments)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stderr

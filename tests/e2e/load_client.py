@@ -1,4 +1,4 @@
-"""Many streaming clients at once, each of which knows exactly what became of its request."""
+"""Many HTTP clients at once; each records everything that it receives."""
 
 from __future__ import annotations
 
@@ -17,47 +17,48 @@ from tests.e2e.daemon_process import Daemon, wait_for
 
 @dataclass
 class Outcome:
-    """What one client has seen so far."""
+    """What one client has received so far."""
 
     status: int = 0
     id: str = ""
     text: str = ""
-    tokens: list[str] = field(default_factory=list)  # where logprobs were asked for
-    logprobs: list[tuple[float, Any]] = field(default_factory=list)  # each token's own and the top ones
+    tokens: list[str] = field(default_factory=list)  # only if the request asks for logprobs
+    logprobs: list[tuple[float, Any]] = field(default_factory=list)  # of each token: its own and the top ones
     finish: str | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
-    done: bool = False  # data: [DONE] came
-    closed: bool = False  # the response ended as HTTP wants it
-    broken: str = ""  # how the connection failed, if it did
-    body: dict[str, Any] = field(default_factory=dict)  # of an answer that does not stream
+    done: bool = False  # data: [DONE] was received
+    closed: bool = False  # the HTTP response ended properly
+    broken: str = ""  # how the connection failed; empty: it did not
+    body: dict[str, Any] = field(default_factory=dict)  # of an answer that is not streamed
 
     @property
     def ended(self) -> bool:
+        """True once the response or the connection has ended."""
         return self.closed or bool(self.broken)
 
     @property
-    def whole(self) -> bool:
-        """Answered from beginning to end, with nothing odd."""
+    def ok(self) -> bool:
+        """True if the answer is complete and has no error."""
         good = self.status == 200 and self.closed and not self.errors
         return good and ((self.done and self.finish is not None) or "choices" in self.body)
 
     @property
     def failed_cleanly(self) -> bool:
-        """An error status with a body, or one error event at the end of a stream and then the end of the response."""
+        """True for an error status with a body, or for a stream that ends with exactly one error event."""
         if self.status != 200:
             return self.status >= 500 and "error" in self.body and self.closed
         return self.closed and len(self.errors) == 1 and not self.done and self.finish is None
 
 
-class Swarm:
-    """Requests running in a thread of their own. A context: leaving it hangs up on all of them."""
+class Clients:
+    """Clients that send one request each, on a thread of their own. On exit of the context all hang up."""
 
     def __init__(
-        self, daemon: Daemon, bodies: Sequence[dict[str, Any]], path: str = "/v1/completions", at_once: int = 1000
+        self, daemon: Daemon, bodies: Sequence[dict[str, Any]], path: str = "/v1/completions", concurrency: int = 1000
     ) -> None:
-        """`at_once`: requests in flight; the others are sent as these end."""
+        """`concurrency`: number of requests in flight; further requests are sent as these end."""
         self.outcomes = [Outcome() for _ in bodies]
-        self._turn = asyncio.Semaphore(at_once)
+        self._slots = asyncio.Semaphore(concurrency)
         self._url = daemon.url + path
         self._bodies = bodies
         self._loop = asyncio.new_event_loop()
@@ -75,7 +76,7 @@ class Swarm:
 
     async def _request(self, session: aiohttp.ClientSession, body: dict[str, Any], outcome: Outcome) -> None:
         try:
-            async with self._turn, session.post(self._url, json=body) as response:
+            async with self._slots, session.post(self._url, json=body) as response:
                 outcome.status = response.status
                 if response.content_type == "text/event-stream":
                     async for line in response.content:
@@ -87,27 +88,27 @@ class Swarm:
             outcome.broken = repr(e)
 
     def await_tokens(self, count: int = 1) -> None:
-        """Until every client of a stream has seen `count` characters or has ended."""
+        """Wait until every streaming client has received `count` characters or has ended."""
         streams = [o for o, body in zip(self.outcomes, self._bodies, strict=True) if body.get("stream")]
         wait_for(f"{count} characters in every stream", lambda: all(o.ended or len(o.text) >= count for o in streams))
 
     def hang_up(self, *indices: int) -> None:
-        """Close connections; all where no index is given."""
+        """Close the connections of these clients; without an index, of all."""
         chosen = indices or range(len(self._tasks))
         self._loop.call_soon_threadsafe(lambda: [self._tasks[i].cancel() for i in chosen])
 
     def stop(self) -> list[Outcome]:
-        """Hang up on all; none of them has ended, or been told of an error."""
+        """Assert that no client has ended or received an error, then hang up all."""
         assert not any(outcome.ended or outcome.errors for outcome in self.outcomes)
         self.hang_up()
         return self.join()
 
     def join(self, timeout: float = 60.0) -> list[Outcome]:
-        """Wait until every request has ended."""
+        """Wait until every request has ended. Return the outcomes."""
         self._ended.result(timeout)
         return self.outcomes
 
-    def __enter__(self) -> Swarm:
+    def __enter__(self) -> Clients:
         self._thread.start()
         wait_for("the clients", lambda: len(self._tasks) == len(self._bodies))
         return self
@@ -134,13 +135,13 @@ def _read_event(line: bytes, outcome: Outcome) -> None:
         outcome.text += choice["text"] if "text" in choice else choice["delta"].get("content", "")
         outcome.finish = choice["finish_reason"] or outcome.finish
         if choice.get("logprobs"):
-            told = choice["logprobs"]
-            outcome.tokens += told["tokens"]
-            top = told["top_logprobs"] or [None] * len(told["tokens"])
-            outcome.logprobs += zip(told["token_logprobs"], top, strict=True)
+            logprobs = choice["logprobs"]
+            outcome.tokens += logprobs["tokens"]
+            top = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
+            outcome.logprobs += zip(logprobs["token_logprobs"], top, strict=True)
 
 
-def engine_of(daemon: Daemon, outcomes: Sequence[Outcome]) -> list[int]:
-    """The engine that runs each of these streams, as `llumctl requests` tells it; -1: none."""
+def engines_of(daemon: Daemon, outcomes: Sequence[Outcome]) -> list[int]:
+    """Return the engine that runs each of these streams, as `llumctl requests` shows it; -1: none."""
     engines = {row["id"].rsplit("-", 1)[0]: row["engine"] for row in daemon.requests()}
     return [engines.get(outcome.id, -1) for outcome in outcomes]

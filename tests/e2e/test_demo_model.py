@@ -1,4 +1,4 @@
-"""The demo model through the whole daemon: what it says, token for token what Transformers says."""
+"""The demo model through the whole daemon: its answers equal those of Transformers, token for token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 from daemon.models import store
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import Daemon
-from tests.e2e.load_client import Swarm
+from tests.e2e.load_client import Clients
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = [
@@ -36,7 +36,7 @@ def sdk(daemon: Daemon) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="none", max_retries=0)
 
 
-def test_chat_knows_paris(sdk: openai.OpenAI) -> None:
+def test_chat_answers_paris_streamed_and_not(sdk: openai.OpenAI) -> None:
     model = sdk.models.list().data[0].id
     whole = sdk.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=32)
     text = whole.choices[0].message.content
@@ -48,35 +48,35 @@ def test_chat_knows_paris(sdk: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
 
 
-def test_chat_through_the_asynchronous_client(daemon: Daemon) -> None:
-    async def ask() -> tuple[str, str]:
+def test_chat_with_the_asynchronous_client(daemon: Daemon) -> None:
+    async def chat() -> tuple[str, str]:
         async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="none", max_retries=0) as client:
             model = (await client.models.list()).data[0].id
             fields: Any = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 32}
             whole = await client.chat.completions.create(**fields)
             stream = await client.chat.completions.create(**fields, stream=True)
-            pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
-            return whole.choices[0].message.content or "", "".join(pieces)
+            deltas = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            return whole.choices[0].message.content or "", "".join(deltas)
 
-    whole, streamed = asyncio.run(ask())
+    whole, streamed = asyncio.run(chat())
     assert whole == streamed
     assert "Paris" in whole
 
 
-def test_a_seed_gives_one_answer_alone_and_in_a_batch(daemon: Daemon) -> None:
+def test_seed_gives_the_same_answer_alone_and_in_a_batch(daemon: Daemon) -> None:
     body: dict[str, Any] = {"prompt": "My favourite animal is", "max_tokens": NEW, "temperature": 1, "seed": 5}
     alone = daemon.post(body).json()["choices"][0]["text"]
     others = [body | {"prompt": PROMPTS[i % 4] + "x" * i, "seed": i, "stream": True} for i in range(7)]
-    with Swarm(daemon, [*others, body | {"stream": True}]) as swarm:
-        outcomes = swarm.join()
-    assert all(outcome.whole for outcome in outcomes)
+    with Clients(daemon, [*others, body | {"stream": True}]) as clients:
+        outcomes = clients.join()
+    assert all(outcome.ok for outcome in outcomes)
     assert outcomes[-1].text == alone
     assert daemon.post(body | {"seed": 6}).json()["choices"][0]["text"] != alone
 
 
 @pytest.fixture
 def transformer() -> Iterator[tuple[Any, Any]]:
-    """(tokenizer, model in fp32) of Transformers, on one thread: its pool spins for cores that others use."""
+    """(tokenizer, model in fp32) of Transformers, on one thread: its idle threads would take CPU from the daemon."""
     path = store.resolve("demo", "auto", print)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def transformer() -> Iterator[tuple[Any, Any]]:
 
 
 def reference(tokenizer: Any, model: Any, prompt: str) -> tuple[str, list[float]]:
-    """Greedy text and its logprobs."""
+    """Return the greedy text and its logprobs."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.inference_mode():
         out = model.generate(
@@ -103,10 +103,10 @@ def reference(tokenizer: Any, model: Any, prompt: str) -> tuple[str, list[float]
     return tokenizer.decode(new), logprobs
 
 
-def test_greedy_answers_are_those_of_transformers(daemon: Daemon, transformer: tuple[Any, Any]) -> None:
+def test_greedy_answers_equal_those_of_transformers(daemon: Daemon, transformer: tuple[Any, Any]) -> None:
     bodies = [{"prompt": p, "max_tokens": NEW, "temperature": 0, "logprobs": 0} for p in PROMPTS]
-    with Swarm(daemon, bodies) as swarm:
-        outcomes = swarm.join()
+    with Clients(daemon, bodies) as clients:
+        outcomes = clients.join()
     for prompt, outcome in zip(PROMPTS, outcomes, strict=True):
         choice = outcome.body["choices"][0]
         text, logprobs = reference(*transformer, prompt)
@@ -114,13 +114,13 @@ def test_greedy_answers_are_those_of_transformers(daemon: Daemon, transformer: t
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-3)
 
 
-def test_a_prompt_seen_before_is_not_computed_again(daemon: Daemon) -> None:
+def test_repeated_prompt_is_served_from_the_prefix_cache(daemon: Daemon) -> None:
     prompt = "A lighthouse keeper writes in his diary. " * 10
     body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
     answers = [daemon.post(body).json() for _ in range(4)]
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     tokens = answers[0]["usage"]["prompt_tokens"]
     assert cached[0] == 0
-    # Two engines take turns, so the third request meets an engine that knows the prompt.
+    # Two engines take turns, so the third request at the latest reaches an engine that has the prompt in its cache.
     assert max(cached[1:3]) == (tokens - 1) // 16 * 16
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1

@@ -1,4 +1,4 @@
-"""What an operator is told of single moves: `llumctl events`, and the figures on /metrics."""
+"""`llumctl events`, and the metrics of single migrations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from daemon.cli.llumctl import EXIT_NOT_RUNNING
 from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import PYTHON, ROOT, Daemon, wait_for
-from tests.e2e.load_client import Swarm, engine_of
+from tests.e2e.load_client import Clients, engines_of
 from tests.e2e.mover import migrate
 
 FLAGS = ("--frontends", "2", "--stub-step", "10ms", "--no-rebalance")
@@ -29,7 +29,8 @@ def daemon(start_shared: Start) -> Daemon:
     return start_shared(*FLAGS, engine="hash")
 
 
-def told(daemon: Daemon, *args: str) -> list[dict[str, Any]]:
+def events(daemon: Daemon, *args: str) -> list[dict[str, Any]]:
+    """Return the rows of `llumctl events --json`."""
     done = daemon.ctl("events", "--json", *args)
     assert (done.returncode, done.stderr) == (0, "")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -37,10 +38,18 @@ def told(daemon: Daemon, *args: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def following(daemon: Daemon, out: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
-    """`llumctl events --follow`, writing to `out`."""
-    # What starts the tests in the background may have SIGINT ignored, and that is inherited.
-    hearing = ["env", "--default-signal=INT", *PYTHON]
-    command = [*hearing, "daemon.cli.llumctl", "--run-dir", str(daemon.run_dir), "events", "--follow", *args]
+    """Run `llumctl events --follow` with its output in `out`."""
+    # A shell that starts the tests in the background may ignore SIGINT, and children inherit that.
+    with_default_sigint = ["env", "--default-signal=INT", *PYTHON]
+    command = [
+        *with_default_sigint,
+        "daemon.cli.llumctl",
+        "--run-dir",
+        str(daemon.run_dir),
+        "events",
+        "--follow",
+        *args,
+    ]
     with (
         out.open("w") as file,
         subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.PIPE, text=True) as process,
@@ -53,22 +62,24 @@ def following(daemon: Daemon, out: Path, *args: str) -> Iterator[subprocess.Pope
 
 
 def series(daemon: Daemon, name: str) -> float:
-    """The sum of the series that begin with `name`, which may end within the labels."""
+    """Return the sum of the series that start with `name`, which may include some of the labels."""
     lines = [line for line in daemon.get("/metrics").text.splitlines() if line.startswith(name)]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
-def test_a_move_is_told_with_all_that_it_took(daemon: Daemon) -> None:
+def test_migration_is_reported_with_all_its_figures(daemon: Daemon) -> None:
     names = ("llumd:migration_pause_seconds_count", 'llumd:dispatches_total{kind="first"')
     before = [series(daemon, name) for name in names]
-    with Swarm(daemon, [BODY]) as swarm:
-        swarm.await_tokens(20)
-        name, [here] = swarm.outcomes[0].id, engine_of(daemon, swarm.outcomes)
+    with Clients(daemon, [BODY]) as clients:
+        clients.await_tokens(20)
+        name, [here] = clients.outcomes[0].id, engines_of(daemon, clients.outcomes)
         migrate(daemon, name, 1 - here)
-        moved = wait_for("the end of the move", lambda: told(daemon, "--request", name, "--kind", "move_ended"))
-        wait_for("the pause", lambda: series(daemon, names[0]) == before[0] + 1)
-        rows = told(daemon, "--request", name)
-        swarm.hang_up()
+        moved = wait_for(
+            "the end of the migration", lambda: events(daemon, "--request", name, "--kind", "move_ended")
+        )
+        wait_for("the pause metric", lambda: series(daemon, names[0]) == before[0] + 1)
+        rows = events(daemon, "--request", name)
+        clients.hang_up()
     daemon.await_idle()
     [row] = moved
     assert (row["process"], row["engine"], row["to"]) == (f"engine {here}", here, 1 - here)
@@ -82,45 +93,45 @@ def test_a_move_is_told_with_all_that_it_took(daemon: Daemon) -> None:
     assert series(daemon, names[1]) == before[1] + 1
     engine = f'{{engine="{here}"'
     assert series(daemon, f'llumd:engine_migrations_total{engine},reason="operator",result="moved"') == 1
-    for figure in ("stages", "blocks", "seconds", "frozen_seconds"):
-        assert series(daemon, f"llumd:engine_migration_{figure}_count{engine}") == 1
-        assert series(daemon, f"llumd:engine_migration_{figure}_sum{engine}") == pytest.approx(row[figure])
+    for name in ("stages", "blocks", "seconds", "frozen_seconds"):
+        assert series(daemon, f"llumd:engine_migration_{name}_count{engine}") == 1
+        assert series(daemon, f"llumd:engine_migration_{name}_sum{engine}") == pytest.approx(row[name])
 
 
-def test_a_move_that_fails_is_told_with_its_reason(start: Start) -> None:
-    """There is no room for the request where it is to go."""
+def test_failed_migration_is_reported_with_its_reason(start: Start) -> None:
+    """The destination has no room for the request."""
     daemon = start(*FLAGS, "--max-num-seqs", "1", engine="hash")
-    with Swarm(daemon, [BODY] * 2) as swarm:
-        swarm.await_tokens(20)
-        name, here = swarm.outcomes[0].id, engine_of(daemon, swarm.outcomes)[0]
+    with Clients(daemon, [BODY] * 2) as clients:
+        clients.await_tokens(20)
+        name, here = clients.outcomes[0].id, engines_of(daemon, clients.outcomes)[0]
         migrate(daemon, name, 1 - here)
-        [row] = wait_for("the end of the move", lambda: told(daemon, "--kind", "move_ended"))
+        [row] = wait_for("the end of the migration", lambda: events(daemon, "--kind", "move_ended"))
         assert (row["result"], row["detail"]) == ("declined", "the batch is full")
         assert (row["nbytes"], row["stages"], row["frozen_seconds"]) == (0, 0, 0)
         labels = f'{{engine="{here}",reason="operator",result="declined"'
         assert series(daemon, f"llumd:engine_migrations_total{labels}") == 1
         migrate(daemon, name, 1 - here, "recompute")
-        rows = wait_for("a new start", lambda: told(daemon, "--request", name, "--kind", "dispatched")[1:])
+        rows = wait_for("a new dispatch", lambda: events(daemon, "--request", name, "--kind", "dispatched")[1:])
         assert rows[0]["again"] == "handed back"
-        assert told(daemon, "--kind", "handed_back")[0]["detail"] == "to be computed anew"
+        assert events(daemon, "--kind", "handed_back")[0]["detail"] == "its KV is to be recomputed"
         assert "declined (the batch is full)" in daemon.ctl("events", "--request", name).stdout
-        swarm.hang_up()
+        clients.hang_up()
 
 
-def test_orders_and_states_are_told(daemon: Daemon) -> None:
-    count = len(told(daemon, "--kind", "ordered"))
+def test_orders_and_engine_states_are_reported(daemon: Daemon) -> None:
+    count = len(events(daemon, "--kind", "ordered"))
     daemon.ctl("drain", "1")
     daemon.ctl("undrain", "1")
     assert daemon.ctl("drain", "7").returncode == 1
-    orders = told(daemon, "--kind", "ordered")[count:]
+    orders = events(daemon, "--kind", "ordered")[count:]
     assert [(row["action"], row["engine"]) for row in orders] == [("drain", 1), ("undrain", 1)]
     assert all(row["by"].startswith("uid ") for row in orders)
-    states = [row["state"] for row in told(daemon, "--kind", "engine") if row["engine"] == 1]
+    states = [row["state"] for row in events(daemon, "--kind", "engine") if row["engine"] == 1]
     assert states == ["serving", "draining", "serving"]
-    daemon.await_whole()
+    daemon.await_serving()
 
 
-def test_a_follower_goes_on_with_the_next_coordinator_and_ends_with_the_daemon(start: Start, tmp_path: Path) -> None:
+def test_follower_continues_with_the_next_coordinator_and_ends_with_the_daemon(start: Start, tmp_path: Path) -> None:
     daemon = start(*FLAGS, engine="hash")
     out = tmp_path / "out"
     with following(daemon, out, "--kind", "dispatched") as follower:
@@ -132,35 +143,36 @@ def test_a_follower_goes_on_with_the_next_coordinator_and_ends_with_the_daemon(s
         daemon.complete(max_tokens=1)
         wait_for("three requests", lambda: len(out.read_text().splitlines()) == 3)
         assert daemon.terminate() == 0
-        _, complaint = follower.communicate(timeout=20)
+        _, error = follower.communicate(timeout=20)
         assert follower.returncode == EXIT_NOT_RUNNING
-        assert "not running" in complaint and len(complaint.splitlines()) == 1
+        assert "not running" in error and len(error.splitlines()) == 1
 
 
-def test_ctrl_c_ends_a_follower(daemon: Daemon, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_follower_without_an_error(daemon: Daemon, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with following(daemon, out) as follower:
         wait_for("the first lines", lambda: "serving" in out.read_text())
         follower.send_signal(signal.SIGINT)
-        assert follower.communicate(timeout=20) == (None, "")
+        _, errors = follower.communicate(timeout=20)
+        assert errors == ""
         assert follower.returncode == 0
 
 
-def test_a_follower_who_does_not_read_holds_nobody_up(start: Start) -> None:
+def test_follower_that_does_not_read_blocks_only_itself(start: Start) -> None:
     daemon = start(*FLAGS, engine="hash")
-    with socket.socket(socket.AF_UNIX) as deaf:
-        deaf.connect(str(daemon.run_dir / "admin.sock"))
-        deaf.sendall(b"GET /v1/events?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(daemon.run_dir / "admin.sock"))
+        silent.sendall(b"GET /v1/events?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n")
         body = hash_engine.request(0, length=16, output=1)
-        for _ in range(16):  # more rows than the socket holds
-            with Swarm(daemon, [body] * 100) as swarm:
-                assert all(outcome.status == 200 for outcome in swarm.join())
-        rows = told(daemon)
+        for _ in range(16):  # more rows than the socket buffer holds
+            with Clients(daemon, [body] * 100) as clients:
+                assert all(outcome.status == 200 for outcome in clients.join())
+        rows = events(daemon)
         assert sum(row["kind"] == "dispatched" for row in rows) > 300
         assert daemon.terminate() == 0
 
 
-def test_nonsense_is_refused(daemon: Daemon) -> None:
+def test_invalid_arguments_are_refused(daemon: Daemon) -> None:
     assert daemon.ctl("events", "--kind", "nonsense").returncode == 2
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(daemon.run_dir / "admin.sock"))

@@ -1,19 +1,19 @@
-"""Every answer is right to the last token, whatever the memory, the batch and the engines do to it."""
+"""Every answer is correct to the last token under preemption, prefix sharing and batching."""
 
 from __future__ import annotations
 
 from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
-from tests.e2e.load_client import Swarm
+from tests.e2e.load_client import Clients
 
 
-def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
-    # without moves: after one, what the former owner still had on its ring is stale by right
+def test_preemption_and_shared_prefixes_keep_answers_exact(start: Start) -> None:
+    # No rebalancing: after a migration the output that the former owner still has on its ring counts as stale.
     options = ("--frontends", "2", "--kv-memory", "32Ki", "--stub-step", "10ms", "--no-rebalance")
     daemon = start(*options, engine="hash")
     bodies = [hash_engine.request(i, length=100, shared=64, output=60, stream=i % 4 != 0) for i in range(64)]
-    with Swarm(daemon, bodies) as swarm:
-        outcomes = swarm.join()
+    with Clients(daemon, bodies) as clients:
+        outcomes = clients.join()
     wrong = [
         i
         for i, (body, outcome) in enumerate(zip(bodies, outcomes, strict=True))
@@ -23,5 +23,5 @@ def test_preempted_and_shared_prefixes_answer_exactly(start: Start) -> None:
     daemon.await_idle()
     status = daemon.status()
     assert all(e["preemptions"] > 0 and e["steps"] > 60 for e in status["engines"])
-    assert daemon.metric("vllm:prefix_cache_hits_total") >= 48 * 40  # at the least most of the shared beginning
+    assert daemon.metric("vllm:prefix_cache_hits_total") >= 48 * 40  # at least most of the shared prefix
     assert daemon.metric("llumd:stale_tokens_total") == 0

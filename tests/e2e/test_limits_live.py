@@ -1,4 +1,4 @@
-"""What the daemon refuses while it runs, and that it serves on afterwards."""
+"""Limits of a running daemon: full queue, deadline, body size, context length, API keys; it serves on afterwards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import HEADERS, Daemon, wait_for
-from tests.e2e.load_client import Swarm
+from tests.e2e.load_client import Clients
 
 QUEUE = 4
-LONG = {"prompt": "x", "max_tokens": 200, "stream": True}  # 6 seconds' work, longer than the deadline
+LONG = {"prompt": "x", "max_tokens": 200, "stream": True}  # takes 6 seconds, longer than the deadline
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +22,25 @@ def daemon(start_shared: Start) -> Daemon:
 
 
 def error(answer: httpx.Response) -> dict[str, str]:
+    """Return the error object of an answer."""
     return answer.json()["error"]
 
 
 def test_full_queue_is_429_with_retry_after(daemon: Daemon) -> None:
-    with Swarm(daemon, [LONG] * QUEUE) as swarm:
+    with Clients(daemon, [LONG] * QUEUE) as clients:
         wait_for("a full queue", lambda: daemon.status()["frontends"][0]["active"] == QUEUE)
         answer = daemon.complete(max_tokens=1)
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
         assert error(answer)["type"] == "rate_limit_error"
-        swarm.hang_up()
+        clients.hang_up()
     daemon.await_idle()
     assert daemon.complete(max_tokens=1).status_code == 200
 
 
-def test_deadline_ends_an_answer_and_frees_it(daemon: Daemon) -> None:
-    with Swarm(daemon, [LONG, LONG | {"stream": False}]) as swarm:
-        streamed, whole = swarm.join()
+def test_deadline_ends_an_answer_and_frees_its_memory(daemon: Daemon) -> None:
+    with Clients(daemon, [LONG, LONG | {"stream": False}]) as clients:
+        streamed, whole = clients.join()
     assert streamed.text
     assert streamed.failed_cleanly
     assert streamed.errors[0]["code"] == "deadline_exceeded"
@@ -69,11 +70,11 @@ def test_the_whole_context_is_usable(daemon: Daemon) -> None:
     assert answer.json()["usage"]["total_tokens"] == 256
 
 
-def test_keys(start: Start, tmp_path: Path) -> None:
+def test_api_keys(start: Start, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("first-key-of-somebody\nsecond-key-of-somebody\n")
+    keys.write_text("first-key-of-a-client\nsecond-key-of-a-client\n")
     keys.chmod(0o600)
-    daemon = start("--api-key-file", str(keys), "--devices", "cpu", key="second-key-of-somebody")
+    daemon = start("--api-key-file", str(keys), "--devices", "cpu", key="second-key-of-a-client")
     assert daemon.get("/health").status_code == 200
     assert daemon.get("/health/ready").status_code == 200
     for path in ("/v1/models", "/metrics", "/nothing"):
@@ -81,4 +82,4 @@ def test_keys(start: Start, tmp_path: Path) -> None:
     assert daemon.complete(max_tokens=1).status_code == 401
     assert daemon.get("/v1/models", Authorization="Bearer wrong").status_code == 401
     for key in ("first", "second"):
-        assert daemon.get("/v1/models", Authorization=f"Bearer {key}-key-of-somebody").status_code == 200
+        assert daemon.get("/v1/models", Authorization=f"Bearer {key}-key-of-a-client").status_code == 200

@@ -1,4 +1,4 @@
-"""/metrics and /health of a running daemon, as a scraper and a balancer see them."""
+"""/metrics and /health of a running daemon, as a scraper and a load balancer read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client.samples import Sample
 
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import Daemon, wait_for
-from tests.e2e.load_client import Swarm
+from tests.e2e.load_client import Clients
 
 ONE_SERIES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 LONG = {"prompt": "x", "max_tokens": 4000, "stream": True}
@@ -37,8 +37,8 @@ def test_page_parses_and_totals_have_one_series(daemon: Daemon) -> None:
 
 
 def test_gauges_follow_the_load(daemon: Daemon) -> None:
-    with Swarm(daemon, [LONG] * 6) as swarm:
-        swarm.await_tokens(1)
+    with Clients(daemon, [LONG] * 6) as clients:
+        clients.await_tokens(1)
         assert daemon.metric("vllm:num_requests_running") == 6
         assert daemon.metric("llumd:engine_requests_running") == 6
         assert 0 < daemon.metric("vllm:kv_cache_usage_perc") < 1
@@ -47,7 +47,7 @@ def test_gauges_follow_the_load(daemon: Daemon) -> None:
     assert daemon.metric("vllm:kv_cache_usage_perc") == 0
 
 
-def test_counters_count_everything_and_survive_a_frontend(daemon: Daemon) -> None:
+def test_counters_count_every_request_and_survive_a_frontend_restart(daemon: Daemon) -> None:
     names = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_count")
     before = [daemon.metric(name) for name in names]
     for _ in range(10):
@@ -58,12 +58,12 @@ def test_counters_count_everything_and_survive_a_frontend(daemon: Daemon) -> Non
         killed = daemon.kill("frontend", k)
         daemon.await_successor("frontend", k, killed)
     assert [daemon.metric(name) for name in names] == expected
-    daemon.await_whole()
+    daemon.await_serving()
     assert daemon.complete([5] * 7, max_tokens=3).status_code == 200
     assert [daemon.metric(name) for name in names] == [expected[0] + 3, expected[1] + 7, expected[2] + 1]
 
 
-def test_refusals_are_counted(daemon: Daemon) -> None:
+def test_refused_requests_are_counted(daemon: Daemon) -> None:
     before = daemon.metric("llumd:http_requests_total")
     assert daemon.complete(max_tokens=-1).status_code == 400
     assert daemon.metric("llumd:http_requests_total") >= before + 1
@@ -76,8 +76,8 @@ def test_not_ready_while_no_engine_serves(start: Start) -> None:
     answer = wait_for("not ready", lambda: a if (a := daemon.get("/health/ready")).status_code == 503 else None)
     assert answer.headers["retry-after"]
     assert daemon.get("/health").status_code == 200
-    refusal = daemon.complete(max_tokens=1)
-    assert (refusal.status_code, refusal.json()["error"]["code"]) == (503, "no_engine")
+    refused = daemon.complete(max_tokens=1)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_engine")
     daemon.await_successor("engine", 0, before)
     wait_for("ready again", lambda: daemon.get("/health/ready").status_code == 200)
     assert daemon.complete(max_tokens=1).status_code == 200

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything starts, with a line that says what to do."""
+"""A start that cannot succeed is refused before any process starts, with one line that names the cause."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.e2e.daemon_process import refused
 
 
 def assert_refused(home: Path, *arguments: str, naming: str) -> None:
-    """Exit code 78, one line on stderr that names the trouble, and neither child nor socket."""
-    code, said = refused(home, *arguments)
-    assert code == EXIT_CONFIG, said
-    assert naming in said
-    assert said.startswith("llumd: ")
-    assert len(said.splitlines()) == 1
+    """Assert exit code 78, one line on stderr that contains `naming`, and no socket."""
+    code, stderr = refused(home, *arguments)
+    assert code == EXIT_CONFIG, stderr
+    assert naming in stderr
+    assert stderr.startswith("llumd: ")
+    assert len(stderr.splitlines()) == 1
     assert not (home / "run" / "admin.sock").exists()
 
 
@@ -43,7 +43,7 @@ def model_dir(path: Path, config: str | None) -> str:
         (["--devices", "cuda:63"], "there is no cuda:63"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
         (["/nowhere/model"], "/nowhere/model"),
-        (["someone/some-model"], "hub"),
+        (["an-owner/a-model"], "hub"),
     ],
 )
 def test_bad_settings(home: Path, arguments: list[str], naming: str) -> None:
@@ -58,7 +58,7 @@ def test_broken_models(home: Path, config: str | None, naming: str) -> None:
     assert_refused(home, model_dir(home / "model", config), naming=naming)
 
 
-def test_weights_cut_short(home: Path) -> None:
+def test_truncated_weights(home: Path) -> None:
     from daemon.models import store
 
     demo = store.resolve("demo", "auto", print)
@@ -69,19 +69,19 @@ def test_weights_cut_short(home: Path) -> None:
     assert_refused(home, str(broken), naming="safetensors")
 
 
-def test_unknown_option_of_a_file(home: Path) -> None:
+def test_unknown_option_in_a_file(home: Path) -> None:
     file = home / "llumd.toml"
     file.write_text("prot = 8000\n")
     assert_refused(home, "--config", str(file), naming="prot")
 
 
 def test_unknown_flag_is_a_usage_error(home: Path) -> None:
-    code, said = refused(home, "--prot", "8000")
+    code, stderr = refused(home, "--prot", "8000")
     assert code == 2
-    assert "--prot" in said
+    assert "--prot" in stderr
 
 
-def test_taken_port(home: Path) -> None:
+def test_port_in_use(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert_refused(home, "--engine", "stub", "--port", port, naming=port)
@@ -89,8 +89,9 @@ def test_taken_port(home: Path) -> None:
 
 def test_second_daemon_on_one_run_directory(start: Start) -> None:
     daemon = start("--devices", "cpu")
-    code, said = refused(daemon.home, "--engine", "stub", "--port", "0")
+    code, stderr = refused(daemon.home, "--engine", "stub", "--port", "0")
     assert code == EXIT_CONFIG
-    assert str(daemon.run_dir) in said
-    assert daemon.status()["supervisor_pid"] == daemon.process.pid  # the first is as it was, its socket too
+    assert str(daemon.run_dir) in stderr
+    # The first daemon still serves, with its own socket.
+    assert daemon.status()["supervisor_pid"] == daemon.process.pid
     assert daemon.complete(max_tokens=1).status_code == 200

@@ -1,4 +1,4 @@
-"""The cost of a step: what is fitted, what it says of knee and headroom, and the steps it is fitted to."""
+"""The cost of a step: the fit, the knee and the headroom that follow from it, and the calibration steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def observed(cost: StepCost, sizes: list[tuple[int, int]] = SIZES) -> list[Obser
 
 
 @given(base=st.floats(1e-4, 1.0), token=st.floats(0.01, 1.0), kv=st.floats(0.0001, 0.01))
-def test_a_linear_engine_is_found_exactly(base: float, token: float, kv: float):
+def test_the_cost_of_a_linear_engine_is_fitted_exactly(base: float, token: float, kv: float):
     cost = StepCost(base, base * token, base * kv)
     found = fit(observed(cost))
     assert (found.base, found.per_token, found.per_kv) == pytest.approx(
@@ -33,7 +33,7 @@ def test_a_linear_engine_is_found_exactly(base: float, token: float, kv: float):
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 9000), st.floats(1e-4, 3.0)), max_size=12))
-def test_no_cost_is_negative_whatever_was_seen(rows: list[tuple[int, int, float]]):
+def test_no_cost_is_negative_for_any_observations(rows: list[tuple[int, int, float]]):
     cost = fit(Observation(*row) for row in rows)
     assert min(cost.base, cost.per_token, cost.per_kv) >= 0
     assert min(cost.knee, cost.ideal_tokens) >= 0
@@ -47,7 +47,7 @@ def test_a_disturbed_repeat_changes_nothing(disturbed: list[tuple[int, int]], fa
 
 
 def test_constant_steps_have_no_limit():
-    """What rises by less than a twentieth has not risen."""
+    """A rise below a twentieth counts as constant."""
     for rise in (0.0, 0.01):
         times = [0.01 * (1 + rise * i) for i in range(len(SIZES))]
         cost = fit(Observation(*size, seconds) for size, seconds in zip(SIZES, times, strict=True))
@@ -55,7 +55,7 @@ def test_constant_steps_have_no_limit():
         assert cost.ideal == pytest.approx(0.01, rel=0.05)
 
 
-def test_what_cannot_be_told_apart_is_base():
+def test_observations_that_do_not_separate_the_terms_give_only_base():
     assert fit([Observation(1, 8, 0.02)]) == StepCost(pytest.approx(0.02))
     assert fit([]) == StepCost()
 
@@ -63,7 +63,7 @@ def test_what_cannot_be_told_apart_is_base():
 # -- knee and headroom -----------------------------------------------------------------------------
 
 
-def test_at_the_knee_a_step_takes_twice_its_ideal():
+def test_at_the_knee_a_step_takes_twice_its_ideal_time():
     assert CPU.knee == 18
     assert CPU.seconds(CPU.knee, 0) == pytest.approx(2 * CPU.seconds(1, 0))
 
@@ -74,22 +74,22 @@ def test_up_to_ideal_tokens_a_decode_step_takes_at_most_a_fifth_more():
 
 
 @given(st.floats(1e-4, 1.0), st.floats(1e-6, 1e-2), st.floats(1e-3, 2.0))
-def test_the_most_tokens_within_a_time_are_the_most(base: float, per_token: float, seconds: float):
+def test_tokens_within_a_time_is_the_maximum(base: float, per_token: float, seconds: float):
     cost = StepCost(base, per_token)
     tokens = cost.tokens_within(seconds)
     assert tokens == 1 or cost.seconds(tokens, 0) <= seconds * (1 + 1e-9)
     assert cost.seconds(tokens + 1, 0) > seconds * (1 - 1e-9)
 
 
-def test_steps_that_take_as_long_however_large_have_no_limit():
+def test_steps_of_constant_time_have_no_limit():
     assert StepCost(0.01).tokens_within(0.001) == 0
 
 
 # -- calibration ---------------------------------------------------------------------------------
 
 
-class Timed:
-    """A runner that takes exactly what a cost says, by a clock of its own, and looks at what it is given."""
+class TimedRunner:
+    """A runner whose steps take exactly the time of a `StepCost`, by its own clock; it records the plans."""
 
     eos_token_ids: tuple[int, ...] = ()
     vocab_size = 100
@@ -125,9 +125,9 @@ limits = st.fixed_dictionaries({
 
 
 @given(limits, st.integers(1, 600), st.sampled_from([1e-5, 1e-3, 0.1]))
-def test_every_plan_is_one_that_a_scheduler_could_make(limits: dict[str, int], longest: int, base: float):
-    """And none writes a block but the dummy, which is what makes it safe to try."""
-    runner = Timed(StepCost(base, base / 50, base / 9000), max_model_len=longest)
+def test_every_plan_respects_the_limits_of_a_scheduler(limits: dict[str, int], longest: int, base: float):
+    """And each plan writes only the dummy block, so that it destroys no KV."""
+    runner = TimedRunner(StepCost(base, base / 50, base / 9000), max_model_len=longest)
     runner.calibrate(**limits)
     assert runner.plans
     size = limits["block_size"]
@@ -144,9 +144,9 @@ def test_every_plan_is_one_that_a_scheduler_could_make(limits: dict[str, int], l
 
 
 @pytest.mark.parametrize("base", [0.0005, 0.002, 0.012, 0.3])
-def test_it_finds_the_cost_within_its_time(base: float):
+def test_calibration_finds_the_cost_within_its_budget(base: float):
     cost = StepCost(base, base / 16, base / 4000)
-    runner = Timed(cost)
+    runner = TimedRunner(cost)
     found = runner.calibrate()
     assert found.knee == pytest.approx(cost.knee, abs=1)
     assert found.ideal_tokens == pytest.approx(cost.ideal_tokens, rel=0.01)
@@ -155,27 +155,27 @@ def test_it_finds_the_cost_within_its_time(base: float):
     assert runner.now <= max(BUDGET + largest, indispensable + 1e-9)
 
 
-class Roofline(StepCost):
-    """A GPU's steps: they wait for the weights up to some hundred tokens, and compute beyond that."""
+class RooflineCost(StepCost):
+    """A GPU's steps: up to some hundred tokens they wait for the weights; above that they are bound by compute."""
 
     def seconds(self, tokens: int, kv: int) -> float:
         return max(0.005, 21e-6 * tokens) + 4e-8 * kv
 
 
-def test_on_a_gpu_the_large_steps_tell_how_many_tokens_go_into_a_time():
-    gpu = Roofline()
-    found = Timed(gpu, first_run=1.5).calibrate(max_num_seqs=256, max_batch_tokens=8192, budget=DEVICE_BUDGET)
+def test_on_a_gpu_the_large_steps_determine_the_tokens_within_a_time():
+    gpu = RooflineCost()
+    found = TimedRunner(gpu, first_run=1.5).calibrate(max_num_seqs=256, max_batch_tokens=8192, budget=DEVICE_BUDGET)
     assert gpu.seconds(found.tokens_within(0.05), 0) == pytest.approx(0.05, rel=0.2)
-    hasty = Timed(gpu, first_run=1.5).calibrate(max_num_seqs=256, max_batch_tokens=8192)
-    assert gpu.seconds(hasty.tokens_within(0.05), 0) > 0.075  # what that budget is for
+    hasty = TimedRunner(gpu, first_run=1.5).calibrate(max_num_seqs=256, max_batch_tokens=8192)
+    assert gpu.seconds(hasty.tokens_within(0.05), 0) > 0.075  # the reason for the larger budget
 
 
-def test_what_is_slow_the_first_time_does_not_count():
-    assert Timed(CPU, first_run=1.5).calibrate().knee == pytest.approx(CPU.knee, abs=1)
+def test_a_slow_first_run_does_not_count():
+    assert TimedRunner(CPU, first_run=1.5).calibrate().knee == pytest.approx(CPU.knee, abs=1)
 
 
-class Disturbed(Timed):
-    """Beside others at work: half of its steps take up to three times as long."""
+class DisturbedRunner(TimedRunner):
+    """A runner beside other work: half of its steps take up to three times as long."""
 
     def __init__(self, cost: StepCost, seed: int) -> None:
         super().__init__(cost)
@@ -189,9 +189,9 @@ class Disturbed(Timed):
         return result
 
 
-def test_a_disturbed_engine_takes_its_time():
+def test_a_disturbed_engine_measures_longer_and_still_finds_its_cost():
     largest = CPU.seconds(256, 256) * 3
-    found = [(runner.calibrate(), runner.now) for runner in (Disturbed(CPU, seed) for seed in range(40))]
+    found = [(runner.calibrate(), runner.now) for runner in (DisturbedRunner(CPU, seed) for seed in range(40))]
     assert all(now <= PATIENCE * BUDGET + largest for _, now in found)
     near = [
         cost

@@ -1,7 +1,7 @@
-"""The scheduler, the block manager and the hash runner as one engine, under whatever can happen to it.
+"""The scheduler, the block manager and the hash runner as one engine, with random events.
 
-Every client must get exactly the stream that its prompt and seed determine, and no block may be lost, whatever
-the pool, the chunking, the preemptions, the shared prefixes, the cancels, the resumes and the reservations.
+Every client must get exactly the stream that its prompt and seed determine, and no block may be lost, for any pool,
+chunking, preemptions, shared prefixes, cancels, resumes, changes of priority and reservations.
 """
 
 import random
@@ -22,7 +22,7 @@ VOCAB, EOS = 40, 7
 
 @dataclass
 class Client:
-    """One request, what happens to it and what it has heard."""
+    """One request, the event that happens to it and the output that it has received."""
 
     prompt: list[int]
     sampling: SamplingParams
@@ -30,7 +30,7 @@ class Client:
     arrives: int
     event: str  # "none", "cancel", "resume" or "reprioritise", at step `at`
     at: int
-    then: int  # the priority it gets
+    new_priority: int  # for "reprioritise"
     stream: list[int] = field(default_factory=list)
     finish: Finish = Finish.NONE
 
@@ -71,7 +71,7 @@ class Engine:
 
 
 def expected(client: Client, max_len: int) -> tuple[list[int], Finish]:
-    """Stream and finish by the rules of the API, without an engine."""
+    """Return stream and finish by the rules of the API, without an engine."""
     s = client.sampling
     room = min(s.max_tokens, max_len - len(client.prompt))
     stream = expected_stream(client.prompt, s.seed, room, VOCAB)
@@ -98,7 +98,7 @@ clients = st.builds(
     arrives=st.integers(0, 20),
     event=st.sampled_from(["none", "none", "none", "cancel", "resume", "reprioritise", "reprioritise"]),
     at=st.integers(0, 60),
-    then=st.integers(-2, 2),
+    new_priority=st.integers(-2, 2),
 )
 engines = st.builds(
     Engine,
@@ -115,7 +115,7 @@ reservations = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.int
 
 
 class Run:
-    """Steps the engine until every client is served. `step` is the clock."""
+    """Runs steps of the engine until every request has ended. `step` is the clock."""
 
     def __init__(self, engine: Engine, clients: list[Client], reservations: list[tuple[int, int, int]]):
         self.engine, self.clients = engine, clients
@@ -124,13 +124,13 @@ class Run:
         self.reservations, self.reserved = reservations, []
         self.step = 0
 
-    def happen(self, before_plan: bool) -> None:
-        """Arrivals and reservations come before the plan, what else may happen between plan and fold as well."""
+    def trigger_events(self, before_plan: bool) -> None:
+        """Let events happen. Arrivals and reservations come before the plan, other events also before the result."""
         for rid, client in enumerate(self.clients):
             if before_plan and client.arrives == self.step:
                 self.arrive(rid, client)
             elif client.at == self.step and client.at > client.arrives and before_plan == (rid % 2 == 0):
-                self.interfere(rid, client)
+                self.trigger_event(rid, client)
         if before_plan:
             self.reserve()
 
@@ -142,7 +142,7 @@ class Run:
             assert self.scheduler.add(request)
             assert not self.scheduler.add(client.request(rid, 1))
 
-    def interfere(self, rid: int, client: Client) -> None:
+    def trigger_event(self, rid: int, client: Client) -> None:
         if client.finish or client.event == "none":
             return
         assert not self.scheduler.cancel(rid, 0)
@@ -152,11 +152,11 @@ class Run:
         elif client.event == "resume":
             assert self.scheduler.add(client.request(rid, 2))
         else:
-            client.priority = client.then
-            self.scheduler.reprioritise(self.scheduler.get(rid), client.then)
+            client.priority = client.new_priority
+            self.scheduler.reprioritise(self.scheduler.get(rid), client.new_priority)
 
     def reserve(self) -> None:
-        """Blocks that a migration holds for a while: (step, blocks, steps)."""
+        """Hold blocks for some steps, as a migration does: (first step, blocks, steps)."""
         blocks = self.scheduler.blocks
         for until, table in self.reserved:
             if until == self.step:
@@ -178,22 +178,22 @@ class Run:
             assert sample == (start + count >= len(request.tokens))
             assert len(request.block_table) * size >= start + count
             assert (i < plan.num_decodes) <= (count == 1 and sample)
-        for victim in plan.preempted:  # it may be back at once, having found its beginning in a block of another's
+        for victim in plan.preempted:  # it may run again at once if its prefix is in a block of another request
             others = [r for r in self.scheduler.running.values() if r is not victim]
             least = self.scheduler._urgency(victim, self.step)
             assert all(self.scheduler._urgency(r, self.step) < least for r in others)
 
     def advance(self) -> None:
-        self.happen(before_plan=True)
+        self.trigger_events(before_plan=True)
         plan = self.scheduler.plan(float(self.step))
         idle = not self.scheduler.running and not self.scheduler.waiting
         assert (plan is None) <= (idle or bool(self.reserved) or len(self.pipeline) > 0)
         if plan:
             self.check_plan(plan)
             self.pipeline.launch(plan)
-        self.happen(before_plan=False)
+        self.trigger_events(before_plan=False)
         if done := self.pipeline.collect(leave=1 if plan else 0):
-            self.hear(self.scheduler.apply_result(done.plan, done.result, float(self.step)))
+            self.receive(self.scheduler.apply_result(done.plan, done.result, float(self.step)))
         self.scheduler.check([table for _, table in self.reserved])
         waiting = list(self.scheduler.waiting)
         assert self.scheduler.waiting_tokens == sum(len(r.tokens) for r in waiting)
@@ -202,15 +202,16 @@ class Run:
             assert request.params.priority == self.clients[request.rid].priority
         self.step += 1
 
-    def hear(self, emissions) -> None:
+    def receive(self, emissions) -> None:
         for request, start, tokens, finish, _ in emissions:
             client = self.clients[request.rid]
             assert not client.finish and start == len(client.stream)
             client.stream += tokens
             client.finish = finish
 
-    def to_the_end(self) -> None:
-        """A step computes for the most urgent in the batch at least, so the work bounds the steps."""
+    def run_to_the_end(self) -> None:
+        """Run until all requests have ended. Each step computes at least for the most urgent request in the batch,
+        so the total work bounds the number of steps."""
         work = sum(len(c.prompt) + c.sampling.max_tokens for c in self.clients)
         while self.step <= 60 or not all(c.finish for c in self.clients):
             assert self.step <= 60 + 2 * work, "starved"
@@ -219,9 +220,9 @@ class Run:
 
 @settings(max_examples=300, deadline=None)
 @given(engines, st.lists(clients, min_size=1, max_size=10), reservations)
-def test_every_stream_is_right_and_no_block_is_lost(engine, clients, reservations):
+def test_every_stream_is_correct_and_no_block_is_lost(engine, clients, reservations):
     run = Run(engine, clients, reservations)
-    run.to_the_end()
+    run.run_to_the_end()
     for client in clients:
         stream, finish = expected(client, run.scheduler.max_len)
         if client.finish in (Finish.STOP, Finish.LENGTH):

@@ -1,4 +1,4 @@
-"""Weights: read, refused, made up; and the estimate of what they take."""
+"""Weights: read, refused and random ones; and the estimates of memory."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from daemon.engine.cpu.memory import activation_bytes, weights_bytes
 from daemon.engine.cpu.model import Llama
 from daemon.engine.weights import open_weights
 from daemon.models import checkpoint
+from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError, read_model_config
 from tests.engine.cpu.harness import make_runner
 from tests.models.tiny_model import make_tiny_llama, random_weights, write_weights
@@ -17,9 +18,9 @@ from tests.models.tiny_model import make_tiny_llama, random_weights, write_weigh
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_tensor_comes_as_stored(tmp_path, shards, dtype):
+def test_every_tensor_is_read_as_stored(tmp_path, shards, dtype):
     path = make_tiny_llama(tmp_path, shards=shards, dtype=dtype, seed=4, tie=False)
-    weights = open_weights(read_model_config(path), "auto")
+    weights = open_weights(open_model(path), "auto")
     stored = random_weights(json.loads((path / "config.json").read_text()), 4)
     for name, value in stored.items():
         tensor = weights.get(name)
@@ -27,18 +28,18 @@ def test_every_tensor_comes_as_stored(tmp_path, shards, dtype):
         assert torch.equal(tensor, torch.from_numpy(value).to(tensor.dtype))
 
 
-def test_a_checkpoint_is_mapped_not_copied(tmp_path):
+def test_a_checkpoint_is_mapped_and_not_copied(tmp_path):
     path = make_tiny_llama(tmp_path)
-    tensor = open_weights(read_model_config(path), "auto").get("model.embed_tokens.weight")
+    tensor = open_weights(open_model(path), "auto").get("model.embed_tokens.weight")
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
     ranges = [tuple(int(x, 16) for x in line.split()[0].split("-")) for line in mapped]
     assert any(low <= tensor.data_ptr() < high for low, high in ranges)
 
 
 @pytest.mark.parametrize("change", ["missing", "misshapen"])
-def test_a_wrong_checkpoint_is_refused_by_name(tmp_path, change):
+def test_the_error_for_a_wrong_checkpoint_names_the_tensor(tmp_path, change):
     path = make_tiny_llama(tmp_path)
-    config = read_model_config(path)
+    config = open_model(path)
     stored = random_weights(json.loads((path / "config.json").read_text()), 0)
     name = "model.layers.1.mlp.up_proj.weight"
     if change == "missing":
@@ -50,20 +51,20 @@ def test_a_wrong_checkpoint_is_refused_by_name(tmp_path, change):
         open_weights(config, "auto")
 
 
-def test_dummy_weights_depend_on_the_name_and_nothing_else(tmp_path):
-    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+def test_dummy_weights_depend_only_on_the_name(tmp_path):
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False))
     one, two = open_weights(config, "dummy"), open_weights(config, "dummy")
     names = [n for n in checkpoint.expected_tensors(config) if "proj" in n]
     for name in names:
         assert torch.equal(one.get(name), two.get(name))
-    firsts = [float(one.get(name).flatten()[0]) for name in names]
-    assert len(set(firsts)) == len(firsts)
+    first_elements = [float(one.get(name).flatten()[0]) for name in names]
+    assert len(set(first_elements)) == len(first_elements)
 
 
 @pytest.mark.parametrize("arithmetic, tie", [("fp32", True), ("fp32", False), ("bf16", True)])
-def test_the_estimate_covers_what_is_held(tmp_path, arithmetic, tie):
+def test_the_estimate_equals_the_size_of_the_weights(tmp_path, arithmetic, tie):
     path = make_tiny_llama(tmp_path, tie=tie)
-    config = read_model_config(path)
+    config = open_model(path)
     model: Llama = make_runner(path, dtype=arithmetic)._model
     linears = [x for layer in model._layers for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     params = sum(x.in_features * x.out_features for x in linears) + config.hidden_size * (2 * config.num_layers + 1)
@@ -72,7 +73,7 @@ def test_the_estimate_covers_what_is_held(tmp_path, arithmetic, tie):
 
 
 def test_activations_grow_with_the_step(tmp_path):
-    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False))
 
     def size(tokens, seqs, length):
         return activation_bytes(config, "fp32", max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)

@@ -1,8 +1,9 @@
-"""The tests in here need a CUDA device and compiled kernels; without either they are skipped, with the reason.
+"""Tests of the CUDA engine that need a CUDA device and compiled kernels.
 
     .venv/bin/python -m pytest tests/gpu -rs
 
-The files are numbered: what stands on something else comes after it, so the first failure tells most.
+Without a device or kernels they are skipped, with the reason. Cheap and basic files run first (`ORDER`), so the first
+failure is the most useful one.
 """
 
 from __future__ import annotations
@@ -14,36 +15,50 @@ from typing import Any
 
 import pytest
 
-HEAD_DIMS = (64, 128)  # of the models in here
-REMARKS: list[str] = []  # figures for the end of the report
+HERE = Path(__file__).parent
+HEAD_DIMS = (64, 128)  # of the models in these tests
+FIGURES: list[str] = []  # measured by the tests, printed at the end of the report
+ORDER = (
+    "test_gpu_ops.py",
+    "test_gpu_attention.py",
+    "test_gpu_plans.py",
+    "test_gpu_products.py",
+    "test_gpu_sampling.py",
+    "test_gpu_graphs.py",
+    "test_gpu_overlap.py",
+    "test_gpu_agreement.py",
+    "test_gpu_out_of_memory.py",
+    "test_gpu_daemon.py",
+)
+"""Files in the order in which they run: a file comes after those that test its parts. Other files come last."""
 
 
-def why_not() -> str:
-    """What is missing here; empty if nothing is. Without a driver torch is not even imported."""
+def missing_requirement() -> str:
+    """Return what is missing on this machine, or "" if nothing is. Without a driver, do not import torch."""
     if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia").exists():
         return "no CUDA device: there is no NVIDIA driver"
     import torch
 
     if torch.version.cuda is None:
-        return "PyTorch is a build for the CPU; LLUMD_TORCH=cuda bin/test sets up the other"
+        return "PyTorch is the build for the CPU; LLUMD_TORCH=cuda bin/test installs the build for CUDA"
     if not torch.cuda.is_available():
-        return "no CUDA device: PyTorch sees none"
+        return "no CUDA device: PyTorch finds none"
     return _kernels()[1]
 
 
 def _kernels() -> tuple[Path | None, str]:
-    """Where the kernels for device 0 lie, or why they cannot be used."""
+    """Return the directory of the kernels for device 0, or None and the reason why they cannot be used."""
     import torch
 
     from daemon.engine.cuda import kernels
     from tests.gpu.parts import model_config_of
 
     arch = kernels.arch_of(*torch.cuda.get_device_capability(0))
-    cards = [model_config_of(head_dim) for head_dim in HEAD_DIMS]
+    configs = [model_config_of(head_dim) for head_dim in HEAD_DIMS]
     try:
         specs = [
             spec
-            for config in cards
+            for config in configs
             for kv in ("auto", "fp8")
             for spec in kernels.required(config, arch=arch, kv_dtype=kv)
         ]
@@ -52,24 +67,38 @@ def _kernels() -> tuple[Path | None, str]:
         return None, str(e)
 
 
-WHY_NOT = why_not()
+MISSING = missing_requirement()
 
 
-class Skipped(pytest.Module):
-    """A file that is not even imported."""
+class SkippedFile(pytest.Module):
+    """A test file that is skipped without being imported."""
 
     def collect(self) -> Iterator[Any]:
-        pytest.skip(WHY_NOT, allow_module_level=True)
+        pytest.skip(MISSING, allow_module_level=True)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    return Skipped.from_parent(parent, path=module_path) if WHY_NOT else None
+    return SkippedFile.from_parent(parent, path=module_path) if MISSING else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test in this directory as `gpu`, and sort the files by `ORDER`. Other tests keep their places."""
+    places = [i for i, item in enumerate(items) if HERE in item.path.parents]
+    for place, item in zip(places, sorted((items[i] for i in places), key=_rank), strict=True):
+        item.add_marker(pytest.mark.gpu)
+        items[place] = item
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.name
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_in_use() -> None:
-    """FlashInfer loads what was compiled ahead, before anything imports it."""
+    """Make FlashInfer load the compiled kernels. This runs before any import of FlashInfer."""
     from daemon.engine.cuda import kernels
 
     where, reason = _kernels()
@@ -78,13 +107,13 @@ def kernels_in_use() -> None:
 
 
 @pytest.fixture
-def remark() -> Any:
-    """Put a line into the summary."""
-    return REMARKS.append
+def report_figure() -> Any:
+    """Return a function that adds a line to the summary."""
+    return FIGURES.append
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if REMARKS:
-        terminalreporter.section("measured on the way")
-        for line in REMARKS:
+    if FIGURES:
+        terminalreporter.section("figures")
+        for line in FIGURES:
             terminalreporter.write_line(line)

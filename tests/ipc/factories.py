@@ -10,9 +10,9 @@ from daemon.ipc.fabric import Fabric, FabricHandles, Topology
 
 
 @contextmanager
-def handles_of(frontends: int, engines: int) -> Iterator[FabricHandles]:
-    """That of a box of so many processes, with 1 MiB for each journal."""
-    made = Fabric.create(Topology(frontends, engines), 1 << 20)
-    yield made
-    for fd in (made.segment, *made.journals, *made.doorbells):
+def fabric_handles(frontends: int, engines: int) -> Iterator[FabricHandles]:
+    """Create the segments and doorbells of a daemon, with 1 MiB per journal; close them at the end."""
+    created = Fabric.create(Topology(frontends, engines), 1 << 20)
+    yield created
+    for fd in (created.segment, *created.journals, *created.doorbells):
         os.close(fd)

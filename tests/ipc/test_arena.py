@@ -1,3 +1,5 @@
+"""The arena against a simple model."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,67 +9,67 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from daemon.ipc.arena import ALIGN, Arena, rounded
 
-ARENA = 64 * ALIGN
+SIZE = 64 * ALIGN
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """Against the plain list of what is held."""
+    """The arena against a list of all allocated arena."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.extents = Arena(ARENA)
-        self.held: list[tuple[int, int]] = []  # offset, size as asked
+        self.arena = Arena(SIZE)
+        self.allocated: list[tuple[int, int]] = []  # offset, requested size
 
     def gaps(self) -> list[int]:
-        """Sizes of the stretches that nothing held covers."""
+        """Return the sizes of the gaps between allocated arena."""
         edge, found = 0, []
-        for offset, size in sorted(self.held):
+        for offset, size in sorted(self.allocated):
             found.append(offset - edge)
             edge = offset + rounded(size)
-        return [*found, ARENA - edge]
+        return [*found, SIZE - edge]
 
-    @rule(size=st.integers(0, ARENA // 3))
+    @rule(size=st.integers(0, SIZE // 3))
     def allocate(self, size: int) -> None:
         largest = max(self.gaps())
-        offset = self.extents.allocate(size)
-        assert (offset is None) == (rounded(size) > largest)  # so freed neighbours have been joined
+        offset = self.arena.allocate(size)
+        assert (offset is None) == (rounded(size) > largest)  # so adjacent free extents were joined
         if offset is not None:
             assert offset % ALIGN == 0
-            self.held.append((offset, size))
+            self.allocated.append((offset, size))
 
     @rule(which=st.integers(0, 1000))
     def free(self, which: int) -> None:
-        if self.held:
-            self.extents.free(*self.held.pop(which % len(self.held)))
+        if self.allocated:
+            self.arena.free(*self.allocated.pop(which % len(self.allocated)))
 
     @rule(which=st.integers(0, 1000))
     def free_twice(self, which: int) -> None:
-        if self.held:
-            extent = self.held.pop(which % len(self.held))
-            self.extents.free(*extent)
+        if self.allocated:
+            extent = self.allocated.pop(which % len(self.allocated))
+            self.arena.free(*extent)
             with pytest.raises(ValueError):
-                self.extents.free(*extent)
+                self.arena.free(*extent)
 
     @invariant()
     def nothing_overlaps_and_bytes_add_up(self) -> None:
         assert all(gap >= 0 for gap in self.gaps())
-        assert self.extents.free_bytes == sum(self.gaps())
+        assert self.arena.free_bytes == sum(self.gaps())
 
     def teardown(self) -> None:
-        for extent in self.held:
-            self.extents.free(*extent)
-        assert self.extents.allocate(ARENA) == 0
+        for extent in self.allocated:
+            self.arena.free(*extent)
+        assert self.arena.allocate(SIZE) == 0
 
 
 TestArena = ArenaMachine.TestCase
 TestArena.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
-def test_an_arena_is_not_grown_by_overlapping_frees():
-    extents = Arena(ARENA)
-    a, b = extents.allocate(100), extents.allocate(100)
-    extents.free(a, 100)
+def test_overlapping_frees_are_an_error_and_add_no_bytes():
+    arena = Arena(SIZE)
+    a, b = arena.allocate(100), arena.allocate(100)
+    arena.free(a, 100)
     with pytest.raises(ValueError):
-        extents.free(a + ALIGN, 100)
-    extents.free(b, 100)
-    assert extents.free_bytes == ARENA
+        arena.free(a + ALIGN, 100)
+    arena.free(b, 100)
+    assert arena.free_bytes == SIZE

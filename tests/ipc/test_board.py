@@ -1,4 +1,4 @@
-"""A board slot is never torn, whatever happens to its writer."""
+"""A board is never torn, even if its writer crashes or is killed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from hypothesis import strategies as st
 
 from daemon.ipc import board as board_module
 from daemon.ipc import segment
-from daemon.ipc.board import MAX_FACTS, SLOT_BYTES, BoardFault, BoardReader, BoardWriter
-from tests.ipc.child_programs import victim
-from tests.ipc.crashing_memory import Died, Life, Mortal
+from daemon.ipc.board import BOARD_BYTES, MAX_FACTS, BoardFault, BoardReader, BoardWriter
+from tests.ipc.child_programs import start_program
+from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
 from tests.ipc.programs import facts
 
+MIN_KILLS, MIN_CHANGES = 21, 500
 
-def slot() -> memoryview:
-    return memoryview(bytearray(SLOT_BYTES))
+
+def board_memory() -> memoryview:
+    return memoryview(bytearray(BOARD_BYTES))
 
 
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=100)), max_size=12))
-def test_readers_get_the_latest(script: list[bytes | None]):
+def test_readers_get_the_latest_facts(script: list[bytes | None]):
     """None restarts the writer."""
-    shared = slot()
+    shared = board_memory()
     writer, reader, published = BoardWriter(shared), BoardReader(shared), []
     for content in script:
         if content is None:
@@ -36,8 +38,8 @@ def test_readers_get_the_latest(script: list[bytes | None]):
         assert reader.read() == ((len(published), published[-1]) if published else None)
 
 
-def test_largest_facts_fit_and_larger_are_refused():
-    shared = slot()
+def test_the_largest_facts_fit_and_larger_ones_are_refused():
+    shared = board_memory()
     writer, reader = BoardWriter(shared), BoardReader(shared)
     large = [os.urandom(MAX_FACTS) for _ in range(3)]
     for content in large:
@@ -49,32 +51,32 @@ def test_largest_facts_fit_and_larger_are_refused():
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_death_before_any_store_leaves_the_last_facts(torn: bool):
+def test_a_crash_before_any_store_keeps_the_last_facts(torn: bool):
     contents = [facts(n) for n in range(1, 7)]
     for k in count():
-        shared, life = slot(), Life(k)
-        writer, reader, done, died = BoardWriter(Mortal(shared, life, torn)), BoardReader(shared), 0, False
+        shared, budget = board_memory(), StoreBudget(k)
+        writer, reader, done, died = BoardWriter(CrashingMemory(shared, budget, torn)), BoardReader(shared), 0, False
         while done < len(contents):
             try:
                 writer.publish(contents[done])
                 done += 1
-            except Died:
+            except Crash:
                 died = True
                 assert reader.read() == ((done, contents[done - 1]) if done else None)
                 writer = BoardWriter(shared)
         assert reader.read() == (len(contents), contents[-1])
         if not died:
             break
-    assert k == life.made >= 3 * len(contents)
+    assert k == budget.made >= 3 * len(contents)
 
 
 @settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=60), min_size=1, max_size=3),
-    st.lists(st.tuples(st.integers(0, SLOT_BYTES - 1), st.integers(1, 255)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, BOARD_BYTES - 1), st.integers(1, 255)), min_size=1, max_size=3),
 )
-def test_corrupt_bytes_never_show(contents: list[bytes], flips: list[tuple[int, int]]):
-    shared = slot()
+def test_corrupt_bytes_are_never_returned(contents: list[bytes], flips: list[tuple[int, int]]):
+    shared = board_memory()
     writer = BoardWriter(shared)
     for content in contents:
         writer.publish(content)
@@ -90,13 +92,14 @@ def test_corrupt_bytes_never_show(contents: list[bytes], flips: list[tuple[int, 
     assert found is None or found in list(enumerate(contents, 1))
 
 
-def test_reader_beside_a_writer_that_is_killed_again_and_again():
-    """Facts are self-consistent and versions only grow, while the writer dies anywhere in its work."""
-    fd = segment.create(SLOT_BYTES)
+def test_a_reader_beside_a_writer_that_is_killed_again_and_again():
+    """Facts are consistent and versions only grow, while the writer is killed at random points."""
+    fd = segment.create(BOARD_BYTES)
     try:
         reader, last, changes = BoardReader(segment.attach(fd, writable=False)), 0, 0
-        with victim("board", fd, 2.0, fds=(fd,)) as run:
-            while run.running:
+        with start_program("board", fd, MIN_KILLS, fds=(fd,)) as program:
+            while changes <= MIN_CHANGES:
+                program.check_running()
                 for _ in range(200):
                     found = reader.read()
                     if found is None:
@@ -106,7 +109,6 @@ def test_reader_beside_a_writer_that_is_killed_again_and_again():
                     assert version >= last
                     changes += version > last
                     last = version
-            assert run.result()["kills"] > 20
-        assert changes > 500
+            assert program.result()["kills"] >= MIN_KILLS
     finally:
         os.close(fd)

@@ -1,3 +1,5 @@
+"""The layout of the shared segment, and the views that processes have of it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,29 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.ipc import doorbell, metrics_page
-from daemon.ipc.board import SLOT_BYTES
+from daemon.ipc.board import BOARD_BYTES
 from daemon.ipc.fabric import COORDINATOR, EVENT_BYTES, METRICS_BYTES, Fabric, FabricHandles, Layout, Topology
 from daemon.ipc.journal import Journal
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import PROGRESS_BYTES, ProcessFacts, ProcessState
 from daemon.ipc.ring import PAGE
-from tests.ipc.factories import handles_of
+from tests.ipc.factories import fabric_handles
 
 topologies = st.builds(Topology, st.integers(1, 16), st.integers(1, 64))
 
 
 @given(topologies)
-def test_nothing_overlaps_and_words_are_aligned(topology: Topology):
+def test_no_two_areas_overlap_and_all_are_aligned(topology: Topology):
     layout, n = Layout(topology), topology.processes
     areas = [
         (0, PAGE),
         *((layout.progress + p * PROGRESS_BYTES, PROGRESS_BYTES) for p in range(n)),
-        *((layout.table + p * SLOT_BYTES, SLOT_BYTES) for p in range(n)),
-        *((layout.boards + p * SLOT_BYTES, SLOT_BYTES) for p in range(n)),
+        *((layout.table + p * BOARD_BYTES, BOARD_BYTES) for p in range(n)),
+        *((layout.boards + p * BOARD_BYTES, BOARD_BYTES) for p in range(n)),
         *((layout.metrics + p * METRICS_BYTES, METRICS_BYTES) for p in range(n)),
         (layout.desired_states, 8 * topology.engines),
         *((layout.events + p * EVENT_BYTES, EVENT_BYTES) for p in range(n)),
-        *layout.lanes.values(),
+        *layout.rings.values(),
     ]
     end = 0
     for start, size in sorted(areas):
@@ -37,11 +39,11 @@ def test_nothing_overlaps_and_words_are_aligned(topology: Topology):
         assert start % 64 == 0
         end = start + size
     assert end == layout.size
-    assert all(start % PAGE == 0 and size % PAGE == 0 for start, size in layout.lanes.values())
+    assert all(start % PAGE == 0 and size % PAGE == 0 for start, size in layout.rings.values())
 
 
 @given(topologies)
-def test_numbers_and_roles(topology: Topology):
+def test_process_numbers_and_roles(topology: Topology):
     numbers = [COORDINATOR, *map(topology.frontend, range(topology.frontends))]
     numbers += map(topology.engine, range(topology.engines))
     assert numbers == list(range(topology.processes))
@@ -51,32 +53,32 @@ def test_numbers_and_roles(topology: Topology):
     ]
     assert topology.role(topology.engine(topology.engines - 1)) == ("engine", topology.engines - 1)
     f, e = topology.frontends, topology.engines
-    assert len(topology.lanes()) == f + e + 2 * f * e + e * (e - 1)
+    assert len(topology.rings()) == f + e + 2 * f * e + e * (e - 1)
 
 
-def test_statistics_fit_their_page():
+def test_every_metrics_table_fits_a_page():
     assert max(metrics_page.FRONTEND.nbytes, metrics_page.ENGINE.nbytes) <= METRICS_BYTES
 
 
 @pytest.fixture
 def handles() -> Iterator[FabricHandles]:
-    with handles_of(2, 64) as made:
-        yield made
+    with fabric_handles(2, 64) as created:
+        yield created
 
 
-def test_every_lane_of_a_large_box_carries_its_own(handles: FabricHandles):
+def test_every_ring_of_a_large_daemon_carries_its_own_records(handles: FabricHandles):
     topology = handles.topology
     views = [Fabric(handles, p, incarnation=100 + p) for p in range(topology.processes)]
-    for a, b in topology.lanes():
+    for a, b in topology.rings():
         assert views[a].writer(b).put(b"%d-%d" % (a, b), 100 + b)
-    for a, b in topology.lanes():
+    for a, b in topology.rings():
         reader = views[b].reader(a)
         record = reader.read()
         assert (bytes(record.payload), record.sender, record.receiver) == (b"%d-%d" % (a, b), 100 + a, 100 + b)
         assert reader.read() is None
 
 
-def test_lanes_that_do_not_exist_are_refused(handles: FabricHandles):
+def test_a_ring_that_does_not_exist_raises_key_error(handles: FabricHandles):
     engine = Fabric(handles, handles.topology.engine(0), 1)
     with pytest.raises(KeyError):
         engine.writer(handles.topology.engine(0))
@@ -84,7 +86,7 @@ def test_lanes_that_do_not_exist_are_refused(handles: FabricHandles):
         engine.writer(COORDINATOR)
 
 
-def test_boards_table_progress_and_bells_are_each_ones_own(handles: FabricHandles):
+def test_each_process_has_its_own_board_row_progress_page_and_bell(handles: FabricHandles):
     topology = handles.topology
     views = [Fabric(handles, p, 1) for p in range(topology.processes)]
     supervisor = Fabric(handles, -1, 0)
@@ -102,10 +104,10 @@ def test_boards_table_progress_and_bells_are_each_ones_own(handles: FabricHandle
         assert supervisor.progress(p).incarnation == p + 1
         assert bytes(views[1].metrics(p)) == bytes([p]) * METRICS_BYTES
         assert (rows.rows[p].incarnation, rows.rows[p].pid) == (p + 1, 1000 + p)
-        assert doorbell.answer(views[p].bell) == (p == 5)
+        assert doorbell.clear(views[p].bell) == (p == 5)
 
 
-def test_journals_are_read_only_but_for_their_owner(handles: FabricHandles):
+def test_a_journal_is_read_only_except_for_its_owner(handles: FabricHandles):
     owner = Fabric(handles, handles.topology.frontend(1), 1)
     engine = Fabric(handles, handles.topology.engine(0), 1)
     Journal(owner.journal(1, writable=True))

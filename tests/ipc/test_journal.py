@@ -1,4 +1,4 @@
-"""The journal against a model, read through views over the same memory."""
+"""The journal against a simple model, read through a view of the same memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall, JournalView, SlotState
 from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
-from tests.ipc.crashing_memory import Died, Life, Mortal
+from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
 
 SIZE = 24 << 10
 token_ids = st.integers(0, 2**32 - 2)
 priorities = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 2)
-# Powers of two apart, so that float32 holds them: rounding has its own test.
+# Multiples of 1/8, so that float32 is exact; rounding has its own test.
 logs = st.integers(-800, 0).map(lambda n: n / 8)
 
 
@@ -39,6 +39,8 @@ def entries(top: int) -> st.SearchStrategy[TokenLogprobs]:
 
 
 class JournalModel(RuleBasedStateMachine):
+    """Random calls of the owner; after each, a view must read exactly the content of the model."""
+
     def __init__(self) -> None:
         super().__init__()
         self.memory = memory()
@@ -64,7 +66,7 @@ class JournalModel(RuleBasedStateMachine):
         try:
             slot = self.journal.open(rid, wanted, prompt)
         except JournalFull:
-            assert self.live, "an empty journal refused what it takes"
+            assert self.live, "an empty journal refused a request that fits"
             return
         assert slot not in self.live
         self.live[slot] = {"rid": rid, "params": wanted, "prompt": prompt, "output": [], "logprobs": [],
@@ -95,7 +97,7 @@ class JournalModel(RuleBasedStateMachine):
             some = entries(sampling.logprobs)
             found = data.draw(st.lists(some, min_size=len(tokens), max_size=len(tokens)))
         if len(entry["output"]) + len(tokens) > sampling.max_tokens:
-            with pytest.raises(ValueError, match="outgrows"):
+            with pytest.raises(ValueError, match="exceeds"):
                 self.journal.append(slot, tokens, found)
             return
         self.journal.append(slot, tokens, found)
@@ -111,7 +113,7 @@ class JournalModel(RuleBasedStateMachine):
         assert self.view.state(slot) is SlotState.FREE
 
     @invariant()
-    def a_view_reads_what_was_written(self) -> None:
+    def a_view_reads_the_content_of_the_model(self) -> None:
         view = self.view
         assert view.live_slots() == sorted(self.live)
         for slot, entry in self.live.items():
@@ -138,7 +140,7 @@ TestJournal.settings = settings(max_examples=60, stateful_step_count=30, deadlin
 
 
 @given(st.floats(allow_nan=False, width=64, max_value=0, min_value=-1e30), st.lists(st.floats(-100, 0), max_size=2))
-def test_logprobs_are_kept_as_float32(own: float, top: list[float]):
+def test_logprobs_are_stored_as_float32(own: float, top: list[float]):
     def single(x: float) -> float:
         return struct.unpack("<f", struct.pack("<f", x))[0]
 
@@ -149,7 +151,7 @@ def test_logprobs_are_kept_as_float32(own: float, top: list[float]):
     assert kept == TokenLogprobs(single(own), list(range(len(top))), [single(x) for x in top])
 
 
-def test_full_is_not_too_small():
+def test_a_full_journal_and_one_that_is_too_small_raise_different_errors():
     journal = Journal(memory())
     room = journal.free_bytes
     with pytest.raises(JournalTooSmall, match="journal_memory"):
@@ -161,7 +163,7 @@ def test_full_is_not_too_small():
     journal.open(3, params(room // 8), [1])
 
 
-def test_slots_run_out_and_come_back():
+def test_slots_run_out_and_are_reused():
     journal = Journal(memory())
     slots = [journal.open(rid, params(0), []) for rid in range(journal.num_slots)]
     assert len(set(slots)) == journal.num_slots
@@ -174,8 +176,8 @@ def test_slots_run_out_and_come_back():
 
 
 @pytest.mark.parametrize("odd", range(0, 64, 7))
-def test_any_size_of_segment_serves(odd: int):
-    """What fits an empty journal is never told to try again later."""
+def test_a_segment_of_any_size_can_be_used(odd: int):
+    """A request that fits an empty journal never raises JournalFull there."""
     journal = Journal(memory(SIZE + odd))
     room = journal.free_bytes
     for max_tokens in range(room // 4 - 64, room // 4 + 1):
@@ -188,7 +190,7 @@ def test_any_size_of_segment_serves(odd: int):
     assert journal.free_bytes == room
 
 
-def test_a_new_owner_begins_empty():
+def test_a_new_owner_starts_with_an_empty_journal():
     shared = memory()
     first = Journal(shared)
     slots = [first.open(rid, params(), [1, 2]) for rid in range(5)]
@@ -201,19 +203,19 @@ def test_a_new_owner_begins_empty():
     assert (view.rid(slot), view.epoch(slot), view.prompt(slot), view.output(slot)) == (77, 0, [9], [])
 
 
-def test_an_owner_that_dies_while_opening_shows_nothing_half_done():
-    """At every store: a reader sees the request whole or not at all, and its output as a prefix."""
+def test_a_crash_of_the_owner_at_any_store_leaves_no_partial_request():
+    """For every store: a reader reads the whole request or none, and all of the output or none."""
     for k in count():
-        shared, life, died = memory(), Life(k), False
+        shared, budget, died = memory(), StoreBudget(k), False
         view = JournalView(shared)
         journal = Journal(shared)
         try:
-            journal = _mortal(journal, life)
+            journal = _crashing(journal, budget)
             slot = journal.open(5, params(8, logprobs=0, priority=-1), [1, 2, 3])
             journal.assign(slot, 1, 2, 3)
             journal.reprioritise(slot, 1)
             journal.append(slot, [10, 11, 12], [TokenLogprobs(-1.0, [], [])] * 3)
-        except Died:
+        except Crash:
             died = True
         for slot in view.live_slots():
             assert (view.rid(slot), view.prompt(slot)) == (5, [1, 2, 3])
@@ -230,8 +232,8 @@ def test_an_owner_that_dies_while_opening_shows_nothing_half_done():
     assert k > 15
 
 
-def _mortal(journal: Journal, life: Life) -> Journal:
-    """`journal`, with every store it makes from now on counted."""
+def _crashing(journal: Journal, budget: StoreBudget) -> Journal:
+    """Let `journal` spend `budget` for every store that it makes from now on."""
     for name in ("_words", "_u32", "_view"):
-        setattr(journal, name, Mortal(getattr(journal, name), life))
+        setattr(journal, name, CrashingMemory(getattr(journal, name), budget))
     return journal

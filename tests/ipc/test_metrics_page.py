@@ -1,3 +1,5 @@
+"""Metrics pages: their sums, their tables, and that they outlive their writer."""
+
 from __future__ import annotations
 
 import multiprocessing as mp
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.ipc.metrics_page import ENGINE, FRONTEND, Counter, Histogram, MetricsPage, Table, empty, snapshot
+from daemon.ipc.metrics_page import ENGINE, FRONTEND, Counter, Histogram, MetricsPage, Table, snapshot
 
 TABLE = Table(
     [Counter("a", ""), Counter("b", "", (("x", ("1", "2")), ("y", ("p", "q"))))],
@@ -20,8 +22,8 @@ SERIES = [("a",), *(("b", x, y) for x in "12" for y in "pq")]
     st.lists(st.tuples(st.sampled_from(SERIES), st.integers(0, 1000))),
     st.lists(st.tuples(st.sampled_from("hk"), st.floats(0, 5), st.integers(1, 4))),
 )
-def test_page_adds_up(increments, observations):
-    memory = bytearray(TABLE.nbytes + 8)  # pages come with room to spare
+def test_a_page_has_the_sums_of_all_increments_and_observations(increments, observations):
+    memory = bytearray(TABLE.nbytes + 8)  # a page may be larger than its table
     page = MetricsPage(memoryview(memory), TABLE)
     for (name, *values), amount in increments:
         page.inc(name, amount, *values)
@@ -40,7 +42,7 @@ def test_page_adds_up(increments, observations):
     assert bytes(memory[TABLE.nbytes :]) == bytes(8)
 
 
-def test_unknown_series_is_an_error():
+def test_an_unknown_series_raises_key_error():
     page = MetricsPage(memoryview(bytearray(TABLE.nbytes)), TABLE)
     for call in (lambda: page.inc("c"), lambda: page.inc("b"), lambda: page.observe("a", 1)):
         with pytest.raises(KeyError):
@@ -52,7 +54,8 @@ def test_tables_have_unique_names_and_ascending_buckets():
         names = [c.name for c in table.counters] + [h.name for h in table.histograms]
         assert len(names) == len(set(names))
         assert all(list(h.buckets) == sorted(set(h.buckets)) for h in table.histograms)
-        assert empty(table).counter(*next(iter(table.counter_cells))) == 0.0
+        zeros = snapshot(memoryview(bytearray(table.nbytes)), table)
+        assert {zeros.counter(*series) for series in table.counter_cells} == {0.0}
 
 
 def _count(name: str, times: int) -> None:
@@ -60,11 +63,11 @@ def _count(name: str, times: int) -> None:
     page = MetricsPage(memory.buf, TABLE)
     for _ in range(times):
         page.inc("a")
-    page.release()
+    del page  # its views would keep the memory open
     memory.close()
 
 
-def test_page_outlives_its_writer():
+def test_a_page_outlives_its_writer():
     memory = shared_memory.SharedMemory(create=True, size=4096)
     try:
         for _ in range(2):

@@ -1,10 +1,13 @@
+"""The process table and progress words."""
+
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
-from daemon.ipc.board import SLOT_BYTES
+from daemon.ipc.board import BOARD_BYTES
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import (
     ENGINE_STATES,
@@ -16,18 +19,17 @@ from daemon.ipc.process_table import (
     TableWriter,
     engine_state,
 )
-from tests.ipc.crashing_memory import Died, Mortal
-from tests.ipc.crashing_memory import Life as Stores
+from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
 
 
 def table(n: int = 3) -> tuple[memoryview, list[memoryview]]:
-    return memoryview(bytearray(8)), [memoryview(bytearray(SLOT_BYTES)) for _ in range(n)]
+    return memoryview(bytearray(8)), [memoryview(bytearray(BOARD_BYTES)) for _ in range(n)]
 
 
-def test_refresh_tells_whether_anything_changed():
-    generation, slots = table()
-    writer, reader = TableWriter(generation, slots), TableReader(generation, slots)
-    assert reader.refresh()  # the first look is news
+def test_refresh_returns_true_only_after_a_change():
+    generation, boards = table()
+    writer, reader = TableWriter(generation, boards), TableReader(generation, boards)
+    assert reader.refresh()  # the first refresh reads every row
     assert not reader.refresh()
     assert reader.rows == [ProcessFacts()] * 3
     up = ProcessFacts(ProcessState.UP, 4, pid=99, started_at=1.25, restarts=3, last_exit="killed by signal 9")
@@ -36,17 +38,17 @@ def test_refresh_tells_whether_anything_changed():
     assert reader.refresh()
     assert reader.rows == [ProcessFacts(), up, ProcessFacts(ProcessState.DEAD, 1)]
     assert not reader.refresh()
-    assert TableReader(generation, slots).refresh()  # a late-comer sees it all
+    assert TableReader(generation, boards).refresh()  # a new reader reads every row
 
 
-def test_a_change_during_a_refresh_is_seen_by_the_next():
-    generation, slots = table()
-    writer, reader = TableWriter(generation, slots), TableReader(generation, slots)
+def test_a_change_during_a_refresh_is_read_by_the_next_one():
+    generation, boards = table()
+    writer, reader = TableWriter(generation, boards), TableReader(generation, boards)
     reader.refresh()
     first, second = (ProcessFacts(ProcessState.UP, n) for n in (1, 2))
     writer.publish(2, first)
 
-    class Meanwhile(type(reader._slots[0])):
+    class ChangingBoard(type(reader._boards[0])):
         def read(self):
             found = super().read()
             if not later.rows[0].state:
@@ -54,7 +56,7 @@ def test_a_change_during_a_refresh_is_seen_by_the_next():
             return found
 
     later = reader
-    reader._slots[0] = Meanwhile(slots[0])
+    reader._boards[0] = ChangingBoard(boards[0])
     assert reader.refresh()
     assert reader.rows[0] == ProcessFacts()
     assert reader.refresh()
@@ -62,16 +64,17 @@ def test_a_change_during_a_refresh_is_seen_by_the_next():
 
 
 @pytest.mark.parametrize("stores", range(5))
-def test_a_row_is_there_before_its_generation(stores: int):
-    """Who sees the new generation sees the new row, wherever the writer stopped."""
-    generation, slots = table(1)
-    life = Stores(stores)
-    writer = TableWriter(Mortal(generation, life), [Mortal(slots[0], life)])
-    reader = TableReader(generation, slots)
+def test_a_row_is_complete_before_its_generation_changes(stores: int):
+    """A reader that reads the new generation reads the new row, at whichever store the writer crashed."""
+    generation, boards = table(1)
+    budget = StoreBudget(stores)
+    memory: list[Any] = [CrashingMemory(view, budget) for view in (generation, boards[0])]
+    writer = TableWriter(memory[0], memory[1:])
+    reader = TableReader(generation, boards)
     reader.refresh()
     try:
         writer.publish(0, ProcessFacts(ProcessState.UP, 7))
-    except Died:
+    except Crash:
         assert stores < 4
     assert reader.refresh() == (stores >= 4)
     assert reader.rows[0].incarnation == (7 if stores >= 4 else 0)
@@ -80,7 +83,7 @@ def test_a_row_is_there_before_its_generation(stores: int):
 def test_progress_words():
     progress = Progress(memoryview(bytearray(PROGRESS_BYTES)))
     now = time.monotonic()
-    assert progress.overdue(now) < 0  # nothing was promised
+    assert progress.overdue(now) < 0  # there is no deadline yet
     progress.enter(EngineState.LOADING, 12, within=50)
     assert (progress.state, progress.incarnation, progress.steps) == (EngineState.LOADING, 12, 0)
     assert -60 < progress.overdue(now) <= -50
@@ -93,7 +96,7 @@ def test_progress_words():
 
 
 def test_every_state_of_an_engine_has_a_name():
-    names = {engine_state(life, state) for life in ProcessState for state in EngineState}
+    names = {engine_state(process, state) for process in ProcessState for state in EngineState}
     assert names == set(ENGINE_STATES)
     assert engine_state(ProcessState.UP, EngineState.PARKED) == "parking"
     assert engine_state(ProcessState.PARKED, EngineState.PARKED) == "parked"

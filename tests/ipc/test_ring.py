@@ -1,4 +1,4 @@
-"""The ring against a list, against death at every store, against bit rot and against kill -9."""
+"""The ring against a list as model, with crashes at every store, with corrupt bytes and with kill -9."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from daemon.ipc import ring as ring_module
 from daemon.ipc import segment
 from daemon.ipc.ring import PAGE, RingFault, RingReader, RingWriter, largest_payload, ring_bytes
-from tests.ipc.child_programs import victim
-from tests.ipc.crashing_memory import Died, Life, Mortal
-from tests.ipc.programs import BATCH, CAPACITY
+from tests.ipc.child_programs import start_program
+from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
+from tests.ipc.programs import CAPACITY, MAX_UNACKED, MIN_RECORDS
 
 SMALL = 256  # bytes of data: a few records a lap
 RECEIVER = 77
@@ -33,7 +33,7 @@ def read_all(reader: RingReader) -> list[bytes]:
 
 
 class RingAsList(RuleBasedStateMachine):
-    """Puts, reads, acknowledgements and restarts of either end, against a list of all that was ever put."""
+    """Puts, reads, acknowledgements and restarts of either end, against a list of all records ever put."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class RingAsList(RuleBasedStateMachine):
         self.incarnations = count(1)
         self.sent: list[tuple[int, int, bytes]] = []  # sender, receiver, payload
         self.seen = self.acked = 0
-        self.offsets: dict[int, int] = {}  # of the record of that number
+        self.offsets: dict[int, int] = {}  # by record number
         self.restart_writer()
         self.reader = RingReader(self.memory)
 
@@ -93,7 +93,7 @@ TestRingAsList = RingAsList.TestCase
 TestRingAsList.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
-def test_full_ring_refuses_and_takes_again_after_ack():
+def test_a_full_ring_refuses_records_until_an_ack():
     shared = memory()
     writer, reader = RingWriter(shared, 1), RingReader(shared)
     taken = 0
@@ -101,13 +101,13 @@ def test_full_ring_refuses_and_takes_again_after_ack():
         taken += 1
     assert taken == SMALL // 64
     assert len(read_all(reader)) == taken
-    assert not writer.put(bytes(40), RECEIVER)  # read is not acknowledged
+    assert not writer.put(bytes(40), RECEIVER)  # to read a record is not to acknowledge it
     reader.ack()
     assert writer.put(bytes(40), RECEIVER)
 
 
 @pytest.mark.parametrize("before", range(SMALL // 8))
-def test_largest_payload_fits_an_empty_ring_wherever_it_stands(before: int):
+def test_the_largest_payload_fits_an_empty_ring_at_every_offset(before: int):
     shared = memory()
     writer, reader = RingWriter(shared, 1), RingReader(shared)
     shared[:8].cast("Q")[0] = shared[PAGE : PAGE + 8].cast("Q")[0] = 8 * before
@@ -118,22 +118,22 @@ def test_largest_payload_fits_an_empty_ring_wherever_it_stands(before: int):
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_death_before_any_store_loses_and_doubles_nothing(torn: bool):
-    """A producer lives for k stores; its successor goes on. Enumerated over k, through several laps."""
+def test_a_crash_before_any_store_loses_and_repeats_no_record(torn: bool):
+    """A producer crashes after k stores and its successor continues, for every k, through several laps."""
     numbers = [b"%d" % n * (1 + n * 5 % 40) for n in range(24)]
-    life = Life()
+    budget = StoreBudget()
     for k in count():
         shared, received = memory(), []
-        life = Life(k)
+        budget = StoreBudget(k)
         sent, died = 0, False
-        writer = RingWriter(Mortal(shared, life, torn), 1)
+        writer = RingWriter(CrashingMemory(shared, budget, torn), 1)
         reader = RingReader(shared)
         while sent < len(numbers):
             try:
                 full = not writer.put(numbers[sent], RECEIVER)
-            except Died:
+            except Crash:
                 died = True
-                assert read_all(RingReader(shared)) == numbers[len(received) : sent]  # exactly what was committed
+                assert read_all(RingReader(shared)) == numbers[len(received) : sent]  # exactly the committed records
                 writer = RingWriter(shared, 2)
                 continue
             sent += not full
@@ -143,10 +143,10 @@ def test_death_before_any_store_loses_and_doubles_nothing(torn: bool):
         assert received == numbers, k
         if not died:
             break
-    assert k == life.made > 3 * len(numbers)  # data, header and tail each, and wrap marks
+    assert k == budget.made > 3 * len(numbers)  # data, header and tail each, and wrap marks
 
 
-def test_reader_killed_before_ack_sees_records_again():
+def test_a_reader_that_is_killed_before_the_ack_reads_the_records_again():
     shared = memory(PAGE)
     writer = RingWriter(shared, 5)
     for n in range(6):
@@ -160,7 +160,7 @@ def test_reader_killed_before_ack_sees_records_again():
     assert read_all(RingReader(shared)) == []
 
 
-def test_records_name_both_incarnations():
+def test_a_record_contains_both_incarnations():
     shared = memory()
     RingWriter(shared, 3).put(b"old", 8)
     RingWriter(shared, 4).put(b"new", 9)
@@ -171,7 +171,7 @@ def test_records_name_both_incarnations():
     ]
 
 
-def test_reader_cannot_write_a_payload():
+def test_a_reader_cannot_write_into_a_payload():
     shared = memory()
     RingWriter(shared, 1).put(b"x", 1)
     assert RingReader(shared).read().payload.readonly
@@ -182,8 +182,8 @@ sizes = st.lists(st.integers(0, largest_payload(SMALL)), min_size=1, max_size=12
 
 @settings(max_examples=300, deadline=None)
 @given(sizes=sizes, keep=st.integers(1, 4), where=st.data())
-def test_corrupt_bytes_are_a_fault_or_invisible(sizes: list[int], keep: int, where: st.DataObject):
-    """Whatever bits rot, a reader gets a run of genuine records, and comes to an end."""
+def test_corrupt_bytes_raise_a_fault_or_hide_records(sizes: list[int], keep: int, where: st.DataObject):
+    """For any corrupt bytes, a reader gets consecutive genuine records and then stops."""
     shared = memory()
     writer, reader = RingWriter(shared, 1), RingReader(shared)
     payloads: list[bytes] = []
@@ -215,7 +215,7 @@ def test_corrupt_bytes_are_a_fault_or_invisible(sizes: list[int], keep: int, whe
     assert found in runs
 
 
-def test_fault_is_raised_and_stays():
+def test_a_fault_is_raised_again_by_the_next_read():
     shared = memory()
     RingWriter(shared, 1).put(b"payload", 1)
     shared[2 * PAGE + 24] ^= 1
@@ -225,50 +225,51 @@ def test_fault_is_raised_and_stays():
             reader.read()
 
 
-def test_bytes_that_appear_late_are_waited_for(monkeypatch: pytest.MonkeyPatch):
-    """On weakly ordered machines the tail can be seen first: the reader looks again."""
+def test_the_reader_waits_for_bytes_that_become_visible_late(monkeypatch: pytest.MonkeyPatch):
+    """On weakly ordered machines the tail can be visible first: the reader reads again."""
     shared = memory()
     RingWriter(shared, 1).put(b"payload", 1)
-    late, shared[2 * PAGE + 24] = shared[2 * PAGE + 24], 0
-    reader, looks = RingReader(shared), count()
+    hidden, shared[2 * PAGE + 24] = shared[2 * PAGE + 24], 0
+    reader, attempts = RingReader(shared), count()
     parse = reader._parse
 
-    def appear(tail: int):
-        if next(looks) == 3:
-            shared[2 * PAGE + 24] = late
+    def parse_late(tail: int):
+        if next(attempts) == 3:
+            shared[2 * PAGE + 24] = hidden
         return parse(tail)
 
-    monkeypatch.setattr(reader, "_parse", appear)
+    monkeypatch.setattr(reader, "_parse", parse_late)
     assert bytes(reader.read().payload) == b"payload"
 
 
-def test_wrap_mark_of_an_earlier_lap_is_not_followed(monkeypatch: pytest.MonkeyPatch):
-    """Where a record's bytes are not visible yet, what stands there may be an old mark."""
+def test_the_wrap_mark_of_an_earlier_lap_is_ignored(monkeypatch: pytest.MonkeyPatch):
+    """While the bytes of a record are not visible, an old mark may be in their place."""
     monkeypatch.setattr(ring_module, "_VISIBILITY_RETRIES", 20)
     shared = memory()
 
-    def begin(offset: int) -> RingWriter:
+    def writer_at(offset: int) -> RingWriter:
         shared[:8].cast("Q")[0] = shared[PAGE : PAGE + 8].cast("Q")[0] = offset
         return RingWriter(shared, 1)
 
-    assert begin(192).put(bytes(80), RECEIVER)  # does not fit before the end: leaves a mark there
+    assert writer_at(192).put(bytes(80), RECEIVER)  # does not fit before the end, so a mark is written there
     mark = bytes(shared[2 * PAGE + 192 : 2 * PAGE + 200])
     assert mark[:4] == b"\xff" * 4
-    assert begin(SMALL + 192).put(bytes(40), RECEIVER)  # fits
+    assert writer_at(SMALL + 192).put(bytes(40), RECEIVER)  # fits
     shared[2 * PAGE + 192 : 2 * PAGE + 200] = mark
     with pytest.raises(RingFault):
         RingReader(shared).read()
 
 
-def test_kill_nine_torture():
-    """Producer and consumer are killed by turns; but for repeats, every record arrives once and in order."""
+def test_kill_nine_of_either_end_loses_no_record():
+    """Producer and consumer are killed in turn. Except for repeats, every record arrives once and in order."""
     fd = segment.create(ring_bytes(CAPACITY) + PAGE)
     try:
-        with victim("ring", fd, 200, fds=(fd,)) as run:
-            seen = run.result()
+        with start_program("ring", fd, 200, fds=(fd,)) as program:
+            counts = program.result()
     finally:
         os.close(fd)
-    assert seen["gaps"] == seen["corrupt"] == 0
-    assert seen["received"] == seen["sent"] > 1000
-    # Unacknowledged at a consumer's death, or not yet counted at a producer's.
-    assert 0 < seen["repeats"] <= 100 * (BATCH + 1) + 100
+    assert counts["gaps"] == counts["corrupt"] == 0
+    assert counts["received"] == counts["sent"] > MIN_RECORDS
+    # Not acknowledged when a consumer was killed, or not counted when a producer was killed.
+    kills_of_each = -(-counts["kills"] // 2)
+    assert 0 < counts["repeats"] <= kills_of_each * (MAX_UNACKED + 1) + kills_of_each

@@ -1,3 +1,5 @@
+"""Shared-memory segments: allocated in full, private, without a name."""
+
 from __future__ import annotations
 
 import os
@@ -10,17 +12,18 @@ from daemon.ipc import segment
 SHM = Path("/dev/shm")
 
 
-def ours() -> list[str]:
+def own_files() -> list[str]:
+    """Return the names of this process's segments in /dev/shm."""
     return [p.name for p in SHM.iterdir() if p.name.startswith(f"llumd-{os.getpid()}-")]
 
 
-def test_a_segment_is_zero_private_and_has_no_name():
+def test_a_segment_is_zeroed_and_private_and_has_no_name():
     fd = segment.create(10_000)
     try:
-        assert ours() == []
+        assert own_files() == []
         found = os.fstat(fd)
         assert (found.st_size, found.st_nlink, found.st_mode & 0o777) == (10_000, 0, 0o600)
-        assert found.st_blocks * 512 >= 10_000  # allocated, not only promised
+        assert found.st_blocks * 512 >= 10_000  # allocated, not only reserved
         assert bytes(segment.attach(fd)) == bytes(10_000)
     finally:
         os.close(fd)
@@ -37,14 +40,14 @@ def test_mappings_share_bytes_and_outlive_the_descriptor():
         reader[5] = 1
 
 
-def test_want_of_room_is_an_error_now():
-    """More than /dev/shm could ever have, so that the kernel says no at once instead of filling it first."""
+def test_a_segment_that_does_not_fit_is_an_error_at_once():
+    """Larger than all of /dev/shm, so that the kernel refuses at once and does not fill it first."""
     stat = os.statvfs(SHM)
     if not stat.f_blocks:
         pytest.skip("/dev/shm has no limit here")
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(segment.SegmentError, match=r"MiB.*shm-size"):
         segment.create(stat.f_blocks * stat.f_frsize + (1 << 30))
-    assert ours() == []
+    assert own_files() == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert os.statvfs(SHM).f_bavail * stat.f_frsize > 0

@@ -1,9 +1,9 @@
-/* The calls of libcudart (and one of libcuda) that kvpool uses, over memory of the host.
+/* A fake CUDA runtime: the calls of libcudart (and one of libcuda) that kvpool uses, over host memory.
  *
- * "Device memory" is a memfd, which an IPC handle names by process and descriptor, so that other processes can open
- * it while the exporter lives. A stream is a thread. The fake_* functions are for tests: they hold streams back, have
- * calls fail and tell what was called. As with the real one, an error in the work of a stream loses the context: all
- * later calls fail with it; and a call that fails leaves its error behind for cudaGetLastError.
+ * "Device memory" is a memfd. An IPC handle names it by process and descriptor, so other processes can open it while
+ * the exporter is alive. A stream is a thread. The fake_* functions are for tests: they stop streams, make calls fail
+ * and count calls. Like the real runtime, an error in the work of a stream loses the context, and all later calls fail
+ * with that error; a failed call keeps its error for cudaGetLastError.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -32,14 +32,13 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static Place places[PLACES];
 static struct { char name[64]; int count, fail_at, code; } calls[CALLS];
-static int64_t permits = -1; /* copies that streams may do; -1: as many as there are */
-static int64_t copies_left = -1; /* until one loses the context; -1: none will */
-static int stray;  /* copies between pools go astray */
-static int lost;   /* the error that the context was lost with */
+static int64_t permits = -1; /* copies that streams may still do; -1: no limit */
+static int64_t copies_left = -1; /* until a copy loses the context; -1: none will */
+static int lose_copies;  /* copies into opened pools do not arrive */
+static int lost;   /* the error that lost the context; 0: not lost */
 static _Thread_local int last_error;
-static _Thread_local int current_device = -1;
 
-/* What `name` is to return now, counted; the lock is held. */
+/* Count a call of `name` and return its result code. The caller holds the lock. */
 static int enter(const char *name) {
     int i = 0;
     while (i < CALLS - 1 && calls[i].name[0] && strcmp(calls[i].name, name)) i++;
@@ -79,16 +78,16 @@ static Place *take_place(int fd, size_t size, int opened) {
     return NULL;
 }
 
-/* -- for tests */
+/* -- controls for tests */
 
-void fake_permit(int64_t copies) { /* so many more; -1: all, 0 from all: none */
+void fake_permit(int64_t copies) { /* this many more copies; -1: no limit; 0: none */
     pthread_mutex_lock(&lock);
     permits = copies <= 0 || permits < 0 ? copies : permits + copies;
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
 }
 
-void fake_fail(const char *name, int code, int after) { /* once, after so many more calls that work */
+void fake_fail(const char *name, int code, int after) { /* once, after `after` more successful calls */
     pthread_mutex_lock(&lock);
     int i = 0;
     while (i < CALLS - 1 && calls[i].name[0] && strcmp(calls[i].name, name)) i++;
@@ -104,7 +103,7 @@ void fake_lose_context_after(int64_t copies) {
     pthread_mutex_unlock(&lock);
 }
 
-void fake_stray(int on) { stray = on; }
+void fake_lose_copies(int on) { lose_copies = on; }
 
 int fake_count(const char *name) {
     int count = 0;
@@ -114,15 +113,13 @@ int fake_count(const char *name) {
     return count;
 }
 
-int fake_mapped(void) { /* allocations of others that are open here */
+int fake_mapped(void) { /* number of allocations of other processes that are open here */
     int n = 0;
     pthread_mutex_lock(&lock);
     for (int i = 0; i < PLACES; i++) n += places[i].base && places[i].opened;
     pthread_mutex_unlock(&lock);
     return n;
 }
-
-int fake_device(void) { return current_device; }
 
 /* -- devices and memory */
 
@@ -143,7 +140,7 @@ int cudaGetLastError(void) {
     return code;
 }
 
-int cudaSetDevice(int device) { ENTER("cudaSetDevice"); current_device = device; LEAVE(SUCCESS); }
+int cudaSetDevice(int device) { ENTER("cudaSetDevice"); LEAVE(SUCCESS); }
 
 int cudaDeviceGetPCIBusId(char *address, int size, int device) {
     ENTER("cudaDeviceGetPCIBusId");
@@ -207,9 +204,9 @@ int cudaIpcCloseMemHandle(void *pointer) {
 
 /* -- streams */
 
-static void copy(Work *work) { /* without the lock */
+static void copy(Work *work) { /* the caller does not hold the lock */
     Place *to = place_of(work->to);
-    if (stray && to && to->opened) return;
+    if (lose_copies && to && to->opened) return;
     memcpy(work->to, work->from, work->size);
 }
 

@@ -1,4 +1,4 @@
-"""The block manager against a slow and obvious model of it, and its own checker against damage."""
+"""The block manager against a simple model of it, and its `check` against damaged accounting."""
 
 import pytest
 from hypothesis import strategies as st
@@ -10,17 +10,17 @@ SIZE = 4
 
 
 class Blocks(RuleBasedStateMachine):
-    """Holders come and go with prefixes drawn from few tokens, so that many are shared.
+    """Requests come and go with prefixes of few different tokens, so that many blocks are shared.
 
-    The model: a list of tables, the names ever given to each block, and the free blocks in the order in which
-    they should be handed out.
+    The model is a list of block tables, the hash of each cached block, and the free blocks in the order in which they
+    must be allocated.
     """
 
     @initialize(num_blocks=st.integers(2, 12))
     def start(self, num_blocks: int):
         self.blocks = BlockManager(num_blocks, SIZE)
         self.tables: list[list[int]] = []
-        self.names: dict[int, bytes] = {}
+        self.hashes: dict[int, bytes] = {}
         self.free = list(range(1, num_blocks))
 
     def model_refs(self, block: int) -> int:
@@ -30,8 +30,8 @@ class Blocks(RuleBasedStateMachine):
     def admit(self, tokens, salt):
         hashes = block_hashes(tokens, SIZE, salt)
         expected = []
-        for name in hashes:
-            block = next((b for b, n in self.names.items() if n == name), None)
+        for block_hash in hashes:
+            block = next((b for b, h in self.hashes.items() if h == block_hash), None)
             if block is None:
                 break
             expected.append(block)
@@ -49,14 +49,14 @@ class Blocks(RuleBasedStateMachine):
         taken, self.free = self.free[:fresh], self.free[fresh:]
         assert self.blocks.allocate(fresh) == taken
         for block in taken:
-            self.names.pop(block, None)
+            self.hashes.pop(block, None)
         table = matched + taken
         self.tables.append(table)
         full = len(tokens) // SIZE
         self.blocks.register(table[:full], hashes)
-        for block, name in zip(table[:full], hashes, strict=True):
-            if name not in self.names.values():
-                self.names[block] = name
+        for block, block_hash in zip(table[:full], hashes, strict=True):
+            if block_hash not in self.hashes.values():
+                self.hashes[block] = block_hash
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -65,7 +65,7 @@ class Blocks(RuleBasedStateMachine):
         self.blocks.free(table)
         for block in reversed(table):
             if self.model_refs(block) == 0:
-                self.free.insert(len(self.free) if block in self.names else 0, block)
+                self.free.insert(len(self.free) if block in self.hashes else 0, block)
 
     @precondition(lambda self: self.free)
     @rule()
@@ -84,17 +84,17 @@ class Blocks(RuleBasedStateMachine):
 TestBlocks = Blocks.TestCase
 
 
-def test_hashes_name_the_whole_prefix_and_grow_incrementally():
+def test_a_block_hash_covers_the_whole_prefix_and_is_computed_incrementally():
     tokens = list(range(10))
-    names = block_hashes(tokens, SIZE)
-    assert len(names) == 2 and all(len(name) == 16 for name in names)
-    assert block_hashes(tokens, SIZE, have=names[:1]) == names
-    assert block_hashes([9, *tokens[1:]], SIZE)[1] != names[1]
-    assert not set(block_hashes(tokens, SIZE, b"tenant")) & set(names)
-    assert not set(block_hashes(tokens[SIZE:], SIZE, names[0])) & set(names)  # a salt is no parent
+    hashes = block_hashes(tokens, SIZE)
+    assert len(hashes) == 2 and all(len(block_hash) == 16 for block_hash in hashes)
+    assert block_hashes(tokens, SIZE, have=hashes[:1]) == hashes
+    assert block_hashes([9, *tokens[1:]], SIZE)[1] != hashes[1]
+    assert not set(block_hashes(tokens, SIZE, b"tenant")) & set(hashes)
+    assert not set(block_hashes(tokens[SIZE:], SIZE, hashes[0])) & set(hashes)  # a salt is no parent
 
 
-def test_a_cached_prefix_dies_tail_first_and_after_what_caches_nothing():
+def test_uncached_blocks_are_allocated_first_and_cached_prefixes_are_evicted_from_the_tail():
     blocks = BlockManager(5, SIZE)
     hashes = block_hashes(range(3 * SIZE), SIZE)
     table = blocks.allocate(4)
@@ -104,41 +104,41 @@ def test_a_cached_prefix_dies_tail_first_and_after_what_caches_nothing():
     assert blocks.match(hashes) == table[:2]
 
 
-def test_a_hit_makes_a_block_recent():
+def test_a_cache_hit_makes_a_block_recently_used():
     blocks = BlockManager(4, SIZE)
-    names = [block_hashes([i] * SIZE, SIZE)[0] for i in range(3)]
-    blocks.register(table := blocks.allocate(3), names)
+    hashes = [block_hashes([i] * SIZE, SIZE)[0] for i in range(3)]
+    blocks.register(table := blocks.allocate(3), hashes)
     for block in table:
         blocks.free([block])
-    blocks.acquire(blocks.match(names[:1]))
+    blocks.acquire(blocks.match(hashes[:1]))
     blocks.free(table[:1])
     assert blocks.allocate(2) == table[1:]
-    assert blocks.match(names[:1]) == table[:1]
+    assert blocks.match(hashes[:1]) == table[:1]
 
 
-def test_equal_blocks_computed_twice_both_stay_and_one_is_found():
+def test_two_equal_blocks_both_stay_and_the_first_registered_is_found():
     blocks = BlockManager(4, SIZE)
-    name = block_hashes([7] * SIZE, SIZE)
+    block_hash = block_hashes([7] * SIZE, SIZE)
     first, second = blocks.allocate(2)
-    blocks.register([first], name)
-    blocks.register([second], name)
+    blocks.register([first], block_hash)
+    blocks.register([second], block_hash)
     blocks.check([[first], [second]])
-    assert blocks.match(name) == [first]
+    assert blocks.match(block_hash) == [first]
 
 
-def test_without_prefix_caching_nothing_is_found():
+def test_without_prefix_caching_no_block_is_found():
     blocks = BlockManager(4, SIZE, prefix_caching=False)
-    name = block_hashes([7] * SIZE, SIZE)
-    blocks.register(blocks.allocate(1), name)
-    assert blocks.match(name) == []
+    block_hash = block_hashes([7] * SIZE, SIZE)
+    blocks.register(blocks.allocate(1), block_hash)
+    assert blocks.match(block_hash) == []
 
 
-def test_misuse_is_refused():
+def test_misuse_raises_an_error():
     blocks = BlockManager(4, SIZE)
     one, two = block_hashes(range(2 * SIZE), SIZE)
     [block] = blocks.allocate(1)
     blocks.register([block], [one])
-    with pytest.raises(PoolError, match="second name"):
+    with pytest.raises(PoolError, match="second hash"):
         blocks.register([block], [two])
     with pytest.raises(PoolError, match="not held"):
         blocks.register([block + 1], [two])
@@ -148,15 +148,15 @@ def test_misuse_is_refused():
         BlockManager(1, SIZE)
 
 
-def _leak(blocks, table):
+def _leaked(blocks, table):
     return []
 
 
-def _double_hold(blocks, table):
+def _held_twice(blocks, table):
     return [table, table]
 
 
-def _repeat(blocks, table):
+def _repeated(blocks, table):
     return [table + table[:1]]
 
 
@@ -165,40 +165,40 @@ def _free_and_held(blocks, table):
     return [table]
 
 
-def _lost(blocks, table):
+def _neither(blocks, table):
     blocks._free.popitem()
     return [table]
 
 
-def _dummy(blocks, table):
+def _dummy_in_use(blocks, table):
     blocks._refs[0] = 1
     return [table]
 
 
-def _astray(blocks, table):
-    blocks._by_name[b"x"] = table[1]
+def _wrong_mapping(blocks, table):
+    blocks._by_hash[b"x"] = table[1]
     return [table]
 
 
-def _unfindable(blocks, table):
-    blocks._by_name.clear()
+def _empty_mapping(blocks, table):
+    blocks._by_hash.clear()
     return [table]
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (_leak, "counts 1 holders, 0 tables"),
-        (_double_hold, "counts 1 holders, 2 tables"),
-        (_repeat, "twice in one table"),
+        (_leaked, "counts 1 holders, 0 tables"),
+        (_held_twice, "counts 1 holders, 2 tables"),
+        (_repeated, "twice in one table"),
         (_free_and_held, "both free and held"),
-        (_lost, "neither free nor held"),
-        (_dummy, "dummy"),
-        (_astray, "does not bear the name"),
-        (_unfindable, "not found by its name"),
+        (_neither, "neither free nor held"),
+        (_dummy_in_use, "dummy"),
+        (_wrong_mapping, "does not have it"),
+        (_empty_mapping, "not found by its hash"),
     ],
 )
-def test_the_checker_sees(damage, message):
+def test_check_finds_damaged_accounting(damage, message):
     blocks = BlockManager(6, SIZE)
     table = blocks.allocate(2)
     blocks.register(table[:1], block_hashes(range(SIZE), SIZE))

@@ -1,3 +1,5 @@
+"""Other engines' KV pools in shared memory: mapped once per incarnation, closed at their engine's death."""
+
 from __future__ import annotations
 
 import gc
@@ -15,15 +17,14 @@ import pytest
 from daemon.ipc import segment
 from daemon.ipc.fabric import Fabric, FabricHandles, Layout, Topology
 from daemon.ipc.process_table import ProcessFacts, ProcessState, TableReader, TableWriter
-from daemon.kvpool import host_pools as room
 from daemon.kvpool.host_pools import HostPools
 from tests.e2e.daemon_process import running
 
 ROOT = Path(__file__).parents[2]
 TOPOLOGY = Topology(frontends=1, engines=2)
 SIZE = 3 * 4096
-# An engine: bound to its parent's life, it finds the table and writes into the pool of engine 1.
-ENGINE = """
+# The source of an engine process that dies with its parent and writes into the pool of engine 1.
+ENGINE_SOURCE = """
 import ctypes, os, sys
 from daemon.ipc.fabric import Fabric, FabricHandles, Topology
 from daemon.kvpool.host_pools import HostPools
@@ -34,8 +35,8 @@ HostPools(table, topology, os.getppid()).pool(1)[5:10] = b"hello"
 """
 
 
-class Box:
-    """This process as the supervisor of two engines: it has their table and holds their pools."""
+class FakeSupervisor:
+    """This process as the supervisor of two engines: it writes the process table and holds the pools."""
 
     def __init__(self) -> None:
         self.fd = segment.create(Layout(TOPOLOGY).size)
@@ -48,7 +49,7 @@ class Box:
         return self._fabric.table()
 
     def start(self, engine: int, size: int = SIZE) -> memoryview:
-        """A new incarnation, and its own view of its pool."""
+        """Start a new incarnation; return the view of its pool that the engine would have."""
         if self.pools[engine] >= 0:
             os.close(self.pools[engine])
         self.pools[engine] = segment.create(SIZE)
@@ -56,7 +57,7 @@ class Box:
         self._publish(engine, ProcessState.UP, size)
         return segment.attach(self.pools[engine])
 
-    def bury(self, engine: int) -> None:
+    def die(self, engine: int) -> None:
         self._publish(engine, ProcessState.DEAD, SIZE)
 
     def close(self) -> None:
@@ -64,138 +65,142 @@ class Box:
             if fd >= 0:
                 os.close(fd)
 
-    def _publish(self, engine: int, life: ProcessState, size: int) -> None:
-        facts = ProcessFacts(life, self._incarnations[engine], pool_fd=self.pools[engine], pool_bytes=size)
+    def _publish(self, engine: int, state: ProcessState, size: int) -> None:
+        facts = ProcessFacts(state, self._incarnations[engine], pool_fd=self.pools[engine], pool_bytes=size)
         self._table.publish(TOPOLOGY.engine(engine), facts)
 
 
 @pytest.fixture
-def box() -> Iterator[Box]:
-    b = Box()
-    yield b
-    b.close()
+def supervisor() -> Iterator[FakeSupervisor]:
+    created = FakeSupervisor()
+    yield created
+    created.close()
 
 
 @pytest.fixture
-def peers(box: Box) -> HostPools:
-    return HostPools(box.table(), TOPOLOGY, os.getpid())
+def pools(supervisor: FakeSupervisor) -> HostPools:
+    return HostPools(supervisor.table(), TOPOLOGY, os.getpid())
 
 
-def same(a: memoryview, b: memoryview) -> bool:
-    """Whether both are views of one memory."""
+def same_memory(a: memoryview, b: memoryview) -> bool:
+    """Return True if both are views of the same memory."""
     b[0] = (a[0] + 1) % 256
     return a[0] == b[0] and len(a) == len(b)
 
 
-def test_a_pool_is_mapped_once_and_is_the_peers_own(box, peers):
-    assert peers.pool(0) is None  # not born yet
-    first, second = box.start(0), box.start(1)
-    assert same(peers.pool(0), first)
-    assert same(peers.pool(1), second)
-    assert not same(peers.pool(0), second)
-    assert peers.pool(0) is peers.pool(0)
+def test_a_pool_is_mapped_once_and_shares_the_memory_of_its_engine(supervisor, pools):
+    assert pools.pool(0) is None  # not started yet
+    first, second = supervisor.start(0), supervisor.start(1)
+    assert same_memory(pools.pool(0), first)
+    assert same_memory(pools.pool(1), second)
+    assert not same_memory(pools.pool(0), second)
+    assert pools.pool(0) is pools.pool(0)
 
 
-def test_a_child_maps_what_its_parent_holds(box):
-    pool = box.start(1)
-    subprocess.run([sys.executable, "-c", ENGINE, str(box.fd)], cwd=ROOT, pass_fds=[box.fd], check=True)
+def test_a_child_process_maps_a_pool_that_its_parent_holds(supervisor):
+    pool = supervisor.start(1)
+    subprocess.run(
+        [sys.executable, "-c", ENGINE_SOURCE, str(supervisor.fd)], cwd=ROOT, pass_fds=[supervisor.fd], check=True
+    )
     assert bytes(pool[5:10]) == b"hello"
 
 
-def test_a_restart_is_noticed_and_the_dead_pool_let_go(box, peers):
-    box.start(0)
-    mapping = weakref.ref(peers.pool(0).obj)
-    box.bury(0)
-    peers.refresh()
+def test_after_a_death_the_pool_is_unmapped_and_the_successors_pool_is_mapped(supervisor, pools):
+    supervisor.start(0)
+    mapping = weakref.ref(pools.pool(0).obj)
+    supervisor.die(0)
+    pools.refresh()
     gc.collect()
     assert mapping() is None
-    assert peers.pool(0) is None
-    successor = box.start(0)
-    assert same(peers.pool(0), successor)
+    assert pools.pool(0) is None
+    successor = supervisor.start(0)
+    assert same_memory(pools.pool(0), successor)
 
 
-def test_a_restart_that_nobody_looked_at_is_noticed(box, peers):
-    old = box.start(0)
-    assert same(peers.pool(0, 1), old)
-    box.bury(0)
-    new = box.start(0)
-    assert peers.pool(0, 1) is None  # what was agreed with the predecessor is void
-    assert same(peers.pool(0, 2), new)
-    assert peers.pool(0, 3) is None
+def test_a_restart_between_two_calls_is_detected(supervisor, pools):
+    old = supervisor.start(0)
+    assert same_memory(pools.pool(0, 1), old)
+    supervisor.die(0)
+    new = supervisor.start(0)
+    assert pools.pool(0, 1) is None  # block ids of the predecessor mean nothing in this pool
+    assert same_memory(pools.pool(0, 2), new)
+    assert pools.pool(0, 3) is None
 
 
-def test_a_restart_in_the_middle_of_mapping_is_noticed(box, peers, monkeypatch):
-    box.start(0)
+def test_a_restart_while_the_pool_is_being_mapped_is_detected(supervisor, pools, monkeypatch):
+    supervisor.start(0)
     attach = segment.attach
 
-    def restart_first(fd: int) -> memoryview:
-        monkeypatch.setattr(room.segment, "attach", attach)
-        box.bury(0)
-        box.start(0)
+    def restart_then_attach(fd: int) -> memoryview:
+        monkeypatch.setattr(segment, "attach", attach)
+        supervisor.die(0)
+        supervisor.start(0)
         return attach(fd)
 
-    monkeypatch.setattr(room.segment, "attach", restart_first)
-    assert peers.pool(0) is None
-    assert same(peers.pool(0, 2), attach(box.pools[0]))
+    monkeypatch.setattr(segment, "attach", restart_then_attach)
+    assert pools.pool(0) is None
+    assert same_memory(pools.pool(0, 2), attach(supervisor.pools[0]))
 
 
-def test_what_cannot_be_mapped_is_said_once_an_incarnation(box, peers, caplog):
-    box.start(0, size=SIZE + 4096)  # not what the descriptor has
+def test_a_pool_that_cannot_be_mapped_is_logged_once_per_incarnation(supervisor, pools, caplog):
+    supervisor.start(0, size=SIZE + 4096)  # not the size of the file
     with caplog.at_level(logging.ERROR):
-        assert [peers.pool(0) for _ in range(3)] == [None] * 3
+        assert [pools.pool(0) for _ in range(3)] == [None] * 3
         assert len(caplog.records) == 1
         assert "engine 0" in caplog.text
-    box.bury(0)
-    successor = box.start(0)
-    assert same(peers.pool(0), successor)
+    supervisor.die(0)
+    successor = supervisor.start(0)
+    assert same_memory(pools.pool(0), successor)
 
 
-def test_a_supervisor_that_cannot_be_looked_into_means_no_peers(box, caplog):
-    box.start(0)
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    assert HostPools(box.table(), TOPOLOGY, gone.pid).pool(0) is None
-    assert "cannot map" in caplog.text
+def test_without_access_to_the_supervisor_there_are_no_peers(supervisor, caplog):
+    supervisor.start(0)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    assert HostPools(supervisor.table(), TOPOLOGY, dead.pid).pool(0) is None
+    assert "cannot open" in caplog.text
 
 
-def test_two_hundred_restarts_leave_no_descriptor_and_no_mapping(box, peers):
-    def open_now() -> tuple[int, int]:
+def test_two_hundred_restarts_leak_no_descriptor_and_no_mapping(supervisor, pools):
+    def count_open() -> tuple[int, int]:
+        """Return the number of descriptors and of mappings."""
         gc.collect()
         maps = Path("/proc/self/maps").read_text()
         return len(os.listdir("/proc/self/fd")), maps.count("/dev/shm/llumd-")
 
-    box.start(0)
-    peers.pool(0)[0] = 1
-    before = open_now()
+    supervisor.start(0)
+    pools.pool(0)[0] = 1
+    before = count_open()
     for _ in range(200):
-        box.bury(0)
-        box.start(0)
-        peers.pool(0)[0] = 1
-    assert open_now() == before
-    peers.close()
-    assert open_now() < before
+        supervisor.die(0)
+        supervisor.start(0)
+        pools.pool(0)[0] = 1
+    assert count_open() == before
+    pools.close()
+    assert count_open() < before
 
 
 def test_the_daemon_publishes_its_pools(tmp_path):
-    """The supervisor's table leads to each engine's pool, and to another one after a kill."""
+    """The process table leads to each engine's pool, and to a new pool after a kill."""
     topology = Topology(frontends=1, engines=2)
     with running(tmp_path / "d", "--kv-memory", "1MiB", engine="hash") as daemon:
-        supervisor = daemon.process.pid
-        handles = FabricHandles(topology, _fabric_segment(supervisor, topology), (), ())
-        found = HostPools(Fabric(handles, -1, 0).table(), topology, supervisor)
-        pools = [found.pool(i) for i in range(2)]
+        pid = daemon.process.pid
+        handles = FabricHandles(topology, _fabric_segment(pid, topology), (), ())
+        directory = HostPools(Fabric(handles, -1, 0).table(), topology, pid)
+        pools = [directory.pool(i) for i in range(2)]
         assert [len(pool) for pool in pools] == [1 << 20] * 2
         assert daemon.complete(list(range(100, 164)), max_tokens=20).status_code == 200
-        assert any(map(any, pools))  # KV was written where we look
+        assert any(map(any, pools))  # the KV of the request is in the pools that this test maps
         before = daemon.kill("engine", 1, signal.SIGKILL)
         daemon.await_successor("engine", 1, before)
-        assert found.pool(1, before["incarnation"]) is None
-        assert found.pool(1, before["incarnation"] + 1) is not pools[1]
-        assert found.pool(0) is pools[0]
+        assert directory.pool(1, before["incarnation"]) is None
+        assert directory.pool(1, before["incarnation"] + 1) is not pools[1]
+        assert directory.pool(0) is pools[0]
         os.close(handles.segment)
 
 
 def _fabric_segment(pid: int, topology: Topology) -> int:
+    """Open the shared segment of the daemon whose supervisor is `pid`."""
     size = Layout(topology).size
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         if "llumd-" in os.readlink(entry) and entry.stat().st_size == size:

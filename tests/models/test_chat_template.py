@@ -1,4 +1,4 @@
-"""Chat templates: equal to Transformers', harmless, and clear when they fail."""
+"""Chat templates: equal to Transformers, sandboxed, with clear errors."""
 
 import json
 
@@ -32,7 +32,7 @@ message = st.fixed_dictionaries({"role": roles, "content": st.text(max_size=20)}
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def reference(tmp_path_factory):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(make_tiny_llama(tmp_path_factory.mktemp("m"), weights=False))
@@ -46,7 +46,7 @@ def with_template(path, source, **config):
 
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, TOOLS])
-def test_renders_as_transformers_does(tmp_path, theirs, source):
+def test_rendering_equals_transformers(tmp_path, reference, source):
     ours = with_template(tmp_path, source, bos_token={"content": "<|endoftext|>"}, eos_token="<|im_end|>")
     variables = {"tools": [{"name": "é<b>", "parameters": {}}], "flavour": "x"}
 
@@ -54,7 +54,7 @@ def test_renders_as_transformers_does(tmp_path, theirs, source):
     @given(st.lists(message, min_size=1, max_size=4), st.booleans(), st.booleans())
     def check(messages, prompt, more):
         extra = variables if more else {}
-        expected = theirs.apply_chat_template(
+        expected = reference.apply_chat_template(
             messages, chat_template=source, tokenize=False, add_generation_prompt=prompt, **extra
         )
         assert ours.render(messages, prompt, **extra) == expected
@@ -62,7 +62,7 @@ def test_renders_as_transformers_does(tmp_path, theirs, source):
     check()
 
 
-def test_the_demo_model_renders_as_transformers_does():
+def test_rendering_the_demo_model_equals_transformers():
     from transformers import AutoTokenizer
 
     path = demo_model_dir()
@@ -74,7 +74,7 @@ def test_the_demo_model_renders_as_transformers_does():
     assert "You are a helpful AI assistant" in expected
 
 
-def test_where_the_template_is_found(tmp_path):
+def test_precedence_of_template_sources(tmp_path):
     assert with_template(tmp_path, None, chat_template="one").render([]) == "one"
     both = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]
     assert with_template(tmp_path, None, chat_template=both).render([]) == "two"
@@ -119,21 +119,21 @@ def test_a_template_can_only_compute_text(tmp_path, source, reason):
         with_template(tmp_path, source).render([{"role": "user", "content": "x"}])
 
 
-def test_small_products_are_computed(tmp_path):
+def test_small_products_are_allowed(tmp_path):
     template = with_template(tmp_path, "{{ '-' * 5 }}{{ 2 ** 10 }}{{ 1000000 * 1000000 }}{{ 1.5 * 2 }}")
     assert template.render([]) == "-----102410000000000003.0"
 
 
-def test_output_is_bounded(tmp_path, monkeypatch):
+def test_the_output_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_OUTPUT", 10_000)
     template = with_template(tmp_path, "{% for i in range(1000) %}0123456789{% endfor %}!")
     with pytest.raises(ChatError, match="more text"):
         template.render([])
 
 
-def test_variables_cannot_replace_what_a_template_is_given(tmp_path):
+def test_variables_cannot_replace_the_built_in_ones(tmp_path):
     source = "{{ messages[0].content }}{{ bos_token }}{{ range(2) | list }}"
     template = with_template(tmp_path, source, bos_token="<s>")
     rendered = template.render([{"content": "m"}], bos_token="x", range="y")
     assert rendered == "m<s>[0, 1]"
-    assert template.render([{"content": "m"}]) == rendered  # the budget of `range` is one rendering's
+    assert template.render([{"content": "m"}]) == rendered  # each rendering has its own limit of `range`

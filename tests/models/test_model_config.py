@@ -1,4 +1,4 @@
-"""What is served and what is refused, and that the reason is told."""
+"""Model directories that llumd serves and refuses, the errors, and checkpoints."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from daemon.models import checkpoint
+from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError, read_model_config
 from tests.models.tiny_model import make_tiny_llama, random_weights
 
@@ -29,7 +30,7 @@ def edit(path, **changes):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("tie", [True, False])
-def test_reads_a_directory(tmp_path, shards, tie):
+def test_open_model_reads_a_directory(tmp_path, shards, tie):
     path = make_tiny_llama(
         tmp_path / "m",
         shards=shards,
@@ -43,7 +44,7 @@ def test_reads_a_directory(tmp_path, shards, tie):
         rope_scaling=LLAMA3,
         eos=[2, 5],
     )
-    model_config = read_model_config(path, "name")
+    model_config = open_model(path, "name")
     assert (
         model_config.name,
         model_config.path,
@@ -58,38 +59,38 @@ def test_reads_a_directory(tmp_path, shards, tie):
         model_config.tie_embeddings,
     ) == (2, 24, 512, tie)
     assert (model_config.rope_theta, model_config.rope_scaling, model_config.eos_token_ids) == (5e5, LLAMA3, (2, 5))
-    assert read_model_config(path).name == "m"
+    assert open_model(path).name == "m"
 
 
-def test_rope_of_transformers_5_equals_that_of_4(tmp_path):
+def test_rope_parameters_of_transformers_4_and_5(tmp_path):
     old = make_tiny_llama(tmp_path / "old", rope_theta=5e5, rope_scaling=LLAMA3)
     new = make_tiny_llama(tmp_path / "new")
     edit(new, rope_parameters={**LLAMA3, "rope_theta": 5e5}, rope_theta="absent", rope_scaling="absent")
-    assert read_model_config(old, "m").rope_scaling == read_model_config(new, "m").rope_scaling
-    assert read_model_config(old).rope_theta == read_model_config(new).rope_theta == 5e5
+    assert open_model(old, "m").rope_scaling == open_model(new, "m").rope_scaling
+    assert open_model(old).rope_theta == open_model(new).rope_theta == 5e5
     edit(new, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
-    assert (read_model_config(new).rope_theta, read_model_config(new).rope_scaling) == (77.0, None)
+    assert (open_model(new).rope_theta, open_model(new).rope_scaling) == (77.0, None)
     edit(old, rope_scaling={"type": "linear", "factor": 2})
-    assert read_model_config(old).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert open_model(old).rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
-def test_eos_of_both_files(tmp_path):
+def test_eos_ids_come_from_both_files(tmp_path):
     path = make_tiny_llama(tmp_path, eos=2)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
-    assert read_model_config(path).eos_token_ids == (2, 7)
+    assert open_model(path).eos_token_ids == (2, 7)
     edit(path, eos_token_id=None)
     (path / "generation_config.json").unlink()
-    assert read_model_config(path).eos_token_ids == ()
+    assert open_model(path).eos_token_ids == ()
 
 
-def test_mistral_is_a_llama_only_without_a_window(tmp_path):
+def test_mistral_needs_a_null_sliding_window(tmp_path):
     path = make_tiny_llama(tmp_path)
     edit(path, architectures=["MistralForCausalLM"], sliding_window=None)
-    assert read_model_config(path).attention_bias is False
-    for window in (4096, "absent"):  # absent means 4096 there
+    assert open_model(path).attention_bias is False
+    for window in (4096, "absent"):  # in Transformers an absent key means 4096
         edit(path, sliding_window=window)
         with pytest.raises(ModelError, match="sliding"):
-            read_model_config(path)
+            open_model(path)
 
 
 @pytest.mark.parametrize(
@@ -109,60 +110,60 @@ def test_mistral_is_a_llama_only_without_a_window(tmp_path):
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"eos_token_id": 384}, "outside"),
         ({"eos_token_id": "2"}, "not a token id"),
-        ({"tie_word_embeddings": False}, "lack lm_head.weight"),
+        ({"tie_word_embeddings": False}, "lack the tensor lm_head.weight"),
         ({"intermediate_size": 96}, r"shape \[128, 64\]"),
         ({"num_hidden_layers": 3}, "layers.2"),
         ({"num_hidden_layers": 1}, "no place for"),
         ({"attention_bias": True}, "bias"),
     ],
 )
-def test_refuses(tmp_path, changes, reason):
+def test_unsupported_models_are_refused(tmp_path, changes, reason):
     path = make_tiny_llama(tmp_path)
     edit(path, **changes)
     with pytest.raises(ModelError, match=reason):
-        read_model_config(path)
+        open_model(path)
 
 
 def test_dummy_needs_only_the_config(tmp_path):
     path = make_tiny_llama(tmp_path, weights=False, tokenizer=False)
-    assert read_model_config(path, load_format="dummy").num_layers == 2
+    assert read_model_config(path).num_layers == 2
     with pytest.raises(ModelError, match="safetensors"):
-        read_model_config(path)
+        open_model(path)
 
 
 def test_missing_and_broken_files(tmp_path):
     path = make_tiny_llama(tmp_path / "m", shards=3)
     shard = path / "model-00002-of-00003.safetensors"
-    whole = shard.read_bytes()
-    for size in (0, 5, 100, len(whole) - 1):
-        shard.write_bytes(whole[:size])
+    content = shard.read_bytes()
+    for size in (0, 5, 100, len(content) - 1):
+        shard.write_bytes(content[:size])
         with pytest.raises(ModelError, match=r"truncated"):
-            read_model_config(path)
+            open_model(path)
     shard.write_bytes(b"\x10" + bytes(7) + b"not json at all!")
     with pytest.raises(ModelError, match="not JSON"):
-        read_model_config(path)
+        open_model(path)
     shard.unlink()
     with pytest.raises(ModelError, match=r"lacks the shard model-00002"):
-        read_model_config(path)
+        open_model(path)
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     with pytest.raises(ModelError, match="outside"):
-        read_model_config(path)
+        open_model(path)
     (path / "model.safetensors.index.json").write_text('{"weight_map"')
     with pytest.raises(ModelError, match="not valid JSON"):
-        read_model_config(path)
+        open_model(path)
     (path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json"):
-        read_model_config(path)
+        open_model(path)
 
 
 def test_pickles_and_missing_tokenizers_are_refused(tmp_path):
     path = make_tiny_llama(tmp_path)
     (path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
-        read_model_config(path)
+        open_model(path)
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickles"):
-        read_model_config(path)
+        open_model(path)
 
 
 def test_weights_in_another_type_are_refused(tmp_path):
@@ -170,23 +171,23 @@ def test_weights_in_another_type_are_refused(tmp_path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
     with pytest.raises(ModelError, match="I32"):
-        read_model_config(path)
+        open_model(path)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_written_checkpoints_read_back(tmp_path, dtype):
+def test_written_checkpoints_can_be_read(tmp_path, dtype):
     from safetensors.torch import load_file
 
     path = make_tiny_llama(tmp_path, weights=False, tie=False)
     config = json.loads((path / "config.json").read_text())
     weights = random_weights(config, 3)
-    model_config = read_model_config(path, load_format="dummy")
+    model_config = read_model_config(path)
     shapes = checkpoint.expected_tensors(model_config)
     assert shapes == {n: w.shape for n, w in weights.items()}
     checkpoint.write(path, shapes, dtype, weights.__getitem__, shard_bytes=100_000)
     files = set(checkpoint.weight_map(path).values())
     assert len(files) > 2
-    read_model_config(path)
+    open_model(path)
     read = {n: t.float().numpy() for f in files for n, t in load_file(f).items()}
     assert read.keys() == weights.keys()
     tolerance = 0 if dtype == "F32" else 2**-8
@@ -206,13 +207,13 @@ def test_bfloat16_rounds_as_torch_does():
     assert (ours[~numbers] & 0x7FFF > 0x7F80).all()
 
 
-def test_tiny_weights_depend_on_the_seed_alone(tmp_path):
+def test_tiny_weights_depend_only_on_the_seed(tmp_path):
     config = json.loads((make_tiny_llama(tmp_path, weights=False) / "config.json").read_text())
     first, same, other = (random_weights(config, seed) for seed in (1, 1, 2))
     assert all((first[n] == same[n]).all() and (first[n] != other[n]).any() for n in first)
 
 
-def test_serving_processes_import_no_torch():
+def test_the_modules_of_serving_processes_do_not_import_torch():
     code = (
         "import sys, daemon.models.model_config, daemon.models.tokenizer, daemon.models.chat_template\n"
         "import daemon.models.store, daemon.models.stop_strings\n"

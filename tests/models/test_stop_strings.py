@@ -1,4 +1,4 @@
-"""Stop strings against a reading of the whole text."""
+"""Stop strings in a stream, compared with a search of the whole text."""
 
 from itertools import pairwise
 
@@ -20,17 +20,17 @@ def brute_force(text, stops):
     return text, False
 
 
-def cut(text, points):
+def split(text, points):
     edges = [0, *sorted(p % (len(text) + 1) for p in points), len(text)]
     return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(letters, stops, st.lists(st.integers(0, 30), max_size=8))
-def test_any_cut_gives_the_text_before_the_first_stop(text, stops, points):
+def test_a_text_split_anywhere_ends_before_the_first_stop_string(text, stops, points):
     matcher = StopStrings(stops)
     out, stopped = "", False
-    for piece in cut(text, points):
-        emit, stopped = matcher.push(piece)
+    for chunk in split(text, points):
+        emit, stopped = matcher.push(chunk)
         out += emit
         if stopped:
             break
@@ -41,7 +41,7 @@ def test_any_cut_gives_the_text_before_the_first_stop(text, stops, points):
 
 
 @given(letters, stops)
-def test_holds_back_no_more_than_it_must(text, stops):
+def test_only_the_beginning_of_a_stop_string_is_held_back(text, stops):
     matcher = StopStrings(stops)
     out = ""
     for n, char in enumerate(text, 1):
@@ -53,7 +53,7 @@ def test_holds_back_no_more_than_it_must(text, stops):
         assert not held or any(s.startswith(held) for s in stops)
 
 
-def test_the_first_completed_wins_and_of_those_the_longest():
+def test_the_first_complete_stop_string_wins_and_the_longest_of_several():
     assert StopStrings(["abcd", "bc"]).push("xabcd") == ("xa", True)
     matcher = StopStrings(["b", "ab"])
     assert matcher.push("xab") == ("x", True)

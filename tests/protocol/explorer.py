@@ -1,4 +1,4 @@
-"""Visits every state that a `World` can reach, and asks of each: does everything hold, and can it still end?"""
+"""Visits every state that a `World` can reach, and checks each: do all invariants hold, and can all requests end?"""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from collections import deque
 from typing import NamedTuple
 
 from daemon.kvpool.block_manager import PoolError
-from tests.protocol.world import PROGRESS, Action, Violation, World
+from tests.protocol.engine_model import Violation
+from tests.protocol.invariants import is_finished
+from tests.protocol.state_key import state_key
+from tests.protocol.world import PROGRESS, Action, World
 
 
 class Outcome(NamedTuple):
-    """`flaw`: what does not hold, None if all does; `path`: the actions that lead there; `said`: which messages
-    were ever read."""
+    """The result of an exploration."""
 
     states: int
     edges: int
-    flaw: str | None
-    path: list[Action]
-    complete: bool  # every reachable state was visited
-    said: set[str]
+    flaw: str | None  # the invariant that does not hold; None if all hold
+    path: list[Action]  # the actions that lead to the flaw
+    complete: bool  # True if every reachable state was visited
+    messages_read: set[str]  # the types of all messages that were read
 
 
 def explore(start: World, limit: int = 1_000_000) -> Outcome:
-    """Breadth first, so that a flaw is shown by a shortest path. Stops at the first flaw, or at `limit` states.
+    """Explore breadth first, so that the path to a flaw is a shortest one.
 
-    That a request can always end is asked by going backwards from the ends, over what the world does by itself;
-    only of a complete visit.
+    Stop at the first flaw or at `limit` states.
+
+    Whether every request can end is checked backwards from the final states, over the actions in PROGRESS, and only
+    if the exploration is complete.
     """
     gc.collect()
-    gc.disable()  # nothing here forms cycles that matter, and looking for them takes a third of the time
+    gc.disable()  # no cycles worth collecting are made here, and the search for them takes a third of the time
     try:
         return _explore(start, limit)
     finally:
@@ -39,54 +43,55 @@ def explore(start: World, limit: int = 1_000_000) -> Outcome:
 
 def _explore(start: World, limit: int) -> Outcome:
     start.check()
-    numbers = {start.key(): 0}
+    numbers = {state_key(start): 0}
     origins: list[tuple[int, Action]] = [(-1, ())]
-    before: list[list[int]] = [[]]  # by which states each is reached without a fault
-    ends = []
+    predecessors: list[list[int]] = [[]]  # of each state, by actions in PROGRESS
+    final_states = []
     queue = deque([start.save()])
-    said: set[str] = set()
+    messages_read: set[str] = set()
     visited = edges = 0
     while queue:
         blob = queue.popleft()
         here, visited = visited, visited + 1
         world: World = pickle.loads(blob)
-        if world.finished():
-            ends.append(here)
+        if is_finished(world):
+            final_states.append(here)
         for action in list(world.actions()):
             world = pickle.loads(blob)
             edges += 1
             try:
                 world.apply(action)
             except (Violation, PoolError, ValueError, IndexError, KeyError, AssertionError) as e:
-                return Outcome(visited, edges, f"{type(e).__name__}: {e}", _path(origins, here, action), False, said)
-            said.add(world.said)
-            key = world.key()
+                path = _path(origins, here, action)
+                return Outcome(visited, edges, f"{type(e).__name__}: {e}", path, False, messages_read)
+            messages_read.add(world.message_read)
+            key = state_key(world)
             there = numbers.get(key)
             if there is None:
                 there = numbers[key] = len(numbers)
                 origins.append((here, action))
-                before.append([])
+                predecessors.append([])
                 queue.append(world.save())
             if action[0] in PROGRESS:
-                before[there].append(here)
+                predecessors[there].append(here)
         if len(numbers) > limit:
-            return Outcome(visited, edges, None, [], False, said)
-    if stuck := _stuck(before, ends):
+            return Outcome(visited, edges, None, [], False, messages_read)
+    if stuck := _stuck(predecessors, final_states):
         path = _path(origins, *origins[stuck[0]])
-        return Outcome(visited, edges, f"stuck: {len(stuck)} states cannot end", path, True, said)
-    return Outcome(visited, edges, None, [], True, said)
+        return Outcome(visited, edges, f"stuck: {len(stuck)} states cannot end", path, True, messages_read)
+    return Outcome(visited, edges, None, [], True, messages_read)
 
 
-def _stuck(before: list[list[int]], ends: list[int]) -> list[int]:
-    """States from which no end can be reached."""
-    good = set(ends)
-    work = list(ends)
+def _stuck(predecessors: list[list[int]], final_states: list[int]) -> list[int]:
+    """Return the states from which no final state can be reached."""
+    can_end = set(final_states)
+    work = list(final_states)
     while work:
-        for state in before[work.pop()]:
-            if state not in good:
-                good.add(state)
+        for state in predecessors[work.pop()]:
+            if state not in can_end:
+                can_end.add(state)
                 work.append(state)
-    return [state for state in range(len(before)) if state not in good]
+    return [state for state in range(len(predecessors)) if state not in can_end]
 
 
 def _path(origins: list[tuple[int, Action]], state: int, last: Action) -> list[Action]:

@@ -1,133 +1,148 @@
-"""Worlds with one rule of the protocol broken. The explorer must object to each."""
+"""Worlds with one rule of the protocol broken. The explorer must find a flaw in each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 from daemon.control.policy import ownership
-from daemon.engine.migration.llumlet import Action as Deed
-from daemon.engine.migration.llumlet import Llumlet, Outgoing, Stage
+from daemon.engine.migration.actions import Action as LlumletAction
+from daemon.engine.migration.destination import Destination
+from daemon.engine.migration.llumlet import Llumlet
+from daemon.engine.migration.source import Outgoing, Phase, Source
 from daemon.engine.request import Request
 from daemon.enums import MigrationResult
 from daemon.ipc.messages import EngineIncarnation, Release, Reprioritise, Reserve, Reserved
-from tests.protocol.world import Action, Journals, World
+from tests.protocol.engine_model import Journals
+from tests.protocol.world import Action, World
 
 
-def verdicts(**broken: Any) -> SimpleNamespace:
+def broken_rules(**broken: Any) -> SimpleNamespace:
     return SimpleNamespace(**(vars(ownership) | broken))
 
 
-class UnfreezesItself(Llumlet):
-    """Out of patience, it runs the frozen request again without asking."""
+class UnfreezesAfterTimeout(Llumlet):
+    """After the timeout it runs the frozen request again without a Reclaim."""
 
-    def tick(self, now: float) -> list[Deed]:
+    def tick(self, now: float) -> list[LlumletAction]:
         reports = []
-        for outgoing in [o for o in self.outgoing.values() if o.stage is Stage.HANDED and now]:
-            reports.append(self._close(outgoing, now))
+        for outgoing in [o for o in self.outgoing.values() if o.phase is Phase.HANDED_OVER and now]:
+            reports.append(self.source.close(outgoing, now))
             self.scheduler.attach(outgoing.request)
         return reports
 
 
 class LocalUnfreeze(World):
-    llumlet_class = UnfreezesItself
+    """A source runs a frozen request again without asking the frontend."""
+
+    llumlet_class = UnfreezesAfterTimeout
 
 
-class FreesByTime(Llumlet):
-    """A reservation that waits too long is given up."""
+class FreesReservationsAfterTimeout(Llumlet):
+    """It frees a reservation after a timeout."""
 
-    def tick(self, now: float) -> list[Deed]:
+    def tick(self, now: float) -> list[LlumletAction]:
         for incoming in [i for i in self.incoming.values() if i.request is None and now]:
-            self._free(incoming.peer, incoming.reserve.move)
+            self.destination.free(incoming.peer, incoming.reserve.move)
         return super().tick(now)
 
 
 class ReservationTimeout(World):
-    llumlet_class = FreesByTime
+    """A destination frees blocks that a source may still write."""
+
+    llumlet_class = FreesReservationsAfterTimeout
 
     def actions(self) -> Iterator[Action]:
         yield from super().actions()
-        yield from (("patience", e.index) for e in self.engines if e.llumlet.incoming)
+        yield from (("time_out", e.index) for e in self.engines if e.llumlet.incoming)
 
 
-class AbortsAtOnce(Llumlet):
-    """It does not wait for its copies to end before it lets the destination free the blocks."""
+class AbortsAtOnce(Source):
+    """It sends Aborted, which lets the destination free the blocks, before its copies have ended."""
 
-    def _abort(self, outgoing: Outgoing, now: float, ended: MigrationResult = MigrationResult.FINISHED) -> list[Deed]:
-        return self._end(outgoing, now)
+    def _abort(
+        self, outgoing: Outgoing, now: float, result: MigrationResult = MigrationResult.FINISHED
+    ) -> list[LlumletAction]:
+        return self.end(outgoing, now)
 
 
 class AbortBeforeDrain(World):
-    llumlet_class = AbortsAtOnce
+    """A source aborts a move before its copies have ended."""
+
+    source_class = AbortsAtOnce
 
 
-class KeepsForTheDead(Llumlet):
-    """What a dead source had reserved stays reserved."""
+class KeepsReservationsOfDeadPeers(Destination):
+    """It keeps the reservations of a dead source."""
 
-    def peer_died(self, peer: EngineIncarnation, now: float) -> list[Deed]:
-        kept = {k: i for k, i in self.incoming.items() if i.request is None}
-        self.incoming = {k: i for k, i in self.incoming.items() if k not in kept}
-        actions = super().peer_died(peer, now)
-        self.incoming |= kept
-        return actions
+    def on_peer_death(self, is_dead: Callable[[EngineIncarnation], bool]) -> None:
+        pass
 
 
 class LeakedReservation(World):
-    llumlet_class = KeepsForTheDead
+    """Reservations of a dead source are never freed."""
+
+    destination_class = KeepsReservationsOfDeadPeers
 
 
-class EndsWithItsCopy(Llumlet):
-    """A copy that fails ends its move, even when the request is frozen and has asked already."""
+class EndsMoveWithFailedCopy(Llumlet):
+    """A failed copy ends its move, even if the request is frozen and handed over already."""
 
-    def copy_failed(self, move: int, now: float) -> list[Deed]:
+    def copy_failed(self, move: int, now: float) -> list[LlumletAction]:
         outgoing = self.outgoing.get(move)
-        if outgoing is None or outgoing.stage is Stage.TAIL:
+        if outgoing is None or outgoing.phase is Phase.COPYING_TAIL:
             return super().copy_failed(move, now)
-        return self._end(outgoing, now)
+        return self.source.end(outgoing, now)
 
 
 class LostFrozen(World):
-    llumlet_class = EndsWithItsCopy
+    """A frozen request is lost when a copy fails."""
+
+    llumlet_class = EndsMoveWithFailedCopy
 
 
-class NamesEarly(Llumlet):
-    """Reserved blocks are findable before anything is in them."""
+class RegistersHashesEarly(Destination):
+    """It registers the hashes of reserved blocks before their KV is there."""
 
     def _open(self, peer: EngineIncarnation, reserve: Reserve) -> Reserved | str:
         answer = super()._open(peer, reserve)
         if isinstance(answer, Reserved):
             table = self.incoming[peer, reserve.move].table
-            self.scheduler.blocks.register(table[: len(reserve.hashes)], reserve.hashes)
+            self._scheduler.blocks.register(table[: len(reserve.hashes)], reserve.hashes)
         return answer
 
 
 class EarlyHashes(World):
-    llumlet_class = NamesEarly
+    """Another request finds reserved blocks before their KV is there."""
+
+    destination_class = RegistersHashesEarly
 
 
-class OverlooksPreemption(Llumlet):
-    """A request that runs again after a preemption passes for one that never stopped."""
+class OverlooksPreemption(Source):
+    """It does not notice that a request was preempted and runs again."""
 
-    def _intact(self, outgoing: Outgoing) -> bool:
-        return self.scheduler.get(outgoing.request.rid) is outgoing.request
+    def is_intact(self, outgoing: Outgoing) -> bool:
+        return self._scheduler.get(outgoing.request.rid) is outgoing.request
 
 
 class UnseenPreemption(World):
-    llumlet_class = OverlooksPreemption
+    """KV of a preempted request is moved."""
+
+    source_class = OverlooksPreemption
 
 
-class ObeysAnyStart(Llumlet):
-    """The last Start read counts, whatever its epoch."""
+class AcceptsAnyStart(Llumlet):
+    """It accepts every Start, whatever its epoch."""
 
-    def on_start(self, request: Request, now: float) -> list[Deed]:
+    def on_start(self, request: Request, now: float) -> list[LlumletAction]:
         actions = self.on_release(request.rid, 1 << 32, now)
         self.scheduler.add(request)
         return actions
 
 
-class AnySlot(Journals):
-    """A slot is taken for what the message says it is."""
+class IgnoresEpochOfSlot(Journals):
+    """It loads a slot at the epoch of the message, whatever the epoch of the slot."""
 
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         entry = self.entries[slot]
@@ -138,19 +153,25 @@ class AnySlot(Journals):
 
 
 class StaleStart(World):
-    llumlet_class = ObeysAnyStart
+    """A stale Start is accepted."""
+
+    llumlet_class = AcceptsAnyStart
 
     def make_journals(self) -> Journals:
-        return AnySlot(self.entries)
+        return IgnoresEpochOfSlot(self.entries)
 
 
 class DeathBeforeDrain(World):
+    """A death is handled before all messages of the dead engine have been read."""
+
     def may_notice(self, observer: int, dead: EngineIncarnation) -> bool:
         return True
 
 
-class NoStatement(World):
-    def state_ownership(self) -> None:
+class NoOwnedRequests(World):
+    """A new frontend does not send the engines what they own."""
+
+    def send_owned_requests(self) -> None:
         pass
 
 
@@ -160,18 +181,20 @@ def _without_output(*args: Any) -> ownership.Decision:
     return decision._replace(output=None, ownership=decision.ownership._replace(accepted=held.accepted))
 
 
-class NoCarry(World):
-    verdicts = verdicts(takeover=_without_output)
+class NoCarriedOutput(World):
+    """The output that a claim carries is dropped."""
+
+    rules = broken_rules(takeover=_without_output)
 
 
-def _whatever_epoch(held: Any, sender: Any, claim: Any) -> ownership.Decision:
+def _any_epoch(held: Any, sender: Any, claim: Any) -> ownership.Decision:
     return ownership.takeover(held._replace(epoch=claim.epoch), sender, claim)
 
 
 class StaleGrant(World):
     """A claim at an old epoch is granted."""
 
-    verdicts = verdicts(takeover=_whatever_epoch)
+    rules = broken_rules(takeover=_any_epoch)
 
 
 def _without_release(*args: Any) -> ownership.Decision:
@@ -181,27 +204,27 @@ def _without_release(*args: Any) -> ownership.Decision:
 
 
 class SilentTakeover(World):
-    """The loser is not told."""
+    """The engine that loses the request is not sent a Release."""
 
-    verdicts = verdicts(takeover=_without_release)
+    rules = broken_rules(takeover=_without_release)
 
 
-def _award_alone(judge: Any) -> Any:
-    def judged(*args: Any) -> ownership.Decision:
-        decision = judge(*args)
+def _without_priority(rule: Any) -> Any:
+    def decide(*args: Any) -> ownership.Decision:
+        decision = rule(*args)
         return decision._replace(orders=tuple(o for o in decision.orders if not isinstance(o.message, Reprioritise)))
 
-    return judged
+    return decide
 
 
 class LostPriority(World):
-    """The winner of an award is not told the priority, which may have changed since it read the journal."""
+    """The winner of an award is not sent the priority, which may have changed since it read the journal."""
 
-    verdicts = verdicts(takeover=_award_alone(ownership.takeover))
+    rules = broken_rules(takeover=_without_priority(ownership.takeover))
 
 
-class ThawsOnly(Llumlet):
-    """Only what runs or waits takes another priority."""
+class ReprioritisesScheduledOnly(Llumlet):
+    """Only running and waiting requests get a new priority, frozen ones do not."""
 
     def on_reprioritise(self, rid: int, epoch: int, priority: int) -> None:
         request = self.scheduler.get(rid)
@@ -210,14 +233,14 @@ class ThawsOnly(Llumlet):
 
 
 class FrozenPriority(World):
-    llumlet_class = ThawsOnly
+    llumlet_class = ReprioritisesScheduledOnly
 
 
-def _at_once(held: ownership.Ownership, owner: EngineIncarnation) -> ownership.Ownership:
+def _at_same_epoch(held: ownership.Ownership, owner: EngineIncarnation) -> ownership.Ownership:
     return held._replace(epoch=max(1, held.epoch), owner=owner)
 
 
 class SameEpoch(World):
-    """A request is started anew at the epoch that its former owner may still have."""
+    """A request is started again at the epoch at which its former owner may still run it."""
 
-    verdicts = verdicts(started=_at_once)
+    rules = broken_rules(started=_at_same_epoch)

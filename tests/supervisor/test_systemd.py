@@ -1,3 +1,5 @@
+"""Notifications to systemd."""
+
 from __future__ import annotations
 
 import os
@@ -30,18 +32,16 @@ def test_lines_arrive_as_one_datagram(systemd: socket.socket):
     assert systemd.recv(1000) == b"WATCHDOG=1"
 
 
-def test_children_inherit_nothing(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch):
+def test_no_variable_of_systemd_stays_in_the_environment(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WATCHDOG_USEC", "2500000")
-    assert Notifier().watchdog_seconds == 2.5
+    Notifier()
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC"} & set(os.environ)
-    assert Notifier().watchdog_seconds == 0
 
 
-def test_silence_without_systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_nothing_is_sent_without_systemd_and_a_lost_datagram_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    monkeypatch.setenv("WATCHDOG_USEC", "soon")
-    notifier = Notifier()
-    assert notifier.watchdog_seconds == 0
-    notifier.send("READY=1")
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    Notifier().send("READY=1")  # a lost datagram is no reason to fail
+    Notifier().send("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "missing"))
+    Notifier().send("READY=1")

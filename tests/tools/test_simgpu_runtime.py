@@ -1,4 +1,5 @@
-"""The simulated CUDA runtime by itself, through ctypes: late where it may be, refusing what a GPU would refuse."""
+"""The simulated CUDA runtime, called through ctypes: it delays work as far as allowed, and refuses what a GPU
+refuses."""
 
 from __future__ import annotations
 
@@ -62,12 +63,12 @@ def copy(cuda, to, source, stream):
     return cuda.cudaMemcpyAsync(to, source, SIZE, DEFAULT, stream)
 
 
-def test_fresh_memory_is_no_number(cuda):
+def test_new_memory_is_nan(cuda):
     assert read(device(cuda)) == b"\xff" * SIZE
 
 
-def test_a_copy_is_made_when_someone_waits(cuda, stream):
-    """So a host buffer that is filled again too early is copied as it is then."""
+def test_a_copy_is_made_when_a_call_waits_for_it(cuda, stream):
+    """So if a host buffer is filled again too early, the new content is copied."""
     source, target = pinned(cuda, 1), device(cuda)
     assert copy(cuda, target, source, stream) == 0
     assert read(target) == b"\xff" * SIZE
@@ -76,7 +77,7 @@ def test_a_copy_is_made_when_someone_waits(cuda, stream):
     assert read(target) == b"\x02" * SIZE
 
 
-def test_pageable_memory_is_copied_as_it_was(cuda, stream):
+def test_pageable_memory_is_read_at_once(cuda, stream):
     source, target = ctypes.create_string_buffer(b"\x03" * SIZE, SIZE), device(cuda)
     copy(cuda, target, source, stream)
     ctypes.memset(source, 4, SIZE)
@@ -84,7 +85,7 @@ def test_pageable_memory_is_copied_as_it_was(cuda, stream):
     assert read(target) == b"\x03" * SIZE
 
 
-def test_streams_do_not_wait_for_one_another_unless_told(cuda):
+def test_streams_are_independent_without_an_event(cuda):
     one, other = made(cuda.cudaStreamCreate), made(cuda.cudaStreamCreate)
     source, middle, target = pinned(cuda, 5), device(cuda), device(cuda)
     copy(cuda, middle, source, one)
@@ -99,7 +100,7 @@ def test_streams_do_not_wait_for_one_another_unless_told(cuda):
     assert read(target) == b"\x05" * SIZE
 
 
-def test_an_event_asked_about_comes_late(cuda, stream):
+def test_an_event_that_is_queried_completes_late(cuda, stream):
     source, target, event = pinned(cuda, 6), device(cuda), made(cuda.cudaEventCreate)
     for _ in range(100):
         copy(cuda, target, source, stream)
@@ -112,7 +113,7 @@ def test_an_event_asked_about_comes_late(cuda, stream):
     cuda.cudaGetLastError()
 
 
-def test_a_graph_does_what_was_captured_each_time(cuda, stream):
+def test_each_launch_of_a_graph_repeats_the_captured_work(cuda, stream):
     source, target, graph, executable = pinned(cuda, 7), device(cuda), c_void_p(), c_void_p()
     assert cuda.cudaStreamBeginCapture(stream, GLOBAL) == 0
     assert copy(cuda, target, source, stream) == 0
@@ -127,7 +128,7 @@ def test_a_graph_does_what_was_captured_each_time(cuda, stream):
         assert read(target) == bytes([byte]) * SIZE
 
 
-def test_what_may_not_be_captured_is_refused(cuda, stream):
+def test_calls_that_may_not_be_captured_are_refused(cuda, stream):
     other, graph, event = made(cuda.cudaStreamCreate), c_void_p(), made(cuda.cudaEventCreate)
     source, target, kernel = pinned(cuda, 9), device(cuda), register(cuda, 1, b"some_kernel")
     cuda.cudaEventRecord(event, other)
@@ -146,7 +147,7 @@ def test_what_may_not_be_captured_is_refused(cuda, stream):
 
 
 def register(cuda, address, name):
-    """A kernel, as the code that nvcc makes for the host tells the runtime of it."""
+    """Register a kernel, as the host code that nvcc generates does."""
     function = c_void_p(address << 12)
     cuda.__getattr__("__cudaRegisterFunction")(None, function, None, name)
     return function
@@ -156,7 +157,7 @@ def launch(cuda, kernel, *, grid=(1, 1, 1), block=(32, 1, 1), shared=0):
     return cuda.cudaLaunchKernel(kernel, Dim3(*grid), Dim3(*block), None, shared, None)
 
 
-def test_launches_that_no_gpu_takes_are_refused(cuda):
+def test_launches_that_every_gpu_refuses_are_refused(cuda):
     kernel = register(cuda, 2, b"another_kernel")
     assert launch(cuda, c_void_p(1 << 40)) == UNKNOWN_KERNEL
     assert launch(cuda, kernel) == 0
@@ -171,7 +172,7 @@ def test_launches_that_no_gpu_takes_are_refused(cuda):
     assert launch(cuda, kernel, shared=64 << 10) == 0
 
 
-def test_what_belongs_to_another_device_is_refused(cuda, stream, monkeypatch):
+def test_streams_and_events_of_another_device_are_refused(cuda, stream, monkeypatch):
     monkeypatch.setenv("SIMGPU_DEVICES", "2")
     event, source, target = made(cuda.cudaEventCreate), pinned(cuda, 10), device(cuda)
     assert cuda.cudaSetDevice(2) == INVALID_DEVICE
@@ -179,7 +180,7 @@ def test_what_belongs_to_another_device_is_refused(cuda, stream, monkeypatch):
     try:
         assert copy(cuda, target, source, stream) == INVALID_HANDLE
         assert cuda.cudaEventRecord(event, made(cuda.cudaStreamCreate)) == INVALID_HANDLE
-        assert copy(cuda, target, source, made(cuda.cudaStreamCreate)) == 0  # memory may be any device's
+        assert copy(cuda, target, source, made(cuda.cudaStreamCreate)) == 0  # memory of any device is allowed
     finally:
         cuda.cudaSetDevice(0)
 
@@ -189,8 +190,8 @@ def test_memory_runs_out(cuda, monkeypatch):
     assert cuda.cudaMalloc(byref(c_void_p()), c_size_t(2 << 20)) == OUT_OF_MEMORY
 
 
-def test_memory_of_another_process_by_its_handle(cuda):
-    """Of this one, which the real runtime would refuse."""
+def test_memory_is_mapped_by_its_ipc_handle(cuda):
+    """The handle is of this process. The real runtime would refuse that."""
     handle = (ctypes.c_char * 64)()
     memory = device(cuda)
     assert cuda.cudaIpcGetMemHandle(byref(handle), memory) == 0

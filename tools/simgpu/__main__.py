@@ -1,6 +1,6 @@
 """Run this Python with arguments on the simulated GPU: python -m tools.simgpu [--launch-only] -m pytest tests/gpu
 
---launch-only: nothing is computed, tokens mean nothing. What remains is the time that the host takes.
+--launch-only: nothing is computed, so tokens have no meaning. Use it to measure the time of the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tools.simgpu.build import BuildError, build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# Two processes on two processors, each with as many threads, would only wait for one another.
+# More threads than CPUs would slow the processes of a test down.
 COMPUTING = {"SIMGPU": "1", "OMP_NUM_THREADS": "1"}
 LAUNCHING = {"SIMGPU_MIB": "6144"}
 

@@ -1,4 +1,4 @@
-"""Compiles the simulated libraries, once for each PyTorch: into the cache, with the system's C compiler."""
+"""Compiles the simulated libraries into the cache, once for each PyTorch, with the system's C compiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNTIME = Path(__file__).with_name("runtime.c")
 FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-shared", "-fPIC")
 CUDART = "libcudart.so.13"
 
-# Of the stand-ins' functions, those of which a caller expects more than success.
+# The functions of the stubs from which a caller expects more than success.
 _HANDLE = "int {name}(void **handle) {{ *handle = (void *)16; return 0; }}"
 _ZERO = "int {name}(void *handle, int *value) {{ *value = 0; return 0; }}"
 _SPECIAL = {
@@ -43,18 +43,18 @@ _SUCCESS = "int {name}(void) {{ return 0; }}"
 
 
 class BuildError(Exception):
-    """The simulation cannot be made here; says why."""
+    """The simulation cannot be built on this machine. The message gives the cause."""
 
 
 def build() -> list[Path]:
-    """The libraries to preload, in order. Raises BuildError."""
+    """Build the libraries, and return them in the order in which to preload them. Raises BuildError."""
     torch_libraries = _torch_libraries()
     wanted = _imported(torch_libraries)
     sources = {
-        "libcuda.so.1": [_stand_ins(wanted[""] | {"cuMemGetAddressRange_v2"}, _SUCCESS)],
-        CUDART: [RUNTIME.read_text(), _stand_ins(_missing(wanted[CUDART]), _NOT_SUPPORTED)],
-        "libcublas.so.13": [_stand_ins(wanted["libcublas.so.13"], _SUCCESS)],
-        "libcublasLt.so.13": [_stand_ins(wanted["libcublasLt.so.13"], _SUCCESS)],
+        "libcuda.so.1": [_stubs(wanted[""] | {"cuMemGetAddressRange_v2"}, _SUCCESS)],
+        CUDART: [RUNTIME.read_text(), _stubs(_missing(wanted[CUDART]), _NOT_SUPPORTED)],
+        "libcublas.so.13": [_stubs(wanted["libcublas.so.13"], _SUCCESS)],
+        "libcublasLt.so.13": [_stubs(wanted["libcublasLt.so.13"], _SUCCESS)],
     }
     digest = hashlib.sha256(repr((FLAGS, sorted(sources.items()))).encode()).hexdigest()[:12]
     where = cache_dir() / "simgpu" / digest
@@ -70,9 +70,9 @@ def build() -> list[Path]:
 
 
 def build_host(name: str) -> Path:
-    """The source of one of our own kernels for the CPU: "draw", "append" or "gemv". Raises BuildError."""
-    made_of = repr(host_kernels.FLAGS).encode() + b"".join(s.read_bytes() for s in host_kernels.sources_of(name))
-    library = cache_dir() / "simgpu" / f"host_{name}_{hashlib.sha256(made_of).hexdigest()[:12]}.so"
+    """Compile one of our own kernels ("draw", "append" or "gemv") for the CPU. Raises BuildError."""
+    key = repr(host_kernels.FLAGS).encode() + b"".join(s.read_bytes() for s in host_kernels.sources_of(name))
+    library = cache_dir() / "simgpu" / f"host_{name}_{hashlib.sha256(key).hexdigest()[:12]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -84,8 +84,10 @@ def build_host(name: str) -> Path:
 
 
 def compile_library(folder: Path, name: str, texts: Sequence[str]) -> Path:
-    """A shared library of these sources, whose symbols have its name as their version, as CUDA's have. Raises
-    BuildError."""
+    """Compile `texts` to a shared library. Its symbols have its name as their version, as in CUDA.
+
+    Raises BuildError.
+    """
     sources = [folder / f"{name}.{i}.c" for i in range(len(texts))]
     for source, text in zip(sources, texts, strict=True):
         source.write_text(text)
@@ -99,7 +101,7 @@ def compile_library(folder: Path, name: str, texts: Sequence[str]) -> Path:
         f"-Wl,-soname,{name}",
         "-pthread",
     ]
-    if name != "libcuda.so.1":  # the driver's have none
+    if name != "libcuda.so.1":  # the driver's symbols have no version
         versions = folder / f"{name}.map"
         versions.write_text(f"{name} {{ global: *; }};\n")
         command.append(f"-Wl,--version-script={versions}")
@@ -132,22 +134,22 @@ def _torch_libraries() -> list[Path]:
 
 
 def _imported(libraries: Iterable[Path]) -> dict[str, set[str]]:
-    """Functions of CUDA that they need, by library; "" for those of the driver, which have no version."""
+    """Return the CUDA functions that `libraries` need, by library. Those of the driver have no version: ""."""
     names: dict[str, set[str]] = {}
     for library in libraries:
-        said = subprocess.run(
+        output = subprocess.run(
             ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
         ).stdout
-        for name, version in re.findall(r"\b((?:cu[A-Z]|cuda|cublas|__cuda)\w*)(?:@(\S+))?$", said, re.MULTILINE):
+        for name, version in re.findall(r"\b((?:cu[A-Z]|cuda|cublas|__cuda)\w*)(?:@(\S+))?$", output, re.MULTILINE):
             names.setdefault(version, set()).add(name)
     names[""] = {name for name in names.get("", set()) if re.match(r"cu[A-Z]", name)}
     return names
 
 
 def _missing(wanted: set[str]) -> set[str]:
-    """Functions of the runtime that nothing here calls, but that must be there for the loader."""
+    """Return the runtime's functions that no code here calls, but that the loader needs."""
     return wanted - set(re.findall(r"^EXPORT .*?(\w+)\(", RUNTIME.read_text(), re.M))
 
 
-def _stand_ins(names: set[str], otherwise: str) -> str:
+def _stubs(names: set[str], otherwise: str) -> str:
     return "".join(_SPECIAL.get(name, otherwise).format(name=name) + "\n" for name in sorted(names))

@@ -1,8 +1,10 @@
-"""PyTorch's operations on the simulated device: launched as ever, then computed on the CPU in the stream's turn.
+"""PyTorch's operations on the simulated device: launched as usual, then computed on the CPU when the stream gets
+there.
 
-Every operation on a CUDA tensor goes its own way first: memory is allocated, arguments are checked, kernels launched,
-copies put into streams. Behind its launch goes a call that computes the same operation with CPU tensors over the same
-memory and leaves the results where the kernel would have. A graph that captured the launch captures the call.
+Every operation on a CUDA tensor first runs unchanged: memory is allocated, arguments are checked, kernels are
+launched, copies are put into streams. After its launch a call is put into the stream. It computes the same operation
+with CPU tensors over the same memory, and writes the results to the places of the kernel's results. A graph that
+captured the launch also captures the call.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-DIED = 99  # exit status of a process in which a computation failed: nobody could be told in its place
+EXIT_FAILED = 99  # exit status after a failed computation: the exception has no caller to go to
 
-# They compute nothing.
-_SILENT = {
+# Operations that compute nothing.
+_NO_COMPUTATION = {
     aten.empty.memory_format,
     aten.empty_like.default,
     aten.empty_strided.default,
@@ -43,8 +45,8 @@ _COPIES = {
     aten.to.dtype_layout,
     aten.to.other,
 }
-# The CPU has no kernels of these.
-_ELSEWISE: dict[Any, Callable[..., Any]] = {
+# Operations without a CPU kernel.
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     aten.mm.dtype_out: lambda a, b, dtype, out: out.copy_(a.to(dtype) @ b.to(dtype)),
 }
@@ -56,7 +58,7 @@ _runtime.sim_call.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
 _runtime.sim_finish.argtypes = (ctypes.c_void_p,)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int)
+@ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_int)  # type: ignore[untyped-decorator]
 def _on_call(number: int, again: int) -> None:
     try:
         compute = _calls[number] if again else _calls.pop(number)
@@ -67,13 +69,13 @@ def _on_call(number: int, again: int) -> None:
 
 
 def _die(text: str) -> None:
-    """Say it to whatever standard error was at first: tests catch what goes to the one of now."""
+    """Write to the original standard error, because tests capture the current one, and exit."""
     os.write(_runtime.sim_stderr(), f"simgpu: {text}".encode())
-    os._exit(DIED)
+    os._exit(EXIT_FAILED)
 
 
-def put_off(compute: Callable[[], Any], device: torch.device) -> None:
-    """Have `compute` done when the current stream of `device` gets there."""
+def submit_computation(compute: Callable[[], Any], device: torch.device) -> None:
+    """Run `compute` when the current stream of `device` gets there."""
     number = next(_numbers)
     _calls[number] = compute
     with torch.cuda.device(device):
@@ -86,7 +88,7 @@ def _finish(device: torch.device) -> None:
 
 
 def on_host(t: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over the same memory, wherever that is; it does not keep it alive."""
+    """Return a CPU tensor over the same memory, on the device or not. It does not keep the memory alive."""
     storage = t.untyped_storage()
     if not t.numel():
         return torch.empty(t.shape, dtype=t.dtype)
@@ -96,29 +98,29 @@ def on_host(t: torch.Tensor) -> torch.Tensor:
 
 
 class Simulation(TorchDispatchMode):
-    """Of one thread, for good."""
+    """Simulates the operations of one thread, until the process ends."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = _tensors((args, kwargs))
+        arguments = _tensors((args, kwargs))
         device = kwargs.get("device")
-        if not any(t.is_cuda for t in given) and (device is None or torch.device(device).type != "cuda"):
+        if not any(t.is_cuda for t in arguments) and (device is None or torch.device(device).type != "cuda"):
             return func(*args, **kwargs)
-        if func is aten.equal.default:  # it reads its answer, which no kernel has written
-            _finish(given[0].device)
+        if func is aten.equal.default:  # it reads its result, which no kernel has written
+            _finish(arguments[0].device)
             return func(*map(on_host, args))
         result = func(*args, **kwargs)
         results = _tensors(result)
-        if func in _SILENT or _is_view(func, given, results):
+        if func in _NO_COMPUTATION or _is_view(func, arguments, results):
             return result
-        if func in _COPIES and not all(t.is_cuda for t in (given[0], *given[1:2], *results)):
-            _copy(given[1] if func is aten.copy_.default else given[0], results[0])
+        if func in _COPIES and not all(t.is_cuda for t in (arguments[0], *arguments[1:2], *results)):
+            _copy(arguments[1] if func is aten.copy_.default else arguments[0], results[0])
             return result
         compute = _computation(func, args, kwargs, results)
         if all(t.is_cuda for t in results):
-            put_off(compute, _device_of(results + given))
+            submit_computation(compute, _device_of(results + arguments))
         else:
-            _finish(_device_of(given))
+            _finish(_device_of(arguments))
             compute()
         return result
 
@@ -131,17 +133,17 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def _is_view(func: Any, given: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
-    """Some operations, such as reshape, give a view or a copy as it comes."""
+def _is_view(func: Any, arguments: list[torch.Tensor], results: list[torch.Tensor]) -> bool:
+    """Return True if the result is a view. Operations such as reshape may return a view or a copy."""
     returns = func._schema.returns
     if not returns or not results or any(r.alias_info is None or r.alias_info.is_write for r in returns):
         return False
     where = results[0].untyped_storage().data_ptr()
-    return any(t.untyped_storage().data_ptr() == where for t in given)
+    return any(t.untyped_storage().data_ptr() == where for t in arguments)
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Between the host and the device. The runtime has done it already, where no kernel is in it."""
+    """Copy between host and device. Without a kernel in it, the runtime has already made the copy."""
     if source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous():
         return
     _finish(_device_of([source, target]))
@@ -149,7 +151,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _computation(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor]) -> Callable[[], None]:
-    """The operation on CPU tensors, with the memory that arguments and results have now."""
+    """Return the operation on CPU tensors, over the current memory of arguments and results."""
     args, kwargs = tree_map_only(torch.Tensor, lambda t: on_host(t) if t.is_cuda else t.clone(), (args, kwargs))
     named = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if named.get("device") is not None:
@@ -157,7 +159,7 @@ def _computation(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor])
     if named.get("generator") is not None:
         named["generator"] = torch.Generator().manual_seed(named["generator"].initial_seed())
     targets = [on_host(t) if t.is_cuda else t for t in results]
-    compute = _ELSEWISE.get(func, func)
+    compute = _REPLACEMENTS.get(func, func)
 
     def work() -> None:
         for target, value in zip(targets, _tensors(compute(*args, **named)), strict=True):
@@ -168,9 +170,9 @@ def _computation(func: Any, args: Any, kwargs: Any, results: list[torch.Tensor])
 
 
 def install() -> None:
-    """Simulate in this process: in the thread that calls."""
+    """Start the simulation in this process, for the calling thread."""
     _runtime.sim_on_call(_on_call)
-    # Attention by parts: its fused kernels exist for CUDA alone.
+    # Attention by separate operations: its fused kernels exist only for CUDA.
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

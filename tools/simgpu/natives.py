@@ -1,8 +1,9 @@
-"""FlashInfer's kernels and our own on the simulated device: the compiled modules check and launch, this computes.
+"""FlashInfer's kernels and our own on the simulated device: the compiled modules check and launch, this module
+computes.
 
-Each function here has the arguments of the module's function, as CPU tensors over the very memory, which it reads in
-the stream's turn. Attention follows the schedule that the module's own plan has made, tile by tile: one that is lost,
-overwritten or another step's shows.
+Each function here has the arguments of the module's function, as CPU tensors over the same memory. It reads them when
+the stream gets there. Attention follows the schedule that the module's own plan has made, tile by tile. So a schedule
+that is missing, overwritten or of another step gives wrong results.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import tvm_ffi
 from daemon.engine.cuda.ops import TorchOps
 from tests.engine.cuda.host_kernels import HostAppend, HostGemv
 from tools.simgpu.build import build_host
-from tools.simgpu.device import on_host, put_off
+from tools.simgpu.device import on_host, submit_computation
 
 _NHD = 0
 _CAUSAL = 1
 _ALL = 1 << 30
-_OPS = TorchOps()  # the definition
+_OPS = TorchOps()  # the reference
 
 
 def rmsnorm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
@@ -39,7 +40,7 @@ def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor, *_: Any) -> None:
 
 
 class Plan(NamedTuple):
-    """A schedule of FlashInfer's fa2 prefill kernels, in the order in which its plan returns it. Offsets in bytes."""
+    """A schedule of FlashInfer's fa2 prefill kernels, in the order of its plan info. Offsets are in bytes."""
 
     tiles: int  # padding included
     rows: int
@@ -59,8 +60,10 @@ class Plan(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What one block of threads computes: some rows of a request against a part of its KV. A row is a token and one
-    of the query heads that share a KV head. Ends may be past the request's."""
+    """The work of one thread block: some rows of a request and a part of its KV.
+
+    A row is a token and one of the query heads that share a KV head. The ends may be past those of the request.
+    """
 
     request: int
     first: int
@@ -70,7 +73,7 @@ class Tile(NamedTuple):
 
 
 def tiles_of(plan: Plan, schedule: torch.Tensor) -> list[Tile]:
-    """Read the schedule where the kernel would."""
+    """Read the tiles from the schedule, as the kernel does."""
 
     def read(offset: int, count: int, dtype: torch.dtype) -> list[int]:
         values: list[int] = schedule[offset : offset + count * dtype.itemsize].view(dtype).tolist()
@@ -94,7 +97,7 @@ def tiles_of(plan: Plan, schedule: torch.Tensor) -> list[Tile]:
 
 
 class Paged(NamedTuple):
-    """Queries of a batch, and their sequences' KV in a pool of pages."""
+    """Queries of a batch, and the KV of their sequences in a paged pool."""
 
     q: torch.Tensor  # [tokens, heads, head_dim]
     keys: torch.Tensor  # [pages, page_size, kv_heads, head_dim]
@@ -109,7 +112,7 @@ class Paged(NamedTuple):
         return self.q.shape[1] // self.keys.shape[2]
 
     def rows(self, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token and head in its group of each row of a tile."""
+        """Return the token, and the head in its group, of each row of a tile."""
         begin, stop = int(self.qo_indptr[tile.request]), int(self.qo_indptr[tile.request + 1])
         packed = torch.arange(tile.first, min(tile.end, (stop - begin) * self.group))
         return begin + packed // self.group, packed % self.group
@@ -119,7 +122,7 @@ class Paged(NamedTuple):
         return (pages - 1) * self.keys.shape[1] + int(self.last_page_len[request])
 
     def kv(self, request: int, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [wanted, kv_heads, head_dim] of a sequence at the positions `wanted`."""
+        """Return keys and values [wanted, kv_heads, head_dim] of a sequence at the positions `wanted`."""
         pages = self.kv_indices[int(self.kv_indptr[request]) : int(self.kv_indptr[request + 1])].long()
         at = pages[wanted // self.keys.shape[1]], wanted % self.keys.shape[1]
         return self.keys[at].float(), self.values[at].float()
@@ -128,8 +131,8 @@ class Paged(NamedTuple):
 def paged_run(_floats: torch.Tensor, schedule: torch.Tensor, info: Any, *more: Any) -> None:
     batch, (out, _lse, mask, layout), rest = Paged(*more[:7]), more[7:11], more[11:]
     assert layout == _NHD
-    scale = [x for x in rest if isinstance(x, float)][1]  # behind the cap of logits, which is none
-    # The schedules of other kernels than fa2's are not read.
+    scale = [x for x in rest if isinstance(x, float)][1]  # after the logits cap, which is unused
+    # Only the schedules of the fa2 kernels are read.
     tiles = (
         tiles_of(Plan(*map(int, info)), schedule)
         if len(info) == len(Plan._fields)
@@ -158,7 +161,7 @@ def _attend(batch: Paged, tile: Tile, partial: Partial, scale: float, *, causal:
 
 
 class Partial:
-    """Attention over parts of the keys, merged as they come. What no part has reached is NaN in the end."""
+    """Attention over parts of the keys, merged one by one. Rows that no part has covered become NaN."""
 
     def __init__(self, rows: int, heads: int, head_dim: int) -> None:
         self._largest = torch.full((rows, heads), -torch.inf)
@@ -168,7 +171,7 @@ class Partial:
     def merge(self, at: tuple[torch.Tensor, torch.Tensor], scores: torch.Tensor, v: torch.Tensor) -> None:
         """`at`: token and head of each row of `scores` [rows, keys]."""
         largest = torch.maximum(self._largest[at], scores.amax(-1))
-        base = largest.clamp(min=torch.finfo(torch.float32).min)  # where all are hidden still
+        base = largest.clamp(min=torch.finfo(torch.float32).min)  # while all keys are hidden
         weights, shrink = torch.exp(scores - base[:, None]), torch.exp(self._largest[at] - base)
         self._value[at] = self._value[at] * shrink[:, None] + weights @ v
         self._weight[at] = self._weight[at] * shrink + weights.sum(-1)
@@ -179,7 +182,7 @@ class Partial:
 
 
 def draw(logits: torch.Tensor, *more: torch.Tensor) -> None:
-    """By the kernel's own row algorithm."""
+    """Sample by the kernel's own row algorithm."""
     rows, vocab = logits.shape
     logits = logits.contiguous()
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in more]
@@ -209,7 +212,7 @@ def _host_append() -> HostAppend:
 
 
 def append(*args: Any) -> None:
-    """This and the next four: by the kernel's own algorithm."""
+    """This function and the next four compute by the kernel's own algorithm."""
     _host_append().append(*args)
 
 
@@ -229,7 +232,7 @@ def heads(*args: Any) -> None:
     _host_gemv().heads(*args)
 
 
-_COMPUTED: dict[str, Callable[..., None]] = {
+_COMPUTATIONS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
         rmsnorm,
@@ -244,33 +247,37 @@ _COMPUTED: dict[str, Callable[..., None]] = {
         heads,
     )
 }
-_HOSTED = ("plan",)  # they compute on the host, and are as they are
+_HOST_FUNCTIONS = ("plan",)  # they compute on the host, unchanged
 
 
 class Module:
-    """A compiled module whose launches are followed by what they would have computed."""
+    """A compiled module. After each launch the result of its kernel is computed."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
-        if name in _HOSTED:
+        if name in _HOST_FUNCTIONS:
             return function
 
         def call(*args: Any) -> Any:
-            if name not in _COMPUTED:
+            if name not in _COMPUTATIONS:
                 raise NotImplementedError(f"simgpu: {name} is not simulated")
             result = function(*args)
-            held = [on_host(a) if isinstance(a, torch.Tensor) else a for a in args]
+            tensors = [on_host(a) if isinstance(a, torch.Tensor) else a for a in args]
             device = next(a.device for a in args if isinstance(a, torch.Tensor) and a.is_cuda)
-            put_off(lambda: _COMPUTED[name](*held), device)
+            submit_computation(lambda: _COMPUTATIONS[name](*tensors), device)
             return result
 
         return call
 
 
 def install() -> None:
-    """Simulate what tvm-ffi loads from now on."""
+    """Simulate the modules that tvm-ffi loads from now on."""
     load = tvm_ffi.load_module
-    tvm_ffi.load_module = lambda path, *args, **kwargs: Module(load(path, *args, **kwargs))
+
+    def load_module(path: Any, *args: Any, **kwargs: Any) -> Any:
+        return Module(load(path, *args, **kwargs))
+
+    tvm_ffi.load_module = load_module

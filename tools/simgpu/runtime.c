@@ -1,15 +1,16 @@
-/* A CUDA runtime (libcudart.so.13) whose devices are memory of the host and whose kernels do nothing.
+/* A CUDA runtime (libcudart.so.13) with host memory as devices, and with kernels that do nothing.
  *
- * What a launch would be refused for on a Hopper is checked: grid, block, shared memory, cluster, stream. Work in a
- * stream waits until something waits for it, and an event that is only asked about comes late: what is not ordered,
- * or overwritten too early, shows. The work is copies, and calls back into Python (device.py), which computes what
- * the kernels would have. A capture records it, a graph's launch does it again. Device memory is a memfd, which an
- * IPC handle names by process and descriptor; it is full of 0xFF, NaN in every format, until something is written.
+ * Every launch is checked as a Hopper GPU would check it: grid, block, shared memory, cluster, stream. Work in a stream
+ * is delayed until a call waits for it, and an event that is only queried completes late: so wrong order, and memory
+ * that is overwritten too early, give wrong results. The work consists of copies, and of calls back into Python
+ * (device.py), which computes the results of the kernels. A capture records it, and a graph launch repeats it. Device
+ * memory is a memfd; an IPC handle names it by process and file descriptor. New memory is full of 0xFF, which is NaN in
+ * every format.
  *
- * There are $SIMGPU_DEVICES devices, one if unset, with $SIMGPU_MIB of memory each, 3 GiB if unset. A stream and an
- * event belong to the device that was the current one when they were made, and may be used with no other.
+ * There are $SIMGPU_DEVICES devices (default 1) with $SIMGPU_MIB of memory each (default 3 GiB). A stream or event
+ * belongs to the device that was current when it was created, and may be used with no other device.
  *
- * Simpler than the real thing: streams of a capture do not fork, and nothing runs at the same time as anything else.
+ * Simpler than the real runtime: the streams of a capture do not fork, and nothing runs in parallel.
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -38,16 +39,16 @@ enum { PROCESSORS = 132, L2_CACHE = 50 << 20, PLAIN_SHARED = 48 << 10, MOST_SHAR
 static pthread_mutex_t lock;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static _Thread_local cudaError_t last_error;
-static FILE *journal; /* what is launched and copied, where $SIMGPU_LOG names a file */
+static FILE *trace; /* of launches and copies, if $SIMGPU_LOG names a file */
 
 static void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static void note(const char *format, ...) {
-    if (!journal) return;
+    if (!trace) return;
     va_list arguments;
     va_start(arguments, format);
-    vfprintf(journal, format, arguments);
+    vfprintf(trace, format, arguments);
     va_end(arguments);
-    fflush(journal);
+    fflush(trace);
 }
 
 static cudaError_t refuse(cudaError_t code, const char *why) {
@@ -65,9 +66,9 @@ typedef struct {
     void *to; /* or the argument of a host function */
     const void *from;
     size_t size;
-    int value; /* of a fill; of a call: whether it will come again; of a copy: whether `from` is to be freed */
+    int value; /* of a fill: the byte; of a call: 1 if it is repeated; of a copy: 1 if `from` must be freed */
     Stream *stream; /* to wait for */
-    uint64_t number; /* of a call; or how far to wait */
+    uint64_t number; /* of a call; or the position to wait for */
     void (*function)(void *);
 } Work;
 typedef struct { Work *items; size_t count, room; } List;
@@ -75,8 +76,8 @@ typedef struct { List list; } Graph;
 struct Stream {
     int magic;
     List list;
-    size_t first;   /* of the list's work that is not done */
-    uint64_t done;  /* work ever done */
+    size_t first;   /* first work of the list that is not done */
+    uint64_t done;  /* number of work items done since the start */
     int busy;
     pthread_t worker;
     Graph *capture;
@@ -85,10 +86,10 @@ struct Stream {
 };
 typedef struct { Stream *stream; uint64_t upto; int captured, device; double time; } Event;
 
-static Stream legacy[MOST_DEVICES]; /* each device's own, which has no name */
+static Stream legacy[MOST_DEVICES]; /* the default stream of each device */
 static Stream *streams;
 static _Thread_local int current; /* device */
-static int captures; /* in the mode that forbids other threads what may synchronise */
+static int captures; /* in the mode that forbids synchronising calls to other threads */
 static _Thread_local enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 static void (*call_python)(uint64_t number, int again);
 
@@ -112,7 +113,7 @@ static void append(List *list, Work work) {
 
 static uint64_t end_of(Stream *stream) { return stream->done + (stream->list.count - stream->first); }
 
-/* Put work at the stream's end, or into what it captures. */
+/* Append work to the stream, or to the graph that it captures. */
 static void submit(Stream *stream, Work work) {
     pthread_mutex_lock(&lock);
     append(stream->capture ? &stream->capture->list : &stream->list, work);
@@ -135,11 +136,11 @@ static void do_work(Work work) {
     }
 }
 
-/* Do the stream's work up to a place in it, at most so many pieces. No lock is held: Python may be called. */
+/* Do the stream's work up to a position, at most `most` items. No lock is held, because Python may be called. */
 static void perform(Stream *stream, uint64_t upto, long most) {
     pthread_mutex_lock(&lock);
     while (stream->busy) {
-        if (pthread_equal(stream->worker, pthread_self())) break; /* its own work waits for it: it is that far */
+        if (pthread_equal(stream->worker, pthread_self())) break; /* its own work waits for it: already done */
         pthread_cond_wait(&changed, &lock);
     }
     if (!stream->busy) {
@@ -164,13 +165,13 @@ static void perform_all(int device) {
         if (device < 0 || stream->device == device) perform(stream, end_of(stream), -1);
 }
 
-/* Calls that may synchronise are forbidden while anyone captures, unless the thread says that it knows better. */
+/* Calls that may synchronise are forbidden during a capture, unless the thread has set the relaxed mode. */
 static cudaError_t forbidden(const char *name) {
     return captures && thread_mode != cudaStreamCaptureModeRelaxed ? refuse(UNCAPTURABLE, name) : OK;
 }
 
-/* What may not be put into a stream: work of another device's; and while anyone captures, any in the legacy stream,
- * which waits for all others and so would be captured with them. */
+/* Refuse work that may not be put into a stream: work of another device; and during any capture, work in the legacy
+ * stream, which waits for all other streams and so would be captured with them. */
 static cudaError_t misplaced(Stream *stream, const char *name) {
     if (stream->device != current) return refuse(cudaErrorInvalidResourceHandle, name);
     return captures && stream == &legacy[current] ? refuse(cudaErrorStreamCaptureImplicit, name) : OK;
@@ -178,7 +179,7 @@ static cudaError_t misplaced(Stream *stream, const char *name) {
 
 /* -- for device.py */
 
-static int first_stderr; /* what tests catch later goes elsewhere */
+static int first_stderr; /* the original one: tests redirect the current one */
 
 EXPORT int sim_stderr(void) { return first_stderr; }
 
@@ -219,7 +220,7 @@ __attribute__((constructor)) static void begin(void) {
     char file[512];
     const char *prefix = getenv("SIMGPU_LOG");
     if (prefix && snprintf(file, sizeof file, "%s.%d", prefix, getpid()) < (int)sizeof file)
-        journal = fopen(file, "w");
+        trace = fopen(file, "w");
 }
 
 EXPORT void **__cudaRegisterFatBinary(void *binary) { return malloc(sizeof(void *)); }
@@ -430,7 +431,7 @@ EXPORT cudaError_t cudaMalloc(void **pointer, size_t size) {
     return code;
 }
 
-static cudaError_t let_go(void *pointer, int own, const char *name) {
+static cudaError_t release(void *pointer, int own, const char *name) {
     cudaError_t code = forbidden(name);
     if (!pointer || code) return code;
     perform_all(-1);
@@ -447,7 +448,7 @@ static cudaError_t let_go(void *pointer, int own, const char *name) {
     return code;
 }
 
-EXPORT cudaError_t cudaFree(void *pointer) { return let_go(pointer, 1, "cudaFree"); }
+EXPORT cudaError_t cudaFree(void *pointer) { return release(pointer, 1, "cudaFree"); }
 
 EXPORT cudaError_t cudaMemGetInfo(size_t *free, size_t *all) {
     *free = total() - used[current], *all = total();
@@ -495,7 +496,7 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attrib
     return OK;
 }
 
-/* Pageable memory is read at once and written before the call returns, as by the real runtime. */
+/* Pageable memory is read at once, and written before the call returns, as in the real runtime. */
 EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind,
                                    cudaStream_t handle) {
     Stream *stream = stream_of(handle);
@@ -541,7 +542,7 @@ EXPORT cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_
 
 EXPORT cudaError_t cudaMemset(void *to, int value, size_t size) { return cudaMemsetAsync(to, value, size, NULL); }
 
-/* Of kernels, which do nothing. */
+/* Symbols belong to kernels, which do nothing. */
 EXPORT cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
     static char somewhere[1 << 16];
     *pointer = somewhere;
@@ -576,9 +577,9 @@ EXPORT cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t handl
     return OK;
 }
 
-EXPORT cudaError_t cudaIpcCloseMemHandle(void *pointer) { return let_go(pointer, 0, "cudaIpcCloseMemHandle"); }
+EXPORT cudaError_t cudaIpcCloseMemHandle(void *pointer) { return release(pointer, 0, "cudaIpcCloseMemHandle"); }
 
-/* What the simulated libcuda answers with. */
+/* Used by the simulated libcuda. */
 EXPORT int sim_address_range(uint64_t *base, size_t *size, uint64_t pointer) {
     pthread_mutex_lock(&lock);
     const Place *place = on_device((void *)pointer);
@@ -685,7 +686,7 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     return OK;
 }
 
-/* Between the records, not between the work: times mean nothing here. */
+/* The time between the calls, not between the work: times have no meaning here. */
 EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
     *ms = ((Event *)b)->time - ((Event *)a)->time;
     if (*ms <= 0) *ms = 1e-3f;
@@ -753,7 +754,7 @@ EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, 
     return OK;
 }
 
-/* The executable is the graph: it is kept. */
+/* The executable is the graph itself, so it is kept. */
 EXPORT cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return OK; }
 EXPORT cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return OK; }
 
@@ -774,7 +775,7 @@ EXPORT const char *cudaGetErrorString(cudaError_t code) {
     return text;
 }
 
-/* -- the driver's functions, by name: none does anything */
+/* -- the driver's functions, by name: they do nothing */
 
 static int nothing(void) { return OK; }
 

@@ -1,18 +1,18 @@
-"""Who may run a request: the frontend's verdicts about one request. Pure.
+"""Ownership: the frontend's decisions about which engine may run a request. Pure.
 
-The frontend alone raises the epoch of a request and names its owner. Whatever arrives at another epoch than the
-present one, or for a request that has ended, is stale: its sender is told to let go. Each function takes the
-`Ownership` of a request and an event, and returns a `Decision`; nothing is changed. The caller journals the
-verdict's output, then its custody with one store, then sends its orders: whatever is lost by dying in between is
-made good by the statement of the next frontend.
+The frontend alone raises the epoch of a request and sets its owner. A message at another epoch than the present
+one, or for a request that has ended, is stale: its sender gets a `Release`. Each function takes the `Ownership` of
+a request and an event, and returns a `Decision`; nothing is changed. The caller journals the output of the
+decision, then stores the ownership with one store, then sends the orders. A crash between these steps is repaired
+by the `OwnedRequests` of the next frontend.
 
-A change of priority reaches the owner as `Reprioritise` at the epoch at which the owner holds the request. Epochs
-rise by messages on that same lane alone (Start, Grant), so when it is read the engine holds the request at exactly
-that epoch or not at all: never at a newer one; what it may still hold at an older one is never granted. A Start reads
-the priority in the journal. The winner of an award has read it at the epoch before, perhaps ahead of a change: then
-it is told after its Grant.
+A change of priority is sent to the owner as `Reprioritise` at the epoch at which the owner holds the request.
+Epochs rise by messages on that same ring alone (Start, Grant). So when the engine reads the message, it holds the
+request at exactly that epoch or not at all: never at a newer one, and what it may still hold at an older one is
+never granted. An engine reads the priority from the journal when it gets a Start. The winner of an award has read
+the journal at the epoch before, perhaps before the change: therefore it gets a `Reprioritise` after its Grant.
 
-An engine's death is an event only after all that the engine had written has been judged.
+The death of an engine is an event only after all messages that the engine had written have been handled.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from daemon.ipc.messages import (
 
 
 class Ownership(NamedTuple):
-    """What the frontend knows of an unfinished request."""
+    """What the frontend knows about an unfinished request."""
 
     rid: int
     epoch: int
-    owner: EngineIncarnation | None  # None: no engine has it at this epoch, it is to be started
+    owner: EngineIncarnation | None  # None: no engine has it at this epoch; it must be started
     accepted: int  # output tokens journaled
-    priority: int = 0  # as it is now
-    changed: bool = False  # its priority, since this epoch began
+    priority: int = 0
+    changed: bool = False  # the priority has changed since this epoch began
 
 
 class Order(NamedTuple):
-    """A message to that life of an engine; void if it is over."""
+    """A message to an engine incarnation; void if that incarnation is dead."""
 
     to: EngineIncarnation
     message: Grant | Release | Cancel | Reprioritise
 
 
 class Output(NamedTuple):
-    """Output to accept, after all that is accepted already."""
+    """Output to append to the accepted output."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None
 
 
 class Decision(NamedTuple):
-    """What follows from an event, in this order: journal `output`, store `ownership`, send `orders`.
+    """What the caller must do after an event, in this order: journal `output`, store `ownership`, send `orders`.
 
-    `redispatch`: nobody runs it now: pick an engine, store `started`, send Start. `fault`: output was lost.
+    `redispatch`: no engine runs the request now: choose one, store `started`, send Start. `fault`: output was lost.
     """
 
     ownership: Ownership
@@ -71,68 +71,70 @@ class Decision(NamedTuple):
 
 
 def fresh(accepted: int, start: int, count: int) -> int | None:
-    """How many of `count` tokens from output position `start` on are known already; None if some are missing
-    in between."""
+    """Return how many of `count` tokens from output position `start` on are accepted already.
+
+    None if tokens between the accepted ones and `start` are missing.
+    """
     return None if start > accepted else min(accepted - start, count)
 
 
 def stale(rid: int, epoch: int, sender: EngineIncarnation) -> Order:
-    """The answer to a claim on a request that has ended, or was never known."""
+    """Return the answer to a claim on a request that has ended, or that the frontend does not know."""
     return Order(sender, Release(rid, epoch))
 
 
 def takeover(ownership: Ownership, sender: EngineIncarnation, claim: Takeover) -> Decision:
-    """The destination of a migration claims the request. The first claim at an epoch wins."""
+    """Decide on the claim of a migration's destination. The first claim at an epoch wins."""
     if claim.epoch != ownership.epoch:
         return Decision(ownership, orders=(stale(claim.rid, claim.epoch, sender),))
     return _award(ownership, sender, claim)
 
 
 def reclaim(ownership: Ownership, sender: EngineIncarnation, claim: Reclaim) -> Decision:
-    """The source of a migration claims the request that it froze."""
+    """Decide on the claim of a migration's source for the request that it froze."""
     if claim.epoch != ownership.epoch or sender != ownership.owner:
         return Decision(ownership, orders=(stale(claim.rid, claim.epoch, sender),))
     return _award(ownership, sender, claim)
 
 
 def hand_back(ownership: Ownership, sender: EngineIncarnation, message: HandBack) -> Decision:
-    """The owner does not run it any more and holds nothing of it."""
+    """Handle that the owner no longer runs the request and holds nothing of it."""
     if message.epoch != ownership.epoch or sender != ownership.owner:
         return Decision(ownership)
     return _orphan(ownership)
 
 
 def engine_died(ownership: Ownership, dead: EngineIncarnation) -> Decision:
-    """Call it after the dead engine's ring is read to its end."""
+    """Handle the death of an engine. Call this after the dead engine's ring has been read to its end."""
     return _orphan(ownership) if ownership.owner == dead else Decision(ownership)
 
 
 def disown(ownership: Ownership) -> Decision:
-    """The owner is suspected, or output of it was lost: take the request away from it."""
+    """Take the request away from its owner, which is suspected dead or whose output was lost."""
     decision = _orphan(ownership)
     return decision if ownership.owner is None else decision._replace(orders=(_release(ownership, ownership.owner),))
 
 
 def started(ownership: Ownership, owner: EngineIncarnation) -> Ownership:
-    """Custody with the request given anew to `owner`, which is to be sent a Start at that epoch."""
+    """Return the ownership at the next epoch, with `owner`. The caller sends `owner` a Start at that epoch."""
     return ownership._replace(epoch=ownership.epoch + 1, owner=owner, changed=False)
 
 
 def cancel(ownership: Ownership) -> tuple[Order, ...]:
-    """What to send when the request ends before its engine says so."""
+    """Return the orders to send when the request ends before its engine reports the end."""
     if ownership.owner is None:
         return ()
     return (Order(ownership.owner, Cancel(ownership.rid, ownership.epoch)),)
 
 
 def reprioritise(ownership: Ownership, priority: int) -> Decision:
-    """The request has another priority from now on."""
+    """Set the priority of the request."""
     changed = ownership._replace(priority=priority, changed=True)
     return Decision(changed, orders=(_priority(changed, ownership.owner),) if ownership.owner else ())
 
 
 def _award(ownership: Ownership, winner: EngineIncarnation, claim: Takeover | Reclaim) -> Decision:
-    """The claimant owns the request from now on, with the output it carries."""
+    """Make the claimant the owner, and accept the output that its claim carries."""
     known = fresh(ownership.accepted, claim.start, len(claim.tokens))
     if known is None or claim.start + len(claim.tokens) < ownership.accepted:
         decision = disown(ownership)

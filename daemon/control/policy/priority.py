@@ -1,4 +1,4 @@
-"""Scheduling classes as people write them. Below 0 is high priority; lower goes first. Pure."""
+"""Priority classes as users write them: a word or a number. Below 0 is high priority; lower runs first. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ ALLOWED = f"{', '.join(PRIORITIES)} or a whole number from {LOWEST} to {HIGHEST}
 
 
 def parse_priority(text: str) -> int:
-    """The class called `text`, a word or a number. ValueError says what is allowed, and does not repeat `text`."""
+    """Return the class that `text` names, a word or a number.
+
+    Raises ValueError with a message that lists what is allowed and does not repeat `text`.
+    """
     if text in PRIORITIES:
         return PRIORITIES[text]
     if not re.fullmatch(r"-?[0-9]{1,3}", text) or not LOWEST <= int(text) <= HIGHEST:

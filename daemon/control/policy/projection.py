@@ -1,4 +1,4 @@
-"""What engines will be once they have done as wished: what scaling decides by. Pure."""
+"""Facts of engines projected to their desired states: the input of scaling. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from daemon.ipc.messages import EngineFacts, EngineState
 
 
 def emptied(last: EngineFacts, state: EngineState) -> EngineFacts:
-    """The facts of an engine whose predecessor published `last` and that holds nothing."""
+    """Return the facts of an engine in `state` that holds nothing, given facts that it has published before."""
     return structs.replace(
         last,
         state=state,
@@ -30,18 +30,20 @@ def emptied(last: EngineFacts, state: EngineState) -> EngineFacts:
     )
 
 
-def outlook(
-    facts: Sequence[EngineFacts | None], starting: Sequence[EngineFacts | None], desired_states: Sequence[EngineState]
+def project(
+    facts: Sequence[EngineFacts | None],
+    predecessors: Sequence[EngineFacts | None],
+    desired_states: Sequence[EngineState],
 ) -> list[EngineFacts | None]:
-    """Facts with each engine in its wished state, so that nothing is done twice while it comes about.
+    """Return the facts with each engine in its desired state, so that no action is repeated before it takes effect.
 
-    `starting[i]`: of an engine that is up and loads, what its predecessor had published last. It counts as if it
-    were there: else another would be woken, and another, for as long as loading takes.
+    `predecessors[i]`: the last facts of the predecessor of engine i if i is loading, otherwise None. A loading engine
+    counts as if it were up: otherwise scaling would wake another engine in each period for as long as loading takes.
     """
-    expected: list[EngineFacts | None] = []
-    for now, last, wish in zip(facts, starting, desired_states, strict=True):
+    projected: list[EngineFacts | None] = []
+    for now, last, desired in zip(facts, predecessors, desired_states, strict=True):
         if now is not None:
-            expected.append(structs.replace(now, state=wish))
+            projected.append(structs.replace(now, state=desired))
         else:
-            expected.append(emptied(last, wish) if last is not None else None)
-    return expected
+            projected.append(emptied(last, desired) if last is not None else None)
+    return projected

@@ -1,11 +1,12 @@
-"""Which engine should give requests to which (Llumnix, section 4.4.3). Pure.
+"""Rebalancing: which engines are paired for migration, source and destination (Llumnix, section 4.4.3). Pure.
 
-Once a period: sources are engines below the low mark, destinations those above the high mark; the least free
-source is paired with the freest destination, and so on. The source picks the requests (section 4.4.2) and moves
-one after another for as long as the pair holds. A pair, once made, holds until one side has left its mark by
-`delta` or the two have met, so that noise about a mark makes no pair come and go, nor turn round where both
-marks are one, as in the published runs. An engine that drains has to get rid of all it has: it goes first, and
-where nobody is above a mark it gives to the freest.
+Once a period: sources are the engines below the low threshold, destinations those above the high threshold. The
+least free source is paired with the freest destination, and so on. The source picks the requests (section 4.4.2)
+and migrates one after another for as long as the pair holds. A pair holds until one side has crossed its threshold by
+`delta`, or until the freeness of the source reaches that of the destination. So noise around a threshold neither
+makes and breaks pairs, nor reverses them where both thresholds are equal, as in the published experiments. A
+draining engine must give away all that it has: it is paired first, and if no engine is above the low threshold,
+with the freest one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from daemon.ipc.messages import EngineFacts, EngineState
 
 
 class Pair(NamedTuple):
-    """`source` moves requests to `destination` (indices of engines) while this holds."""
+    """`source` moves requests to `destination` (indices of engines) while the pair holds."""
 
     source: int
     destination: int
@@ -30,46 +31,46 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RebalanceRules:
-    """Marks are freeness in tokens a request. Raises ValueError if they cannot be used."""
+    """Thresholds are freeness in tokens a request. Raises ValueError for values that make no sense."""
 
     policy: Policy = LLUMD
-    low: float = LLUMD.marks.migrate_low
-    high: float = LLUMD.marks.migrate_high
-    delta: float = 16.0  # how far beyond its mark a side must be for a pair to end, and both apart for one to begin
+    low: float = LLUMD.thresholds.migrate_low
+    high: float = LLUMD.thresholds.migrate_high
+    delta: float = 16.0  # hysteresis: a pair ends this far beyond a threshold, and begins with this much difference
     per_engine: int = 1  # pairs and migrations that an engine takes part in at once
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
-            raise ValueError(f"the low mark {self.low:g} lies above the high mark {self.high:g}")
+            raise ValueError(f"the low threshold {self.low:g} lies above the high threshold {self.high:g}")
         if self.delta < 0 or self.per_engine < 1:
-            raise ValueError("delta must not be negative, and per_engine at least 1")
+            raise ValueError("delta must not be negative, and per_engine must be at least 1")
 
     @classmethod
     def of(cls, policy: Policy) -> RebalanceRules:
-        """With the policy's own marks."""
-        return cls(policy, policy.marks.migrate_low, policy.marks.migrate_high)
+        """Return rules with the policy's own thresholds."""
+        return cls(policy, policy.thresholds.migrate_low, policy.thresholds.migrate_high)
 
 
-def pair(facts: Sequence[EngineFacts | None], config: RebalanceRules, held: Sequence[Pair] = ()) -> list[Pair]:
-    """The pairs of this period, given those of the last one: pass what is returned back in.
+def pair(facts: Sequence[EngineFacts | None], rules: RebalanceRules, held: Sequence[Pair] = ()) -> list[Pair]:
+    """Return the pairs of this period. `held`: the pairs of the last period, as this function returned them.
 
-    No engine is both source and destination, none is in more than `config.per_engine` pairs.
+    No engine is both source and destination, and none is in more than `rules.per_engine` pairs.
     """
-    board = _Board(facts, config)
+    pairing = _Pairing(facts, rules)
     for old in held:
-        board.keep(old)
-    for _ in range(config.per_engine):
-        board.extend()
-    return board.pairs
+        pairing.renew(old)
+    for _ in range(rules.per_engine):
+        pairing.add_pairs()
+    return pairing.pairs
 
 
-def explain(facts: Sequence[EngineFacts | None], config: RebalanceRules, held: Sequence[Pair] = ()) -> str:
-    """What `pair` would do and why, a line for each engine and each pair."""
-    board = _Board(facts, config)
-    lines = [f"policy {config.policy.name}: gives below {config.low:g}, takes above {config.high:g} tokens a request"]
-    lines += [f"engine {i}: {text}" for i, text in enumerate(board.describe())]
+def explain(facts: Sequence[EngineFacts | None], rules: RebalanceRules, held: Sequence[Pair] = ()) -> str:
+    """Return what `pair` would do and why, with a line for each engine and each pair."""
+    pairing = _Pairing(facts, rules)
+    lines = [f"policy {rules.policy.name}: gives below {rules.low:g}, takes above {rules.high:g} tokens a request"]
+    lines += [f"engine {i}: {text}" for i, text in enumerate(pairing.describe_engines())]
     before = {(p.source, p.destination) for p in held}
-    for p in pair(facts, config, held):
+    for p in pair(facts, rules, held):
         verb = "goes on moving" if (p.source, p.destination) in before else "would move"
         lines.append(f"engine {p.source} {verb} requests to engine {p.destination}: {p.reason}")
     if len(lines) == 1 + len(facts):
@@ -77,112 +78,129 @@ def explain(facts: Sequence[EngineFacts | None], config: RebalanceRules, held: S
     return "\n".join(lines)
 
 
-class _Board:
-    """One period's engines, each judged once, and the pairs made so far."""
+class _Pairing:
+    """The engines of one period with their freeness, computed once, and the pairs made so far."""
 
-    def __init__(self, facts: Sequence[EngineFacts | None], config: RebalanceRules) -> None:
+    def __init__(self, facts: Sequence[EngineFacts | None], rules: RebalanceRules) -> None:
         self.facts = facts
-        self.config = config
-        self.free = [config.policy.migration(f) if f is not None else 0.0 for f in facts]
+        self.rules = rules
+        self.freeness = [rules.policy.migration(f) if f is not None else 0.0 for f in facts]
         self.pairs: list[Pair] = []
-        self.giving: Counter[int] = Counter()  # pairs by source
-        self.taking: Counter[int] = Counter()  # pairs by destination
+        self.as_source: Counter[int] = Counter()  # pairs by source
+        self.as_destination: Counter[int] = Counter()  # pairs by destination
 
-    def keep(self, old: Pair) -> None:
-        """Renew a pair if both sides are still within their marks, widened by delta."""
-        if max(old.source, old.destination) >= len(self.facts) or self._paired(old.source, old.destination):
+    def renew(self, old: Pair) -> None:
+        """Keep a pair if both sides are still within their thresholds, widened by delta."""
+        if max(old.source, old.destination) >= len(self.facts) or self._is_paired(old.source, old.destination):
             return
-        made = self._judge(old.source, old.destination, held=True)
-        within = max(self.giving[old.source], self.taking[old.destination]) < self.config.per_engine
-        if made is not None and within:
-            self._add(made)
+        renewed = self._evaluate(old.source, old.destination, held=True)
+        num_pairs = max(self.as_source[old.source], self.as_destination[old.destination])
+        if renewed is not None and num_pairs < self.rules.per_engine:
+            self._append(renewed)
 
-    def extend(self) -> None:
-        """Pair the least free source with the freest destination, as long as there are any."""
-        low = self.config.low
-        for i in sorted((i for i in self._idle() if self._gives(i, low)), key=lambda i: self.free[i]):
-            takers = sorted((j for j in self._idle() if self._open(j)), key=lambda j: (self.taking[j], -self.free[j]))
-            made = (self._judge(i, j, held=False) for j in takers if self._may(i, j))
+    def add_pairs(self) -> None:
+        """Pair each source, the least free first, with the freest destination that suits it."""
+        sources = [i for i in self._available() if self._source_reason(i, self.rules.low)]
+        for i in sorted(sources, key=lambda i: self.freeness[i]):
+            candidates = [j for j in self._available() if self._accepts_requests(j)]
+            candidates.sort(key=lambda j: (self.as_destination[j], -self.freeness[j]))
+            made = (self._evaluate(i, j, held=False) for j in candidates if self._may_begin(i, j))
             best = next((p for p in made if p is not None), None)
             if best is not None:
-                self._add(best)
+                self._append(best)
 
-    def describe(self) -> Iterator[str]:
-        """What each engine is fit for."""
+    def describe_engines(self) -> Iterator[str]:
+        """Yield a line for each engine: its state, its load and its role."""
         for i, facts in enumerate(self.facts):
             if facts is None:
                 yield "absent"
                 continue
-            reason = self._gives(i, self.config.low)
-            fit = f"gives ({reason})" if reason else "takes" if self._takes(i, self.config.high) else "stays as it is"
             state = EngineState(facts.state).name.lower()
-            yield f"{state}, {facts.running} running, {facts.waiting} waiting, freeness {self.free[i]:.0f}: {fit}"
+            load = f"{facts.running} running, {facts.waiting} waiting, freeness {self.freeness[i]:.0f}"
+            yield f"{state}, {load}: {self._role(i)}"
 
-    def _add(self, new: Pair) -> None:
+    def _role(self, i: int) -> str:
+        reason = self._source_reason(i, self.rules.low)
+        if reason:
+            return f"gives ({reason})"
+        return "takes" if self._is_destination(i, self.rules.high) else "stays as it is"
+
+    def _append(self, new: Pair) -> None:
         self.pairs.append(new)
-        self.giving[new.source] += 1
-        self.taking[new.destination] += 1
+        self.as_source[new.source] += 1
+        self.as_destination[new.destination] += 1
 
-    def _idle(self) -> list[int]:
-        """Engines that can take part in one more pair; one left over from an ended pair may still be moving."""
-        return [i for i, f in enumerate(self.facts) if f is not None and self._busy(i, f) < self.config.per_engine]
+    def _available(self) -> list[int]:
+        """Return the engines that can take part in one more pair."""
+        limit = self.rules.per_engine
+        return [i for i, f in enumerate(self.facts) if f is not None and self._num_moves(i, f) < limit]
 
-    def _busy(self, i: int, facts: EngineFacts) -> int:
-        return max(self.giving[i] + self.taking[i], facts.incoming + facts.outgoing)
+    def _num_moves(self, i: int, facts: EngineFacts) -> int:
+        """Return the pairs of an engine, or its migrations if more: those of ended pairs may still run."""
+        return max(self.as_source[i] + self.as_destination[i], facts.incoming + facts.outgoing)
 
-    def _may(self, i: int, j: int) -> bool:
-        """A new pair keeps each engine to one role, also with what it is still moving."""
+    def _may_begin(self, i: int, j: int) -> bool:
+        """Return True if a new pair leaves each engine with one role, migrations of ended pairs included."""
         source, destination = self.facts[i], self.facts[j]
         assert source is not None and destination is not None
-        still_taking = source.incoming and source.state == SERVING
-        return not (still_taking or destination.outgoing or self._paired(i, j))
+        still_receiving = source.incoming and source.state == SERVING
+        return not (still_receiving or destination.outgoing or self._is_paired(i, j))
 
-    def _paired(self, i: int, j: int) -> bool:
+    def _is_paired(self, i: int, j: int) -> bool:
         return any(p.source == i and p.destination == j for p in self.pairs)
 
-    def _judge(self, i: int, j: int, *, held: bool) -> Pair | None:
-        """The pair of source `i` and destination `j`: to be made where their difference is worth it and both
-        are within their marks, to be held until they meet or one is out of its mark by delta."""
-        delta, worth = (self.config.delta, 0.0) if held else (0.0, self.config.delta)
-        if not self._alike(i, j) or self.taking[i] or self.giving[j]:
-            return None
-        reason = self._gives(i, self.config.low + delta)
-        if reason == MigrationReason.DRAINING:
-            return Pair(i, j, reason) if self._takes_in(i, j, delta) else None
-        better = self.free[i] + worth < self.free[j]
-        return Pair(i, j, reason) if reason and better and self._takes(j, self.config.high - delta) else None
+    def _evaluate(self, i: int, j: int, *, held: bool) -> Pair | None:
+        """Return the pair of source `i` and destination `j`, or None if it must not be made or held.
 
-    def _alike(self, i: int, j: int) -> bool:
+        A pair is made if both sides are within their thresholds and differ by more than delta. It is held until the
+        source is as free as the destination, or one side is out of its threshold by delta.
+        """
+        delta, min_difference = (self.rules.delta, 0.0) if held else (0.0, self.rules.delta)
+        if not self._compatible(i, j) or self.as_destination[i] or self.as_source[j]:
+            return None
+        reason = self._source_reason(i, self.rules.low + delta)
+        if reason == MigrationReason.DRAINING:
+            return Pair(i, j, reason) if self._accepts_drain(i, j, delta) else None
+        better = self.freeness[i] + min_difference < self.freeness[j]
+        return Pair(i, j, reason) if reason and better and self._is_destination(j, self.rules.high - delta) else None
+
+    def _compatible(self, i: int, j: int) -> bool:
         source, destination = self.facts[i], self.facts[j]
         return source is not None and destination is not None and source.block_size == destination.block_size
 
-    def _takes_in(self, i: int, j: int, delta: float) -> bool:
-        """Whether `j` takes what `i` has to get rid of: who is not short itself, and if all are short the freest;
-        it will refuse what does not fit."""
-        if self._takes(j, self.config.low - delta):
-            return True
-        open_kin = [self.free[k] for k in range(len(self.facts)) if self._alike(i, k) and self._open(k)]
-        return self._open(j) and self.free[j] >= max(open_kin) - delta
+    def _accepts_drain(self, i: int, j: int, delta: float) -> bool:
+        """Return True if `j` accepts the requests of the draining engine `i`.
 
-    def _gives(self, i: int, mark: float) -> MigrationReason | None:
+        It does if it is above the low threshold, or if it is the freest of all compatible engines. It will decline
+        requests that do not fit.
+        """
+        if self._is_destination(j, self.rules.low - delta):
+            return True
+        if not self._accepts_requests(j):
+            return False
+        compatible = (k for k in range(len(self.facts)) if self._compatible(i, k) and self._accepts_requests(k))
+        return self.freeness[j] >= max(self.freeness[k] for k in compatible) - delta
+
+    def _source_reason(self, i: int, threshold: float) -> MigrationReason | None:
+        """Return why engine `i` should give requests away, or None if it should not."""
         facts = self.facts[i]
         assert facts is not None
         requests = facts.running + facts.waiting
         if facts.state != SERVING:
             return MigrationReason.DRAINING if requests else None
-        if self.config.policy.sheds_preempted and facts.preempted_waiting:
+        if self.rules.policy.sheds_preempted and facts.preempted_waiting:
             return MigrationReason.PREEMPTED
-        if self.free[i] >= mark or requests < 2:  # a lone request is no better off elsewhere
+        if self.freeness[i] >= threshold or requests < 2:  # a lone request is no better off on another engine
             return None
-        shortest = self.config.policy.shortest(facts)
-        return MigrationReason.MEMORY if shortest is Resource.MEMORY else MigrationReason.COMPUTE
+        scarcest = self.rules.policy.scarcest_resource(facts)
+        return MigrationReason.MEMORY if scarcest is Resource.MEMORY else MigrationReason.COMPUTE
 
-    def _takes(self, j: int, mark: float) -> bool:
-        return self._open(j) and self.free[j] > mark
+    def _is_destination(self, j: int, threshold: float) -> bool:
+        return self._accepts_requests(j) and self.freeness[j] > threshold
 
-    def _open(self, j: int) -> bool:
-        """Whether it may be given anything at all."""
+    def _accepts_requests(self, j: int) -> bool:
+        """Return True if any request may be moved to engine `j`."""
         facts = self.facts[j]
         assert facts is not None
-        shedding = self.config.policy.sheds_preempted and facts.preempted_waiting
+        shedding = self.rules.policy.sheds_preempted and facts.preempted_waiting
         return facts.state == SERVING and not shedding

@@ -1,11 +1,12 @@
-"""How many engines serve (Llumnix, section 4.4.3, auto-scaling). Pure.
+"""Auto-scaling: how many engines serve (Llumnix, section 4.4.3). Pure.
 
-The measure is the average freeness for normal requests over all engines, that is without headroom, pooled: all
-room over all requests, so that an idle engine counts as its capacity and not as infinity. If it stays below the
-low mark for a period, engines are woken until the average would be back above it; if it would stay above the high
-mark without the engine that runs the fewest requests, that one is parked: it drains by migration and sleeps when
-empty. Waking takes back an engine that still drains first. The facts hold who is parked, so that a restarted
-coordinator goes on where its predecessor stopped; what an operator drains is never woken here.
+The measure is the average freeness for normal requests over all engines, that is without headroom. It is pooled:
+the room of all engines divided by all requests, so that an idle engine counts with its capacity and not as
+infinity. If the average stays below the low threshold for a period, engines are woken until it would be above the
+low threshold again. If the average would stay above the high threshold without the engine that runs the fewest
+requests, that engine is parked: it drains by migration and ends when it is empty. Parked engines that still drain
+are woken first. The facts hold which engines are parked, so that a restarted coordinator goes on where its
+predecessor stopped. An engine that an operator drains is never woken here.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from daemon.ipc.messages import EngineFacts, EngineState
 
 
 class Wake(NamedTuple):
-    """Let a parked engine serve again, also one that has not emptied yet."""
+    """Let a parked engine serve again, also if it still drains."""
 
     engine: int
 
 
 class Park(NamedTuple):
-    """Let an engine drain and sleep."""
+    """Let an engine drain and end."""
 
     engine: int
 
@@ -35,103 +36,107 @@ Action = Wake | Park
 
 
 class ScalingState(NamedTuple):
-    """Since when (seconds) the average has been beyond a mark; None: it is not."""
+    """Since when (seconds) the average has been beyond a threshold; None if it is not."""
 
-    short_since: float | None = None
-    ample_since: float | None = None
+    below_low_since: float | None = None
+    above_high_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingRules:
-    """Marks are freeness in tokens a request. Raises ValueError if they cannot be used."""
+    """Thresholds are freeness in tokens a request. Raises ValueError for values that make no sense."""
 
     max_engines: int
     min_engines: int = 1
     policy: Policy = LLUMD
-    low: float = LLUMD.marks.scale_low
-    high: float = LLUMD.marks.scale_high
-    period: float = 10.0  # seconds a mark must be passed without a break
+    low: float = LLUMD.thresholds.scale_low
+    high: float = LLUMD.thresholds.scale_high
+    period: float = 10.0  # seconds that the average must stay beyond a threshold without a break
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_engines <= self.max_engines:
             raise ValueError(f"{self.min_engines} to {self.max_engines} engines is no range above 0")
         if not self.low < self.high:
-            raise ValueError(f"the low mark {self.low:g} does not lie below the high mark {self.high:g}")
+            raise ValueError(f"the low threshold {self.low:g} does not lie below the high threshold {self.high:g}")
 
     @classmethod
     def of(cls, policy: Policy, max_engines: int, min_engines: int = 1, period: float = 10.0) -> ScalingRules:
-        """With the policy's own marks."""
-        return cls(max_engines, min_engines, policy, policy.marks.scale_low, policy.marks.scale_high, period)
+        """Return rules with the policy's own thresholds."""
+        thresholds = policy.thresholds
+        return cls(max_engines, min_engines, policy, thresholds.scale_low, thresholds.scale_high, period)
 
 
 def decide(
-    facts: Sequence[EngineFacts | None], state: ScalingState, now: float, config: ScalingRules
+    facts: Sequence[EngineFacts | None], state: ScalingState, now: float, rules: ScalingRules
 ) -> tuple[list[Action], ScalingState]:
-    """What to do now (mostly nothing), and the state for the next call. `now` in seconds, any clock.
+    """Return the actions to take now (mostly none) and the state for the next call. `now` in seconds, any clock.
 
-    Several engines may be woken at once, but only one is parked; a full period passes between actions, unless the
-    number that serves lies outside [min_engines, max_engines]: that is put right at once.
+    Several engines may be woken at once, but only one is parked. A full period passes between actions, unless the
+    number of serving engines is outside [min_engines, max_engines]: that is corrected at once.
     """
     engines = {i: f for i, f in enumerate(facts) if f is not None}
     serving = {i for i, f in engines.items() if f.state == SERVING}
-    if len(serving) < config.min_engines:
-        return [Wake(i) for i in _sleepers(engines)[: config.min_engines - len(serving)]], ScalingState()
-    if len(serving) > config.max_engines:
+    if len(serving) < rules.min_engines:
+        return [Wake(i) for i in _parked(engines)[: rules.min_engines - len(serving)]], ScalingState()
+    if len(serving) > rules.max_engines:
         return [Park(_least_busy(engines, serving))], ScalingState()
-    short_since, ample_since = state
-    short = average(engines, serving, config.policy) < config.low
-    ample = average(engines, serving - {_least_busy(engines, serving)}, config.policy) > config.high
-    state = ScalingState(_since(short, short_since, now), _since(ample, ample_since, now))
+    below_low = average_freeness(engines, serving, rules.policy) < rules.low
+    rest = serving - {_least_busy(engines, serving)}
+    above_high = average_freeness(engines, rest, rules.policy) > rules.high
+    state = ScalingState(
+        _update_since(below_low, state.below_low_since, now), _update_since(above_high, state.above_high_since, now)
+    )
     actions: list[Action] = []
-    if _lasted(state.short_since, now, config):
-        actions += [Wake(i) for i in _to_wake(engines, serving, config)]
-    elif _lasted(state.ample_since, now, config) and len(serving) > config.min_engines:
+    if _has_lasted(state.below_low_since, now, rules):
+        actions += [Wake(i) for i in _engines_to_wake(engines, serving, rules)]
+    elif _has_lasted(state.above_high_since, now, rules) and len(serving) > rules.min_engines:
         actions.append(Park(_least_busy(engines, serving)))
     return actions, ScalingState() if actions else state
 
 
-def average(engines: Mapping[int, EngineFacts], serving: Collection[int], policy: Policy = LLUMD) -> float:
-    """Freeness of the pool if `serving` served, tokens a request: the scarcest resource's room over its requests.
+def average_freeness(engines: Mapping[int, EngineFacts], serving: Collection[int], policy: Policy = LLUMD) -> float:
+    """Return the freeness of the pool if the engines in `serving` served: the least over the resources.
 
-    Load counts wherever it is: what drains will go to the others. Infinite without requests.
+    The freeness of a resource is its room over its requests, in tokens a request. The load of engines that do not
+    serve counts too: it will move to the others. Infinite without requests.
     """
-    loads = [policy.terms(f) for i, f in engines.items() if i in serving or f.running + f.waiting]
-    lost = [policy.terms(f) for i, f in engines.items() if i not in serving and f.running + f.waiting]
-    capacity_lost = [sum(term.capacity for term in column) for column in zip(*lost, strict=True)]
-    shares = []
+    loads = [policy.resource_loads(f) for i, f in engines.items() if i in serving or f.running + f.waiting]
+    lost = [policy.resource_loads(f) for i, f in engines.items() if i not in serving and f.running + f.waiting]
+    capacity_lost = [sum(load.capacity for load in column) for column in zip(*lost, strict=True)]
+    averages = []
     for k, column in enumerate(zip(*loads, strict=True)):
-        room = sum(term.room for term in column) - (capacity_lost[k] if lost else 0.0)
-        batch = sum(term.batch for term in column)
-        shares.append(room / batch if batch else math.inf)
-    return min(shares, default=math.inf)
+        room = sum(load.room for load in column) - (capacity_lost[k] if lost else 0.0)
+        batch = sum(load.batch for load in column)
+        averages.append(room / batch if batch else math.inf)
+    return min(averages, default=math.inf)
 
 
-def _to_wake(engines: Mapping[int, EngineFacts], serving: set[int], config: ScalingRules) -> list[int]:
-    """As many as bring the average back to the low mark, or as there may be."""
+def _engines_to_wake(engines: Mapping[int, EngineFacts], serving: set[int], rules: ScalingRules) -> list[int]:
+    """Return as many parked engines as bring the average back to the low threshold, within max_engines."""
     woken: list[int] = []
-    for i in _sleepers(engines)[: config.max_engines - len(serving)]:
-        if average(engines, serving | {*woken}, config.policy) >= config.low:
+    for i in _parked(engines)[: rules.max_engines - len(serving)]:
+        if average_freeness(engines, serving | {*woken}, rules.policy) >= rules.low:
             break
         woken.append(i)
     return woken
 
 
-def _sleepers(engines: Mapping[int, EngineFacts]) -> list[int]:
-    """Parked engines; first those that still drain, the busiest before others: to go on costs them nothing."""
+def _parked(engines: Mapping[int, EngineFacts]) -> list[int]:
+    """Return the parked engines, the busiest first: one that still drains serves again at no cost."""
     parked = [i for i, f in engines.items() if f.state == EngineState.PARKED]
     return sorted(parked, key=lambda i: -engines[i].running - engines[i].waiting)
 
 
 def _least_busy(engines: Mapping[int, EngineFacts], serving: set[int]) -> int:
-    """The serving engine with the fewest running requests; of several the last, as the first have the low numbers."""
+    """Return the serving engine with the fewest running requests; of equals the last, to keep the low numbers up."""
     return min(serving, key=lambda i: (engines[i].running, engines[i].waiting, -i))
 
 
-def _since(beyond: bool, since: float | None, now: float) -> float | None:
+def _update_since(beyond: bool, since: float | None, now: float) -> float | None:
     if not beyond:
         return None
     return now if since is None else since
 
 
-def _lasted(since: float | None, now: float, config: ScalingRules) -> bool:
-    return since is not None and now - since >= config.period
+def _has_lasted(since: float | None, now: float, rules: ScalingRules) -> bool:
+    return since is not None and now - since >= rules.period

@@ -1,1 +1,1 @@
-"""The CPU backend: model, kernels and runner."""
+"""CPU backend: model, kernels and runner."""

@@ -1,8 +1,8 @@
 """Paged attention on the CPU: one kernel for single tokens, one for prefill chunks.
 
-Both walk a sequence's blocks in groups of fixed size from position 0 with an online softmax; the queries of
-a KV head's group share each key and value that is read. Queries come scaled by log2(e) / sqrt(head_dim), so
-weights are powers of two. A token's result in `attend_tokens` depends on its own sequence alone, bit for bit:
+Both read a sequence's blocks in groups of fixed size from position 0, with an online softmax. The query heads of a
+KV head's group share each key and value that is read. Queries are scaled by log2(e) / sqrt(head_dim) beforehand, so
+the softmax uses powers of 2. A token's result in `attend_tokens` depends only on its own sequence, bit for bit:
 deterministic engines use that kernel for prefill too.
 """
 
@@ -17,14 +17,14 @@ from daemon.engine.cpu.ops import exp2_nonpositive, narrow, widen
 from daemon.engine.cpu.simd import dots, multiply, prefetch, width
 from daemon.engine.jit import F32, kernel, prange
 
-TILE_QUERIES = 32  # tokens of a prefill chunk that share a pass over the keys
-_ROWS = 4  # of one product in `attend_tiles`
-_SPAN = 64  # positions of a softmax step, or a block where that is larger
-_LOWEST = np.float32(-1e30)  # stands for minus infinity: differences of it stay finite
+TILE_QUERIES = 32  # tokens of a prefill chunk that share one pass over the keys
+_ROWS = 4  # rows of one product in `attend_tiles`
+_SPAN = 64  # positions of one softmax step; a larger block is one step
+_LOWEST = np.float32(-1e30)  # used as minus infinity: differences of it stay finite
 
 
 class AttentionShape(NamedTuple):
-    """All that the kernels are specialised on."""
+    """The compile-time constants of the kernels."""
 
     heads: int
     kv_heads: int
@@ -44,27 +44,29 @@ class AttentionShape(NamedTuple):
 
     @property
     def layer_width(self) -> int:
+        """Pool elements of one layer in a block."""
         return 2 * self.value_offset
 
     @property
     def block_width(self) -> int:
+        """Pool elements of a block."""
         return self.layers * self.layer_width
 
     @property
     def query_scale(self) -> float:
-        """What queries are multiplied with: the softmax temperature, and base 2 for base e."""
+        """Factor of the queries: the softmax scale, and the change from base e to base 2."""
         return 1.4426950408889634 / self.head_dim**0.5
 
 
 class Attention(NamedTuple):
     """The compiled kernels.
 
-    attend_tokens(q, pool, layer_offset, positions, tables, blocks, out): out[i] for each i of `positions`.
-    attend_tiles(q, pool, layer_offset, positions, tables, blocks, tiles, out): for the tokens of each tile,
-    which are consecutive tokens of one sequence: tiles [n, 2] int32 of (first token, count <= TILE_QUERIES).
+    attend_tokens(q, pool, layer_offset, positions, tables, blocks, out) computes out[i] for each i of `positions`.
+    attend_tiles(q, pool, layer_offset, positions, tables, blocks, tiles, out) computes `out` for the tokens of each
+    tile, which are consecutive tokens of one sequence: tiles [n, 2] int32 of (first token, count <= TILE_QUERIES).
 
-    q [tokens, heads * head_dim] f32; pool flat; positions [tokens] int32; tables [tokens] int32: where in `blocks`
-    (int32) the token's block table begins; out [tokens, heads * head_dim] f32 or bf16 bits.
+    q [tokens, heads * head_dim] f32; pool flat; positions [tokens] int32; tables [tokens] int32: index in `blocks`
+    (int32) where the token's block table begins; out [tokens, heads * head_dim] f32 or bf16 bits.
     """
 
     attend_tokens: Callable[..., None]
@@ -72,15 +74,16 @@ class Attention(NamedTuple):
 
 
 def compile_attention(shape: AttentionShape, parallel: bool) -> Attention:
-    """Kernels for one model's shape; `parallel`: work is shared out over numba's threads."""
+    """Compile the kernels for one model's shape. `parallel`: they divide the work between numba's threads."""
     return Attention(_compile_tokens(shape, parallel), _compile_tiles(shape, parallel))
 
 
 @kernel(inline=True, fastmath=True)
 def _weigh(scores: Any, count: int, before: F32, sums: Any) -> tuple[F32, F32, F32]:
-    """A row's online softmax step: its first `count` scores become weights, its sums so far shrink to match.
+    """Do one step of a row's online softmax: replace its first `count` scores by weights and rescale `sums`.
 
-    `before` is its largest score so far. Returns (the largest now, the factor of shrinking, the weights' sum).
+    `before` is the row's largest score of the earlier steps. Returns (the largest score now, the factor that `sums`
+    was multiplied by, the sum of the weights).
     """
     largest = before
     for t in range(count):
@@ -98,7 +101,7 @@ def _weigh(scores: Any, count: int, before: F32, sums: Any) -> tuple[F32, F32, F
 
 @kernel(inline=True, fastmath=True)
 def _finish(sums: Any, total: F32, out: Any) -> None:
-    """One head's result: its weighted sum of values over the sum of the weights."""
+    """Write one head's result: its weighted sum of values divided by the sum of the weights."""
     scale = np.float32(1.0) / total
     for j in range(sums.shape[0]):
         out[j] = narrow(sums[j] * scale, out)
@@ -128,7 +131,7 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
     ) -> None:
         for item in prange(positions.shape[0] * kv_heads):
             r, head = item // kv_heads, item % kv_heads
-            origin = layer_offset + head * dim  # in a block: this head's key of the first token
+            origin = layer_offset + head * dim  # in a block: this head's key of the block's first token
             length = positions[r] + 1
             last = tables[r] + (length - 1) // block_size
             scores = np.empty((group, span), np.float32)
@@ -198,7 +201,7 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
         for item in prange(tiles.shape[0] * kv_heads):
             tile, head = item // kv_heads, item % kv_heads
             begin = tiles[tile, 0]
-            rows = tiles[tile, 1] * group  # row r: query r // group, head r % group of this KV head's
+            rows = tiles[tile, 1] * group  # row r: token r // group, head r % group of this KV head
             start = positions[begin]
             length = start + tiles[tile, 1]
             folded = np.zeros((capacity, dim), np.float32)
@@ -241,6 +244,6 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
 
 
 def _columns(dim: int) -> int:
-    """Columns of a value that one product covers: whole vectors, a divisor of `dim`, at most four registers."""
+    """Return the columns of a value in one product: whole vectors, a divisor of `dim`, at most 4 registers."""
     lanes = width(dim)
     return max(n * lanes for n in (1, 2, 3, 4) if dim % (n * lanes) == 0)

@@ -1,4 +1,4 @@
-"""A step plan as the arrays that the CPU kernels read. No torch."""
+"""Conversion of a step plan to the arrays that the CPU kernels read. No torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Longs = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """One step. Tokens of all rows stand in one line, row after row."""
+    """One step. The tokens of all rows are concatenated, row after row."""
 
     tokens: Longs  # [tokens] ids to embed
-    positions: Ints  # [tokens] place of each in its sequence
-    slots: Longs  # [tokens] pool element where its key of layer 0 goes
-    tables: Ints  # [tokens] where in `blocks` its sequence's block table begins
-    blocks: Ints  # the block tables of all rows, one after another
-    singles: int  # so many leading tokens are attended to one by one, the rest by tiles
+    positions: Ints  # [tokens] position of each in its sequence
+    slots: Longs  # [tokens] pool element where its key of layer 0 begins
+    tables: Ints  # [tokens] index in `blocks` where its sequence's block table begins
+    blocks: Ints  # the block tables of all rows, concatenated
+    num_single: int  # the first `num_single` tokens use `attend_tokens`, the others `attend_tiles`
     tiles: Ints  # [n, 2] first token and count of each tile
-    sampled: Ints  # tokens whose logits are wanted, in the order of the rows
+    sampled: Ints  # indices of the tokens that need logits, in the order of the rows
 
 
 def build_batch(plan: StepPlan, shape: AttentionShape, *, tiled: bool) -> Batch:
-    """Arrays of `plan`. `tiled`: prefill chunks go by tiles; else each of their tokens stands alone."""
+    """Build the arrays of `plan`. `tiled`: prefill chunks use tiles, not `attend_tokens` for each token."""
     rows = plan.rows
     counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
     ends = np.cumsum(counts)
@@ -40,18 +40,18 @@ def build_batch(plan: StepPlan, shape: AttentionShape, *, tiled: bool) -> Batch:
     tokens = np.fromiter(chain.from_iterable(_tokens(row) for row in rows), np.int64, int(ends[-1]))
     positions = np.arange(len(tokens)) + np.repeat(starts - ends + counts, counts)
     token_tables = np.repeat(tables, counts)
-    block, place = np.divmod(positions, shape.block_size)
-    slots = blocks[token_tables + block] * shape.block_width + place * shape.token_width
+    block, offset = np.divmod(positions, shape.block_size)
+    slots = blocks[token_tables + block] * shape.block_width + offset * shape.token_width
     sampled = np.array([end - 1 for end, row in zip(ends.tolist(), rows, strict=True) if row.sample], np.int32)
-    singles = plan.num_decodes if tiled else len(tokens)
+    num_single = plan.num_decodes if tiled else len(tokens)
     return Batch(
         tokens=tokens,
         positions=positions.astype(np.int32),
         slots=slots,
         tables=token_tables.astype(np.int32),
         blocks=blocks.astype(np.int32),
-        singles=singles,
-        tiles=_tiles(rows[plan.num_decodes :], singles) if tiled else np.empty((0, 2), np.int32),
+        num_single=num_single,
+        tiles=_tiles(rows[plan.num_decodes :], num_single) if tiled else np.empty((0, 2), np.int32),
         sampled=sampled,
     )
 
@@ -61,7 +61,7 @@ def _tokens(row: Row) -> list[int]:
 
 
 def _tiles(rows: list[Row], first: int) -> Ints:
-    """Tiles of the chunks `rows`, whose first token is token `first` of the batch."""
+    """Return the tiles of the chunks `rows`; the first token of these rows is token `first` of the batch."""
     tiles = []
     for row in rows:
         tiles += [(first + i, min(TILE_QUERIES, row.count - i)) for i in range(0, row.count, TILE_QUERIES)]

@@ -1,4 +1,4 @@
-"""Linear layers of the CPU engine: weights packed once for oneDNN, in the arithmetic this CPU is faster at."""
+"""Linear layers of the CPU engine, with weights packed once for oneDNN, in bf16 or fp32, whichever is faster here."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from daemon.models.model_config import ModelConfig
 Arithmetic = Literal["bf16", "fp32"]
 
 DTYPES: dict[Arithmetic, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TILE = 16  # rows of every product of a deterministic engine
+TILE = 16  # rows of every product in a deterministic engine
 
 
 class Linear:
-    """``x @ weight.T + bias`` for x [rows, in] in the dtype of `weight` [out, in]; gives [rows, out] in it.
+    """Computes ``x @ weight.T + bias``: x [rows, in] and the result [rows, out] have the dtype of `weight` [out, in].
 
     Keeps a packed copy, private to this process, and no reference to `weight`. With `tiled` each product has
-    exactly TILE rows, the last one padded: oneDNN picks its kernel by the shape, and rounding follows the
-    kernel, so only then does a row's result not depend on how many rows stand beside it.
+    exactly TILE rows; the last one is padded. oneDNN selects its kernel by the shape, and the rounding depends on
+    the kernel, so without `tiled` a row's result depends on the number of rows in its batch.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, tiled: bool = False) -> None:
@@ -40,25 +40,25 @@ class Linear:
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not self._packable:
             return F.linear(x, self._weight, self._bias)
-        # F.linear in fp32 would go to MKL, which is half as fast on a CPU that is not Intel's.
+        # F.linear in fp32 would use MKL, which is half as fast on CPUs that are not made by Intel.
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
 def choose_arithmetic(config: ModelConfig) -> Arithmetic:
-    """bf16 or fp32, whichever computes one layer of this model faster here, for decodes of 1 and of 16 rows.
+    """Return bf16 or fp32: the one that computes a layer of this model faster here, for decodes of 1 and 16 rows.
 
-    Takes some 100 to 200 ms: wide layers are timed by a part of them. Without bf16 instructions (AVX-512-BF16
-    or AMX) bf16 is emulated, and fp32 is taken untimed.
+    Takes about 100 to 200 ms: only a part of a wide layer is timed. Without bf16 instructions (AVX-512-BF16 or AMX)
+    bf16 is emulated, so the result is fp32, without timing.
     """
     if not _has_bf16():
         return "fp32"
-    # Engines time by themselves and must agree, or no KV could move between them; the bias towards
-    # bf16, which wins by nearly two where it is native at all, keeps a noisy neighbour from parting them.
+    # Each engine times by itself, and all must choose the same, or no KV can move between them. Native bf16 is nearly
+    # twice as fast. The factor favours bf16, so that noise from other processes does not lead to different choices.
     return "bf16" if _layer_seconds(config, "bf16") < 1.5 * _layer_seconds(config, "fp32") else "fp32"
 
 
 def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs weights of `dtype` on this CPU; it refuses bf16 where AVX-512 is missing."""
+    """Return True if oneDNN packs weights of `dtype` on this CPU. It packs no bf16 without AVX-512."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -71,7 +71,7 @@ def _has_bf16() -> bool:
 
 
 def _layer_seconds(config: ModelConfig, arithmetic: Arithmetic, budget: float = 0.04) -> float:
-    """Least time of the two widest products of a layer at 1 and 16 rows. `budget`: seconds of timing."""
+    """Return the shortest time of a layer's two widest products at 1 and 16 rows. `budget`: seconds of timing."""
     dtype = DTYPES[arithmetic]
     hidden, inner = min(config.hidden_size, 2048), min(config.intermediate_size, 3072)
     with torch.inference_mode():

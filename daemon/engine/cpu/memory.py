@@ -1,4 +1,4 @@
-"""How much memory a CPU engine needs beside its KV pool, before anything is allocated. Pure."""
+"""Estimate of a CPU engine's memory besides its KV pool, before anything is allocated. Pure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ _HEAD_BYTES = 4  # the output layer is float32 in every arithmetic
 
 
 def weights_bytes(config: ModelConfig, arithmetic: str) -> int:
-    """Private bytes of one engine's packed weights. The embedding table is a mapped file, shared by all engines."""
+    """Return the private bytes of one engine's packed weights.
+
+    The embedding table is not included: it is a mapped file, shared by all engines.
+    """
     layers = config.num_params - config.hidden_size - _embedding(config) * (1 if config.tie_embeddings else 2)
     return (layers + config.hidden_size) * ITEM_BYTES[arithmetic] + _embedding(config) * _HEAD_BYTES
 
 
 def embedding_bytes(config: ModelConfig, item_bytes: int = 2) -> int:
-    """Bytes of the embedding table as stored in the checkpoint, once for the box; private with dummy weights."""
+    """Return the bytes of the embedding table as stored in the checkpoint.
+
+    All engines of the machine share it, but with dummy weights each engine has a private copy.
+    """
     return _embedding(config) * item_bytes
 
 
 def activation_bytes(
     config: ModelConfig, arithmetic: str, *, max_batch_tokens: int, max_num_seqs: int, max_model_len: int
 ) -> int:
-    """Bytes of a full step's activations, its logits and the rotary tables."""
+    """Return the bytes of a full step's activations and logits, and of the rotary tables."""
     attention = config.num_heads * config.head_dim
     qkv = attention + 2 * config.num_kv_heads * config.head_dim
     item = ITEM_BYTES[arithmetic]

@@ -1,7 +1,7 @@
-"""The Llama forward pass on the CPU: linear layers by oneDNN, everything between them by compiled kernels.
+"""Llama forward pass on the CPU: oneDNN computes the linear layers, compiled kernels compute the rest.
 
-The residual stream is float32 and starts at zero: the embedding, and then what each half-layer gives, is a
-*delta* which the next normalisation adds to it. Deltas and normalised rows are in the arithmetic's dtype.
+The residual stream is float32 and starts at zero. The embedding, and then the output of each attention and MLP, is a
+*delta* that the next normalisation adds to the residual. Deltas and normalised rows have the dtype of `arithmetic`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from daemon.models.model_config import ModelConfig
 
 
 class Layer(NamedTuple):
-    """Weights of one decoder layer; query, key and value are one product, gate and up another."""
+    """Weights of one decoder layer. `qkv` computes query, key and value in one product, `gate_up` gate and up."""
 
     attention_norm: npt.NDArray[np.float32]
     qkv: Linear
@@ -36,8 +36,8 @@ class Layer(NamedTuple):
 class Llama:
     """A decoder over one KV pool. `logits` computes a step of at most `max_tokens` tokens.
 
-    `pool` is flat, of float32, or for bf16 of uint16 bits; `max_len` is the longest sequence in tokens.
-    `deterministic` makes every row's result independent of the batch around it, bit for bit.
+    `pool` is flat: float32, or the bits of bf16 as uint16. `max_len` is the longest sequence in tokens.
+    `deterministic` makes every row's result independent of its batch, bit for bit.
     """
 
     def __init__(
@@ -73,24 +73,24 @@ class Llama:
         self._final = torch.zeros(max_tokens, config.hidden_size)
         self._attended = torch.zeros(max_tokens, attention_width, dtype=self._dtype)
         self._activated = torch.zeros(max_tokens, config.intermediate_size, dtype=self._dtype)
-        self._every = np.arange(max_tokens, dtype=np.int32)
+        self._all_rows = np.arange(max_tokens, dtype=np.int32)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Float32 logits [len(batch.sampled), vocab]; the batch's keys and values are written to the pool."""
+        """Write the batch's keys and values to the pool; return float32 logits [len(batch.sampled), vocab]."""
         count = len(batch.tokens)
-        every = self._every[:count]
+        all_rows = self._all_rows[:count]
         self._residual[:count] = 0.0
         delta = F.embedding(torch.from_numpy(batch.tokens), self._embedding).to(self._dtype)
         for i, layer in enumerate(self._layers):
-            x = self._add_norm(delta, layer.attention_norm, every, self._normed)
+            x = self._add_norm(delta, layer.attention_norm, all_rows, self._normed)
             delta = self._attend(layer, i, x, batch)
-            delta = self._mlp(layer, self._add_norm(delta, layer.mlp_norm, every, self._normed))
+            delta = self._mlp(layer, self._add_norm(delta, layer.mlp_norm, all_rows, self._normed))
         if not len(batch.sampled):
             return torch.empty(0, self._head.out_features)
         return self._head(self._add_norm(delta, self._norm_weight, batch.sampled, self._final))
 
     def warm_up(self, rows: int) -> None:
-        """Have oneDNN make its kernels for products of 1 to `rows` rows: else each costs its first step 1 ms."""
+        """Run products of 1 to `rows` rows: oneDNN creates a kernel at the first one of each shape, in about 1 ms."""
         layer = self._layers[0]
         for linear in (layer.qkv, layer.out, layer.gate_up, layer.down, self._head):
             dtype = torch.float32 if linear is self._head else self._dtype
@@ -122,9 +122,15 @@ class Llama:
             queries,
             pool,
         )
-        if batch.singles:
+        if batch.num_single:
             self._attention.attend_tokens(
-                queries, pool, layer_offset, batch.positions[: batch.singles], batch.tables, batch.blocks, _raw(out)
+                queries,
+                pool,
+                layer_offset,
+                batch.positions[: batch.num_single],
+                batch.tables,
+                batch.blocks,
+                _raw(out),
             )
         if len(batch.tiles):
             self._attention.attend_tiles(
@@ -139,7 +145,7 @@ class Llama:
 
 
 class _Builder:
-    """Turns stored tensors into layers."""
+    """Builds layers from stored tensors."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype, tiled: bool) -> None:
         self._weights = weights
@@ -159,11 +165,11 @@ class _Builder:
         )
 
     def head(self, name: str) -> Linear:
-        """The output layer, in float32 always: logits rounded to bfloat16 tie where the model does not."""
+        """Return the output layer. It is always float32: rounding to bfloat16 makes different logits equal."""
         return Linear(self._weights.get(f"{name}.weight").float(), tiled=self._tiled)
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
-        """The linear layers `names` of one input, as one."""
+        """Return the linear layers `names`, which have the same input, as one layer."""
         parts = [
             torch.cat([self._weights.get(f"{name}.{part}").to(self._dtype) for name in names])
             for part in (["weight", "bias"] if bias else ["weight"])
@@ -171,10 +177,10 @@ class _Builder:
         return Linear(*parts, tiled=self._tiled)
 
     def norm(self, name: str) -> npt.NDArray[np.float32]:
-        # A copy: compiled code is specialised on writable arrays, and a mapped tensor may not be aligned.
+        # A copy: the kernels are compiled for writable arrays, and a mapped tensor may be unaligned.
         return np.array(self._weights.get(f"{name}.weight").float().numpy())
 
 
 def _raw(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The tensor as the kernels take it: float32, or bfloat16 as uint16 bits. Shares memory."""
+    """Return the tensor as an array for the kernels: float32, or bfloat16 as uint16 bits. Shares memory."""
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()

@@ -1,8 +1,8 @@
-"""The small operations between the linear layers, each one pass over its rows. CPU, numba.
+"""Numba kernels for the operations between the linear layers; each makes one pass over its rows.
 
-Activations are float32, or bfloat16 held as uint16 bits (numba knows no bfloat16); the residual stream,
-norm weights and every sum are float32. Each kernel works on a row by itself, in a fixed order, so a row's
-bits do not depend on what else is in the batch.
+Activations are float32, or bfloat16 stored as uint16 bits (numba has no bfloat16). The residual stream, norm weights
+and all sums are float32. Each kernel computes a row by itself, in a fixed order, so a row's bits do not depend on the
+other rows of the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba.extending import overload
 
 
 def widen(x: Any) -> Any:
-    """Float32 value of a float32, or of the bits of a bfloat16. Compiled code only."""
+    """Return the float32 value of a float32, or of a bfloat16's bits. Only for compiled code."""
     raise NotImplementedError
 
 
@@ -33,9 +33,9 @@ def _widen(x: Any) -> Callable[..., Any]:
 
 
 def narrow(x: Any, like: Any) -> Any:
-    """`x` (float32) as an element of the array `like`: itself, or the bits of the nearest bfloat16.
+    """Return `x` (float32) as an element of the array `like`: unchanged, or the bits of the nearest bfloat16.
 
-    Compiled code only.
+    Only for compiled code.
     """
     raise NotImplementedError
 
@@ -55,7 +55,7 @@ def _narrow(x: Any, like: Any) -> Callable[..., Any]:
 
 @kernel(inline=True, fastmath=True)
 def exp2_nonpositive(x: F32) -> F32:
-    """2**x for x <= 0, to about 1e-7; libm's exp is a call for each element and keeps loops scalar."""
+    """Return 2**x for x <= 0, with an error of about 1e-7. A call of libm's exp would keep loops scalar."""
     x = max(x, np.float32(-126.0))
     n = np.int32(x - np.float32(0.5))
     f = x - np.float32(n)
@@ -69,7 +69,7 @@ def exp2_nonpositive(x: F32) -> F32:
 
 
 class Ops(NamedTuple):
-    """The kernels, for one thread or for several."""
+    """The compiled kernels."""
 
     add_rms_norm: Callable[..., None]
     silu_mul: Callable[..., None]
@@ -77,9 +77,9 @@ class Ops(NamedTuple):
 
 
 def add_rms_norm(residual: Any, delta: Any, rows: Any, weight: Any, eps: Any, out: Any) -> None:
-    """Add `delta` to the residual stream in place, then normalise it: ``out[i]`` is of row ``rows[i]``.
+    """Add `delta` to the residual stream in place, then write the normalised row ``rows[i]`` to ``out[i]``.
 
-    residual [tokens, hidden] f32; delta likewise, f32 or bf16; rows [n] int32; weight [hidden] f32;
+    residual [tokens, hidden] f32; delta has the same shape, f32 or bf16; rows [n] int32; weight [hidden] f32;
     eps float32; out [n, hidden].
     """
     hidden = residual.shape[1]
@@ -96,7 +96,7 @@ def add_rms_norm(residual: Any, delta: Any, rows: Any, weight: Any, eps: Any, ou
 
 
 def silu_mul(gate_up: Any, out: Any) -> None:
-    """``silu(gate) * up``. gate_up [tokens, 2 * width]: gate, then up; out [tokens, width]."""
+    """Compute ``silu(gate) * up``. gate_up [tokens, 2 * width]: gate, then up; out [tokens, width]."""
     size = out.shape[1]
     log2e = np.float32(1.4426950408889634)
     one = np.float32(1.0)
@@ -111,7 +111,7 @@ def silu_mul(gate_up: Any, out: Any) -> None:
 
 @kernel(inline=True, fastmath=True)
 def _rotate(heads: Any, cos: Any, sin: Any, scale: F32, out: Any) -> None:
-    """Rotary embedding of every head in one row: element i turns with element i + head_dim / 2."""
+    """Apply the rotary embedding to every head in one row: it rotates the pairs (i, i + head_dim / 2)."""
     half = cos.shape[0]
     for head in range(0, heads.shape[0], 2 * half):
         low, high = heads[head : head + half], heads[head + half : head + 2 * half]
@@ -135,23 +135,23 @@ def rope_and_store(
     q_out: Any,
     pool: Any,
 ) -> None:
-    """Rotate queries and keys; queries times `scale` go to q_out, keys and values into the pool.
+    """Rotate queries and keys. Write the queries times `scale` to q_out, and keys and values to the pool.
 
     qkv [tokens, (heads + 2 kv_heads) * head_dim]; positions [tokens] int32; slots [tokens] int64: pool element
     where the token's key of layer 0 begins; cos, sin [positions, head_dim / 2] f32; q_out [tokens, heads *
-    head_dim] f32; pool flat. Values lie `value_offset` elements after their keys, `kv_width` each.
+    head_dim] f32; pool flat. A value is `value_offset` elements after its key; each has `kv_width` elements.
     """
     q_width = q_out.shape[1]
     for r in prange(qkv.shape[0]):
         key = slots[r] + layer_offset
         keys, values = pool[key : key + kv_width], pool[key + value_offset : key + value_offset + kv_width]
-        turn, lift = cos[positions[r]], sin[positions[r]]
-        _rotate(qkv[r, :q_width], turn, lift, scale, q_out[r])
-        _rotate(qkv[r, q_width : q_width + kv_width], turn, lift, np.float32(1.0), keys)
+        row_cos, row_sin = cos[positions[r]], sin[positions[r]]
+        _rotate(qkv[r, :q_width], row_cos, row_sin, scale, q_out[r])
+        _rotate(qkv[r, q_width : q_width + kv_width], row_cos, row_sin, np.float32(1.0), keys)
         for j in range(kv_width):
             values[j] = narrow(widen(qkv[r, q_width + kv_width + j]), pool)
 
 
 def compile_ops(parallel: bool) -> Ops:
-    """The kernels; `parallel`: rows are shared out over numba's threads."""
+    """Compile the kernels. `parallel`: they divide the rows between numba's threads."""
     return Ops(*(kernel(fastmath=True, parallel=parallel)(f) for f in (add_rms_norm, silu_mul, rope_and_store)))

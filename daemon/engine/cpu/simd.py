@@ -1,8 +1,8 @@
 """Register-blocked inner products for compiled kernels, written as LLVM vectors.
 
-Numba leaves vectorising to LLVM, which keeps no array of sums in registers across a loop. `multiply` and
-`dots` do: each output element is one chain of multiply-adds in fixed order, whatever the neighbouring rows hold.
-Operands are C-contiguous arrays with an element offset and row strides; float32, or where said bfloat16 bits.
+Numba relies on LLVM's vectoriser, which does not keep an array of sums in registers across a loop. `multiply` and
+`dots` do. Each output element is one chain of multiply-adds in a fixed order, independent of the neighbouring rows.
+Operands are C-contiguous arrays with an element offset and row strides: float32, or bfloat16 bits where stated.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def width(columns: int) -> int:
-    """Lanes of the vectors that a row of `columns` floats is cut into: at most 16 (one AVX-512 register)."""
+    """Return the lanes of the vectors that hold a row of `columns` floats: at most 16 (one AVX-512 register)."""
     return gcd(columns, 16)
 
 
 def _emitted(describe: Callable[..., Any]) -> Any:
-    """A function for kernels to call: `describe` gives its signature and emits its code at each call."""
+    """Make a function that kernels can call: `describe` returns its signature and the generator of its code."""
     return intrinsic(prefer_literal=True)(describe)
 
 
 class _Operand:
-    """An array argument from element `offset` on, inside a code generator."""
+    """An array argument, starting at element `offset`, inside a code generator."""
 
     def __init__(self, context: Any, builder: Any, kind: Any, value: Any, offset: Any) -> None:
         self.builder = builder
@@ -41,14 +41,14 @@ class _Operand:
         self.data = builder.gep(context.make_array(kind)(context, builder, value).data, [offset])
 
     def at(self, *terms: tuple[Any, Any]) -> Any:
-        """Address of the element at the sum of the products in `terms`."""
+        """Return the address of an element. Its index is the sum of the products in `terms`."""
         where = _I64(0)
         for stride, index in terms:
             where = self.builder.add(where, self.builder.mul(stride, index))
         return self.builder.gep(self.data, [where])
 
     def load(self, where: Any, lanes: int) -> Any:
-        """`lanes` consecutive elements as a float32 vector."""
+        """Emit the load of `lanes` consecutive elements as a float32 vector."""
         element = _I16 if self.half else _F32
         pointer = self.builder.bitcast(where, ir.VectorType(element, lanes).as_pointer())
         value = self.builder.load(pointer, align=2 if self.half else 4)
@@ -91,7 +91,7 @@ def multiply(
     c_row: Any,
     depth: Any,
 ) -> tuple[Any, Callable[..., Any]]:
-    """``C = A B``, or ``C += A B`` where `add` is 1. A [rows, depth], B [depth, columns], C [rows, columns].
+    """Compute ``C = A B``, or ``C += A B`` if `add` is 1. A [rows, depth], B [depth, columns], C [rows, columns].
 
     `rows`, `columns` and `add` are compile-time constants: rows * columns / 16 vectors of sums (at most 24
     of the 32 registers of AVX-512) stay in registers. A and C are float32; B may be bfloat16 bits.
@@ -142,7 +142,7 @@ def dots(
     c_row: Any,
     count: Any,
 ) -> tuple[Any, Callable[..., Any]]:
-    """``C = A B^T``. A [rows, length] contiguous, B [count, length] with row stride `b_row`, C [rows, count].
+    """Compute ``C = A B^T``. A [rows, length] contiguous, B [count, length] with row stride `b_row`, C [rows, count].
 
     `rows` and `length` are compile-time constants. A and C are float32; B may be bfloat16 bits.
     """
@@ -175,7 +175,7 @@ def dots(
 
 @_emitted
 def prefetch(_: Any, rows: Any, length: Any, a: Any, a0: Any, a_row: Any) -> tuple[Any, Callable[..., Any]]:
-    """Have the cache fetch `rows` rows of `length` elements (both compile-time constants) with stride `a_row`."""
+    """Prefetch `rows` rows of `length` elements (both compile-time constants) with stride `a_row` into the cache."""
     m, n = rows.literal_value, length.literal_value
     signature = types.void(rows, length, a, *[types.intp] * 2)
 

@@ -1,6 +1,6 @@
-"""Attention over the paged pool: FlashInfer's kernels, all calls of them in this file, or torch as the reference.
+"""Attention over the paged pool: by FlashInfer's kernels, which only this file calls, or by torch as the reference.
 
-The pool is blocks-first, `[blocks, layers, 2, block_size, kv_heads, head_dim]`. FlashInfer reads a layer through
+The pool is blocks-first, `[blocks, layers, 2, block_size, kv_heads, head_dim]`. FlashInfer reads a layer by its
 strides: it gets the views ``pool[:, layer, 0]`` and ``pool[:, layer, 1]``.
 """
 
@@ -13,14 +13,14 @@ import torch
 from daemon.engine.cuda.arrays import Inputs, Size
 
 FLOAT_WORKSPACE = 256 << 20
-"""Bytes for the partial results of split sequences; 512 decode rows of an 8B need 167 MB of it."""
+"""Bytes for the partial results of split sequences. 512 decode rows of an 8B model need 167 MB."""
 
 INT_WORKSPACE = 8 << 20
 """Bytes for one schedule."""
 
 
-class Heads(NamedTuple):
-    """The shape that attention sees."""
+class HeadShape(NamedTuple):
+    """Shape of the heads and of a KV block."""
 
     heads: int
     kv_heads: int
@@ -29,46 +29,53 @@ class Heads(NamedTuple):
 
 
 class Attention(Protocol):
-    """Attention of a step's rows. A pass is either decodes, of a prepared bucket, or chunks."""
+    """Attention of a step's rows. A pass computes either the decodes of a prepared bucket, or chunks."""
 
-    def adopt(self, pool: torch.Tensor) -> None:
+    def use_pool(self, pool: torch.Tensor) -> None:
         """Read and write `pool` from now on."""
         ...
 
     def prepare(self, bucket: int, device: Inputs, host: Inputs) -> None:
-        """Make ready for decodes of `bucket` rows, always from the arrays `device`; `host`: the same on the host,
-        filled with anything valid."""
+        """Prepare decodes of `bucket` rows, which always read the arrays `device`.
+
+        `host`: the same arrays on the host, filled with any valid step.
+        """
         ...
 
-    def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, turn: int) -> None:
-        """Lay out the work of the pass that is submitted next. `host`, `device`: CPU tensors and the device's, for
-        chunks cut to `size`; `turn`: which set of staging buffers this step has."""
+    def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, staging_index: int) -> None:
+        """Make the schedule of the pass that is submitted next.
+
+        `host`, `device`: the inputs as CPU tensors and on the device; for chunks cut to `size`. `staging_index`: the
+        set of staging buffers of this step.
+        """
         ...
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer: views [blocks, block_size, kv_heads, head_dim]."""
+        """Return keys and values of a layer: views [blocks, block_size, kv_heads, head_dim]."""
         ...
 
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
-        """Let q [n, heads, head_dim] attend to each sequence up to its own position, whose KV is in the pool. Gives
-        [n, heads, head_dim] in the dtype of q."""
+        """Return the attention of q [n, heads, head_dim] to its sequence up to its own position.
+
+        The KV of that position is already in the pool. The result is [n, heads, head_dim] in the dtype of q.
+        """
         ...
 
 
 class TorchAttention:
-    """Row by row, from the very arrays that FlashInfer gets, in float32. Slow; the definition."""
+    """Attention row by row in float32, from the same arrays that FlashInfer gets. Slow; the reference."""
 
-    def __init__(self, shape: Heads) -> None:
+    def __init__(self, shape: HeadShape) -> None:
         self._shape = shape
         self._pool: torch.Tensor
 
-    def adopt(self, pool: torch.Tensor) -> None:
+    def use_pool(self, pool: torch.Tensor) -> None:
         self._pool = pool
 
     def prepare(self, bucket: int, device: Inputs, host: Inputs) -> None:
         """Nothing to prepare."""
 
-    def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, turn: int) -> None:
+    def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, staging_index: int) -> None:
         """Nothing to plan."""
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,47 +85,49 @@ class TorchAttention:
         out = torch.empty_like(q)
         queries, pages = inputs.qo_indptr.tolist(), inputs.kv_indptr.tolist()
         for row, last in enumerate(inputs.last_page_len.tolist()):
-            mine = slice(queries[row], queries[row + 1])
+            tokens = slice(queries[row], queries[row + 1])
             blocks = inputs.kv_indices[pages[row] : pages[row + 1]].long()
             length = (len(blocks) - 1) * self._shape.block_size + last
             kv = self._pool[blocks, layer].transpose(0, 1).flatten(1, 2)[:, :length]
-            out[mine] = self._row(q[mine], kv).to(q.dtype)
+            out[tokens] = self._row(q[tokens], kv).to(q.dtype)
         return out
 
     def _row(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """q [n, heads, head_dim], the last of `kv` [2, length, kv_heads, head_dim]: [n, heads, head_dim] float32."""
+        """Return [n, heads, head_dim] float32. q [n, heads, head_dim]: the last tokens of `kv` [2, length, kv_heads,
+        head_dim]."""
         count, length = len(q), kv.shape[1]
         k, v = kv.float().repeat_interleave(self._shape.heads // self._shape.kv_heads, dim=2)
         scores = torch.einsum("qhd,khd->hqk", q.float(), k) * self._shape.head_dim**-0.5
-        own = torch.arange(length - count, length, device=q.device)
-        hidden = torch.arange(length, device=q.device) > own[:, None]
+        positions = torch.arange(length - count, length, device=q.device)
+        hidden = torch.arange(length, device=q.device) > positions[:, None]
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
         return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 class FlashInferAttention:
-    """Decodes by the tensor-core decode wrapper, one a bucket, in graph mode; chunks by the prefill wrapper.
+    """Decodes by the tensor-core decode wrapper in graph mode, one wrapper per bucket; chunks by the prefill wrapper.
 
-    A wrapper's own `plan` runs once, to load its module; then steps call the module's plan themselves, with arrays
-    that already lie on the host and a pinned buffer by turns: the wrapper would take the largest length
-    with Python's `max` over a tensor, and overwrite its one pinned buffer while the copy of the step before may still
-    be under way. All schedules of a kind share one workspace on the device: the stream orders them.
+    The wrapper's own `plan` runs once, to load its module. Afterwards steps call the module's plan directly, with
+    arrays that are already on the host and with the step's own pinned buffer. The wrapper's `plan` would compute the
+    largest length by Python's `max` over a tensor, and it would overwrite its only pinned buffer while the copy of
+    the previous step may still be in flight. All decode schedules share one workspace on the device, and all chunk
+    schedules another one: the stream orders them.
 
-    FlashInfer's kernels read schedules, `indptr`s and lengths before they wait for the kernel in front of them, so
-    those may be written by copies only, and never by a kernel.
+    FlashInfer's kernels read schedules, `indptr` arrays and lengths before they wait for the previous kernel (PDL).
+    So only copies may write these, never a kernel.
     """
 
     def __init__(
         self,
-        shape: Heads,
+        shape: HeadShape,
         *,
         dtype: torch.dtype,
         kv_dtype: torch.dtype,
         device: torch.device,
-        turns: int,
+        num_staging_sets: int,
         prefill_backend: str = "fa2",
     ) -> None:
-        """`turns`: sets of staging buffers. `prefill_backend`: "fa2" or, not with e4m3 KV, "fa3"."""
+        """`num_staging_sets`: number of staging sets. `prefill_backend`: "fa2", or "fa3" (not with e4m3 KV)."""
         import flashinfer
 
         self._fi: Any = flashinfer
@@ -126,14 +135,14 @@ class FlashInferAttention:
         self._dtypes = {"q_data_type": dtype, "kv_data_type": kv_dtype, "o_data_type": dtype}
         self._backend = prefill_backend
         self._floats = torch.zeros(FLOAT_WORKSPACE, dtype=torch.uint8, device=device)
-        self._decode = _Schedules(device, turns)
-        self._prefill = _Schedules(device, turns)
-        self._decoders: dict[int, Any] = {}
-        self._plans: dict[int, list[int]] = {}  # what the graph of a bucket was captured with
-        self._prefiller: Any = None
+        self._decode = _PlanBuffers(device, num_staging_sets)
+        self._prefill = _PlanBuffers(device, num_staging_sets)
+        self._decode_wrappers: dict[int, Any] = {}
+        self._plans: dict[int, list[int]] = {}  # the plan info with which the graph of a bucket was captured
+        self._prefill_wrapper: Any = None
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def adopt(self, pool: torch.Tensor) -> None:
+    def use_pool(self, pool: torch.Tensor) -> None:
         self._layers = [(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(pool.shape[1])]
 
     def prepare(self, bucket: int, device: Inputs, host: Inputs) -> None:
@@ -147,7 +156,7 @@ class FlashInferAttention:
             paged_kv_last_page_len_buffer=device.last_page_len[:bucket],
             backend="fa2",
         )
-        self._decode.lend(wrapper)
+        self._decode.attach(wrapper)
         pages = int(host.kv_indptr[bucket])
         wrapper.plan(
             indptr=host.kv_indptr[: bucket + 1],
@@ -156,24 +165,24 @@ class FlashInferAttention:
             non_blocking=False,
             **self._geometry("head_dim"),
         )
-        self._decoders[bucket] = wrapper
+        self._decode_wrappers[bucket] = wrapper
         self._plans[bucket] = [int(x) for x in wrapper._plan_info]
 
-    def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, turn: int) -> None:
+    def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, staging_index: int) -> None:
         if decode:
-            self._plan_decode(host, size.rows, turn)
+            self._plan_decode(host, size.rows, staging_index)
         else:
-            self._plan_prefill(host, device, size, turn)
+            self._plan_prefill(host, device, size, staging_index)
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._layers[layer]
 
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
-        wrapper = self._decoders[len(q)] if decode else self._prefiller
+        wrapper = self._decode_wrappers[len(q)] if decode else self._prefill_wrapper
         return wrapper.run(q, self._layers[layer], out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
 
     def _geometry(self, head_dim: str) -> dict[str, Any]:
-        """Arguments that both wrappers' plans share; they call the head's width by different names."""
+        """Return the arguments that the plans of both wrappers share. `head_dim`: their name for the head's width."""
         heads, kv_heads, width, block_size = self._shape
         return {
             "num_qo_heads": heads,
@@ -183,21 +192,21 @@ class FlashInferAttention:
             **self._dtypes,
         }
 
-    def _plan_decode(self, host: Inputs, bucket: int, turn: int) -> None:
-        wrapper = self._decoders[bucket]
-        info = self._native_plan(wrapper, self._decode, host, bucket, bucket, turn, graph=True, causal=False)
+    def _plan_decode(self, host: Inputs, bucket: int, staging_index: int) -> None:
+        wrapper = self._decode_wrappers[bucket]
+        info = self._native_plan(wrapper, self._decode, host, bucket, bucket, staging_index, graph=True, causal=False)
         if [int(x) for x in info] != self._plans[bucket]:
             raise RuntimeError(
-                f"FlashInfer lays out {bucket} rows otherwise than when their graph was captured: "
+                f"FlashInfer plans {bucket} rows differently from when their graph was captured: "
                 "its version does not suit this engine"
             )
 
-    def _plan_prefill(self, host: Inputs, device: Inputs, size: Size, turn: int) -> None:
-        if self._prefiller is None:
-            self._prefiller = self._make_prefiller(host, size)
-        wrapper = self._prefiller
+    def _plan_prefill(self, host: Inputs, device: Inputs, size: Size, staging_index: int) -> None:
+        if self._prefill_wrapper is None:
+            self._prefill_wrapper = self._make_prefill_wrapper(host, size)
+        wrapper = self._prefill_wrapper
         wrapper._plan_info = self._native_plan(
-            wrapper, self._prefill, host, size.tokens, size.rows, turn, graph=False, causal=True
+            wrapper, self._prefill, host, size.tokens, size.rows, staging_index, graph=False, causal=True
         )
         wrapper._batch_size = size.rows
         wrapper._qo_indptr_last = size.tokens
@@ -206,9 +215,9 @@ class FlashInferAttention:
         wrapper._paged_kv_indices_buf = device.kv_indices
         wrapper._paged_kv_last_page_len_buf = device.last_page_len
 
-    def _make_prefiller(self, host: Inputs, size: Size) -> Any:
+    def _make_prefill_wrapper(self, host: Inputs, size: Size) -> Any:
         wrapper = self._fi.BatchPrefillWithPagedKVCacheWrapper(self._floats, kv_layout="NHD", backend=self._backend)
-        self._prefill.lend(wrapper)
+        self._prefill.attach(wrapper)
         wrapper.plan(
             qo_indptr=host.qo_indptr,
             paged_kv_indptr=host.kv_indptr,
@@ -223,11 +232,11 @@ class FlashInferAttention:
     def _native_plan(
         self,
         wrapper: Any,
-        schedules: _Schedules,
+        buffers: _PlanBuffers,
         host: Inputs,
         tokens: int,
         rows: int,
-        turn: int,
+        staging_index: int,
         *,
         graph: bool,
         causal: bool,
@@ -235,8 +244,8 @@ class FlashInferAttention:
         heads, kv_heads, head_dim, block_size = self._shape
         arguments = [
             self._floats,
-            schedules.workspace,
-            schedules.pinned[turn],
+            buffers.workspace,
+            buffers.pinned[staging_index],
             host.qo_indptr[: rows + 1],
             host.kv_indptr[: rows + 1],
             host.kv_lens[:rows],
@@ -252,21 +261,23 @@ class FlashInferAttention:
             -1,  # no sliding window
         ]
         if wrapper._backend == "fa2":
-            arguments += [-1, False, 0]  # split as it sees fit, no blocks for others
+            arguments += [-1, False, 0]  # no fixed split size, split KV on, no blocks reserved
         return wrapper._cached_module.plan(*arguments)
 
 
-class _Schedules:
-    """Where schedules are made and kept: a pinned buffer a turn, one workspace on the device.
+class _PlanBuffers:
+    """The buffers in which schedules are made: a pinned buffer for each staging set, one workspace on the device.
 
-    One pinned buffer more is for the wrappers' own plans: no step waits for the copy from there.
+    One more pinned buffer is for the wrappers' own plans, because no step waits for the copy from it.
     """
 
-    def __init__(self, device: torch.device, turns: int) -> None:
+    def __init__(self, device: torch.device, num_staging_sets: int) -> None:
         self.workspace = torch.zeros(INT_WORKSPACE, dtype=torch.uint8, device=device)
-        self.pinned = [torch.zeros(INT_WORKSPACE, dtype=torch.uint8, pin_memory=True) for _ in range(turns + 1)]
+        self.pinned = [
+            torch.zeros(INT_WORKSPACE, dtype=torch.uint8, pin_memory=True) for _ in range(num_staging_sets + 1)
+        ]
 
-    def lend(self, wrapper: Any) -> None:
-        """Have `wrapper` use these instead of 16 MiB of its own."""
+    def attach(self, wrapper: Any) -> None:
+        """Make `wrapper` use these buffers instead of 16 MiB of its own."""
         wrapper._int_workspace_buffer = self.workspace
         wrapper._pin_memory_int_workspace_buffer = self.pinned[-1]

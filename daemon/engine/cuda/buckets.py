@@ -1,4 +1,4 @@
-"""Batch sizes that have a CUDA graph. Pure."""
+"""Batch sizes with a CUDA graph (buckets). Pure."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 
 def graph_buckets(largest: int) -> tuple[int, ...]:
-    """Batch sizes to capture, ascending, up to `largest` exactly.
+    """Return the batch sizes to capture, ascending, the last one exactly `largest`.
 
-    Padding costs little: 1, 2, 4 and 8 apart, a bucket wastes at most 8 rows up to 128, 16 up to 256, 32 above.
+    They are 1, 2, 4, then every 8 up to 128, every 16 up to 256, every 32 above. So a batch has little padding.
     """
     if largest < 1:
-        raise ValueError(f"a batch of {largest} rows needs no graph")
+        raise ValueError(f"a batch of {largest} rows has no graph")
     sizes = [1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, largest, 32)]
     return (*(size for size in sizes if size < largest), largest)
 
 
 def choose_bucket(buckets: Sequence[int], rows: int) -> int:
-    """The least of the ascending `buckets` that holds `rows`. Raises ValueError if none does."""
+    """Return the smallest of the ascending `buckets` that holds `rows`. Raises ValueError if none does."""
     at = bisect_left(buckets, rows)
     if rows < 1 or at == len(buckets):
         raise ValueError(f"no bucket holds {rows} rows; the largest is {buckets[-1]}")
@@ -26,5 +26,5 @@ def choose_bucket(buckets: Sequence[int], rows: int) -> int:
 
 
 def widest_gap(buckets: Sequence[int]) -> int:
-    """Most rows of padding that any choice brings."""
+    """Return the largest number of padding rows that a batch can get."""
     return max((b - a - 1 for a, b in zip((0, *buckets), buckets, strict=False)), default=0)

@@ -1,8 +1,9 @@
-"""Compile kernels ahead of time, with nvcc and ninja and no GPU.
+"""Compiles kernels ahead of time, with nvcc and ninja and without a GPU.
 
-One kernel after the other, each with as many compilers as fit. A kernel is compiled beside its place and renamed into
-it when it is whole: a build that was killed leaves nothing that is later taken for a kernel, and the next one, which
-waits for the last orphaned compiler, carries on behind the kernels already in place.
+Kernels are compiled one after the other, each with as many compilers as fit. A kernel is compiled in a scratch
+directory and renamed into its place when it is complete. So a build that is killed leaves nothing that a later one
+takes for a kernel. The next build waits until the last orphaned compiler has ended, and skips the kernels that are
+already in place.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from daemon.engine.cuda.kernels import RECORD, KernelError, KernelSpec
 Progress = Callable[[str], None]
 
 _UNFINISHED = ".unfinished"
-_COMPILER_BYTES = 3 << 30  # memory of one nvcc at FlashInfer's attention templates
-_UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h", "curand_kernel.h")  # the norm includes them, for nothing
+_COMPILER_BYTES = 3 << 30  # memory of one nvcc that compiles FlashInfer's attention templates
+_UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h", "curand_kernel.h")  # the norm includes them and uses nothing of them
 _FULL = "No space left on device"
 
 
 @dataclass(frozen=True, slots=True)
 class Toolchain:
-    """What compiles: `home` is the toolkit's own folder, also where the nvcc found is a wrapper elsewhere."""
+    """The tools of a build. `home`: the toolkit's directory, also if the nvcc found is a wrapper in another place."""
 
     nvcc: Path
     home: Path
@@ -46,10 +47,10 @@ class Toolchain:
 def build(
     specs: Sequence[KernelSpec], arch: str, where: Path, progress: Progress, *, jobs: int = 0
 ) -> list[KernelSpec]:
-    """Compile those of `specs` that `where` does not hold, or holds from another nvcc or tvm-ffi; returns them.
+    """Compile the `specs` that `where` does not hold, or that another nvcc or tvm-ffi compiled, and return them.
 
-    `jobs`: compilers at a time, 0 for as many as processors and memory allow. What was finished before a failure
-    stays. Raises KernelError.
+    `jobs`: number of parallel compilers; 0: as many as CPUs and memory allow. Kernels that are complete before a
+    failure stay. Raises KernelError.
     """
     tools = toolchain()
     check_arch(tools, arch)
@@ -67,19 +68,19 @@ def build(
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise KernelError(_disk_full(where)) from None
         raise KernelError(
-            f"cannot keep kernels in {where}: {e.strerror or e}; $LLUMD_KERNELS names another place"
+            f"cannot store kernels in {where}: {e.strerror or e}; set $LLUMD_KERNELS to another directory"
         ) from None
     return wanted
 
 
 def toolchain() -> Toolchain:
-    """nvcc (of $CUDA_HOME, on PATH, or in /usr/local/cuda), ninja and a C++ compiler. Raises KernelError."""
+    """Find nvcc (in $CUDA_HOME, on PATH or in /usr/local/cuda), ninja and a C++ compiler. Raises KernelError."""
     nvcc = _find_nvcc()
-    said = _ask(nvcc, "--version")
-    version = re.search(r"release (\d+\.\d+),", said)
+    output = _tool_output(nvcc, "--version")
+    version = re.search(r"release (\d+\.\d+),", output)
     if version is None:
-        raise KernelError(f"{nvcc} does not work: {said.strip()[-300:]}")
-    # pip puts it beside Python, which need not be on PATH.
+        raise KernelError(f"{nvcc} does not work: {output.strip()[-300:]}")
+    # pip installs ninja beside Python, which may be missing on PATH.
     ninja = shutil.which("ninja", path=f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}")
     if ninja is None:
         raise KernelError(
@@ -92,12 +93,12 @@ def toolchain() -> Toolchain:
 
 
 def check_arch(tools: Toolchain, arch: str) -> None:
-    """Raises KernelError unless this nvcc compiles for `arch`."""
-    known = re.findall(r"compute_(\d+)(\d)\b", _ask(tools.nvcc, "--list-gpu-arch"))
+    """Raise KernelError unless this nvcc compiles for `arch`."""
+    known = re.findall(r"compute_(\d+)(\d)\b", _tool_output(tools.nvcc, "--list-gpu-arch"))
     major, minor = arch.rstrip("af").split(".")
     if known and (major, minor) not in known:
         names = ", ".join(f"{a}.{b}" for a, b in sorted(known, key=lambda k: (int(k[0]), k[1])))
-        raise KernelError(f"nvcc {tools.version} does not compile for {arch}; it knows {names}")
+        raise KernelError(f"nvcc {tools.version} does not compile for {arch}; it supports {names}")
 
 
 def _named_home() -> Path | None:
@@ -106,26 +107,26 @@ def _named_home() -> Path | None:
 
 
 def _home(nvcc: Path) -> Path:
-    """A wrapper on PATH says nothing of the toolkit's place; nvcc itself does."""
-    here = re.search(r"_HERE_=(\S+)", _ask(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"))
+    """Return the toolkit's directory. Ask nvcc for it: a wrapper on PATH may be in another place."""
+    here = re.search(r"_HERE_=(\S+)", _tool_output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"))
     return _named_home() or (Path(here[1]).parent if here else nvcc.resolve().parent.parent)
 
 
 def _find_nvcc() -> Path:
     if home := _named_home():
         if not (home / "bin" / "nvcc").is_file():
-            raise KernelError(f"CUDA_HOME is {home}, which holds no bin/nvcc")
+            raise KernelError(f"CUDA_HOME is {home}, which has no bin/nvcc")
         return home / "bin" / "nvcc"
     on_path = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if Path(on_path).is_file():
         return Path(on_path)
     raise KernelError(
-        "no nvcc on PATH or in /usr/local/cuda. Install the CUDA toolkit (no GPU and no driver are needed) or "
-        "name its folder with CUDA_HOME; or build on another machine and copy the directory here"
+        "no nvcc on PATH or in /usr/local/cuda. Install the CUDA toolkit (it needs no GPU and no driver), or set "
+        "CUDA_HOME to its directory, or build on another machine and copy the directory here"
     )
 
 
-def _ask(program: Path, *args: str) -> str:
+def _tool_output(program: Path, *args: str) -> str:
     try:
         done = subprocess.run(
             [program, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=60
@@ -147,7 +148,8 @@ def _fitting_jobs() -> int:
 
 @contextmanager
 def _lock(file: Path, progress: Progress) -> Iterator[int]:
-    """Compilers inherit the descriptor: it is free only when the last one of a killed build is gone."""
+    """Hold the lock of a build. Compilers inherit the descriptor, so the lock of a killed build is held until its
+    last compiler ends."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -183,7 +185,8 @@ def _build_all(
 
 
 def _environment(tools: Toolchain, arch: str, scratch: Path) -> dict[str, str]:
-    """For FlashInfer's import: of its own settings only ours, so that the flags do not depend on who builds."""
+    """Return the environment for FlashInfer's import. Its settings in our environment are removed, so that the flags
+    are the same on every machine."""
     links = scratch / "lib"
     _make_links(tools, links)
     _make_headers(tools, scratch / generate.EMPTY_HEADERS)
@@ -200,7 +203,7 @@ def _environment(tools: Toolchain, arch: str, scratch: Path) -> dict[str, str]:
 
 
 def _make_links(tools: Toolchain, links: Path) -> None:
-    """Something to link with: an empty libcuda for want of a driver; libcudart where only the versioned one is."""
+    """Make libraries to link with: an empty libcuda, because there may be no driver; libcudart without a version."""
     links.mkdir()
     stub = str(links / "libcuda.so")
     command = [tools.cxx, "-shared", "-Wl,-soname,libcuda.so.1", "-x", "c++", "/dev/null", "-o", stub]
@@ -214,7 +217,7 @@ def _make_links(tools: Toolchain, links: Path) -> None:
 
 
 def _make_headers(tools: Toolchain, headers: Path) -> None:
-    """Empty ones for libraries of which nothing is used, where the toolkit is the compiler alone."""
+    """Make empty headers of unused libraries, for a toolkit that has only the compiler."""
     headers.mkdir()
     for name in _UNUSED_HEADERS:
         if not (tools.home / "include" / name).exists():
@@ -222,7 +225,7 @@ def _make_headers(tools: Toolchain, headers: Path) -> None:
 
 
 def _generate(specs: list[KernelSpec], scratch: Path, env: dict[str, str], lock: int) -> dict[str, str]:
-    """Have FlashInfer write sources and ninja files; name -> ninja file."""
+    """Run FlashInfer, which writes sources and ninja files. Return name -> ninja file."""
     request = json.dumps([[s.name, s.generator, s.args] for s in specs])
     done = subprocess.run(
         [sys.executable, "-P", "-m", "daemon.engine.cuda.generate"],
@@ -238,7 +241,7 @@ def _generate(specs: list[KernelSpec], scratch: Path, env: dict[str, str], lock:
 def _compile(
     spec: KernelSpec, ninja_file: Path, log: Path, tools: Toolchain, jobs: int, scratch: Path, lock: int
 ) -> Path:
-    """Run ninja; returns the library it made."""
+    """Run ninja, and return the library that it makes."""
     command = [str(tools.ninja), "-v", "-C", str(ninja_file.parent), "-f", str(ninja_file), "-j", str(jobs)]
     with log.open("wb") as out:
         done = subprocess.run(
@@ -246,25 +249,25 @@ def _compile(
             env=os.environ | {"TMPDIR": str(scratch)}, check=False, pass_fds=(lock,),
         )  # fmt: skip
     if done.returncode:
-        raise KernelError(_why_not(spec, log))
+        raise KernelError(_failure_reason(spec, log))
     return ninja_file.parent / f"{spec.name}.so"
 
 
-def _why_not(spec: KernelSpec, log: Path) -> str:
+def _failure_reason(spec: KernelSpec, log: Path) -> str:
     text = log.read_text(errors="replace")
     if _FULL in text or "Disk quota exceeded" in text:
         return _disk_full(log.parent)
     if re.search(r"\bKilled\b|signal 9", text):
-        return f"{spec.name}: the compiler was killed, most likely for want of memory; try --jobs 1 ({log})"
+        return f"{spec.name}: the compiler was killed, probably because memory ran out; try --jobs 1 ({log})"
     if lacking := re.search(r"fatal error: (\S+): No such file", text):
         return f"{spec.name}: the CUDA toolkit lacks {lacking[1]}; install the whole toolkit ({log})"
     errors = [line for line in text.splitlines() if re.search(r"\berror\b", line)]
     first = f": {errors[0].strip()[:300]}" if errors else ""
-    return f"{spec.name} does not compile{first}\nall the compiler said is in {log}"
+    return f"{spec.name} does not compile{first}\nthe full output of the compiler is in {log}"
 
 
 def _install(spec: KernelSpec, library: Path, where: Path, scratch: Path, versions: dict[str, str]) -> int:
-    """Put the library in its place, whole or not at all; returns its bytes."""
+    """Move the library to its place, completely or not at all, and return its size in bytes."""
     fresh = scratch / "fresh" / spec.name
     fresh.mkdir(parents=True)
     shutil.copyfile(library, fresh / library.name)
@@ -281,4 +284,4 @@ def _install(spec: KernelSpec, library: Path, where: Path, scratch: Path, versio
 
 def _disk_full(where: Path) -> str:
     free = shutil.disk_usage(where).free >> 20 if where.exists() else 0
-    return f"the disk of {where} is full ({free} MiB free); make room, or name another place with $LLUMD_KERNELS"
+    return f"the disk of {where} is full ({free} MiB free); make room, or set $LLUMD_KERNELS to another directory"

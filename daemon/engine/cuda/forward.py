@@ -1,6 +1,6 @@
-"""The two passes of a step on the device: its decodes, which a graph may replay, then its chunks.
+"""The two passes of a step on the device: decodes, which a graph may replay, then prefill chunks.
 
-Their logits and tokens end up in one buffer: decodes in ``[0, bucket)``, sampled chunks behind them.
+Their logits and tokens are in one buffer: decodes in ``[0, bucket)``, sampled chunks behind them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from daemon.engine.cuda.arrays import Inputs, Size, input_fields
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.model import Llama
-from daemon.engine.cuda.sampler import DeviceSampler, SampleParams
-from daemon.engine.cuda.small_batch import Way
+from daemon.engine.cuda.sampler import DeviceSampler, SamplingTensors
+from daemon.engine.cuda.small_batch import DecodePath
 from daemon.engine.cuda.staging import Field, Packed, host_memory
 
 
-class Room(NamedTuple):
-    """The most that each pass, and both together, can hold."""
+class Capacity(NamedTuple):
+    """Sizes of the buffers of each pass, and of both together."""
 
     decodes: Size
     chunks: Size
@@ -28,7 +28,7 @@ class Room(NamedTuple):
 
 
 class Buffer:
-    """An `Inputs` in one piece of memory, on the host or on the device."""
+    """An `Inputs` in one memory block, on the host or on the device."""
 
     def __init__(self, packed: Packed, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -36,87 +36,99 @@ class Buffer:
         self._packed = packed
 
     def copy_from(self, other: Buffer, pages: int) -> None:
-        """Take over what `other`, of the same make, holds with so many pages."""
+        """Copy the first `pages` pages and all other arrays of `other`, which has the same layout."""
         used = self._packed.used(pages)
         self.memory[:used].copy_(other.memory[:used], non_blocking=True)
 
 
-class Staged:
-    """One set of host buffers: what a step reads, and the tokens that come back."""
+class StagingSet:
+    """One set of host buffers: the inputs of a step, and the tokens that it returns."""
 
-    def __init__(self, turn: int, room: Room, *, pinned: bool) -> None:
-        self.turn = turn
-        self.decodes = _host_buffer(room.decodes, pinned)
-        self.chunks = _host_buffer(room.chunks, pinned)
+    def __init__(self, staging_index: int, capacity: Capacity, *, pinned: bool) -> None:
+        self.staging_index = staging_index
+        self.decodes = _host_buffer(capacity.decodes, pinned)
+        self.chunks = _host_buffer(capacity.chunks, pinned)
         self.decode_arrays = Inputs(*(tensor.numpy() for tensor in self.decodes.tensors))
         self.chunk_arrays = Inputs(*(tensor.numpy() for tensor in self.chunks.tensors))
-        self.tokens = host_memory(4 * room.sampled, pinned=pinned).view(torch.int32)
+        self.tokens = host_memory(4 * capacity.sampled, pinned=pinned).view(torch.int32)
 
 
-def _host_buffer(room: Size, pinned: bool) -> Buffer:
-    packed = _packed(room)
+def _host_buffer(capacity: Size, pinned: bool) -> Buffer:
+    packed = _packed(capacity)
     return Buffer(packed, host_memory(packed.nbytes, pinned=pinned))
 
 
-def _packed(room: Size) -> Packed:
-    return Packed([Field(*field) for field in input_fields(room)])
+def _packed(capacity: Size) -> Packed:
+    return Packed([Field(*field) for field in input_fields(capacity)])
 
 
-class Passes:
-    """The device's static buffers, and what is computed from them. Every call must come from the stream's work."""
+class ForwardPass:
+    """The device's static buffers and the computation over them. Call it only from work in the stream."""
 
     def __init__(
-        self, model: Llama, attention: Attention, sampler: DeviceSampler, room: Room, device: torch.device
+        self, model: Llama, attention: Attention, sampler: DeviceSampler, capacity: Capacity, device: torch.device
     ) -> None:
-        self.logits = torch.zeros(room.sampled, room.vocab_size, dtype=torch.float32, device=device)
+        self.logits = torch.zeros(capacity.sampled, capacity.vocab_size, dtype=torch.float32, device=device)
         self._model = model
         self._attention = attention
         self._sampler = sampler
-        self._tokens = torch.zeros(room.sampled, dtype=torch.int32, device=device)
-        self._last_token = torch.zeros(room.slots + 1, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(capacity.sampled, dtype=torch.int32, device=device)
+        self._last_token = torch.zeros(capacity.slots + 1, dtype=torch.int32, device=device)
         self._decodes, self._chunks = (
             Buffer(packed, torch.zeros(packed.nbytes, dtype=torch.uint8, device=device))
-            for packed in (_packed(room.decodes), _packed(room.chunks))
+            for packed in (_packed(capacity.decodes), _packed(capacity.chunks))
         )
-        self._pages = room.decodes.pages
+        self._pages = capacity.decodes.pages
 
-    def prepare(self, staged: Staged, bucket: int) -> None:
-        """Make decodes of `bucket` rows possible; `staged` holds some."""
+    def prepare(self, staged: StagingSet, bucket: int) -> None:
+        """Prepare decodes of `bucket` rows. `staged` holds a valid decode step of that size."""
         self._attention.prepare(bucket, self._decodes.tensors, staged.decodes.tensors)
 
-    def plan_decodes(self, staged: Staged, size: Size) -> None:
-        """Bring a step's decodes, padded to a bucket, onto the device."""
+    def plan_decodes(self, staged: StagingSet, size: Size) -> None:
+        """Copy a step's decodes, padded to a bucket, to the device, and plan their attention."""
         self._decodes.copy_from(staged.decodes, size.pages)
-        self._attention.plan(staged.decodes.tensors, self._decodes.tensors, size, decode=True, turn=staged.turn)
+        self._attention.plan(
+            staged.decodes.tensors, self._decodes.tensors, size, decode=True, staging_index=staged.staging_index
+        )
 
-    def decode(self, bucket: int, way: Way = "all rows") -> None:
-        """Compute the decodes that are on the device. Can be captured: the same work on the same buffers always."""
-        # All of the pages' buffer: how much of it is filled changes from replay to replay.
+    def decode(self, bucket: int, decode_path: DecodePath = "gemm") -> None:
+        """Compute the decodes that are on the device. It can be captured: it always does the same work on the same
+        buffers."""
+        # The whole buffer of pages: the filled part changes from replay to replay.
         inputs = self._decodes.tensors.cut(Size(bucket, bucket, bucket, self._pages))
-        self._compute(inputs, 0, bucket, decode=True, way=way)
+        self._compute(inputs, 0, bucket, decode=True, decode_path=decode_path)
 
-    def chunks(self, staged: Staged, size: Size, first: int) -> None:
-        """Bring a step's chunks onto the device and compute them; their tokens go to `first` and behind."""
+    def chunks(self, staged: StagingSet, size: Size, first: int) -> None:
+        """Copy a step's chunks to the device and compute them. Their tokens are stored from index `first` on."""
         self._chunks.copy_from(staged.chunks, size.pages)
         inputs = self._chunks.tensors.cut(size)
-        self._attention.plan(staged.chunks.tensors.cut(size), inputs, size, decode=False, turn=staged.turn)
+        self._attention.plan(
+            staged.chunks.tensors.cut(size), inputs, size, decode=False, staging_index=staged.staging_index
+        )
         self._compute(inputs, first, size.sampled, decode=False)
 
-    def fetch(self, staged: Staged, count: int) -> None:
-        """Send the first `count` tokens back to the host."""
+    def fetch(self, staged: StagingSet, count: int) -> None:
+        """Copy the first `count` tokens to the host."""
         staged.tokens[:count].copy_(self._tokens[:count], non_blocking=True)
 
-    def _compute(self, inputs: Inputs, first: int, sampled: int, *, decode: bool, way: Way = "all rows") -> None:
+    def _compute(
+        self, inputs: Inputs, first: int, sampled: int, *, decode: bool, decode_path: DecodePath = "gemm"
+    ) -> None:
         logits = self.logits[first : first + sampled]
-        self._model.logits(inputs, self._last_token, logits, decode=decode, way=way)
+        self._model.logits(inputs, self._last_token, logits, decode=decode, decode_path=decode_path)
         if not sampled:
             return
         tokens = self._tokens[first : first + sampled]
-        self._sampler.draw(logits, _sample_params(inputs), out=tokens)
-        self._last_token.index_copy_(0, inputs.drawn_slots, tokens)
+        self._sampler.sample(logits, _sampling_tensors(inputs), out=tokens)
+        self._last_token.index_copy_(0, inputs.sampled_slots, tokens)
 
 
-def _sample_params(inputs: Inputs) -> SampleParams:
-    return SampleParams(
-        inputs.inverse_temperature, inputs.min_p_depth, inputs.top_k, inputs.top_p, inputs.seed, inputs.draw_position
+def _sampling_tensors(inputs: Inputs) -> SamplingTensors:
+    return SamplingTensors(
+        inputs.inverse_temperature,
+        inputs.min_p_depth,
+        inputs.top_k,
+        inputs.top_p,
+        inputs.seed,
+        inputs.sample_position,
     )

@@ -1,6 +1,6 @@
-"""A child process of `compile.py`: has FlashInfer write sources and ninja files of some kernels, compiles nothing.
+"""Child process of `compile.py`: makes FlashInfer write the sources and ninja files of kernels; compiles nothing.
 
-FlashInfer reads folder, architecture and flags from the environment when it is imported, hence a process of its own.
+FlashInfer reads directory, architecture and flags from the environment at its import, so this is a separate process.
 Standard input: a JSON list of [name, generator, args]. Standard output: a JSON object, name -> ninja file.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EMPTY_HEADERS = "empty"  # folder beside FlashInfer's own
+EMPTY_HEADERS = "empty"  # directory beside FlashInfer's own
 
 
 def _attention(_name: str, backend: str, q: str, kv: str, head_dim: int) -> Any:
@@ -38,13 +38,13 @@ def _norm(_name: str) -> Any:
     from flashinfer.jit.norm import gen_norm_module
 
     spec = gen_norm_module()
-    # It includes headers of cuBLAS and cuRAND and uses nothing of them.
+    # It includes headers of cuBLAS and cuRAND, but uses nothing of them.
     spec.extra_include_dirs = [Path(os.environ["FLASHINFER_WORKSPACE_BASE"]) / EMPTY_HEADERS]
     return spec
 
 
 def _own(name: str, source: str, *flags: str) -> Any:
-    # Not gen_jit_spec, which adds -use_fast_math.
+    # gen_jit_spec would add -use_fast_math.
     from flashinfer.jit.core import JitSpec
 
     return JitSpec(
@@ -66,7 +66,7 @@ GENERATORS: dict[str, Callable[..., Any]] = {
 
 
 def generate(name: str, generator: str, args: list[str | int]) -> str:
-    """Write sources and ninja file of one kernel; returns the ninja file's path."""
+    """Write the sources and the ninja file of one kernel, and return the path of the ninja file."""
     spec = GENERATORS[generator](name, *args)
     if spec.name != name:
         raise ValueError(f"this FlashInfer calls the kernel {spec.name}, not {name}")

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: one a bucket, captured once, replayed each step."""
+"""CUDA graphs of decode steps: one per bucket, captured once, replayed each step."""
 
 from __future__ import annotations
 
@@ -13,38 +13,42 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[], None]
 
-ALIKE = 0.25
-"""By how much of the largest entry the outcomes of two ways may differ. Roundings to bfloat16 make a hundredth of it
-in two layers, several in many; what is wrong in a product is so in every layer, and soon differs by all of it."""
+MAX_DIFFERENCE = 0.25
+"""Largest difference between the outputs of two paths, as a share of the largest entry.
+
+Roundings to bfloat16 cause a hundredth of it in two layers, several hundredths in many layers. A wrong product is
+wrong in every layer, and soon differs by the whole entry.
+"""
 
 _ROUNDS = 5
-_REPLAYS = 4  # a round
+_REPLAYS = 4  # per round
 
 
-class Graphs:
-    """Captures buckets and replays them, on one stream. All share memory: capture the largest first, the others
-    then find room in what it needed.
+class DecodeGraphs:
+    """Captures buckets and replays them, on one stream.
 
-    A bucket may be computed in several ways, of which the first is certain. Another is taken if it is quicker on
-    this device and comes to the same outcome.
+    All graphs share memory. Capture the largest bucket first: the others then fit in the memory that it needed.
+
+    Several paths may compute a bucket. The first one is the reference. Another path is used if it is faster on this
+    device and its output agrees.
     """
 
     def __init__(self, stream: CudaStream) -> None:
-        self.seconds: dict[int, dict[str, float]] = {}  # a step of a bucket takes, by way, where there is a choice
-        self.ways: dict[int, str] = {}  # the way taken
+        self.seconds: dict[int, dict[str, float]] = {}  # of a step, by bucket and path; only with several paths
+        self.paths: dict[int, str] = {}  # the path used, by bucket
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = stream.stream
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, bucket: int, ways: Mapping[str, Step], outcome: torch.Tensor) -> None:
-        """Capture each of `ways`, keep one. Something valid to compute is on the device; `outcome`: where it ends up.
+    def capture(self, bucket: int, paths: Mapping[str, Step], output: torch.Tensor) -> None:
+        """Capture each of `paths`, and keep one. The device holds a valid step; `output`: where its result goes.
 
-        Each way runs once before its capture: libraries set themselves up in their first call, and that may not be
+        Each path runs once before its capture: libraries initialise themselves in their first call, which may not be
         captured.
         """
-        graphs = {way: self._capture(step) for way, step in ways.items()}
-        self.ways[bucket] = next(iter(ways)) if len(ways) == 1 else self._best(bucket, graphs, outcome)
-        self._graphs[bucket] = graphs[self.ways[bucket]]
+        graphs = {path: self._capture(step) for path, step in paths.items()}
+        self.paths[bucket] = next(iter(paths)) if len(paths) == 1 else self._fastest(bucket, graphs, output)
+        self._graphs[bucket] = graphs[self.paths[bucket]]
 
     def replay(self, bucket: int) -> None:
         """Compute a decode step of `bucket` rows from the static buffers, on the current stream."""
@@ -59,35 +63,39 @@ class Graphs:
             step()
         return graph
 
-    def _best(self, bucket: int, graphs: Mapping[str, torch.cuda.CUDAGraph], outcome: torch.Tensor) -> str:
-        sure, *others = graphs
-        expected = self._outcome(graphs[sure], outcome)
-        alike = {sure: graphs[sure]}
-        for way in others:
-            if _alike(self._outcome(graphs[way], outcome), expected):
-                alike[way] = graphs[way]
+    def _fastest(self, bucket: int, graphs: Mapping[str, torch.cuda.CUDAGraph], output: torch.Tensor) -> str:
+        """Return the fastest of the paths that agree with the first one."""
+        reference, *others = graphs
+        expected = self._output(graphs[reference], output)
+        valid = {reference: graphs[reference]}
+        for path in others:
+            if _agrees(self._output(graphs[path], output), expected):
+                valid[path] = graphs[path]
             else:
                 log.error(
-                    "decodes of %d rows by %s come to other logits than by %s on this device: not used",
+                    "decodes of %d rows by %s give other logits than by %s on this device: not used",
                     bucket,
-                    way,
-                    sure,
+                    path,
+                    reference,
                 )
-        seconds = self._time(alike)
+        seconds = self._time(valid)
         self.seconds[bucket] = seconds
-        log.info("decodes of %d rows: %s", bucket, ", ".join(f"{way} {s * 1e3:.2f} ms" for way, s in seconds.items()))
+        log.info(
+            "decodes of %d rows: %s", bucket, ", ".join(f"{path} {s * 1e3:.2f} ms" for path, s in seconds.items())
+        )
         return min(seconds, key=seconds.__getitem__)
 
-    def _outcome(self, graph: torch.cuda.CUDAGraph, outcome: torch.Tensor) -> torch.Tensor:
+    def _output(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor) -> torch.Tensor:
         with torch.cuda.stream(self._stream):
-            outcome.fill_(torch.nan)  # what the other way has left there must not pass for this one's
+            output.fill_(torch.nan)  # so that the previous path's output is not read as this one's
             graph.replay()
-            return outcome.cpu()
+            return output.cpu()
 
     def _time(self, graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
-        """Least seconds of a replay, by turns: what slows the device down for a while meets all."""
-        rounds = [{way: self._seconds(graph) for way, graph in graphs.items()} for _ in range(_ROUNDS)]
-        return {way: min(times[way] for times in rounds) for way in graphs}
+        """Return the least seconds of a replay, by path. The paths take turns, so that a temporary slowdown of the
+        device affects all of them."""
+        rounds = [{path: self._seconds(graph) for path, graph in graphs.items()} for _ in range(_ROUNDS)]
+        return {path: min(times[path] for times in rounds) for path in graphs}
 
     def _seconds(self, graph: torch.cuda.CUDAGraph) -> float:
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -101,6 +109,6 @@ class Graphs:
         return began.elapsed_time(ended) / 1e3 / _REPLAYS
 
 
-def _alike(outcome: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Not with a NaN."""
-    return bool((outcome - expected).abs().max() <= ALIKE * expected.abs().max())
+def _agrees(output: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return True if the outputs differ by MAX_DIFFERENCE at most. False if there is a NaN."""
+    return bool((output - expected).abs().max() <= MAX_DIFFERENCE * expected.abs().max())

@@ -1,8 +1,8 @@
-"""The CUDA engine's compiled kernels: which a configuration needs, where they are kept, how FlashInfer finds them.
+"""The compiled kernels of the CUDA engine: those a configuration needs, their directory, how FlashInfer finds them.
 
-FlashInfer compiles its kernels at first use, with nvcc and ninja, in the middle of serving. Here they are compiled
-ahead of time (`compile.py`) into a directory with FlashInfer's own layout, `<name>/<name>.so`, and FlashInfer is told
-to load them from there and to compile nothing. Everything but `use` and what loads modules works without torch.
+FlashInfer compiles its kernels at first use, with nvcc and ninja, while it serves. Here they are compiled ahead of
+time (`compile.py`) into a directory with FlashInfer's own layout, `<name>/<name>.so`. FlashInfer is configured to
+load them from there and to compile nothing. Everything except `use` and the `load_*` functions works without torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from daemon.config import cache_dir
 from daemon.models.model_config import ModelConfig
 
 Dtype = Literal["bf16", "fp16"]
-KvDtype = Literal["auto", "fp8"]  # auto: as dtype; fp8: e4m3
+KvDtype = Literal["auto", "fp8"]  # "auto": the same as dtype; "fp8": e4m3
 Prefill = Literal["fa2", "fa3"]
 
-HEAD_DIMS = (64, 128, 256)  # what FlashInfer's attention kernels are made for
+HEAD_DIMS = (64, 128, 256)  # for which FlashInfer has attention kernels
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
-SAMPLER_NVCC_FLAGS = (*_NVCC_FLAGS, "-fmad=false")  # the noise is exact only without fusing
-APPEND_NVCC_FLAGS = SAMPLER_NVCC_FLAGS  # torch's rounding, to the last bit
+SAMPLER_NVCC_FLAGS = (*_NVCC_FLAGS, "-fmad=false")  # the noise is exact only without fused multiply-add
+APPEND_NVCC_FLAGS = SAMPLER_NVCC_FLAGS  # rounds as torch does, to the last bit
 GEMV_NVCC_FLAGS = _NVCC_FLAGS
 RECORD = "built.json"
 _SOURCES = Path(__file__).parent / "csrc"
@@ -37,22 +37,22 @@ _FA3_MAJOR = 9
 
 
 class KernelError(Exception):
-    """Kernels that cannot be had or used; the message says why and what to do."""
+    """Kernels are missing or cannot be used. The message gives the cause and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One compiled module. `generator` and `args` tell `generate.py` what to have FlashInfer write."""
+    """One compiled module. `generator` and `args`: the generator in `generate.py` and its arguments."""
 
-    name: str  # FlashInfer's, and so its file's
+    name: str  # FlashInfer's name for it, and the name of its file
     purpose: str
     generator: str
     args: tuple[str | int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """A module that is whole and in its place, as its record says."""
+class BuiltKernel:
+    """A complete module in its place, as its record describes it."""
 
     name: str
     size: int  # bytes of the .so
@@ -68,10 +68,10 @@ def required(
     kv_dtype: KvDtype = "auto",
     prefill: Prefill = "fa2",
 ) -> list[KernelSpec]:
-    """Every module that serving `model_config` on a GPU of `arch` loads, the quickly compiled ones first.
+    """Return every module that serving `model_config` on a GPU of `arch` loads, those that compile fast first.
 
-    The fa2 prefill module serves decode on tensor cores too, so it is always among them. Raises KernelError for a
-    model or a combination that no kernel exists for.
+    The fa2 prefill module also computes decodes on tensor cores, so it is always included. Raises KernelError for a
+    model or a combination without a kernel.
     """
     if model_config.head_dim not in HEAD_DIMS:
         known = ", ".join(map(str, HEAD_DIMS))
@@ -82,7 +82,7 @@ def required(
     attention = [_attention("fa2", dtype, kv_dtype, model_config.head_dim)]
     if prefill == "fa3":
         if not arch.startswith(f"{_FA3_MAJOR}."):
-            raise KernelError(f"fa3 prefill is for 9.0a alone, not for {arch}; use fa2")
+            raise KernelError(f"fa3 prefill is for 9.0a only, not for {arch}; use fa2")
         if kv_dtype == "fp8":
             raise KernelError("fa3 prefill cannot read an fp8 KV cache; use fa2")
         attention.append(_attention("fa3", dtype, kv_dtype, model_config.head_dim))
@@ -109,38 +109,40 @@ def _attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int)
 
 
 def sampler() -> KernelSpec:
-    """The project's own draw."""
+    """Return the spec of our own sampling kernel."""
     files = ("host_device.h", "draw.h", "row.h", "pages.h", "launch.cuh", "sampler.cu")
-    return _own("sampler", "the draw of tokens", files, SAMPLER_NVCC_FLAGS)
+    return _own("sampler", "token sampling", files, SAMPLER_NVCC_FLAGS)
 
 
 def append() -> KernelSpec:
-    """The project's own rotary embedding and append to the paged KV cache."""
+    """Return the spec of our own rotary embedding and append to the paged KV cache."""
     files = ("host_device.h", "pages.h", "append.h", "launch.cuh", "append.cu")
     return _own("append", "rotary embedding and append to the KV cache", files, APPEND_NVCC_FLAGS)
 
 
 def gemv() -> KernelSpec:
-    """The project's own products of few rows."""
+    """Return the spec of our own small-batch products."""
     files = ("host_device.h", "pages.h", "gemv.h", "launch.cuh", "gemv.cu")
-    return _own("gemv", "products of few rows", files, GEMV_NVCC_FLAGS)
+    return _own("gemv", "small-batch products", files, GEMV_NVCC_FLAGS)
 
 
 def _own(module: str, purpose: str, files: tuple[str, ...], flags: tuple[str, ...]) -> KernelSpec:
-    """A module of `files`, the last of which is compiled. Its name holds a hash of sources and flags: a changed
-    source is a missing kernel."""
+    """Return the spec of a module of `files`. The last file is compiled, the others are headers.
+
+    The name contains a hash of sources and flags, so a changed source makes the kernel missing.
+    """
     digest = hashlib.sha256(" ".join(flags).encode())
     try:
         for file in files:
             digest.update(b"\0" + file.encode() + b"\0" + (_SOURCES / file).read_bytes())
     except FileNotFoundError as e:
-        raise KernelError(f"{e.filename} is not there; install llumd again") from None
+        raise KernelError(f"{e.filename} is missing; install llumd again") from None
     name = f"llumd_{module}_{digest.hexdigest()[:12]}"
     return KernelSpec(name, purpose, "own", (str(_SOURCES / files[-1]), *flags))
 
 
 def parse_arch(text: str) -> str:
-    """A compute capability as FlashInfer writes it: "9.0" is "9.0a", "8.6" stays. Raises KernelError."""
+    """Return a compute capability as FlashInfer writes it: "9.0" becomes "9.0a", "8.6" stays. Raises KernelError."""
     found = re.fullmatch(r"(\d{1,2})\.(\d)([af]?)", text.strip())
     if not found:
         raise KernelError(f"{text!r} is not a GPU architecture; write a compute capability such as 9.0a or 8.9")
@@ -151,14 +153,17 @@ def parse_arch(text: str) -> str:
 
 
 def arch_of(major: int, minor: int) -> str:
-    """The architecture to compile for on a GPU of that compute capability."""
+    """Return the architecture to compile for, for a GPU of that compute capability."""
     if major == 12 and minor == 0:
         return "12.0f"
     return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
 
 def gpu_archs() -> list[str]:
-    """Architectures of the GPUs seen, by index; empty without a driver. Raises KernelError for a GPU too old."""
+    """Return the architectures of the visible GPUs, by index. The list is empty without a driver.
+
+    Raises KernelError for a GPU that is too old.
+    """
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -168,60 +173,63 @@ def gpu_archs() -> list[str]:
 
 
 def kernels_dir() -> Path:
-    """Where all compiled kernels are kept: $LLUMD_KERNELS, or `kernels` in the cache."""
+    """Return the directory of all compiled kernels: $LLUMD_KERNELS, or `kernels` in the cache."""
     named = os.environ.get("LLUMD_KERNELS")
     return Path(named).expanduser().absolute() if named else cache_dir() / "kernels"
 
 
 def directory(arch: str) -> Path:
-    """Where the kernels for `arch` and the installed FlashInfer are kept. Raises KernelError without a FlashInfer."""
+    """Return the directory of the kernels for `arch` and the installed FlashInfer. Raises KernelError without one."""
     return kernels_dir() / f"{flashinfer_version()}-{arch}"
 
 
 def flashinfer_version() -> str:
-    """Version of the installed FlashInfer, without importing it. Raises KernelError if there is none."""
+    """Return the version of the installed FlashInfer, without importing it. Raises KernelError if there is none."""
     return package_version("flashinfer-python")
 
 
 def package_version(package: str) -> str:
-    """Version of an installed package. Raises KernelError if it is not there."""
+    """Return the version of an installed package. Raises KernelError if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise KernelError(
-            f"{package} is not installed; LLUMD_TORCH=cuda bin/serve sets up what GPUs need, "
-            "LLUMD_TORCH=cuda bin/llumd kernels build does so on a machine without one"
+            f"{package} is not installed; LLUMD_TORCH=cuda bin/serve installs what GPUs need; "
+            "on a machine without a GPU, LLUMD_TORCH=cuda bin/llumd kernels build installs it"
         ) from None
 
 
-def find(where: Path, name: str) -> Built | None:
-    """The module `name` under `where`, None unless it is whole."""
+def find(where: Path, name: str) -> BuiltKernel | None:
+    """Return the module `name` under `where`, or None if it is missing or incomplete."""
     try:
         record: dict[str, Any] = json.loads((where / name / RECORD).read_bytes())
         size = (where / name / f"{name}.so").stat().st_size
-        built = Built(name, int(record["size"]), str(record["nvcc"]), str(record["tvm_ffi"]))
+        built = BuiltKernel(name, int(record["size"]), str(record["nvcc"]), str(record["tvm_ffi"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return built if built.size == size else None
 
 
-def listing(root: Path) -> dict[Path, list[Built]]:
-    """Every directory under `root` that holds whole modules, with these."""
+def listing(root: Path) -> dict[Path, list[BuiltKernel]]:
+    """Return every directory under `root` that has complete modules, with these modules."""
     found = {}
     for where in sorted(root.iterdir()) if root.is_dir() else []:
         modules = [find(where, folder.name) for folder in sorted(where.iterdir())] if where.is_dir() else []
-        if whole := [built for built in modules if built]:
-            found[where] = whole
+        if complete := [built for built in modules if built]:
+            found[where] = complete
     return found
 
 
 def missing(specs: Iterable[KernelSpec], where: Path) -> list[KernelSpec]:
-    """Those of `specs` that are not under `where`."""
+    """Return the `specs` that are not under `where`."""
     return [spec for spec in specs if find(where, spec.name) is None]
 
 
 def check(specs: Iterable[KernelSpec], arch: str, *, build_command: str = "llumd kernels build") -> Path:
-    """The directory that holds all of `specs`. Raises KernelError naming each one missing and how to build it."""
+    """Return the directory that has all `specs`.
+
+    Raises KernelError that names each missing one and the build command.
+    """
     where = directory(arch)
     absent = missing(specs, where)
     if absent:
@@ -234,22 +242,24 @@ def check(specs: Iterable[KernelSpec], arch: str, *, build_command: str = "llumd
 
 
 def use(where: Path) -> None:
-    """Have FlashInfer load its modules from `where` and compile nothing; before its first import in the process.
+    """Make FlashInfer load its modules from `where` and compile nothing. Call it before FlashInfer's first import.
 
-    A module that is not there then raises FlashInfer's MissingJITCacheError at its first use: `check` first.
-    Raises KernelError if the kernels were compiled for another CUDA than torch's.
+    A missing module then raises FlashInfer's MissingJITCacheError at its first use, so call `check` first.
+    Raises KernelError if the kernels were compiled for another CUDA version than torch's.
     """
     _check_cuda(where)
     os.environ["FLASHINFER_DISABLE_JIT"] = "1"
-    # The other norm is compiled at run time too, by a package that need not be there.
+    # The default norm is compiled at run time, by a package that may be missing.
     os.environ["FLASHINFER_USE_CUDA_NORM"] = "1"
-    # FlashInfer writes a log and generated sources even where it compiles nothing; a service may have no home.
+    # FlashInfer writes a log and generated sources even if it compiles nothing, and a service may have no home.
     os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(cache_dir()))
     try:
         import flashinfer.norm
         from flashinfer.jit import env
     except OSError as e:
-        raise KernelError(f"FlashInfer cannot write in {cache_dir()}: {e}; $LLUMD_CACHE names another place") from e
+        raise KernelError(
+            f"FlashInfer cannot write in {cache_dir()}: {e}; set $LLUMD_CACHE to another directory"
+        ) from e
     if not flashinfer.norm._USE_CUDA_NORM:
         raise RuntimeError("flashinfer was imported before kernels.use")
     env.FLASHINFER_AOT_DIR = where
@@ -268,17 +278,20 @@ def _check_cuda(where: Path) -> None:
 
 
 def load_sampler() -> Any:
-    """The project's draw as a tvm-ffi module: its functions are attributes. After `use`. Raises KernelError."""
+    """Load our sampling kernel as a tvm-ffi module: its attributes are the functions. Call `use` first.
+
+    Raises KernelError.
+    """
     return _load(sampler())
 
 
 def load_append() -> Any:
-    """The project's rotary embedding and append as a tvm-ffi module. After `use`. Raises KernelError."""
+    """Load our rotary embedding and append as a tvm-ffi module. Call `use` first. Raises KernelError."""
     return _load(append())
 
 
 def load_gemv() -> Any:
-    """The project's products of few rows, a `few_rows.Gemv`. After `use`. Raises KernelError."""
+    """Load our small-batch products, a `small_batch.Gemv`. Call `use` first. Raises KernelError."""
     return _load(gemv())
 
 
@@ -288,5 +301,5 @@ def _load(spec: KernelSpec) -> Any:
 
     file = Path(env.FLASHINFER_AOT_DIR) / spec.name / f"{spec.name}.so"
     if not file.exists():
-        raise KernelError(f"{file} is not there; run `llumd kernels build`")
+        raise KernelError(f"{file} is missing; run `llumd kernels build`")
     return tvm_ffi.load_module(str(file))

@@ -1,4 +1,4 @@
-"""The Llama forward pass in torch: on any device, over `Ops` and `Attention`."""
+"""The Llama forward pass in torch, on any device, over `Ops` and `Attention`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.ops import Ops
-from daemon.engine.cuda.small_batch import FewRows, Gemv, Way
+from daemon.engine.cuda.small_batch import DecodePath, Gemv, SmallBatch
 from daemon.engine.cuda.weights import DeviceWeights, Layer, Linear
 from daemon.engine.rope import rope_tables
 from daemon.models.model_config import ModelConfig
 
 
 class Llama:
-    """A decoder; its KV is where `attention` keeps it. `max_len`: longest sequence in tokens. `gemv`: for decodes of
-    few rows; None if all are computed as any pass."""
+    """A decoder. `attention` holds its KV. `max_len`: length of the longest sequence in tokens. `gemv`: the products
+    for small batches of decodes; None if the path "gemm" computes all of them."""
 
     def __init__(
         self,
@@ -36,25 +36,31 @@ class Llama:
         self._heads, self._kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         angles = np.concatenate(rope_tables(config, max_len), axis=1)
         self._angles = torch.from_numpy(angles).to(weights.embedding.device)
-        self._few = FewRows(config, weights, gemv, attention, self._angles) if gemv is not None else None
+        self._small_batch = SmallBatch(config, weights, gemv, attention, self._angles) if gemv is not None else None
 
     def logits(
-        self, inputs: Inputs, last_token: torch.Tensor, out: torch.Tensor, *, decode: bool, way: Way = "all rows"
+        self,
+        inputs: Inputs,
+        last_token: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        decode: bool,
+        decode_path: DecodePath = "gemm",
     ) -> None:
-        """Compute a pass and write the float32 logits of its sampled rows to `out` [sampled, vocab].
+        """Compute a pass, and write the float32 logits of its sampled rows to `out` [sampled, vocab].
 
-        `decode`: every row is one token and sampled. `way`: of decodes; only "all rows" for more than
-        `few_rows.MOST_ROWS`. `last_token`: int32[slots], for the ids unknown to the host. Nothing in here waits for
-        the device: it can be captured in a graph.
+        `decode`: every row is one token and is sampled. `decode_path`: for more than `small_batch.MAX_ROWS` decodes
+        only "gemm". `last_token`: int32[slots], for the ids that the host does not know. Nothing here waits for the
+        device, so it can be captured in a graph.
         """
         residual = F.embedding(self._ids(inputs, last_token), self._weights.embedding)
-        if way == "all rows":
-            self._all_rows(inputs, residual, out, decode)
+        if decode_path == "gemm":
+            self._gemm_path(inputs, residual, out, decode)
         else:
-            assert self._few is not None
-            self._few.logits(inputs, residual, out, ahead=way == "few rows, ahead")
+            assert self._small_batch is not None
+            self._small_batch.logits(inputs, residual, out, prefetch=decode_path == "gemv, prefetch")
 
-    def _all_rows(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, decode: bool) -> None:
+    def _gemm_path(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, decode: bool) -> None:
         layers = self._weights.layers
         x = self._ops.rms_norm(residual, layers[0].attention_norm, self._eps)
         for i, layer in enumerate(layers):
@@ -66,12 +72,13 @@ class Llama:
         if not len(out):
             return
         if not decode:
-            x, residual = x.index_select(0, inputs.ends), residual.index_select(0, inputs.ends)
+            x, residual = x.index_select(0, inputs.logits_indices), residual.index_select(0, inputs.logits_indices)
         self._ops.add_rms_norm(x, residual, self._weights.norm, self._eps)
         self._ops.project(x, self._weights.head, out)
 
     def _ids(self, inputs: Inputs, last_token: torch.Tensor) -> torch.Tensor:
-        """Ids to embed. Where nothing could be drawn last_token is negative too: any id will do, the request ends."""
+        """Return the ids to embed. If no token could be sampled, last_token is negative too. Then any id is fine: the
+        request ends."""
         unknown = last_token.index_select(0, inputs.slots.index_select(0, inputs.rows))
         return torch.where(inputs.tokens < 0, unknown, inputs.tokens).clamp_(min=0)
 

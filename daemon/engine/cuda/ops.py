@@ -1,4 +1,4 @@
-"""Element-wise work of the model, behind one seam: FlashInfer's kernels, or plain torch on any device."""
+"""Element-wise operations of the model behind one protocol: FlashInfer's kernels, or plain torch on any device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import Inputs
 
-_FP8_MAX = 448.0  # of e4m3; what is larger becomes NaN
+_FP8_MAX = 448.0  # of e4m3; larger values become NaN
 
 
 class Ops(Protocol):
-    """What a layer does beside attention and matrix products. [n]: tokens of the step."""
+    """The operations of a layer beside attention and matrix products. [n]: tokens of the step."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [n, hidden], normalised; x stays."""
+        """Return x [n, hidden] normalised. x does not change."""
         ...
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        """In place: residual += x, then x = residual normalised. Both [n, hidden]."""
+        """In place: residual += x, then x = normalised residual. Both are [n, hidden]."""
         ...
 
     def append(
@@ -34,22 +34,28 @@ class Ops(Protocol):
         inputs: Inputs,
         angles: torch.Tensor,
     ) -> None:
-        """Rotary embedding of q [n, heads, head_dim] in place; k [n, kv_heads, head_dim], rotated too, and v go to
-        their places in the pages `keys` and `values` [blocks, block_size, kv_heads, head_dim]. Any strides between
-        tokens. angles float32[max_len, head_dim]: cosines, then sines, each head_dim / 2. May change k and v."""
+        """Apply the rotary embedding to q [n, heads, head_dim] in place, and append k and v to the KV cache.
+
+        k [n, kv_heads, head_dim], rotated too, and v are written to their places in the pages `keys` and `values`
+        [blocks, block_size, kv_heads, head_dim]. Strides between tokens may have any value. angles
+        float32[max_len, head_dim]: cosines, then sines, head_dim / 2 each. May change k and v.
+        """
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half of [n, 2 * width]: [n, width]."""
+        """Return silu(first half) * second half of [n, 2 * width], as [n, width]."""
         ...
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """x @ weight.T into `out`, float32 [n, vocab]: logits rounded to bfloat16 tie where the model does not."""
+        """Write x @ weight.T to `out`, float32 [n, vocab].
+
+        Logits rounded to bfloat16 would have ties that the model does not have.
+        """
         ...
 
 
 class TorchOps:
-    """The definition, in float32 between the roundings that the kernels make too."""
+    """The reference: float32 between the roundings that the kernels make too."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
@@ -73,10 +79,10 @@ class TorchOps:
         self.rotate(inputs.positions, q, k, angles)
         page, place = inputs.positions.long() // keys.shape[1], inputs.positions.long() % keys.shape[1]
         blocks = inputs.kv_indices[inputs.kv_indptr[inputs.rows.long()].long() + page].long()
-        keys[blocks, place], values[blocks, place] = pool_entries(k, keys.dtype), pool_entries(v, values.dtype)
+        keys[blocks, place], values[blocks, place] = to_pool_dtype(k, keys.dtype), to_pool_dtype(v, values.dtype)
 
     def rotate(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor) -> None:
-        """Both in place; positions int32[n]."""
+        """Rotate q and k in place. positions: int32[n]."""
         cos, sin = angles[positions.long()].unsqueeze(1).chunk(2, -1)
         for heads in (q, k):
             low, high = heads.float().chunk(2, -1)
@@ -90,14 +96,18 @@ class TorchOps:
         out.copy_(F.linear(x.float(), weight.float()))
 
 
-def pool_entries(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` as a pool keeps it: as it is, or cut off at the ends of e4m3, with scale 1. May change x."""
+def to_pool_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert `x` to the dtype of the pool: unchanged, or clamped to e4m3 with scale 1. May change x."""
     return x if x.dtype == dtype else x.clamp_(-_FP8_MAX, _FP8_MAX).to(dtype)
 
 
 class FlashInferOps:
-    """FlashInfer's kernels, and one of our own where it has two or, with e4m3, six: for bfloat16 on CUDA. All of
-    them can be captured in a graph. Raises KernelError where ours is not built."""
+    """FlashInfer's kernels, for bfloat16 on CUDA.
+
+    One kernel is our own: it replaces two of FlashInfer, with e4m3 six.
+
+    All of them can be captured in a graph. Raises KernelError if our kernel is not built.
+    """
 
     def __init__(self) -> None:
         import flashinfer

@@ -1,33 +1,36 @@
-"""The model on a CUDA device, as a `DeviceRunner`; on the CPU, for tests, by the same path without graphs."""
+"""The runner of a CUDA engine: launches steps, and collects their tokens one step later.
+
+Tests run the same code on the CPU, without graphs.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal
 
 import torch
 
 from daemon.engine.cuda import kernels
-from daemon.engine.cuda.arrays import DrawParams, Size, StepArrays
-from daemon.engine.cuda.attention import Attention, FlashInferAttention, Heads, TorchAttention
+from daemon.engine.cuda.arrays import Size, SlotSampling, StepArrays
+from daemon.engine.cuda.attention import Attention, FlashInferAttention, HeadShape, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
-from daemon.engine.cuda.forward import Passes, Room, Staged
-from daemon.engine.cuda.graphs import Graphs
-from daemon.engine.cuda.memory import LEAST_BLOCKS, pool_blocks, reserve_bytes
+from daemon.engine.cuda.decode_paths import DecodePaths
+from daemon.engine.cuda.device import check_device, choose_format, shared_memory_bytes
+from daemon.engine.cuda.forward import Capacity, ForwardPass, StagingSet
+from daemon.engine.cuda.memory import MIN_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.model import Llama
 from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
-from daemon.engine.cuda.sampler import KernelDraw, TorchDraw
+from daemon.engine.cuda.sampler import KernelSampler, TorchSampler
 from daemon.engine.cuda.slots import Slots
-from daemon.engine.cuda.small_batch import Gemv, Way, few_buckets
-from daemon.engine.cuda.staging import CudaStream, HostStream, Mark, Rotation, Stream
+from daemon.engine.cuda.small_batch import DecodePath, Gemv, small_batch_buckets
+from daemon.engine.cuda.staging import CudaStream, HostStream, RoundRobin, Stream, StreamEvent
 from daemon.engine.cuda.weights import load_weights
 from daemon.engine.request import Request
-from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, StepPlan, StepResult
+from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, RunnerSettings, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
 from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
 from daemon.models.model_config import ModelConfig, ModelError
@@ -35,18 +38,10 @@ from daemon.models.model_config import ModelConfig, ModelError
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
-"""Steps that may be launched and not collected."""
+"""Number of steps that may be launched and not yet collected."""
 
 _SEED_MASK = (1 << 64) - 1
 _LARGEST_INT32 = (1 << 31) - 1
-_KV_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-
-
-class _Format(NamedTuple):
-    """What the model computes in, and what its KV is kept in."""
-
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
 
 
 @dataclass(slots=True, eq=False)
@@ -55,100 +50,91 @@ class CudaTicket:
 
     plan: StepPlan
     slots: list[int]
-    bucket: int  # rows of the decode pass, padding included
+    bucket: int  # rows of the decode pass, padding included; 0: no decodes
     chunks: list[int]  # plan rows of the chunk pass
-    hosted: list[int]  # plan rows whose tokens the host draws
-    staged: Staged
-    dropped: list[int] = field(default_factory=list)
-    mark: Mark = field(init=False)
+    host_rows: list[int]  # plan rows with tokens that are sampled on the host
+    staged: StagingSet
+    dropped: list[int] = field(default_factory=list)  # plan rows that were not computed: out of memory
+    done_event: StreamEvent = field(init=False)
 
 
 class CudaRunner:
-    """Computes steps on `device`: decodes by a graph a bucket, chunks beside them; the next step may be launched
-    while one is computed.
+    """Computes steps on `device`: decodes by one CUDA graph per bucket, and prefill chunks beside them.
 
-    `dtype` "auto" means bf16 on CUDA, fp32 on the CPU. `kv_dtype` "auto": KV as the model computes; "fp8": e4m3 with
-    scale 1. `kv_memory`: bytes of the pool; 0: what is free, of the share `memory_share` of the device's memory that
-    this engine may have for everything. `way`: how decodes of one to four rows are computed; "auto": the quickest.
-    `gemv`: the products of few rows on the CPU. Raises ModelError for what cannot work here, before a
-    weight is read.
+    The next step may be launched while one is computed.
+
+    `settings.dtype` "auto" means bf16 on CUDA and fp32 on the CPU. `prefill`: FlashInfer's backend for chunks.
+    `decode_path`: how decodes of one to four rows are computed; "auto": by the fastest path. `gemv`: the small-batch
+    products on the CPU, for tests. Raises ModelError for settings that cannot work here, before a weight is read.
     """
 
     def __init__(
         self,
         config: ModelConfig,
+        settings: RunnerSettings,
         *,
         device: str,
-        dtype: str = "auto",
-        kv_dtype: str = "auto",
-        deterministic: bool = False,
-        load_format: str,
-        block_size: int,
-        max_num_seqs: int,
-        max_batch_tokens: int,
-        max_model_len: int,
-        kv_memory: int = 0,
-        memory_share: float = 0.9,
         prefill: Literal["fa2", "fa3"] = "fa2",
-        way: Way | Literal["auto"] = "auto",
+        decode_path: DecodePath | Literal["auto"] = "auto",
         gemv: Gemv | None = None,
     ) -> None:
         self._device = torch.device(device)
-        self.device = device  # until it is known by its make
+        self.device = device  # on CUDA: replaced by the name of the product below
         self.eos_token_ids = config.eos_token_ids
-        self.max_model_len = min(max_model_len, config.max_position)
+        self.max_model_len = min(settings.max_model_len, config.max_position)
         self.vocab_size = config.vocab_size
         self.num_blocks = 0
-        self.ways: dict[int, dict[str, float]] = {}  # seconds of a decode step, by bucket, where there was a choice
-        self._card = config
-        self._load_format = load_format
-        self._format = _choose_format(self._device, dtype, kv_dtype, deterministic)
-        self._kv_memory = kv_memory
-        self._memory_share = memory_share
+        self.path_seconds: dict[int, dict[str, float]] = {}  # of a decode step, by bucket with several paths
+        self._config = config
+        self._settings = settings
+        self._format = choose_format(self._device, settings)
         self._prefill = prefill
-        self._way: Way | Literal["auto"] = way
+        self._decode_path: DecodePath | Literal["auto"] = decode_path
         self._gemv = gemv
-        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, block_size)
-        self._buckets = graph_buckets(max_num_seqs)
-        self._room = _room(self._buckets, max_batch_tokens, self.max_model_len, block_size, config.vocab_size)
-        self._slots: Slots[Request] = Slots(self._room.slots)
-        self._arrays = StepArrays(self._room.slots, self.max_model_len, block_size)
+        self._heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, settings.block_size)
+        self._buckets = graph_buckets(settings.max_num_seqs)
+        self._capacity = _capacity(
+            self._buckets, settings.max_batch_tokens, self.max_model_len, settings.block_size, config.vocab_size
+        )
+        self._slots: Slots[Request] = Slots(self._capacity.slots)
+        self._arrays = StepArrays(self._capacity.slots, self.max_model_len, settings.block_size)
         self._host_sampler = Sampler(config.vocab_size, 1, config.eos_token_ids)
-        self._flying: deque[CudaTicket] = deque()
+        self._in_flight: deque[CudaTicket] = deque()
         self._pool: torch.Tensor
         if self._device.type == "cuda":
-            _ready(config, self._device, kv_dtype, prefill)
+            check_device(config, self._device, settings.kv_dtype, prefill)
             self.device = torch.cuda.get_device_name(self._device)
 
-    # -- life ----------------------------------------------------------------------------------
+    # -- loading -------------------------------------------------------------------------------
 
     def pool_spec(self, num_blocks: int) -> PoolSpec:
         kv_dtype = self._format.kv_dtype
         _, kv_heads, head_dim, block_size = self._heads
         name = str(kv_dtype).removeprefix("torch.")
-        return PoolSpec(num_blocks, self._card.num_layers, block_size, kv_heads, head_dim, name, kv_dtype.itemsize)
+        return PoolSpec(num_blocks, self._config.num_layers, block_size, kv_heads, head_dim, name, kv_dtype.itemsize)
 
     @property
     def pool_memory(self) -> torch.Tensor:
-        """The pool as uint8[pool_spec(num_blocks).nbytes] on the device: one allocation of its own."""
+        """KV pool as uint8[pool_spec(num_blocks).nbytes] on the device: a separate allocation."""
         return self._pool.view(-1).view(torch.uint8)
 
     def load(self, pool: memoryview | None = None) -> None:
-        """See `DeviceRunner.load`; `pool` is for the CPU alone. Raises ModelError if no block finds room."""
+        """See `DeviceRunner.load`. `pool`: on the CPU only. Raises ModelError if not a single block fits."""
         if pool is not None and self._device.type == "cuda":
-            raise ValueError("a CUDA device cannot compute from a pool in the host's memory")
+            raise ValueError("a CUDA device cannot compute from a pool in host memory")
         with torch.inference_mode():
             self._build()
             if self._device.type == "cuda":
-                self._adopt(torch.zeros(self.pool_spec(1).nbytes, dtype=torch.uint8, device=self._device))
-                self._settle()
+                self._use_pool(torch.zeros(self.pool_spec(1).nbytes, dtype=torch.uint8, device=self._device))
+                self._synchronize()
                 self.num_blocks = self._measure()
             else:
-                self.num_blocks = (self._kv_memory if pool is None else len(pool)) // self.pool_spec(1).block_bytes
-            if self.num_blocks < LEAST_BLOCKS:
-                raise ModelError(f"kv_memory of {self._kv_memory} bytes holds no KV block; give it more")
-            self._adopt(self._allocate(pool))
-            self._settle()
+                nbytes = self._settings.kv_memory if pool is None else len(pool)
+                self.num_blocks = nbytes // self.pool_spec(1).block_bytes
+            if self.num_blocks < MIN_BLOCKS:
+                raise ModelError(f"kv_memory of {self._settings.kv_memory} bytes holds no KV block; increase it")
+            self._use_pool(self._allocate(pool))
+            self._synchronize()
             if isinstance(self._stream, CudaStream):
                 self._capture(self._stream)
         self.execute(_dummy_plan([2], decode=True))
@@ -156,19 +142,22 @@ class CudaRunner:
         self._host_sampler.warm_up()
 
     def _build(self) -> None:
-        """Everything but the pool and the graphs."""
-        ops, self._attention, gemv, self._stream = self._parts()
-        weights = load_weights(self._card, self._load_format, self._device, self._format.dtype)
-        model = Llama(self._card, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv)
-        draw = KernelDraw if self._device.type == "cuda" else TorchDraw
-        sampler = draw(self._room.sampled, self.vocab_size, self._device)
-        self._passes = Passes(model, self._attention, sampler, self._room, self._device)
-        self._few_buckets = self._choose_few() if gemv is not None else ()
-        self._compute_decodes = self._decode
+        """Build everything except the pool and the graphs."""
+        ops, self._attention, gemv, self._stream = self._backend()
+        weights = load_weights(self._config, self._settings.load_format, self._device, self._format.dtype)
+        model = Llama(self._config, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv)
+        sampler_class = KernelSampler if self._device.type == "cuda" else TorchSampler
+        sampler = sampler_class(self._capacity.sampled, self.vocab_size, self._device)
+        self._forward = ForwardPass(model, self._attention, sampler, self._capacity, self._device)
+        small: tuple[int, ...] = ()
+        if gemv is not None and self._decode_path != "gemm":
+            small = small_batch_buckets(self._buckets, self._config, shared_memory_bytes(self._device))
+        self._decode_paths = DecodePaths(self._forward, small, self._decode_path)
+        self._compute_decodes: Callable[[int], None] = self._decode_paths.run
         pinned = self._device.type == "cuda"
-        self._staging = Rotation([Staged(turn, self._room, pinned=pinned) for turn in range(IN_FLIGHT)])
+        self._staging = RoundRobin([StagingSet(i, self._capacity, pinned=pinned) for i in range(IN_FLIGHT)])
 
-    def _parts(self) -> tuple[Ops, Attention, Gemv | None, Stream]:
+    def _backend(self) -> tuple[Ops, Attention, Gemv | None, Stream]:
         if self._device.type != "cuda":
             return TorchOps(), TorchAttention(self._heads), self._gemv, HostStream()
         attention = FlashInferAttention(
@@ -176,13 +165,13 @@ class CudaRunner:
             dtype=self._format.dtype,
             kv_dtype=self._format.kv_dtype,
             device=self._device,
-            turns=IN_FLIGHT,
+            num_staging_sets=IN_FLIGHT,
             prefill_backend=self._prefill,
         )
         return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)
 
-    def _settle(self) -> None:
-        """Wait for what was begun outside the engine's stream: it does not wait for that by itself."""
+    def _synchronize(self) -> None:
+        """Wait for all streams of the device. The engine's stream does not wait for the others."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -191,112 +180,91 @@ class CudaRunner:
             return torch.frombuffer(pool, dtype=torch.uint8)
         return torch.zeros(self.pool_spec(self.num_blocks).nbytes, dtype=torch.uint8, device=self._device)
 
-    def _adopt(self, memory: torch.Tensor) -> None:
+    def _use_pool(self, memory: torch.Tensor) -> None:
         spec = self.pool_spec(1)
         blocks = len(memory) // spec.block_bytes
         shape = (blocks, spec.layers, 2, spec.block_size, spec.kv_heads, spec.head_dim)
         self._pool = memory[: blocks * spec.block_bytes].view(self._format.kv_dtype).view(shape)
-        self._attention.adopt(self._pool)
+        self._attention.use_pool(self._pool)
 
     def _measure(self) -> int:
-        """Blocks that fit beside the weights and the largest step, which is computed to see what it takes."""
+        """Return how many blocks fit beside the weights and the largest step.
+
+        Compute the largest step to measure its memory.
+        """
         chunk_peak = self._peak(partial(self.execute, _dummy_plan(self._largest_chunks(), decode=False)))
         self._stream.submit(partial(self._prepare, self._buckets[-1]))
-        self._stream.mark().wait()
+        self._stream.record_event().wait()
         decode_peak = self._peak(partial(self.execute, _dummy_plan([1] * self._buckets[-1], decode=True)))
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
-        mine = torch.cuda.memory_reserved(self._device)
-        may_use = min(free + mine, int(total * self._memory_share))
+        reserved = torch.cuda.memory_reserved(self._device)  # weights and static buffers
+        limit = min(free + reserved, int(total * self._settings.memory_share))
         block_bytes = self.pool_spec(1).block_bytes
-        reserve = reserve_bytes(sum(len(self._ways(bucket)) for bucket in self._buckets), decode_peak)
+        reserve = reserve_bytes(sum(len(self._decode_paths.of(bucket)) for bucket in self._buckets), decode_peak)
         peak = max(chunk_peak, decode_peak)
-        blocks = pool_blocks(may_use, weights=mine, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
-        if self._kv_memory > blocks * block_bytes:
+        blocks = pool_blocks(limit, weights=reserved, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
+        if self._settings.kv_memory > blocks * block_bytes:
             raise ModelError(
-                f"kv_memory: {self._kv_memory} bytes do not fit on {self._device}; "
+                f"kv_memory: {self._settings.kv_memory} bytes do not fit on {self._device}; "
                 f"{blocks * block_bytes} are left for KV"
             )
-        return self._kv_memory // block_bytes if self._kv_memory else blocks
+        return self._settings.kv_memory // block_bytes if self._settings.kv_memory else blocks
 
     def _peak(self, step: partial[StepResult]) -> int:
-        """Most bytes that `step` has allocated at a time."""
-        step()  # libraries take what they keep
-        self._settle()
+        """Return the peak of the bytes that `step` allocates."""
+        step()  # in their first call libraries allocate memory that they keep
+        self._synchronize()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         step()
-        self._settle()
+        self._synchronize()
         return torch.cuda.max_memory_allocated(self._device) - before
 
     def _largest_chunks(self) -> list[int]:
-        """Token counts of a step that is all prefill, as full as can be."""
-        left = self._room.chunks.tokens
+        """Return the token counts of the largest step of prefill chunks only."""
+        left = self._capacity.chunks.tokens
         chunks: list[int] = []
-        while left and len(chunks) < self._room.chunks.rows:
+        while left and len(chunks) < self._capacity.chunks.rows:
             chunks.append(min(left, self.max_model_len))
             left -= chunks[-1]
         return chunks
 
-    def _choose_few(self) -> tuple[int, ...]:
-        """Buckets that `FewRows` can compute."""
-        if self._way == "all rows":
-            return ()
-        if self._device.type == "cuda":
-            properties: Any = torch.cuda.get_device_properties(self._device)
-            memory = properties.shared_memory_per_block_optin
-        else:
-            memory = 1 << 30  # no limit
-        return few_buckets(self._buckets, self._card, memory)
-
     def _capture(self, stream: CudaStream) -> None:
-        graphs = Graphs(stream)
-        for bucket in reversed(self._buckets):
-            with torch.cuda.stream(stream.stream):
-                self._prepare(bucket)
-            graphs.capture(bucket, self._ways(bucket), self._passes.logits[:bucket])
-        self._compute_decodes, self.ways = graphs.replay, graphs.seconds
-
-    def _ways(self, bucket: int) -> Mapping[str, Callable[[], None]]:
-        """To compute decodes of `bucket` rows; the first is certain."""
-        if bucket not in self._few_buckets:
-            ways: tuple[Way, ...] = ("all rows",)
-        else:
-            ways = get_args(Way) if self._way == "auto" else (self._way,)
-        return {way: partial(self._passes.decode, bucket, way) for way in ways}
-
-    def _decode(self, bucket: int) -> None:
-        """Without a graph."""
-        next(iter(self._ways(bucket).values()))()
+        graphs = self._decode_paths.capture(stream, self._buckets, self._prepare)
+        self._compute_decodes, self.path_seconds = graphs.replay, graphs.seconds
 
     def _prepare(self, bucket: int) -> None:
-        """Have decodes of `bucket` rows possible, and one of dummies on the device."""
-        staged = self._staging.next()
+        """Prepare the buffers for decodes of `bucket` rows, and copy a decode step of dummy rows to the device."""
+        staged = self._staging.acquire()
         size = self._arrays.decodes([], [], bucket, staged.decode_arrays)
-        self._passes.prepare(staged, bucket)
-        self._passes.plan_decodes(staged, size)
+        self._forward.prepare(staged, bucket)
+        self._forward.plan_decodes(staged, size)
 
     # -- steps ---------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.collect(self.launch(plan))
 
-    def stands_alone(self, plan: StepPlan) -> bool:
-        """See `Overlapping`: with rows that have penalties, bias, min_tokens or logprobs."""
-        for ticket in self._flying:
+    def blocks_overlap(self, plan: StepPlan) -> bool:
+        """See `Overlapping`: true for rows with penalties, logit bias, min_tokens or logprobs."""
+        for ticket in self._in_flight:
             if ticket.plan is plan:
-                return bool(ticket.hosted)
-        return bool(self._arrays.on_host(plan.rows, self._assign(plan)))
+                return bool(ticket.host_rows)
+        return bool(self._arrays.host_rows(plan.rows, self._assign(plan)))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> CudaTicket:
-        """See `Overlapping`. Raises ValueError, and leaves no trace, for what is too large or may not follow the
-        steps under way, such as a row whose unknown token none of them draws."""
-        if len(self._flying) == IN_FLIGHT:
+        """See `Overlapping`.
+
+        Raises ValueError, without a side effect, for a step that is too large or may not follow the steps in flight,
+        for example a row with an unknown token that none of them samples.
+        """
+        if len(self._in_flight) == IN_FLIGHT:
             raise ValueError(f"{IN_FLIGHT} steps are in flight: collect the oldest first")
-        if self._flying and self._flying[-1].hosted:
-            raise ValueError("the step in flight has tokens to draw on the host: collect it first")
-        self._check_room(plan)
+        if self._in_flight and self._in_flight[-1].host_rows:
+            raise ValueError("the step in flight samples tokens on the host: collect it first")
+        self._check_size(plan)
         slots = self._assign(plan)
         first = plan.num_decodes
         ticket = CudaTicket(
@@ -304,37 +272,37 @@ class CudaRunner:
             slots,
             choose_bucket(self._buckets, first) if first else 0,
             list(range(first, len(plan.rows))),
-            self._arrays.on_host(plan.rows, slots),
-            self._staging.next(),
+            self._arrays.host_rows(plan.rows, slots),
+            self._staging.acquire(),
         )
-        # Both before either is submitted: what is refused leaves nothing half begun.
+        # Fill both passes before either is submitted, so that a step that raises has submitted nothing.
         decoded = self._fill_decodes(ticket) if first else None
         chunked = self._fill_chunks(ticket) if ticket.chunks else None
-        self._note_draws(ticket, decoded, chunked)
+        self._note_sampled(ticket, decoded, chunked)
         if decoded:
             self._stream.submit(partial(self._submit_decodes, ticket.staged, decoded))
         if chunked:
             self._stream.submit(partial(self._submit_chunks, ticket, chunked))
         self._stream.submit(partial(self._submit_fetch, ticket))
-        ticket.mark = self._stream.mark()
-        self._staging.until(ticket.mark)
+        ticket.done_event = self._stream.record_event()
+        self._staging.release_at(ticket.done_event)
         self._slots.begin(slots)
-        self._flying.append(ticket)
+        self._in_flight.append(ticket)
         return ticket
 
     @torch.inference_mode()
     def collect(self, ticket: CudaTicket) -> StepResult:
-        """See `Overlapping`; `ticket` is the oldest under way, else ValueError."""
-        if not self._flying or self._flying[0] is not ticket:
-            raise ValueError("steps are collected in the order in which they were launched, once each")
-        ticket.mark.wait()
-        self._flying.popleft()
+        """See `Overlapping`. Raises ValueError unless `ticket` is the oldest step in flight."""
+        if not self._in_flight or self._in_flight[0] is not ticket:
+            raise ValueError("each step is collected once, in the order of the launches")
+        ticket.done_event.wait()
+        self._in_flight.popleft()
         self._slots.end(ticket.slots)
-        places = _places(ticket)
-        drawn = ticket.staged.tokens.tolist()
-        tokens = {i: drawn[place] for i, place in places.items()}
+        output_rows = _output_rows(ticket)
+        sampled_tokens = ticket.staged.tokens.tolist()
+        tokens = {i: sampled_tokens[row] for i, row in output_rows.items()}
         tokens.update((i, NO_TOKEN) for i in ticket.dropped)
-        logprobs = self._draw_on_host(ticket, places, tokens) if ticket.hosted else {}
+        logprobs = self._sample_on_host(ticket, output_rows, tokens) if ticket.host_rows else {}
         sampled = [i for i, row in enumerate(ticket.plan.rows) if row.sample]
         return StepResult(
             [tokens[i] for i in sampled],
@@ -342,9 +310,9 @@ class CudaRunner:
             tuple(sorted(ticket.dropped)),
         )
 
-    def _check_room(self, plan: StepPlan) -> None:
+    def _check_size(self, plan: StepPlan) -> None:
         decodes, chunks = plan.num_decodes, plan.rows[plan.num_decodes :]
-        if len(plan.rows) > self._buckets[-1] or sum(row.count for row in chunks) > self._room.chunks.tokens:
+        if len(plan.rows) > self._buckets[-1] or sum(row.count for row in chunks) > self._capacity.chunks.tokens:
             raise ValueError(
                 f"a step of {decodes} decodes and {len(chunks)} chunks with {plan.num_tokens} tokens is "
                 f"more than max_num_seqs {self._buckets[-1]} or max_batch_tokens allow"
@@ -353,19 +321,19 @@ class CudaRunner:
     def _assign(self, plan: StepPlan) -> list[int]:
         slots, fresh = self._slots.assign([row[0] for row in plan.rows])
         for slot, request in fresh:
-            self._arrays.adopt(slot, request, _draw_params(request.sampling))
+            self._arrays.assign_slot(slot, request, _slot_sampling(request.sampling))
         return slots
 
-    def _note_draws(self, ticket: CudaTicket, decoded: Size | None, chunked: Size | None) -> None:
-        """Keep the books of what is in last_token. Raises ValueError for a row whose token is not there."""
+    def _note_sampled(self, ticket: CudaTicket, decoded: Size | None, chunked: Size | None) -> None:
+        """Record which tokens will be in last_token. Raises ValueError for a row without its input token."""
         staged = ticket.staged
         passes = [(staged.decode_arrays, decoded), (staged.chunk_arrays, chunked)]
         filled = [(inputs, size) for inputs, size in passes if size]
         for inputs, size in filled:
             self._arrays.check_unknown(inputs, size)
         for inputs, size in filled:
-            self._arrays.note_drawn(inputs, size)
-        self._arrays.note_hosted([ticket.slots[i] for i in ticket.hosted])
+            self._arrays.note_sampled(inputs, size)
+        self._arrays.note_host_sampled([ticket.slots[i] for i in ticket.host_rows])
 
     def _fill_decodes(self, ticket: CudaTicket) -> Size:
         count = ticket.plan.num_decodes
@@ -377,26 +345,26 @@ class CudaRunner:
         rows, slots = [ticket.plan.rows[i] for i in ticket.chunks], [ticket.slots[i] for i in ticket.chunks]
         return self._arrays.chunks(rows, slots, ticket.staged.chunk_arrays)
 
-    def _submit_decodes(self, staged: Staged, size: Size) -> None:
-        self._passes.plan_decodes(staged, size)
+    def _submit_decodes(self, staged: StagingSet, size: Size) -> None:
+        self._forward.plan_decodes(staged, size)
         self._compute_decodes(size.rows)
 
     def _submit_chunks(self, ticket: CudaTicket, size: Size) -> None:
         while not self._try_chunks(ticket, size):
-            self._dropped(ticket)
+            self._drop_largest_chunk(ticket)
             if not ticket.chunks:
                 return
             size = self._fill_chunks(ticket)
 
     def _try_chunks(self, ticket: CudaTicket, size: Size) -> bool:
         try:
-            self._passes.chunks(ticket.staged, size, ticket.bucket)
+            self._forward.chunks(ticket.staged, size, ticket.bucket)
         except torch.OutOfMemoryError:
             return False
         return True
 
-    def _dropped(self, ticket: CudaTicket) -> None:
-        """Give up the largest of the chunks, for the others to find room."""
+    def _drop_largest_chunk(self, ticket: CudaTicket) -> None:
+        """Drop the largest chunk, so that the others fit in memory."""
         rows = ticket.plan.rows
         largest = max(ticket.chunks, key=lambda i: rows[i].count)
         ticket.chunks.remove(largest)
@@ -408,85 +376,56 @@ class CudaRunner:
             rows[largest].request.rid,
             rows[largest].count,
         )
-        self._stream.mark().wait()  # its arrays are about to be filled anew
+        self._stream.record_event().wait()  # its host arrays are filled again next
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _submit_fetch(self, ticket: CudaTicket) -> None:
         sampled = sum(ticket.plan.rows[i].sample for i in ticket.chunks)
-        self._passes.fetch(ticket.staged, ticket.bucket + sampled)
+        self._forward.fetch(ticket.staged, ticket.bucket + sampled)
 
-    def _draw_on_host(
-        self, ticket: CudaTicket, places: dict[int, int], tokens: dict[int, int]
+    def _sample_on_host(
+        self, ticket: CudaTicket, output_rows: dict[int, int], tokens: dict[int, int]
     ) -> dict[int, TokenLogprobs | None]:
-        """Draw the tokens of the hosted rows from their logits, into `tokens`; returns their logprobs."""
-        hosted = [i for i in ticket.hosted if i in places]
-        rows = [ticket.plan.rows[i] for i in hosted]
+        """Sample the tokens of the host rows from their logits into `tokens`, and return their logprobs."""
+        host_rows = [i for i in ticket.host_rows if i in output_rows]
+        rows = [ticket.plan.rows[i] for i in host_rows]
         if any(len(row.request.tokens) != row.start + row.count for row in rows):
-            raise RuntimeError("a request whose tokens the host draws went on before its step was collected")
+            raise RuntimeError("a request that is sampled on the host advanced before its step was collected")
         logits = torch.empty(len(rows), self.vocab_size)
-        for into, i in zip(logits, hosted, strict=True):
-            into.copy_(self._passes.logits[places[i]])
+        for into, i in zip(logits, host_rows, strict=True):
+            into.copy_(self._forward.logits[output_rows[i]])
         result = self._host_sampler.sample(logits, [row.request for row in rows])
-        tokens.update(zip(hosted, result.tokens, strict=True))
-        return dict(zip(hosted, result.logprobs or [None] * len(rows), strict=True))
+        tokens.update(zip(host_rows, result.tokens, strict=True))
+        return dict(zip(host_rows, result.logprobs or [None] * len(rows), strict=True))
 
 
-def _places(ticket: CudaTicket) -> dict[int, int]:
-    """Where in the step's tokens and logits each computed row that samples has its own, by plan row."""
+def _output_rows(ticket: CudaTicket) -> dict[int, int]:
+    """Return the index in the step's tokens and logits of each computed row that samples, by plan row."""
     rows = ticket.plan.rows
-    places = {i: i for i in range(ticket.plan.num_decodes) if rows[i].sample}
+    output_rows = {i: i for i in range(ticket.plan.num_decodes) if rows[i].sample}
     sampled = [i for i in ticket.chunks if rows[i].sample]
-    return places | {i: ticket.bucket + n for n, i in enumerate(sampled)}
+    return output_rows | {i: ticket.bucket + n for n, i in enumerate(sampled)}
 
 
-def _choose_format(device: torch.device, dtype: str, kv_dtype: str, deterministic: bool) -> _Format:
-    cuda = device.type == "cuda"
-    if cuda and deterministic:
-        raise ModelError("deterministic is for the CPU engines: on a GPU rounding depends on the batch")
-    if cuda and dtype == "fp32":
-        raise ModelError("a CUDA engine computes in bf16: set dtype to auto or bf16")
-    name = dtype if dtype != "auto" else "bf16" if cuda else "fp32"
-    if kv_dtype not in ("auto", "fp8"):
-        raise ModelError(f"kv_dtype {kv_dtype!r} is not known; auto and fp8 are")
-    return _Format(_KV_DTYPES[name], _KV_DTYPES[name if kv_dtype == "auto" else kv_dtype])
-
-
-def _room(buckets: tuple[int, ...], max_batch_tokens: int, max_len: int, block_size: int, vocab_size: int) -> Room:
+def _capacity(
+    buckets: tuple[int, ...], max_batch_tokens: int, max_len: int, block_size: int, vocab_size: int
+) -> Capacity:
     rows = buckets[-1]
     pages = rows * -(-max_len // block_size)
-    return Room(
+    return Capacity(
         decodes=Size(rows, rows, rows, pages),
         chunks=Size(max_batch_tokens, rows, rows, pages),
-        # The rows of a step are at most `rows`, but its decodes are padded before the chunks' tokens follow.
+        # A step has at most `rows` rows, but the chunks' tokens are behind the padded decodes.
         sampled=rows + widest_gap(buckets),
         vocab_size=vocab_size,
         slots=IN_FLIGHT * rows,
     )
 
 
-def _ready(config: ModelConfig, device: torch.device, kv_dtype: str, prefill: Literal["fa2", "fa3"]) -> None:
-    """Check the device, and have FlashInfer load what was compiled ahead of time. Raises ModelError naming what is
-    missing."""
-    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-    if "expandable_segments:true" in settings.lower():
-        raise ModelError(
-            "expandable_segments is on in PYTORCH_ALLOC_CONF: other engines could not map such a pool; take it out"
-        )
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"there is no {device}; PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    torch.cuda.set_device(device)
-    arch = kernels.arch_of(*torch.cuda.get_device_capability(device))
-    try:
-        specs = kernels.required(config, arch=arch, kv_dtype="fp8" if kv_dtype == "fp8" else "auto", prefill=prefill)
-        kernels.use(kernels.check(specs, arch))
-    except kernels.KernelError as e:
-        raise ModelError(str(e)) from e
-
-
-def _draw_params(sampling: SamplingParams) -> DrawParams:
+def _slot_sampling(sampling: SamplingParams) -> SlotSampling:
     seed = sampling.seed & _SEED_MASK
-    return DrawParams(
+    return SlotSampling(
         inverse_temperature=inverse_temperature(sampling),
         min_p_depth=min_p_depth(sampling),
         top_k=min(sampling.top_k, _LARGEST_INT32),
@@ -496,7 +435,7 @@ def _draw_params(sampling: SamplingParams) -> DrawParams:
 
 
 def _dummy_plan(counts: list[int], *, decode: bool) -> StepPlan:
-    """Decodes of so many tokens each, or chunks, all in the dummy block."""
+    """Return a plan of decodes or chunks with `counts` tokens each, all in the dummy block."""
     params = RequestParams(SamplingParams(max_tokens=1, seed=0), arrival=0.0)
     rows = []
     for count in counts:

@@ -1,13 +1,14 @@
-"""The draw on the device: exactly the tokens that `engine.sampling.sampler` draws on the CPU from the same logits.
+"""Sampling on the device: exactly the tokens that `engine.sampling.sampler` samples on the CPU from the same logits.
 
-`KernelDraw` launches one kernel (sampler.cu: a team of threads on a GPU; row.h: how a team draws a row; draw.h: the
-arithmetic). A row's logits are read once from memory and stay in the shared memory of a cluster of blocks; largest
-logit, cutoff and draw are passes over them there. A cutoff costs three passes for top-k and three for top-p, two
-rounds of the cluster each, and up to three more where equal logits lie on its edge. No speed has been measured yet.
-`TorchDraw` does the same with torch operations, on any device, slowly and with much memory.
+`KernelSampler` launches one kernel (sampler.cu: the threads on a GPU; row.h: how a team of threads samples a row;
+draw.h: the arithmetic). The kernel reads a row's logits once from global memory and keeps them in the shared memory
+of a thread block cluster. Maximum, cutoff and sampling are passes over them there. A cutoff takes three passes for
+top-k and three for top-p, each with two cluster barriers, and up to three more passes if equal logits are at its
+edge. No speed has been measured yet. `TorchSampler` does the same with torch operations, on any device, slowly and
+with much memory.
 
-Both serve plain rows. Rows with penalties, bias, min_tokens or logprobs need their request's tokens and go through
-the CPU's sampler.
+Both sample plain rows only. Rows with penalties, bias, min_tokens or logprobs need their request's tokens, and the
+CPU's sampler samples them.
 """
 
 from __future__ import annotations
@@ -30,101 +31,101 @@ _MAX_FLOAT = float(np.finfo(np.float32).max)
 _NEG_INF_ORDER = -2139095041
 _POS_INF_ORDER = 0x7F800000
 _SIGNLESS = 0x7FFFFFFF
-# A float32 number each, as torch would round them in an operation on float32.
+# Each is a float32 number, as torch rounds it in an operation on float32.
 _LOG2E = float(np.float32(1.44269504))
 _LN2_HIGH = 0.693359375
 _LN2_LOW = float(np.float32(-2.12194440e-4))
 _EXP_TERMS = [float(np.float32(1.0 / math.factorial(n))) for n in range(7, -1, -1)]
 _LEAST = -44.0
-_CHUNK = 1 << 22  # tokens that TorchDraw works on at a time: some hundred MB
+_CHUNK = 1 << 22  # logits that TorchSampler processes at a time: some hundred MB
 
 
-class SampleParams(NamedTuple):
-    """How to draw, an entry a row. All on the logits' device."""
+class SamplingTensors(NamedTuple):
+    """Sampling parameters, one entry per row. All tensors are on the device of the logits."""
 
     inverse_temperature: torch.Tensor  # float32[rows]; 0: greedy
-    min_p_depth: torch.Tensor  # float32[rows], temperature * log(min_p); -inf: none
-    top_k: torch.Tensor  # int32[rows]; 0, or the vocabulary and more: all
-    top_p: torch.Tensor  # float64[rows]; 1: all
+    min_p_depth: torch.Tensor  # float32[rows], temperature * log(min_p); -inf: no min_p
+    top_k: torch.Tensor  # int32[rows]; 0, or at least the vocabulary size: all tokens
+    top_p: torch.Tensor  # float64[rows]; 1: all tokens
     seed: torch.Tensor  # int64[rows], the bits of an unsigned number
     position: torch.Tensor  # int32[rows], index of the new token in its sequence, prompt included
 
-    def rows(self, start: int, stop: int) -> SampleParams:
-        """Views of rows [start, stop)."""
-        return SampleParams(*(tensor[start:stop] for tensor in self))
+    def rows(self, start: int, stop: int) -> SamplingTensors:
+        """Return views of rows [start, stop)."""
+        return SamplingTensors(*(tensor[start:stop] for tensor in self))
 
 
 _DTYPES = (torch.float32, torch.float32, torch.int32, torch.float64, torch.int64, torch.int32)
 
 
 class DeviceSampler(Protocol):
-    """Draws on a device; may be captured in a CUDA graph."""
+    """Samples on a device. It can be captured in a CUDA graph."""
 
-    def draw(self, logits: torch.Tensor, params: SampleParams, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Draw a token for each row of `logits` (float32[rows, vocab]) into `out` (int32[rows]), which it returns.
+    def sample(self, logits: torch.Tensor, params: SamplingTensors, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Sample a token for each row of `logits` (float32[rows, vocab]) into `out` (int32[rows]), and return `out`.
 
-        Without `out` the result lies in the sampler's own memory, until the next such call. A row without any logit
-        above -inf gives NO_TOKEN. Waits for nothing. Raises ValueError if shapes or dtypes do not fit.
+        Without `out` the result is in the sampler's own memory, until the next such call. A row without a logit above
+        -inf gives NO_TOKEN. Does not wait for the device. Raises ValueError if shapes or dtypes do not fit.
         """
         ...
 
 
-class KernelDraw:
-    """The draw by the project's own kernel, which must have been built and be in `use` (`kernels`).
+class KernelSampler:
+    """Sampling by our own kernel, which must be built and in use (`kernels.use`).
 
     Allocates nothing after construction. Not thread-safe.
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
-        """Raises KernelError where the kernel is not built."""
+        """Raises KernelError if the kernel is not built."""
         self._vocab_size = vocab_size
         self._out = torch.full((max_rows,), NO_TOKEN, dtype=torch.int32, device=device)
-        self._draw = kernels.load_sampler().draw
+        self._kernel = kernels.load_sampler().draw
 
-    def draw(self, logits: torch.Tensor, params: SampleParams, out: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, params: SamplingTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `DeviceSampler`."""
         out = _checked(logits, params, self._out if out is None else out, self._vocab_size)
-        self._draw(logits, *params, out)
+        self._kernel(logits, *params, out)
         return out
 
 
-class TorchDraw:
-    """The draw by torch operations, which allocate as they go."""
+class TorchSampler:
+    """Sampling by torch operations, which allocate memory."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
         self._vocab_size = vocab_size
         self._out = torch.full((max_rows,), NO_TOKEN, dtype=torch.int32, device=device)
 
-    def draw(self, logits: torch.Tensor, params: SampleParams, out: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, params: SamplingTensors, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `DeviceSampler`."""
         out = _checked(logits, params, self._out if out is None else out, self._vocab_size)
         step = max(1, _CHUNK // self._vocab_size)
         for start in range(0, len(logits), step):
             stop = min(start + step, len(logits))
-            out[start:stop] = _draw(logits[start:stop], params.rows(start, stop))
+            out[start:stop] = _sample(logits[start:stop], params.rows(start, stop))
         return out
 
 
-def _checked(logits: torch.Tensor, params: SampleParams, out: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The part of `out` that the rows of `logits` fill."""
+def _checked(logits: torch.Tensor, params: SamplingTensors, out: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Check the arguments, and return the part of `out` that the rows of `logits` fill."""
     rows = len(logits)
     if out.dtype != torch.int32:
         raise ValueError(f"tokens are int32, not {out.dtype}")
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.shape[1] != vocab_size or len(out) < rows:
         raise ValueError(
-            f"logits are {logits.dtype}{list(logits.shape)}: float32 with a vocabulary of {vocab_size} "
-            f"and at most {len(out)} rows are wanted"
+            f"logits are {logits.dtype}{list(logits.shape)}, but must be float32 with a vocabulary of {vocab_size} "
+            f"and at most {len(out)} rows"
         )
-    for name, tensor, dtype in zip(SampleParams._fields, params, _DTYPES, strict=True):
+    for name, tensor, dtype in zip(SamplingTensors._fields, params, _DTYPES, strict=True):
         if tensor.dtype != dtype or tensor.shape != (rows,):
-            raise ValueError(f"{name} is {tensor.dtype}{list(tensor.shape)}: {dtype}[{rows}] is wanted")
+            raise ValueError(f"{name} is {tensor.dtype}{list(tensor.shape)}, but must be {dtype}[{rows}]")
     return out[:rows]
 
 
-# -- The definitions of `noise` and `cutoff`, in torch. Each operation rounds by itself; no value is read by the host.
+# -- The definitions of `noise` and `filters`, in torch. Each operation rounds its result; the host reads no value.
 
 
-def _draw(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
+def _sample(logits: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
     order = _orders(logits)
     ranked = order.sort(dim=1, descending=True, stable=True)  # equal logits in order of their ids
     best = ranked.indices[:, 0]
@@ -134,28 +135,28 @@ def _draw(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
     scaled = (logits.clamp(max=_MAX_FLOAT) - largest) * params.inverse_temperature[:, None]
     kept = _kept(ranked, largest, scaled, params)
     scores = scaled + _gumbel(_words(params, logits.shape[1]))
-    drawn = _lowest_of_largest(_orders(torch.where(kept, scores, -torch.inf)))
-    drawn = torch.where(params.inverse_temperature == 0, best, drawn)
-    return torch.where(possible, drawn, NO_TOKEN).to(torch.int32)
+    sampled = _lowest_of_largest(_orders(torch.where(kept, scores, -torch.inf)))
+    sampled = torch.where(params.inverse_temperature == 0, best, sampled)
+    return torch.where(possible, sampled, NO_TOKEN).to(torch.int32)
 
 
 def _orders(values: torch.Tensor) -> torch.Tensor:
-    """int64 that sort like the float32 `values`; -0.0 is 0.0, NaN is -inf."""
+    """Return int64 that sort like the float32 `values`. -0.0 counts as 0.0, NaN as -inf."""
     bits = (values + 0.0).contiguous().view(torch.int32).long()  # -0.0 + 0.0 is 0.0
     order = bits ^ ((bits >> 31) & _SIGNLESS)
     return torch.where((order > _POS_INF_ORDER) | (order < _NEG_INF_ORDER), _NEG_INF_ORDER, order)
 
 
 def _lowest_of_largest(order: torch.Tensor) -> torch.Tensor:
-    """Lowest id of the largest entry of each row, int64[rows]; argmax promises no particular one."""
+    """Return the lowest id of the largest entry of each row, int64[rows]. argmax does not promise the lowest one."""
     ids = torch.arange(order.shape[1], device=order.device)
     return torch.where(order == order.amax(1, keepdim=True), ids, order.shape[1]).amin(1)
 
 
 def _kept(
-    ranked: torch.return_types.sort, largest: torch.Tensor, scaled: torch.Tensor, params: SampleParams
+    ranked: torch.return_types.sort, largest: torch.Tensor, scaled: torch.Tensor, params: SamplingTensors
 ) -> torch.Tensor:
-    """Which tokens may be drawn, bool[rows, vocab]: a prefix of the ranked ones."""
+    """Return which tokens may be sampled, bool[rows, vocab]: a prefix of the ranked tokens."""
     vocab = scaled.shape[1]
     least = _orders((largest + params.min_p_depth[:, None]).clamp(min=-_MAX_FLOAT))
     count = (ranked.values >= least).sum(1, keepdim=True)
@@ -172,7 +173,7 @@ def _kept(
 
 
 def _weights(scaled: torch.Tensor) -> torch.Tensor:
-    """exp of float32 `scaled`, at most 0, in units of 2^-40, int64; NaN weighs nothing."""
+    """Return exp of float32 `scaled` (at most 0) in units of 2^-40, int64. The weight of NaN is 0."""
     x = torch.where(scaled > _LEAST, scaled, _LEAST)
     n = (x * _LOG2E - 0.5).int()
     k = n.float()
@@ -184,8 +185,11 @@ def _weights(scaled: torch.Tensor) -> torch.Tensor:
     return ((p * 2.0**24).int().long() << 16) >> (-n).long()
 
 
-def _words(params: SampleParams, vocab: int) -> torch.Tensor:
-    """The Philox word of each token, int64[rows, vocab]. Products wrap at 64 bits, which keeps all that counts."""
+def _words(params: SamplingTensors, vocab: int) -> torch.Tensor:
+    """Return the Philox word of each token, int64[rows, vocab].
+
+    Products wrap at 64 bits; the bits used are correct.
+    """
     groups = torch.arange(-(-vocab // 4), device=params.seed.device)[None]
     c0, c1 = params.position.long()[:, None], groups
     c2, c3 = torch.zeros_like(groups), torch.zeros_like(groups)
@@ -199,7 +203,7 @@ def _words(params: SampleParams, vocab: int) -> torch.Tensor:
 
 
 def _log(x: torch.Tensor) -> torch.Tensor:
-    """The definition's log of positive normal float64."""
+    """Return the log of positive normal float64, exactly as `noise` defines it."""
     bits = x.view(torch.int64)
     e = (bits >> 52) - 1022
     f = ((bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000).view(torch.float64)
@@ -215,6 +219,6 @@ def _log(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gumbel(words: torch.Tensor) -> torch.Tensor:
-    """The noise of each word (int64), float32."""
+    """Return the Gumbel noise of each word (int64), float32."""
     v = (words.double() + 0.5) * 2.0**-32
     return (-_log(-_log(1.0 - v))).float()

@@ -1,4 +1,4 @@
-"""Which device slot a request has: its place in `last_token` and in every array kept by slot. Pure."""
+"""Assigns device slots to requests: the index in `last_token` and in every per-slot array. Pure."""
 
 from __future__ import annotations
 
@@ -9,81 +9,83 @@ from weakref import ref
 Holder = TypeVar("Holder")
 
 DUMMY = 0
-"""The slot of padding rows; no request has it."""
+"""Slot of padding rows. No request has it."""
 
 
 class Slots(Generic[Holder]):
-    """Gives slots 1..count to requests; a request keeps its own while it lives and nobody else needs it.
+    """Assigns slots 1..count to requests.
 
-    Nobody tells this object when a request has finished: its slot is free once the request is gone from memory,
-    and where none is free, one whose request is neither in this step nor in one in flight is taken. A
-    request that comes back gets another slot, so what is kept by slot must be rebuilt from the request.
+    A request keeps its slot while it exists and no other request needs the slot.
+
+    This object is not notified when a request finishes: a slot becomes free when its request is garbage collected. If
+    no slot is free, `assign` takes the slot of a request that is neither in this step nor in a step in flight. A
+    request that comes back gets another slot, so the per-slot data must be rebuilt from the request.
     """
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count, 0, -1))
-        self._slot_of: dict[int, int] = {}  # by the holder's id; the entry goes before the id is reused
+        self._slot_of: dict[int, int] = {}  # by id(holder); the entry is removed before the id is reused
         self._references: dict[int, ref[Holder]] = {}  # by slot
-        self._vacated: list[int] = []  # slots of holders that died; may still be in flight
-        self._flights: list[Sequence[int]] = []
+        self._vacated: list[int] = []  # slots of collected holders; may still be in flight
+        self._in_flight: list[Sequence[int]] = []
 
     def assign(self, holders: Sequence[Holder]) -> tuple[list[int], list[tuple[int, Holder]]]:
-        """The slot of each of `holders`, and (slot, holder) of those that had none until now.
+        """Return the slot of each of `holders`, and (slot, holder) of those that had no slot before.
 
-        Raises ValueError if they and the steps in flight need more slots than there are.
+        Raises ValueError if they and the steps in flight need more slots than exist.
         """
         slots = [self._slot_of.get(id(holder), DUMMY) for holder in holders]
         if DUMMY not in slots:
             return slots, []
-        newcomers = [i for i, slot in enumerate(slots) if slot == DUMMY]
-        self._find_free(len(newcomers), slots)
+        new = [i for i, slot in enumerate(slots) if slot == DUMMY]
+        self._find_free(len(new), slots)
         fresh = []
-        for i in newcomers:
+        for i in new:
             slots[i] = self._give(holders[i])
             fresh.append((slots[i], holders[i]))
         return slots, fresh
 
     def begin(self, slots: Sequence[int]) -> None:
-        """A step with `slots` is in flight from now on."""
-        self._flights.append(slots)
+        """Record that a step with `slots` is in flight."""
+        self._in_flight.append(slots)
 
     def end(self, slots: Sequence[int]) -> None:
-        """The step that began with this very sequence has been collected."""
-        self._flights = [flight for flight in self._flights if flight is not slots]
+        """Record that the step of this `slots` object has been collected."""
+        self._in_flight = [step for step in self._in_flight if step is not slots]
 
     def _give(self, holder: Holder) -> int:
         slot = self._free.pop()
         key = id(holder)
 
-        def gone(reference: ref[Holder]) -> None:
+        def on_collected(reference: ref[Holder]) -> None:
             if self._references.get(slot) is reference:
                 del self._slot_of[key]
                 self._vacated.append(slot)
 
         self._slot_of[key] = slot
-        self._references[slot] = ref(holder, gone)
+        self._references[slot] = ref(holder, on_collected)
         return slot
 
-    def _find_free(self, wanted: int, mine: Sequence[int]) -> None:
-        """Have `wanted` free slots, if need be at the cost of holders outside `mine`."""
-        flying = {slot for flight in self._flights for slot in flight}
+    def _find_free(self, wanted: int, own: Sequence[int]) -> None:
+        """Make `wanted` slots free. If needed, take slots from holders outside `own`."""
+        in_flight = {slot for step in self._in_flight for slot in step}
         vacated, self._vacated = self._vacated, []
         for slot in vacated:
-            if slot in flying:
+            if slot in in_flight:
                 self._vacated.append(slot)
             else:
                 self._release(slot)
         if len(self._free) >= wanted:
             return
-        busy = flying.union(mine)
+        busy = in_flight.union(own)
         for key, slot in list(self._slot_of.items()):
-            if slot not in busy and self._slot_of.pop(key, None) is not None:  # else it died this moment
+            if slot not in busy and self._slot_of.pop(key, None) is not None:  # otherwise it was collected just now
                 self._release(slot)
             if len(self._free) >= wanted:
                 return
         raise ValueError(
             f"{wanted} requests need a slot and {len(self._free)} are left: more requests in one step, "
-            "or more steps in flight, than the engine was made for"
+            "or more steps in flight, than the engine has slots for"
         )
 
     def _release(self, slot: int) -> None:

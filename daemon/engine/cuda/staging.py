@@ -1,7 +1,7 @@
-"""Host buffers in rotation, and the marks that say when the device is done with one.
+"""Host buffers that are used in turn, and the stream events after which the device has finished with one.
 
-The device copies from a host buffer some time after it has been told to. Until then nobody may write to it: so there
-are several sets, taken in turn, and a set is handed out again only after the mark of its last use is reached.
+The device copies from a host buffer some time after the copy is submitted. Until then the host must not write to the
+buffer. So there are several sets, used in turn, and a set is used again only after the event of its last use.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ _ALIGNMENT = 16
 _TORCH_DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
 
 
-class Mark(Protocol):
-    """A point in a stream's work."""
+class StreamEvent(Protocol):
+    """A point in the work of a stream."""
 
     def wait(self) -> None:
-        """Return once all work before the mark is done."""
+        """Return when all work before the event is done."""
         ...
 
 
 class Stream(Protocol):
-    """A device's work in order."""
+    """Work of a device, in order."""
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Have `work` done after all that was submitted before; it may be done, or only under way, on return."""
+        """Submit `work`, to run after all earlier work. On return it may be done or still in flight."""
         ...
 
-    def mark(self) -> Mark:
-        """A mark behind all work submitted so far."""
+    def record_event(self) -> StreamEvent:
+        """Return an event after all work submitted so far."""
         ...
 
 
 class HostStream:
-    """Work is done at once, where it is submitted."""
+    """Runs work at once, in `submit`."""
 
     def submit(self, work: Callable[[], None]) -> None:
         work()
 
-    def mark(self) -> Mark:
-        return _Reached()
+    def record_event(self) -> StreamEvent:
+        return _DoneEvent()
 
 
-class _Reached:
+class _DoneEvent:
     def wait(self) -> None:
         return None
 
 
 class CudaStream:
-    """One CUDA stream: what `work` launches goes there."""
+    """One CUDA stream, in which `work` launches."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -61,13 +61,13 @@ class CudaStream:
         with torch.cuda.stream(self.stream):
             work()
 
-    def mark(self) -> Mark:
+    def record_event(self) -> StreamEvent:
         event = torch.cuda.Event()
         event.record(self.stream)
-        return _Event(event)
+        return _CudaEvent(event)
 
 
-class _Event(NamedTuple):
+class _CudaEvent(NamedTuple):
     event: Any
 
     def wait(self) -> None:
@@ -83,7 +83,7 @@ class Field(NamedTuple):
 
 
 class Packed:
-    """Where named arrays lie in one piece of memory, so that one copy moves them all. The last may be cut short."""
+    """Layout of named arrays in one memory block, so that one copy moves all of them. The last one may be cut."""
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self.fields = tuple(fields)
@@ -95,7 +95,7 @@ class Packed:
             self.nbytes += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def tensors(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views of `memory`, uint8[nbytes] on any device."""
+        """Return views of `memory`, uint8[nbytes] on any device."""
         views = {}
         for field, offset in zip(self.fields, self._offsets, strict=True):
             size = field.length * np.dtype(field.dtype).itemsize
@@ -103,35 +103,38 @@ class Packed:
         return views
 
     def used(self, last: int) -> int:
-        """Bytes to move if the last array holds but `last` items."""
+        """Return the bytes to copy if the last array has only `last` items."""
         return self._offsets[-1] + last * np.dtype(self.fields[-1].dtype).itemsize
 
 
 def host_memory(nbytes: int, *, pinned: bool) -> torch.Tensor:
-    """uint8[nbytes] of zeros; `pinned`: the device can read it while the host goes on."""
+    """Return uint8[nbytes] of zeros. `pinned`: the device can read it while the host continues."""
     return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
 
 
 T = TypeVar("T")
 
 
-class Rotation(Generic[T]):
-    """Sets of buffers, handed out in turn."""
+class RoundRobin(Generic[T]):
+    """Sets of buffers that are used in turn."""
 
     def __init__(self, sets: Sequence[T]) -> None:
         self._sets = sets
-        self._marks: list[Mark | None] = [None] * len(sets)
-        self._turn = 0
+        self._events: list[StreamEvent | None] = [None] * len(sets)
+        self._current = 0
 
-    def next(self) -> T:
-        """The set whose turn it is, once the device is done with its last use; the same until it is used."""
-        mark = self._marks[self._turn]
-        if mark is not None:
-            mark.wait()
-            self._marks[self._turn] = None
-        return self._sets[self._turn]
+    def acquire(self) -> T:
+        """Return the current set, after the device has finished with its last use.
 
-    def until(self, mark: Mark) -> None:
-        """The set last handed out is in use until `mark`; the next one's turn has come."""
-        self._marks[self._turn] = mark
-        self._turn = (self._turn + 1) % len(self._sets)
+        Repeated calls return the same set.
+        """
+        event = self._events[self._current]
+        if event is not None:
+            event.wait()
+            self._events[self._current] = None
+        return self._sets[self._current]
+
+    def release_at(self, event: StreamEvent) -> None:
+        """Mark the current set as in use until `event`, and go to the next set."""
+        self._events[self._current] = event
+        self._current = (self._current + 1) % len(self._sets)

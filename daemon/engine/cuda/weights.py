@@ -1,4 +1,4 @@
-"""The model's tensors on its device, in the shapes the forward pass multiplies with."""
+"""The model's tensors on the device, in the shapes that the forward pass uses."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import NamedTuple
 
 import torch
 
-from daemon.engine.weights import Checkpoint, Dummy, Weights
+from daemon.engine.weights import CheckpointWeights, DummyWeights, Weights
 from daemon.models import checkpoint
 from daemon.models.model_config import ModelConfig
 
 
 class Linear(NamedTuple):
-    """weight [out, in], bias [out] or None."""
+    """Weight [out, in], and bias [out] or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
 class Layer(NamedTuple):
-    """One decoder layer; query, key and value are one product, gate and up another."""
+    """One decoder layer. Query, key and value are one product, gate and up another one."""
 
     attention_norm: torch.Tensor
     qkv: Linear
@@ -32,17 +32,19 @@ class Layer(NamedTuple):
 
 
 class DeviceWeights(NamedTuple):
-    """All of a model."""
+    """All tensors of a model."""
 
     embedding: torch.Tensor  # [vocab, hidden]
     layers: list[Layer]
     norm: torch.Tensor
-    head: torch.Tensor  # [vocab, hidden]; the embedding itself where they are tied
+    head: torch.Tensor  # [vocab, hidden]; the embedding itself if they are tied
 
 
 class DeviceDummy:
-    """Random weights made on the device, where 8 billion take a second or so: the same on every engine with such a
-    device, by the tensor's name alone."""
+    """Random weights made on the device, which takes about a second for 8 billion.
+
+    They depend on the tensor's name only, so all engines with the same kind of device have the same weights.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self._shapes = checkpoint.expected_tensors(config)
@@ -59,19 +61,19 @@ class DeviceDummy:
 
 
 def load_weights(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
-    """Read or make all weights. Raises ModelError for a checkpoint that is not whole."""
+    """Read or make all weights. Raises ModelError for an incomplete checkpoint."""
     return _fuse(config, _source(config, load_format, device, dtype), device, dtype)
 
 
 def _source(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> Weights:
     if load_format != "dummy":
-        return Checkpoint(config)
-    return Dummy(config) if device.type == "cpu" else DeviceDummy(config, device, dtype)
+        return CheckpointWeights(config)
+    return DummyWeights(config) if device.type == "cpu" else DeviceDummy(config, device, dtype)
 
 
 def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
     def tensor(*names: str) -> torch.Tensor:
-        """The tensors `names`, one under the other. Each is freed before the next is read."""
+        """Return the tensors `names`, concatenated by rows. Each one is freed before the next one is read."""
         if len(names) == 1:
             return source.get(names[0]).to(device=device, dtype=dtype)
         shapes = [shape_of(name) for name in names]

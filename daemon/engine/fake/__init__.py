@@ -1,1 +1,1 @@
-"""Engines without a model: `stub` emits at a set rate, `hash` proves its KV."""
+"""Runners without a model: `stub` emits tokens at a fixed rate, `hash` proves that its KV is correct."""

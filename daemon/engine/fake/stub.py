@@ -1,4 +1,4 @@
-"""A runner without a model: any step takes the same time. For measuring everything around the model."""
+"""Runner without a model. All steps take the same time. It is for measurements of everything but the model."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Callable
 from daemon.engine.runner import PoolSpec, StepPlan, StepResult
 from daemon.ipc.messages import TokenLogprobs
 
-# Ids that spell a visible ASCII character in byte-level vocabularies, whether ids are byte values or count
-# the printable bytes first (GPT-2's order) or follow three special tokens.
+# Ids of visible ASCII characters in byte-level vocabularies: if ids are byte values, if the printable bytes come
+# first (GPT-2's order), and if three special tokens come before these.
 _FIRST, _COUNT = 36, 55
 
 
 def stub_token(position: int, vocab_size: int) -> int:
-    """The token that the stub draws at `position` of a sequence, whatever stands before it."""
+    """Return the token that the stub samples at `position` of every sequence."""
     return (_FIRST + position % _COUNT) % vocab_size
 
 
-def certain(plan: StepPlan, tokens: list[int]) -> list[TokenLogprobs | None] | None:
-    """Logprobs of tokens that could not have been others (probability 1), for the rows that ask."""
-    wanted = [row.request.sampling.logprobs for row in plan.rows if row.sample]
-    if max(wanted, default=-1) < 0:
+def certain_logprobs(plan: StepPlan, tokens: list[int]) -> list[TokenLogprobs | None] | None:
+    """Return logprobs of tokens with probability 1, for the rows that request logprobs; None if no row does."""
+    num_logprobs = [row.request.sampling.logprobs for row in plan.rows if row.sample]
+    if max(num_logprobs, default=-1) < 0:
         return None
     return [
         TokenLogprobs(0.0, [token][:top], [0.0][:top]) if top >= 0 else None
-        for token, top in zip(tokens, wanted, strict=True)
+        for token, top in zip(tokens, num_logprobs, strict=True)
     ]
 
 
 class StubRunner:
-    """Each step sleeps `step_seconds` and draws `stub_token`s; the KV pool stays untouched."""
+    """Waits `step_seconds` in each step and samples `stub_token`s. Does not use the KV pool."""
 
     device = "stub"
     eos_token_ids: tuple[int, ...] = ()
@@ -54,10 +54,10 @@ class StubRunner:
         return PoolSpec(num_blocks, 1, self._block_size, 1, 1, "int8", 1)
 
     def load(self, pool: memoryview) -> None:
-        """Nothing to load."""
+        """Do nothing."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self._step_seconds > 0:
             self._sleep(self._step_seconds)
         tokens = [stub_token(row.start + row.count, self.vocab_size) for row in plan.rows if row.sample]
-        return StepResult(tokens, certain(plan, tokens))
+        return StepResult(tokens, certain_logprobs(plan, tokens))

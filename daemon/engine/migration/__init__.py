@@ -1,1 +1,1 @@
-"""Live migration as an engine sees it: the llumlet decides (pure), the executor carries it out."""
+"""Live migration at one engine: the llumlet decides (pure), the executor does the I/O."""

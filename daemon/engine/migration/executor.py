@@ -1,44 +1,44 @@
-"""Carries out what the llumlet decides: messages to peers and frontends, copies into peers' pools."""
+"""Executes the actions of the llumlet: messages to peers and frontends, copies into the peers' pools."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from daemon.engine.frontend_outbox import FrontendOutbox
-from daemon.engine.migration.llumlet import Action, Copy, Report, Send, Tell
+from daemon.engine.migration.actions import Action, Copy, Report, ResetOutbox, Send, Tell
 from daemon.engine.telemetry import Telemetry
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import encode
 from daemon.ipc.ring import RingWriter
-from daemon.kvpool.host_pools import PeerPools
-from daemon.kvpool.host_transport import Outcome, Transport
+from daemon.kvpool.pool_directory import PeerPools
+from daemon.kvpool.transport import Outcome, Transport
 
 log = logging.getLogger(__name__)
 
 
-class Ended(NamedTuple):
-    """A copy of `move` is over: no byte of it will be written any more."""
+class CopyEnd(NamedTuple):
+    """The end of a copy of `move`: nothing writes for it any more."""
 
     move: int
     arrived: bool
     nbytes: int
 
 
-class _Line:
-    """The ring to one peer engine; what finds it full waits, in order."""
+class _PeerOutbox:
+    """Messages for one peer engine, in order; they wait here while the ring is full."""
 
     def __init__(self, ring: RingWriter) -> None:
         self._ring = ring
-        self._waiting: deque[tuple[int, bytes]] = deque()  # incarnation meant, message
+        self._waiting: deque[tuple[int, bytes]] = deque()  # receiving incarnation, message
 
     def put(self, incarnation: int, message: bytes) -> None:
         self._waiting.append((incarnation, message))
 
     def flush(self) -> bool:
-        """True if anything went."""
+        """Write messages while the ring has room; return True if any was written."""
         sent = False
         while self._waiting and self._ring.put(self._waiting[0][1], self._waiting[0][0]):
             self._waiting.popleft()
@@ -47,13 +47,13 @@ class _Line:
 
 
 class MigrationExecutor:
-    """The I/O of one llumlet. `outboxes`: one a frontend, flushed by the worker."""
+    """The I/O of one llumlet. `outboxes`: one per frontend, flushed by the worker."""
 
     def __init__(
         self,
         fabric: Fabric,
         outboxes: Sequence[FrontendOutbox],
-        peers: PeerPools,
+        pools: PeerPools,
         transport: Transport,
         block_bytes: int,
         telemetry: Telemetry,
@@ -62,45 +62,48 @@ class MigrationExecutor:
         _, me = topology.role(fabric.process)
         self._fabric = fabric
         self._outboxes = outboxes
-        self._peers = peers
+        self._pools = pools
         self._transport = transport
         self._block_bytes = block_bytes
         self._telemetry = telemetry
-        self._lines = {i: _Line(fabric.writer(topology.engine(i))) for i in range(topology.engines) if i != me}
-        self._failed: list[int] = []  # moves whose copy could not even begin
+        self._peers = {i: _PeerOutbox(fabric.writer(topology.engine(i))) for i in range(topology.engines) if i != me}
+        self._failed: list[int] = []  # moves whose copy could not begin
 
-    def execute(self, actions: list[Action]) -> None:
+    def execute(self, actions: Iterable[Action]) -> None:
+        """Execute the actions in order. Messages are queued; `flush` and the outboxes' `flush` write them."""
         for action in actions:
             match action:
                 case Send(peer, message):
-                    self._lines[peer.engine].put(peer.incarnation, encode(message))
+                    self._peers[peer.engine].put(peer.incarnation, encode(message))
                 case Tell(frontend, message):
                     self._outboxes[frontend].tell(message)
+                case ResetOutbox(frontend, incarnation):
+                    self._outboxes[frontend].reset(incarnation)
                 case Copy():
                     self._copy(action)
                 case Report():
                     self._telemetry.move(action)
 
     def flush(self) -> None:
-        """Put on the rings what they take, and wake who got something."""
-        for engine, line in self._lines.items():
-            if line.flush():
+        """Write the queued messages to the peers' rings and ring the doorbells of the peers that got any."""
+        for engine, outbox in self._peers.items():
+            if outbox.flush():
                 self._fabric.ring_bell(self._fabric.topology.engine(engine))
 
-    def ended(self) -> list[Ended]:
-        """Copies that are over since the last call."""
-        over = [Ended(move, False, 0) for move in self._failed]
+    def ended(self) -> list[CopyEnd]:
+        """Return the copies that have ended since the last call."""
+        ends = [CopyEnd(move, False, 0) for move in self._failed]
         self._failed.clear()
         for completion in self._transport.completed():
             if completion.outcome is not Outcome.DONE:
                 log.warning("a copy of KV blocks ended early: %s", completion.reason or "cancelled")
             move, arrived = completion.key, completion.outcome is Outcome.DONE
             assert isinstance(move, int)
-            over.append(Ended(move, arrived, completion.nbytes))
-        return over
+            ends.append(CopyEnd(move, arrived, completion.nbytes))
+        return ends
 
     def _copy(self, copy: Copy) -> None:
-        pool = self._peers.pool(copy.peer.engine, copy.peer.incarnation)
+        pool = self._pools.pool(copy.peer.engine, copy.peer.incarnation)
         if pool is None:
             self._failed.append(copy.move)
             return

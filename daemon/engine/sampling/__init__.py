@@ -1,1 +1,1 @@
-"""Sampling on the host: penalties, noise, filters, the draw. The CUDA backend repeats it bit for bit."""
+"""Sampling on the host: penalties, filters, noise, sampler. The CUDA backend computes the same, bit for bit."""

@@ -1,16 +1,16 @@
-"""Which tokens may be drawn: min-p, top-k and top-p without sorting the vocabulary. CPU kernels.
+"""CPU kernels for min-p, top-k and top-p, which find the candidate tokens without sorting the vocabulary.
 
-All three keep a prefix of one order: larger logit first, of equal logits the lower id first. So together they come to
-one *cutoff*, a logit `floor` and a `floor_id`: what is above the floor stays, and what equals it up to that id.
-In this order, each on what the one before left:
+All three filters keep a prefix of one order: larger logits first, and of equal logits the lower id first. So together
+they give one *cutoff*, a logit `floor` and a `floor_id`. The candidates are the logits above the floor, and those
+equal to it up to that id. The filters apply in this order, each to the tokens that the previous one kept:
 
-- min-p keeps logits >= m + temperature * log(min_p), with m the largest, rounded to float32;
+- min-p keeps logits >= m + temperature * log(min_p), with m the largest logit, rounded to float32;
 - top-k keeps the first k;
-- top-p keeps the shortest prefix that has at least the share top_p of the probability left.
+- top-p keeps the shortest prefix that has at least the share top_p of the remaining probability.
 
-Probability is counted in whole numbers: `_weight` is exp(x) in units of 2^-40, exactly defined in float32
-operations, and integers sum alike in any order. So a cutoff depends on nothing but the row's own logits, not on the
-width of the machine's vectors either. What lies under 2^-40 of the largest counts as nothing. NaN is never kept.
+Probabilities are integers: `_weight` is exp(x) in units of 2^-40, defined exactly in float32 operations, and a sum of
+integers is the same in any order. So a cutoff depends only on the row's own logits, and not on the machine's vector
+width. A probability below 2^-40 of the largest counts as 0. NaN is never kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from daemon.engine.jit import F32, F64, I32, I64, U64, kernel
 from daemon.engine.sampling.noise import BLOCK
 
 UNIT = 2.0**-40
-"""The probability mass, relative to the largest token's, that a weight of 1 stands for."""
+"""Probability of a weight of 1, relative to the largest token's."""
 
 _MAX_FLOAT = np.float32(np.finfo(np.float32).max)
 _NEG_INF_ORDER = np.int32(-2139095041)
@@ -38,16 +38,16 @@ _ONE = np.float32(1.0)
 _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1.0 / math.factorial(n)) for n in range(2, 8))
 _MANTISSA = np.float32(2.0**24)
 _BUCKETS = 1024
-_BUCKETS_PER_UNIT = np.float32(23.25)  # [_LEAST, 0] comes to just under _BUCKETS
-# How far under the largest logit, in temperatures, a peaked row is expected to have its nucleus.
+_BUCKETS_PER_UNIT = np.float32(23.25)  # maps [_LEAST, 0] to just under _BUCKETS
+# Expected distance from the largest logit, in temperatures, of the nucleus of a peaked row.
 _DEPTH = 6.0
 
 
 @kernel(inline=True)
 def _largest_order(bits: np.ndarray, n: I64) -> I32:
-    """The largest of n floats, given and returned as int32 in the floats' order; NaN counts as -inf.
+    """Return the largest of n floats, as an int32 that sorts like the floats. `bits`: the floats' bits.
 
-    Integers have a maximum that compilers vectorise, floats with NaN among them have not.
+    NaN counts as -inf. Compilers vectorise the maximum of integers, but not that of floats that may be NaN.
     """
     largest = _NEG_INF_ORDER
     for i in range(n):
@@ -59,21 +59,21 @@ def _largest_order(bits: np.ndarray, n: I64) -> I32:
 
 @kernel("void(int32[:, ::1], int64, int64, int32[:, ::1])")
 def find_maxima(logit_bits: np.ndarray, start: int, stop: int, block_max_bits: np.ndarray) -> None:
-    """The largest logit of every block of BLOCK tokens, for rows [start, stop); -inf where all are NaN.
+    """Find the largest logit of every block of BLOCK tokens, for rows [start, stop); -inf if all are NaN.
 
     logit_bits, block_max_bits: float32[rows, vocab] and float32[rows, ceil(vocab / BLOCK)], seen as int32.
     """
     for row in range(start, stop):
         for b in range(block_max_bits.shape[1]):
             bits = logit_bits[row, b * BLOCK : (b + 1) * BLOCK]
-            # A count known at compile time makes the loop several times faster.
+            # With a count known at compile time the loop is several times faster.
             largest = _largest_order(bits, BLOCK) if len(bits) == BLOCK else _largest_order(bits, len(bits))
             block_max_bits[row, b] = largest ^ ((largest >> np.int32(31)) & _SIGNLESS)
 
 
 @kernel(inline=True)
 def _weight(x: F32) -> I64:
-    """exp(x) in UNITs as int64, for float32 x in [_LEAST, 0]."""
+    """Return exp(x) in UNITs as int64, for float32 x in [_LEAST, 0]."""
     n = np.int32(x * _LOG2E - _HALF)
     k = np.float32(n)
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
@@ -85,10 +85,10 @@ def _weight(x: F32) -> I64:
 
 @kernel(inline=True)
 def _scaled(logit: F32, largest: F32, inverse_temperature: F32) -> F32:
-    """The logit's distance from the largest in temperatures, float32 in [_LEAST, 0]; NaN lies at _LEAST."""
+    """Return (logit - largest) / temperature, a float32 clamped to [_LEAST, 0]; _LEAST for NaN."""
     logit = _MAX_FLOAT if logit > _MAX_FLOAT else logit
     x = (logit - largest) * inverse_temperature
-    return x if x > _LEAST else _LEAST  # max() would let NaN through
+    return x if x > _LEAST else _LEAST  # max() would return NaN for NaN
 
 
 @kernel(inline=True)
@@ -101,7 +101,7 @@ def _sum_weights(logits: np.ndarray, n: I64, largest: F32, inverse_temperature: 
 
 @kernel(inline=True)
 def _total_weight(logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32) -> I64:
-    """Sum of all tokens' weights."""
+    """Return the sum of all tokens' weights."""
     total = np.int64(0)
     for b in range(len(block_max)):
         if _scaled(block_max[b], largest, inverse_temperature) <= _LEAST:
@@ -124,7 +124,7 @@ def _largest(block_max: np.ndarray) -> F32:
 
 @kernel(inline=True)
 def _bound(block_max: np.ndarray, k: I64, floor: F32) -> F32:
-    """At least k logits are >= this, as k blocks have their largest there; `floor` where that is higher."""
+    """Return the k-th largest block maximum, which at least k logits reach; `floor` if it is larger or k > blocks."""
     blocks = len(block_max)
     if k > blocks:
         return floor
@@ -133,7 +133,7 @@ def _bound(block_max: np.ndarray, k: I64, floor: F32) -> F32:
 
 @kernel(inline=True)
 def _key(logit: F32, token: I64) -> U64:
-    """A uint64 that sorts like this module's order, the first being largest: the float, then the id's complement."""
+    """Return a uint64, larger for tokens earlier in this module's order: the float, then the id's complement."""
     bits = np.float32(logit + np.float32(0.0)).view(np.int32)  # -0.0 equals 0.0
     order = bits ^ ((bits >> np.int32(31)) & _SIGNLESS)
     high = np.uint64(np.int64(order) + np.int64(1 << 31))
@@ -142,7 +142,7 @@ def _key(logit: F32, token: I64) -> U64:
 
 @kernel(inline=True)
 def _collect(logits: np.ndarray, block_max: np.ndarray, floor: F32, keys: np.ndarray) -> I64:
-    """Put the key of every logit >= floor into `keys` (uint64), in order of ids. Returns how many."""
+    """Write the key of every logit >= floor to `keys` (uint64), in order of ids. Return their number."""
     n = 0
     for b in range(len(block_max)):
         if block_max[b] < floor:
@@ -163,7 +163,7 @@ def _id_of(key: U64) -> I64:
 def _weigh(
     logits: np.ndarray, keys: np.ndarray, n: I64, largest: F32, inverse_temperature: F32, weights: np.ndarray
 ) -> I64:
-    """Weights of the first n keys' tokens into `weights` (int64). Returns their sum."""
+    """Write the weights of the first n keys' tokens to `weights` (int64). Return their sum."""
     total = np.int64(0)
     for j in range(n):
         weights[j] = _weight(_scaled(logits[_id_of(keys[j])], largest, inverse_temperature))
@@ -179,10 +179,10 @@ def _swap(keys: np.ndarray, weights: np.ndarray, i: I64, j: I64) -> None:
 
 @kernel("int64(uint64[::1], int64[::1], int64, int64)")
 def select_prefix(keys: np.ndarray, weights: np.ndarray, n: int, target: int) -> int:
-    """Length of the shortest prefix, largest keys first, whose weights come to `target`, or n.
+    """Return the length of the shortest prefix, largest keys first, with a weight of at least `target`; or n.
 
-    Moves that prefix to the front of `keys` (uint64, all different) and `weights` (int64, not negative); its least
-    key comes last there, the others in no order. Linear time on average: quickselect that counts weight for rank.
+    Moves that prefix to the front of `keys` (uint64, all different) and `weights` (int64, not negative). Its smallest
+    key is the last there; the others have no order. Linear time on average: a quickselect by weight instead of rank.
     """
     low, high = 0, n
     while high - low > 1:
@@ -236,7 +236,7 @@ def _nucleus_target(total: I64, top_p: F64) -> I64:
 
 @kernel(inline=True)
 def _bucket(x: F32) -> I32:
-    """Which of _BUCKETS equal slices, from the largest logit down, holds x in [_LEAST, 0]."""
+    """Return the bucket of x in [_LEAST, 0]: one of _BUCKETS equal intervals, bucket 0 at the largest logit."""
     return np.int32(-x * _BUCKETS_PER_UNIT)
 
 
@@ -244,7 +244,7 @@ def _bucket(x: F32) -> I32:
 def _histogram(
     logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32, histogram: np.ndarray
 ) -> None:
-    """Weight in each bucket, into `histogram` (int64[_BUCKETS])."""
+    """Write the sum of the weights in each bucket to `histogram` (int64[_BUCKETS])."""
     histogram[:] = 0
     bucket = np.empty(BLOCK, np.int32)
     weight = np.empty(BLOCK, np.int64)
@@ -264,7 +264,7 @@ def _histogram(
 def _collect_bucket(
     logits: np.ndarray, block_max: np.ndarray, largest: F32, inverse_temperature: F32, bucket: I32, keys: np.ndarray
 ) -> I64:
-    """Like `_collect`, for the tokens of one bucket."""
+    """Write the keys of one bucket's tokens to `keys`, as `_collect` does. Return their number."""
     n = 0
     for b in range(len(block_max)):
         if _bucket(_scaled(block_max[b], largest, inverse_temperature)) > bucket:
@@ -287,7 +287,7 @@ def _nucleus_by_histogram(
     keys: np.ndarray,
     weights: np.ndarray,
 ) -> U64:
-    """The last key of the prefix that weighs `target`: find its bucket, then look only there."""
+    """Return the last key of the prefix with the weight `target`: find its bucket, then search only there."""
     histogram = np.empty(_BUCKETS, np.int64)
     _histogram(logits, block_max, largest, inverse_temperature, histogram)
     bucket = 0
@@ -309,7 +309,7 @@ def _nucleus(
     keys: np.ndarray,
     weights: np.ndarray,
 ) -> U64:
-    """The last key that top-p keeps of the whole vocabulary. A peaked row needs no histogram."""
+    """Return the last key that top-p keeps of the whole vocabulary. A peaked row needs no histogram."""
     total = _total_weight(logits, block_max, largest, inverse_temperature)
     target = _nucleus_target(total, top_p)
     floor = max(np.float32(largest - _DEPTH / inverse_temperature), -_MAX_FLOAT)
@@ -341,11 +341,12 @@ def find_cutoffs(
     keys: np.ndarray,
     weights: np.ndarray,
 ) -> None:
-    """The cutoffs of rows [start, stop), into `floor` (float32[rows]) and `floor_id` (int64[rows]).
+    """Write the cutoffs of rows [start, stop) to `floor` (float32[rows]) and `floor_id` (int64[rows]).
 
-    logits: float32[rows, vocab]; block_max: as from `find_maxima`; inverse_temperature: float32[rows], rows
-    with 0 (greedy) are passed over; min_p_depth: float32[rows], temperature * log(min_p), -inf for none; top_k:
-    int64[rows], 0 for all; top_p: float64[rows], 1 for all. keys, weights: uint64[vocab], int64[vocab], scratch.
+    logits: float32[rows, vocab]; block_max: the result of `find_maxima`; inverse_temperature: float32[rows], rows
+    with 0 (greedy) are skipped; min_p_depth: float32[rows], temperature * log(min_p), -inf: no min-p; top_k:
+    int64[rows], 0: all tokens; top_p: float64[rows], 1: all tokens. keys, weights: uint64[vocab], int64[vocab],
+    working memory.
     """
     vocab = logits.shape[1]
     for row in range(start, stop):
@@ -379,10 +380,11 @@ def rank_row(
     keys: np.ndarray,
     weights: np.ndarray,
 ) -> tuple[float, float]:
-    """(log of the sum of exp(logit), how many ids) of one row; its k likeliest ids, in order, into `top_ids`.
+    """Write a row's k likeliest ids to `top_ids`, in order; return (log of the sum of exp(logit), number of ids).
 
-    The sum is as exact as float32 logits deserve, about 1e-7; it is -inf if no logit is above -inf. Arguments as for
-    `find_cutoffs`; top_ids: int64, k or longer. Fewer than k ids come back where fewer are above -inf.
+    The error of the first is about 1e-7, as that of float32 logits; it is -inf if no logit is above -inf. The
+    arguments are those of `find_cutoffs`; top_ids: int64, k or longer. Fewer than k ids are written if fewer are
+    above -inf.
     """
     largest = min(_largest(block_max[row]), _MAX_FLOAT)
     if largest == -np.inf:

@@ -1,10 +1,12 @@
-"""What a request does to its own logits: bias, penalties on repeated tokens, no end before `min_tokens`.
+"""Changes of a request's logits: logit bias, penalties for repeated tokens, and `min_tokens`.
 
-In this order, on raw logits, as vLLM has it: logit bias adds; the repetition penalty divides positive and multiplies
-other logits of tokens in prompt or output; frequency and presence penalties subtract, for tokens of the output
-alone; the end-of-sequence and stop tokens of a request shorter than `min_tokens` become -inf.
-All of it touches only few logits, and everything it needs is a fold over the request's tokens: the counts kept here
-save time, they hold nothing that could be lost.
+They apply to the raw logits in this order, as in vLLM. The logit bias is added. The repetition penalty divides
+positive logits and multiplies the others, for tokens of prompt and output. Frequency and presence penalties are
+subtracted, for tokens of the output only. The end-of-sequence and stop tokens of a request shorter than `min_tokens`
+become -inf.
+
+They change only few logits, and depend only on the request's parameters and tokens. The counts kept here are a cache:
+they can be computed again from the tokens.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from daemon.engine.request import Request
 from daemon.ipc.messages import SamplingParams
 
 Undo = list[tuple[NDArray[np.int64], NDArray[np.float32]]]
-"""(ids, logits they had), in the order in which they were changed."""
+"""(ids, their previous logits), in the order of the changes."""
 
 
 @kernel("void(float32[::1], int64[::1], int32[::1], float32, float32, float32)")
 def penalise(
     logits: np.ndarray, ids: np.ndarray, counts: np.ndarray, repetition: float, frequency: float, presence: float
 ) -> None:
-    """Apply the three penalties to `logits` (float32[vocab]) of `ids` (int64[n]), `counts` (int32[n]) times in
-    the output; an id with count 0 stands in the prompt alone."""
+    """Apply the three penalties to the `logits` (float32[vocab]) of `ids` (int64[n]).
+
+    `counts` (int32[n]): how often each id is in the output; an id with count 0 is only in the prompt.
+    """
     for i in range(len(ids)):
         logit = logits[ids[i]]
         logit = logit / repetition if logit > 0 else logit * repetition
@@ -39,32 +43,33 @@ def penalise(
 
 
 class _Counts:
-    """Distinct tokens of one request and how often its output has each."""
+    """Distinct tokens of one request, and the number of times that each is in its output."""
 
     def __init__(self, request: Request, vocab_size: int) -> None:
         self.epoch = request.epoch
         self.tokens = request.tokens
         self._vocab_size = vocab_size
-        # Only the repetition penalty looks at the prompt.
+        # Only the repetition penalty uses the prompt.
         prompt = request.tokens[: request.prompt_len] if request.sampling.repetition_penalty != 1.0 else []
         known = [t for t in dict.fromkeys(prompt) if 0 <= t < vocab_size]
         self._slots = {t: slot for slot, t in enumerate(known)}
-        self._folded = request.prompt_len
+        self._num_counted = request.prompt_len
         self._ids = np.zeros(max(64, 2 * len(known)), np.int64)
         self._ids[: len(known)] = known
         self._counts = np.zeros(len(self._ids), np.int32)
 
     def is_of(self, request: Request) -> bool:
-        """`request` still is what this was counted from, perhaps with more output."""
-        return self.epoch == request.epoch and self.tokens is request.tokens and self._folded <= len(request.tokens)
+        """Return True if these are the counts of `request`, perhaps before its latest output."""
+        same_tokens = self.epoch == request.epoch and self.tokens is request.tokens
+        return same_tokens and self._num_counted <= len(request.tokens)
 
     def update(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Count the tokens that are new. Returns (ids, times in the output)."""
-        for token in self.tokens[self._folded :]:
+        """Count the new tokens. Return (ids, number of times in the output)."""
+        for token in self.tokens[self._num_counted :]:
             if 0 <= token < self._vocab_size:
-                slot = self._slot(token)  # first: it may replace the arrays by larger ones
+                slot = self._slot(token)  # before the next line: it may replace the arrays by larger ones
                 self._counts[slot] += 1
-        self._folded = len(self.tokens)
+        self._num_counted = len(self.tokens)
         n = len(self._slots)
         return self._ids[:n], self._counts[:n]
 
@@ -77,8 +82,8 @@ class _Counts:
         return slot
 
 
-class _Fixed(NamedTuple):
-    """What the parameters alone decide."""
+class _ParamArrays(NamedTuple):
+    """Arrays that depend only on the request's parameters."""
 
     sampling: SamplingParams
     bias_ids: NDArray[np.int64]
@@ -87,25 +92,25 @@ class _Fixed(NamedTuple):
 
 
 class Penalties:
-    """The adjustments of all requests of one engine. Ids outside the vocabulary are ignored.
+    """Applies bias, penalties and `min_tokens` for all requests of one engine. Ignores ids outside the vocabulary.
 
-    What is remembered of a request goes with the request.
+    The data cached for a request is deleted with the request.
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._counts: WeakKeyDictionary[Request, _Counts] = WeakKeyDictionary()
-        self._fixed: WeakKeyDictionary[Request, _Fixed] = WeakKeyDictionary()
+        self._param_arrays: WeakKeyDictionary[Request, _ParamArrays] = WeakKeyDictionary()
 
     def apply(self, logits: NDArray[np.float32], request: Request) -> Undo:
-        """Adjust one request's `logits` (float32[vocab]) in place; `restore` takes it back."""
+        """Change one request's `logits` (float32[vocab]) in place. `restore` undoes it with the returned value."""
         sampling = request.sampling
         undo: Undo = []
         if sampling.logit_bias:
-            fixed = self._fixed_of(request)
-            undo.append((fixed.bias_ids, logits[fixed.bias_ids]))
-            logits[fixed.bias_ids] += fixed.bias
+            arrays = self._param_arrays_of(request)
+            undo.append((arrays.bias_ids, logits[arrays.bias_ids]))
+            logits[arrays.bias_ids] += arrays.bias
         if _penalises(sampling):
             ids, counts = self._counts_of(request).update()
             undo.append((ids, logits[ids]))
@@ -118,9 +123,9 @@ class Penalties:
                 sampling.presence_penalty,
             )
         if request.num_output < sampling.min_tokens:
-            fixed = self._fixed_of(request)
-            undo.append((fixed.end_ids, logits[fixed.end_ids]))
-            logits[fixed.end_ids] = -np.inf
+            arrays = self._param_arrays_of(request)
+            undo.append((arrays.end_ids, logits[arrays.end_ids]))
+            logits[arrays.end_ids] = -np.inf
         return undo
 
     def _counts_of(self, request: Request) -> _Counts:
@@ -129,25 +134,25 @@ class Penalties:
             counts = self._counts[request] = _Counts(request, self._vocab_size)
         return counts
 
-    def _fixed_of(self, request: Request) -> _Fixed:
-        fixed = self._fixed.get(request)
-        if fixed is None or fixed.sampling is not request.sampling:
-            fixed = self._fixed[request] = self._fix(request.sampling)
-        return fixed
+    def _param_arrays_of(self, request: Request) -> _ParamArrays:
+        arrays = self._param_arrays.get(request)
+        if arrays is None or arrays.sampling is not request.sampling:
+            arrays = self._param_arrays[request] = self._make_param_arrays(request.sampling)
+        return arrays
 
-    def _fix(self, sampling: SamplingParams) -> _Fixed:
+    def _make_param_arrays(self, sampling: SamplingParams) -> _ParamArrays:
         bias = {t: b for t, b in sampling.logit_bias if 0 <= t < self._vocab_size}
-        ends = {t for t in (*self._eos_token_ids, *sampling.stop_token_ids) if 0 <= t < self._vocab_size}
-        return _Fixed(
+        end_ids = {t for t in (*self._eos_token_ids, *sampling.stop_token_ids) if 0 <= t < self._vocab_size}
+        return _ParamArrays(
             sampling,
             np.array(list(bias), np.int64),
             np.array(list(bias.values()), np.float32),
-            np.array(sorted(ends), np.int64),
+            np.array(sorted(end_ids), np.int64),
         )
 
 
 def restore(logits: NDArray[np.float32], undo: Undo) -> None:
-    """Give `logits` the values they had before `Penalties.apply` returned `undo`."""
+    """Restore the values that `logits` had before the `Penalties.apply` that returned `undo`."""
     for ids, values in reversed(undo):
         logits[ids] = values
 

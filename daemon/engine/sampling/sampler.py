@@ -1,4 +1,4 @@
-"""From logits to tokens, on the CPU: every row by itself, whatever else is in the batch."""
+"""Sampler on the CPU: turns logits into tokens. A row's result does not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from daemon.engine.runner import StepResult
 from daemon.engine.sampling import filters, noise, penalties
 from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
 
-LEAST_TEMPERATURE = 1e-5
-"""Below this a request is greedy: the quotient of two float32 logits would overflow."""
+MIN_TEMPERATURE = 1e-5
+"""Below this a request is greedy, because logits / temperature could overflow float32."""
 
-LEAST_LOGPROB = -9999.0
-"""Stands for any logprob under it, minus infinity too, which JSON cannot say."""
+MIN_LOGPROB = -9999.0
+"""Replaces every smaller logprob, also minus infinity, which JSON cannot represent."""
 
 _SEED_MASK = (1 << 64) - 1
 
@@ -34,7 +34,7 @@ class _Scratch(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """One step's rows, a parameter to an array."""
+    """The rows of one step, with an array for each sampling parameter."""
 
     logits: NDArray[np.float32]  # [rows, vocab]
     block_max: NDArray[np.float32]  # [rows, blocks]
@@ -50,20 +50,20 @@ class _Batch(NamedTuple):
 
 
 class _Rank(NamedTuple):
-    """A row's raw distribution: the log of its normaliser, and its likeliest tokens."""
+    """A row's raw distribution: the log of the sum of exp(logit), and the likeliest tokens."""
 
     log_total: float
     top_ids: list[int]
 
 
 class Sampler:
-    """Draws the next token of each row of logits.
+    """Samples the next token of each row of logits.
 
     Order of work on a row: logprobs of the raw logits; bias, penalties and min_tokens (`penalties`); temperature,
-    min-p, top-k, top-p (`cutoff`); the draw (`noise`). The token at a position depends on the logits, the
-    request's parameters and its tokens alone, bit for bit.
+    min-p, top-k and top-p (`filters`); sampling (`noise`). The token at a position depends only on the logits, the
+    request's parameters and its tokens, bit for bit.
 
-    NaN logits are never drawn and count as -inf; a +inf logit counts as the largest finite one. A row without any
+    NaN logits are never sampled and count as -inf; a +inf logit counts as the largest finite float. A row without a
     logit above -inf gives NO_TOKEN. Not thread-safe.
     """
 
@@ -75,10 +75,11 @@ class Sampler:
         self._pool = ThreadPoolExecutor(threads - 1, "sampler") if threads > 1 else None
 
     def sample(self, logits: torch.Tensor, requests: list[Request]) -> StepResult:
-        """Draw one token a row; row i of `logits` (float32[rows, vocab]) belongs to requests[i].
+        """Sample one token per row; row i of `logits` (float32[rows, vocab]) belongs to requests[i].
 
-        The new token's position is ``len(request.tokens)``. Leaves `requests` and, where it is contiguous and on the
-        CPU as it should be, the memory of `logits` as they were. Raises ValueError if the shapes do not fit.
+        The new token's position is ``len(request.tokens)``. Does not change `requests`. Contiguous float32 `logits`
+        on the CPU are changed in place and restored before the return; others are copied first. Raises ValueError if
+        the shapes do not match.
         """
         if logits.shape != (len(requests), self._vocab_size):
             raise ValueError(
@@ -89,10 +90,10 @@ class Sampler:
             return StepResult([])
         values = logits.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
         batch = self._batch(values, requests)
-        self._each_share(batch, _find_maxima)
+        self._parallel(batch, _find_maxima)
         ranks = [self._rank(batch, row, request) for row, request in enumerate(requests)]
         undo = [self._adjust(batch, row, request) for row, request in enumerate(requests)]
-        self._each_share(batch, _find_tokens)
+        self._parallel(batch, _find_tokens)
         for row, changes in enumerate(undo):
             penalties.restore(values[row], changes)
         tokens: list[int] = batch.tokens.tolist()
@@ -101,7 +102,7 @@ class Sampler:
         return StepResult(tokens, [_logprobs(*row) for row in zip(values, tokens, ranks, strict=True)])
 
     def warm_up(self) -> None:
-        """Run every kernel once, so that no request waits for one to be compiled or loaded."""
+        """Run every kernel once, so that no request waits while one is compiled or loaded."""
         sampling = SamplingParams(max_tokens=1, seed=0, top_k=1, top_p=0.5, repetition_penalty=2.0, logprobs=1)
         request = Request(rid=-1, epoch=0, frontend=0, params=RequestParams(sampling, 0.0), tokens=[0], prompt_len=1)
         self.sample(torch.zeros(1, self._vocab_size), [request])
@@ -123,8 +124,8 @@ class Sampler:
             tokens=np.empty(rows, np.int64),
         )
 
-    def _each_share(self, batch: _Batch, work: Callable[[_Batch, int, int, _Scratch], None]) -> None:
-        """Do `work` on all rows, shared out to the threads."""
+    def _parallel(self, batch: _Batch, work: Callable[[_Batch, int, int, _Scratch], None]) -> None:
+        """Do `work` on all rows, divided between the threads."""
         rows, threads = len(batch.tokens), len(self._scratch)
         if self._pool is None or rows == 1:
             work(batch, 0, rows, self._scratch[0])
@@ -136,12 +137,12 @@ class Sampler:
             other.result()
 
     def _rank(self, batch: _Batch, row: int, request: Request) -> _Rank | None:
-        wanted = request.sampling.logprobs
-        if wanted < 0:
+        num_logprobs = request.sampling.logprobs
+        if num_logprobs < 0:
             return None
         keys, weights, top_ids = self._scratch[0]
         log_total, found = filters.rank_row(
-            batch.logits, batch.block_max, row, min(wanted, self._vocab_size), top_ids, keys, weights
+            batch.logits, batch.block_max, row, min(num_logprobs, self._vocab_size), top_ids, keys, weights
         )
         return _Rank(log_total, top_ids[: int(found)].tolist())
 
@@ -157,12 +158,12 @@ def _scratch(vocab_size: int) -> _Scratch:
 
 
 def inverse_temperature(params: SamplingParams) -> float:
-    """1 / temperature, before it is rounded to float32; GREEDY for temperatures under LEAST_TEMPERATURE."""
-    return 1.0 / params.temperature if params.temperature >= LEAST_TEMPERATURE else float(noise.GREEDY)
+    """Return 1 / temperature, not yet rounded to float32; GREEDY for temperatures below MIN_TEMPERATURE."""
+    return 1.0 / params.temperature if params.temperature >= MIN_TEMPERATURE else float(noise.GREEDY)
 
 
 def min_p_depth(params: SamplingParams) -> float:
-    """temperature * log(min_p): how far under the largest logit min-p reaches, before it is rounded to float32."""
+    """Return temperature * log(min_p), not yet rounded to float32: the lowest logit of min-p, minus the largest."""
     return params.temperature * math.log(min(params.min_p, 1.0)) if params.min_p > 0.0 else -math.inf
 
 
@@ -185,7 +186,7 @@ def _find_tokens(batch: _Batch, start: int, stop: int, scratch: _Scratch) -> Non
         scratch.keys,
         scratch.weights,
     )
-    noise.draw_rows(
+    noise.sample_rows(
         batch.logits,
         batch.block_max,
         start,
@@ -200,7 +201,7 @@ def _find_tokens(batch: _Batch, start: int, stop: int, scratch: _Scratch) -> Non
 
 
 def _logprobs(logits: NDArray[np.float32], token: int, rank: _Rank | None) -> TokenLogprobs | None:
-    """`logits`: the row's raw ones, float32[vocab]."""
+    """Return the logprobs of a row; `logits`: its raw logits, float32[vocab]."""
     if rank is None:
         return None
     tops = [_logprob(logits, top, rank) for top in rank.top_ids]
@@ -209,4 +210,4 @@ def _logprobs(logits: NDArray[np.float32], token: int, rank: _Rank | None) -> To
 
 def _logprob(logits: NDArray[np.float32], token: int, rank: _Rank) -> float:
     logprob = min(float(logits[token]), float(np.finfo(np.float32).max)) - rank.log_total
-    return max(LEAST_LOGPROB, min(logprob, 0.0)) if math.isfinite(logprob) else LEAST_LOGPROB
+    return max(MIN_LOGPROB, min(logprob, 0.0)) if math.isfinite(logprob) else MIN_LOGPROB

@@ -1,8 +1,8 @@
-"""GGUF -> a Hugging Face directory, once: weights dequantised, config and tokenizer from the metadata.
+"""Conversion of a GGUF file: dequantised weights, config.json and the tokenizer, all from the file.
 
-Read with the `gguf` package, one tensor in memory at a time. Weights become bfloat16, unless the file holds whole
-float32 matrices: the rounding (2^-9 relative) is far below that of any quantisation GGUF has, the published weights
-behind such files are bfloat16 themselves, and the directory, its load time and its page cache are half as large.
+The `gguf` package reads the file, one tensor in memory at a time. Weights become bfloat16, except if the file has
+float32 matrices. The rounding (2^-9 relative) is far below that of every quantisation in GGUF, the published weights
+of such models are bfloat16 themselves, and the directory, its load time and its page cache are half as large.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from daemon.models import checkpoint
 from daemon.models.gguf.tokenizer import write_tokenizer
+from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig, ModelError, read_model_config
 
 _LAYER = {
@@ -30,30 +31,30 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True, slots=True)
 class GGUF:
-    """An opened GGUF file: its metadata as plain values, its tensors still quantised (mapped, not read)."""
+    """An open GGUF file: metadata as plain values, tensors still quantised (mapped into memory, not read)."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Any]  # gguf.ReaderTensor by name
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of the architecture's own section, such as `context_length`."""
+        """Return a metadata value of the section of the architecture, such as `context_length`."""
         return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}", default)
 
     @property
     def dtype(self) -> str:
-        """What the converted weights are stored as, in the words of safetensors."""
-        whole = [t for t in self.tensors.values() if t.tensor_type.name == "F32" and len(t.shape) == 2]
-        return "F32" if whole else "BF16"
+        """Type of the converted weights, as safetensors names it."""
+        float32 = any(t.tensor_type.name == "F32" and len(t.shape) == 2 for t in self.tensors.values())
+        return "F32" if float32 else "BF16"
 
     @property
     def converted_bytes(self) -> int:
-        """Size of the converted weights."""
+        """Size of the converted weights in bytes."""
         return sum(math.prod(map(int, t.shape)) for t in self.tensors.values()) * checkpoint.ITEM_BYTES[self.dtype]
 
 
 def open_gguf(file: Path) -> GGUF:
-    """Read metadata and tensor table. Raises ModelError for a broken file or a model that is not a plain Llama."""
+    """Read metadata and tensor table. Raises ModelError if the file is damaged or the model is not a plain Llama."""
     try:
         from gguf import GGUFReader
     except ImportError as e:
@@ -65,29 +66,29 @@ def open_gguf(file: Path) -> GGUF:
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {t.name: t for t in reader.tensors}
     except Exception as e:  # the reader fails in many ways on a truncated file
-        raise ModelError(f"{file} is not a whole GGUF file: {e}") from None
+        raise ModelError(f"{file} is not a complete GGUF file: {e}") from None
     opened = GGUF(file, metadata, tensors)
     _check(opened)
     return opened
 
 
 def convert(source: GGUF, directory: Path) -> None:
-    """Write config.json, the weights, tokenizer.json and the chat template into `directory`, and check them.
+    """Write config.json, the weights, tokenizer.json and the chat template to `directory`, and check them.
 
-    Raises ModelError; then the directory is to be thrown away.
+    Raises ModelError; then the caller must delete the directory.
     """
     config = config_of(source)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(source.metadata, directory)
-    model_config = read_model_config(directory, load_format="dummy")
+    model_config = read_model_config(directory)
     checkpoint.write(
         directory, checkpoint.expected_tensors(model_config), source.dtype, _Loader(source, model_config)
     )
-    read_model_config(directory)
+    open_model(directory)
 
 
 def config_of(source: GGUF) -> dict[str, Any]:
-    """The config.json of the file's model."""
+    """Return the content of config.json."""
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{source.path} lacks token_embd.weight")
@@ -95,7 +96,7 @@ def config_of(source: GGUF) -> dict[str, Any]:
     hidden = int(_need(source, "embedding_length"))
     head_dim = int(source.get("attention.key_length") or hidden // heads)
     eos = [source.metadata.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(int(i) for i in eos if i is not None))
+    eos_ids = list(dict.fromkeys(int(i) for i in eos if i is not None))
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -108,7 +109,7 @@ def config_of(source: GGUF) -> dict[str, Any]:
         "num_key_value_heads": int(source.get("attention.head_count_kv") or heads),
         "head_dim": head_dim,
         "max_position_embeddings": int(_need(source, "context_length")),
-        # Metadata holds float32; the shortest decimal of it is what the model's author wrote.
+        # Metadata has float32 values. Their shortest decimal is the value that the author of the model wrote.
         "rms_norm_eps": float(str(np.float32(_need(source, "attention.layer_norm_rms_epsilon")))),
         "rope_theta": float(str(np.float32(source.get("rope.freq_base", 10000.0)))),
         "rope_scaling": _rope_scaling(source, head_dim),
@@ -116,13 +117,13 @@ def config_of(source: GGUF) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in source.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in source.tensors,
         "bos_token_id": source.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "torch_dtype": {"F32": "float32", "BF16": "bfloat16"}[source.dtype],
     }
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor."""
+    """Return the GGUF name of a Hugging Face tensor."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
@@ -131,7 +132,7 @@ def gguf_name(name: str) -> str:
 
 
 class _Loader:
-    """Gives the tensors of a file by their Hugging Face names, float32."""
+    """Function from the Hugging Face name of a tensor to its float32 values."""
 
     def __init__(self, source: GGUF, model_config: ModelConfig) -> None:
         self._source = source
@@ -140,25 +141,25 @@ class _Loader:
     def __call__(self, name: str) -> np.ndarray:
         from gguf import dequantize
 
-        theirs = gguf_name(name)
-        tensor = self._source.tensors.get(theirs)
+        source_name = gguf_name(name)
+        tensor = self._source.tensors.get(source_name)
         if tensor is None:
-            raise ModelError(f"{self._source.path} lacks {theirs}")
+            raise ModelError(f"{self._source.path} lacks {source_name}")
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise ModelError(
-                f"{self._source.path}: {theirs} is quantised as {tensor.tensor_type.name}, which is not supported"
+                f"{self._source.path}: the type {tensor.tensor_type.name} of {source_name} is not supported"
             ) from None
         values = np.asarray(values, dtype=np.float32).reshape([int(n) for n in reversed(tensor.shape)])
-        heads = self._heads.get(theirs.split(".")[-2])
-        return values if heads is None else _halves(values, heads)
+        heads = self._heads.get(source_name.split(".")[-2])
+        return values if heads is None else _to_halves(values, heads)
 
 
-def _halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (even, odd) pairs, as GGUF rotates them, to (first, second) halves.
+def _to_halves(values: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from (even, odd) pairs, the rotary layout of GGUF, to (first, second) halves.
 
-    [heads * head_dim, ...] to the same shape.
+    `values` and the result have the shape [heads * head_dim, ...].
     """
     paired = values.reshape(heads, -1, 2, *values.shape[1:])
     return paired.swapaxes(1, 2).reshape(values.shape)
@@ -166,7 +167,7 @@ def _halves(values: np.ndarray, heads: int) -> np.ndarray:
 
 def _need(source: GGUF, key: str) -> Any:
     if (value := source.get(key)) is None:
-        raise ModelError(f"{source.path} does not say {key}")
+        raise ModelError(f"{source.path} has no value for {key}")
     if not isinstance(value, int | float):
         raise ModelError(f"{source.path}: {key} differs from layer to layer, which is not supported")
     return value
@@ -175,21 +176,21 @@ def _need(source: GGUF, key: str) -> Any:
 def _check(source: GGUF) -> None:
     architecture = source.metadata.get("general.architecture")
     if architecture != "llama":
-        raise ModelError(f"{source.path}: architecture {architecture!r} is not supported, only llama is")
+        raise ModelError(f"{source.path}: architecture {architecture!r} is not supported; only llama is")
     if source.metadata.get("split.count", 0) > 1:
-        raise ModelError(f"{source.path} is one of several parts; join them with llama-gguf-split --merge")
+        raise ModelError(f"{source.path} is one of several parts; merge them with llama-gguf-split --merge")
     if source.get("expert_count", 0):
         raise ModelError(f"{source.path} is a mixture of experts, which is not supported")
     known = {_ROPE_FACTORS, *(f"{n}.weight" for n in _TOP.values())}
     inner = {f"{n}.{kind}" for n in _LAYER.values() for kind in ("weight", "bias")}
     for name in source.tensors:
         if name not in known and not (name.startswith("blk.") and name.split(".", 2)[2] in inner):
-            raise ModelError(f"{source.path} holds {name}, which is no part of a plain Llama")
-    rotated = source.get("rope.dimension_count")
+            raise ModelError(f"{source.path} has the tensor {name}, which a plain Llama does not have")
+    rotated_dims = source.get("rope.dimension_count")
     length = source.get("attention.key_length") or _need(source, "embedding_length") // _need(
         source, "attention.head_count"
     )
-    if (rotated or length) != length or source.get("attention.value_length", length) != length:
+    if (rotated_dims or length) != length or source.get("attention.value_length", length) != length:
         raise ModelError(f"{source.path}: partly rotated heads and unequal head sizes are not supported")
 
 
@@ -201,19 +202,23 @@ def _rope_scaling(source: GGUF, head_dim: int) -> dict[str, Any] | None:
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(source.get("rope.scaling.factor", 1.0))}
-    raise ModelError(f"{source.path}: rope scaling {kind!r} is not supported; llama3, linear and none are")
+    raise ModelError(f"{source.path}: rope scaling {kind!r} is not supported; supported are llama3, linear and none")
 
 
 def _llama3_scaling(source: GGUF, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1 and later keep their scaling as one divisor a frequency; find the parameters that give it."""
+    """Return the rope scaling of Llama 3.1 and later. GGUF stores its result: the divisor of each frequency."""
     divisors = np.asarray(source.tensors[_ROPE_FACTORS].data, dtype=np.float64)
     theta = float(source.get("rope.freq_base", 10000.0))
     factor = round(float(divisors.max()), 4)
-    low, high, original = 1.0, 4.0, 8192  # of every published one
-    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    if divisors.shape != turns.shape or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise ModelError(f"{source.path}: its rope frequency factors are not those of llama3 scaling")
+    low, high, original = 1.0, 4.0, 8192  # the same in every published model
+    rotations = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+    if divisors.shape != rotations.shape or not np.allclose(
+        divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3
+    ):
+        raise ModelError(
+            f"{source.path}: its rope frequency factors are not from llama3 scaling, which is the only kind supported"
+        )
     return {
         "rope_type": "llama3",
         "factor": factor,

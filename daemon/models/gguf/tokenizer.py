@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file's metadata, written as tokenizer.json and its companions.
+"""Conversion of the tokenizer in the metadata of a GGUF file to tokenizer.json and tokenizer_config.json.
 
-GGUF keeps the vocabulary, but of the text splitting before BPE only a name (`tokenizer.ggml.pre`): a name that is
-not known here is refused, since a near miss would feed the model tokens it was not trained on.
+GGUF has the vocabulary, but only the name of the pre-tokenizer (`tokenizer.ggml.pre`), which splits text before BPE.
+An unknown name is refused: a similar pre-tokenizer would give the model tokens that it was not trained on.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ _TEKKEN = (
 
 
 def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja."""
+    """Write tokenizer.json, tokenizer_config.json and, if the metadata has a chat template, chat_template.jinja."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         tokenizer = _byte_level(metadata)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata)
     else:
-        raise ModelError(f"tokenizer {kind!r} is not supported; gpt2 (byte-level BPE) and llama (sentencepiece) are")
+        raise ModelError(
+            f"tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
+        )
     tokens = _list(metadata, "tokens")
     _add_tokens(tokenizer, tokens, _list(metadata, "token_type"))
     named = {f"{n}_token": _token(metadata, tokens, n) for n in ("bos", "eos", "padding", "unknown")}
@@ -47,42 +49,42 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
         tokenizer.post_processor = template
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {_THEIR_NAMES.get(n, n): t for n, t in named.items() if t is not None}
+    config |= {_CONFIG_NAMES.get(n, n): t for n, t in named.items() if t is not None}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     if isinstance(template_text := metadata.get("tokenizer.chat_template"), str):
         (directory / "chat_template.jinja").write_text(template_text, encoding="utf-8")
 
 
-_THEIR_NAMES = {"padding_token": "pad_token", "unknown_token": "unk_token"}
+_CONFIG_NAMES = {"padding_token": "pad_token", "unknown_token": "unk_token"}
 
 
 def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS:
-        raise ModelError(f"pre-tokenizer {name!r} is not supported; known are {', '.join(sorted(_SPLITS))}")
+        raise ModelError(f"pre-tokenizer {name!r} is not supported; supported are {', '.join(sorted(_SPLITS))}")
     vocab = {t: i for i, t in enumerate(_list(metadata, "tokens"))}
     merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges")]
-    # These vocabularies hold whole words that no chain of merges reaches.
+    # These vocabularies have whole words that no sequence of merges produces.
     whole_words = name in _LLAMA3_NAMES or name == "tekken"
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     except Exception as e:  # the library raises plain Exception
-        raise ModelError(f"the tokenizer's merges do not fit its vocabulary: {e}") from None
+        raise ModelError(f"the merges of the tokenizer do not match its vocabulary: {e}") from None
     tokenizer.pre_tokenizer = _SPLITS[name]()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
-    """Sentencepiece BPE: the merge that makes the piece of the highest score goes first."""
+    """Return a sentencepiece BPE tokenizer. Merges are in the order of the score of their result, highest first."""
     tokens, scores = _list(metadata, "tokens"), _list(metadata, "scores")
     types = _list(metadata, "token_type")
     vocab = {t: i for i, t in enumerate(tokens)}
     merges = []
-    for i, piece in enumerate(tokens):
+    for i, token in enumerate(tokens):
         if types[i] in (1, _USER):
-            cuts = ((piece[:k], piece[k:]) for k in range(1, len(piece)))
-            pairs = sorted((vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab)
+            splits = ((token[:k], token[k:]) for k in range(1, len(token)))
+            pairs = sorted((vocab[a], vocab[b], a, b) for a, b in splits if a in vocab and b in vocab)
             merges += [(-scores[i], a, b) for _, _, a, b in pairs]
     merges.sort(key=lambda m: m[0])
     unknown = [t for t, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN]
@@ -130,7 +132,7 @@ def _token(metadata: dict[str, Any], tokens: list[str], name: str) -> str | None
 def _list(metadata: dict[str, Any], key: str) -> list[Any]:
     value = metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list | tuple) or (key != "merges" and not value):
-        raise ModelError(f"the file has no tokenizer.ggml.{key}")
+        raise ModelError(f"the GGUF file has no tokenizer.ggml.{key}")
     return list(value)
 
 

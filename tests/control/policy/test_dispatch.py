@@ -1,4 +1,4 @@
-"""Load and dispatch: the formulas by worked examples, and what must hold for any facts."""
+"""Dispatch: worked examples of the formulas, and properties that hold for any facts."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.control.policy.dispatch import choose, in_flight
-from daemon.control.policy.freeness import LLUMD, NOTHING, POLICIES, InFlight, Policy, virtual_usage
+from daemon.control.policy.dispatch import choose, count_in_flight
+from daemon.control.policy.freeness import LLUMD, NONE_IN_FLIGHT, POLICIES, InFlight, Policy, virtual_usage
 from daemon.ipc.messages import Demand, EngineFacts, EngineState
-from tests.control.factories import engine, frontend
+from tests.control.factories import engine_facts, frontend_facts
 
-# -- load --------------------------------------------------------------------------------------
+# -- freeness --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("facts", "flying", "usage", "free"),
+    ("facts", "in_flight", "usage", "freeness"),
     [
-        (engine(), NOTHING, 0, math.inf),
-        (engine(used_blocks=40, running=4), NOTHING, 40, 60 * 16 / 4),
-        (engine(used_blocks=40, running=4, waiting=2, head_demand_blocks=30), NOTHING, 70, 30 * 16 / 6),
-        (engine(used_blocks=40, running=4), InFlight(1, 160), 50, 50 * 16 / 5),
-        (engine(), InFlight(2, 320), 20, 80 * 16 / 2),
-        (engine(used_blocks=90, running=9, waiting=1, head_demand_blocks=30), NOTHING, 120, -20 * 16),
-        (engine(state=EngineState.DRAINING), NOTHING, math.inf, -math.inf),
-        (engine(state=EngineState.DRAINING, running=3, used_blocks=9), NOTHING, math.inf, -math.inf),
+        (engine_facts(), NONE_IN_FLIGHT, 0, math.inf),
+        (engine_facts(used_blocks=40, running=4), NONE_IN_FLIGHT, 40, 60 * 16 / 4),
+        (engine_facts(used_blocks=40, running=4, waiting=2, head_demand_blocks=30), NONE_IN_FLIGHT, 70, 30 * 16 / 6),
+        (engine_facts(used_blocks=40, running=4), InFlight(1, 160), 50, 50 * 16 / 5),
+        (engine_facts(), InFlight(2, 320), 20, 80 * 16 / 2),
+        (engine_facts(used_blocks=90, running=9, waiting=1, head_demand_blocks=30), NONE_IN_FLIGHT, 120, -20 * 16),
+        (engine_facts(state=EngineState.DRAINING), NONE_IN_FLIGHT, math.inf, -math.inf),
+        (engine_facts(state=EngineState.DRAINING, running=3, used_blocks=9), NONE_IN_FLIGHT, math.inf, -math.inf),
     ],
 )
-def test_worked_examples(facts: EngineFacts, flying: InFlight, usage: float, free: float):
-    assert virtual_usage(facts, flying) == usage
-    assert LLUMD.dispatch(facts, flying) == free
+def test_worked_examples(facts: EngineFacts, in_flight: InFlight, usage: float, freeness: float):
+    assert virtual_usage(facts, in_flight) == usage
+    assert LLUMD.dispatch(facts, in_flight) == freeness
 
 
 loads = {"used_blocks": st.integers(0, 100), "running": st.integers(0, 9), "waiting": st.integers(0, 9),
@@ -40,75 +40,77 @@ loads = {"used_blocks": st.integers(0, 100), "running": st.integers(0, 9), "wait
          "waiting_tokens": st.integers(0, 3000), "step_seconds": st.floats(0, 0.5)}  # fmt: skip
 
 
-@given(st.builds(engine, **loads), st.integers(0, 9), st.integers(0, 5000), st.integers(1, 5000))
-def test_one_more_in_flight_is_one_more_reason_against(facts: EngineFacts, requests: int, tokens: int, more: int):
-    """Also of an engine that lacks memory already."""
+@given(st.builds(engine_facts, **loads), st.integers(0, 9), st.integers(0, 5000), st.integers(1, 5000))
+def test_one_more_request_in_flight_lowers_the_freeness(facts: EngineFacts, requests: int, tokens: int, more: int):
+    """Also of an engine without free memory."""
     fewer, further = InFlight(requests, tokens), InFlight(requests + 1, tokens + more)
     assert LLUMD.dispatch(facts, further) < LLUMD.dispatch(facts, fewer)
 
 
 # -- choice ------------------------------------------------------------------------------------
 
-some_engine = st.builds(engine, state=st.sampled_from(EngineState), **loads)
-flights = st.builds(InFlight, st.integers(0, 9), st.integers(0, 5000))
-boxes = st.lists(st.tuples(st.none() | some_engine, flights), max_size=8)
+some_engine = st.builds(engine_facts, state=st.sampled_from(EngineState), **loads)
+counts_in_flight = st.builds(InFlight, st.integers(0, 9), st.integers(0, 5000))
+engine_rows = st.lists(st.tuples(st.none() | some_engine, counts_in_flight), max_size=8)
 
 
-@given(boxes, st.integers(0, 10**6), st.sampled_from(list(POLICIES.values())))
-def test_the_freest_of_those_that_serve(box: list[tuple[EngineFacts | None, InFlight]], turn: int, policy: Policy):
-    engines, flying = [e for e, _ in box], [f for _, f in box]
+@given(engine_rows, st.integers(0, 10**6), st.sampled_from(list(POLICIES.values())))
+def test_the_freest_serving_engine_is_chosen(
+    rows: list[tuple[EngineFacts | None, InFlight]], turn: int, policy: Policy
+):
+    engines, in_flight = [e for e, _ in rows], [f for _, f in rows]
     serving = [i for i, e in enumerate(engines) if e is not None and e.state == EngineState.SERVING]
-    chosen = choose(engines, flying, turn, policy=policy)
+    chosen = choose(engines, in_flight, turn, policy=policy)
     if not serving:
         assert chosen is None
     else:
         assert chosen in serving
-        free = {i: policy.dispatch(engines[i], flying[i]) for i in serving}
-        assert free[chosen] == max(free.values())
+        freeness = {i: policy.dispatch(engines[i], in_flight[i]) for i in serving}
+        assert freeness[chosen] == max(freeness.values())
 
 
 @given(st.integers(1, 8), st.integers(0, 100), st.booleans(), st.sampled_from(list(POLICIES.values())))
 def test_ties_rotate(n: int, turn: int, busy: bool, policy: Policy):
-    engines = [engine(running=2, used_blocks=50) if busy else engine()] * n
-    chosen = [choose(engines, [NOTHING] * n, turn + i, policy=policy) for i in range(3 * n)]
+    engines = [engine_facts(running=2, used_blocks=50) if busy else engine_facts()] * n
+    chosen = [choose(engines, [NONE_IN_FLIGHT] * n, turn + i, policy=policy) for i in range(3 * n)]
     assert set(Counter(chosen).values()) == {3}
 
 
 # -- in flight ---------------------------------------------------------------------------------
 
 
-def test_in_flight_is_sent_less_taken_over_all_frontends():
+def test_in_flight_is_sent_minus_consumed_summed_over_frontends():
     engines = [
-        engine(incarnation=10, consumed=[Demand(1, 5, 500), Demand(2, 0, 0)]),
-        engine(incarnation=11, consumed=[Demand(1, 2, 20), Demand(2, 8, 800)]),
+        engine_facts(incarnation=10, consumed=[Demand(1, 5, 500), Demand(2, 0, 0)]),
+        engine_facts(incarnation=11, consumed=[Demand(1, 2, 20), Demand(2, 8, 800)]),
         None,
     ]
     frontends = [
-        frontend(Demand(10, 7, 900), Demand(11, 2, 20), Demand(0, 0, 0), incarnation=1),
-        frontend(Demand(10, 1, 30), Demand(11, 9, 810), Demand(0, 0, 0), incarnation=2),
+        frontend_facts(Demand(10, 7, 900), Demand(11, 2, 20), Demand(0, 0, 0), incarnation=1),
+        frontend_facts(Demand(10, 1, 30), Demand(11, 9, 810), Demand(0, 0, 0), incarnation=2),
     ]
-    assert in_flight(engines, frontends) == [InFlight(3, 430), InFlight(1, 10), NOTHING]
+    assert count_in_flight(engines, frontends) == [InFlight(3, 430), InFlight(1, 10), NONE_IN_FLIGHT]
 
 
-def test_in_flight_of_other_incarnations_does_not_count():
+def test_totals_of_other_incarnations_do_not_count():
     sent = Demand(10, 7, 900)
-    # The engine was replaced: what was sent went to its predecessor.
-    assert in_flight([engine(incarnation=11)], [frontend(sent)]) == [NOTHING]
+    # The engine was replaced: the requests were sent to its predecessor.
+    assert count_in_flight([engine_facts(incarnation=11)], [frontend_facts(sent)]) == [NONE_IN_FLIGHT]
     # The frontend was replaced, and the engine still counts its predecessor: all of it is in flight.
-    taken = engine(incarnation=10, consumed=[Demand(1, 100, 10_000)])
-    assert in_flight([taken], [frontend(sent, incarnation=2)]) == [InFlight(7, 900)]
-    # A frontend that is not there; an engine that has taken more than the frontend's older board says.
-    assert in_flight([taken], [None]) == [NOTHING]
-    assert in_flight([taken], [frontend(sent)]) == [NOTHING]
+    engine = engine_facts(incarnation=10, consumed=[Demand(1, 100, 10_000)])
+    assert count_in_flight([engine], [frontend_facts(sent, incarnation=2)]) == [InFlight(7, 900)]
+    # The frontend is absent; the engine has consumed more than the older board of the frontend shows as sent.
+    assert count_in_flight([engine], [None]) == [NONE_IN_FLIGHT]
+    assert count_in_flight([engine], [frontend_facts(sent)]) == [NONE_IN_FLIGHT]
 
 
-@given(st.integers(1, 8), st.integers(0, 60), st.integers(1, 400), st.builds(engine, **loads))
+@given(st.integers(1, 8), st.integers(0, 60), st.integers(1, 400), st.builds(engine_facts, **loads))
 def test_a_burst_spreads_evenly(n: int, burst: int, tokens: int, facts: EngineFacts):
-    """Between two publications of the boards a frontend's own burst is spread by what it has sent itself."""
+    """While the boards do not change, a frontend spreads its own burst by the counts of what it has sent."""
     engines = [facts] * n
     sent = [Demand(1, 0, 0)] * n
     for turn in range(burst):
-        chosen = choose(engines, in_flight(engines, [frontend(*sent)]), turn)
+        chosen = choose(engines, count_in_flight(engines, [frontend_facts(*sent)]), turn)
         sent[chosen] = Demand(1, sent[chosen].requests + 1, sent[chosen].tokens + tokens)
     counts = [demand.requests for demand in sent]
     assert sum(counts) == burst
@@ -116,15 +118,15 @@ def test_a_burst_spreads_evenly(n: int, burst: int, tokens: int, facts: EngineFa
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 300)), max_size=40))
-def test_two_frontends_see_each_others_bursts(script: list[tuple[int, int]]):
-    """Whoever dispatches, all that is in flight is counted once."""
-    engines = [engine(consumed=[Demand(0, 0, 0)] * 2)] * 3
+def test_each_frontend_counts_the_bursts_of_the_other(script: list[tuple[int, int]]):
+    """Every request in flight is counted once, whichever frontend dispatched it."""
+    engines = [engine_facts(consumed=[Demand(0, 0, 0)] * 2)] * 3
     sent = [[Demand(1, 0, 0)] * 3 for _ in range(2)]
-    for turn, (who, tokens) in enumerate(script):
-        flying = in_flight(engines, [frontend(*sent[0]), frontend(*sent[1], incarnation=2)])
-        chosen = choose(engines, flying, turn)
-        before = sent[who][chosen]
-        sent[who][chosen] = Demand(1, before.requests + 1, before.tokens + tokens)
-    flying = in_flight(engines, [frontend(*sent[0]), frontend(*sent[1], incarnation=2)])
-    assert sum(f.requests for f in flying) == len(script)
-    assert sum(f.tokens for f in flying) == sum(tokens for _, tokens in script)
+    for turn, (sender, tokens) in enumerate(script):
+        in_flight = count_in_flight(engines, [frontend_facts(*sent[0]), frontend_facts(*sent[1], incarnation=2)])
+        chosen = choose(engines, in_flight, turn)
+        before = sent[sender][chosen]
+        sent[sender][chosen] = Demand(1, before.requests + 1, before.tokens + tokens)
+    in_flight = count_in_flight(engines, [frontend_facts(*sent[0]), frontend_facts(*sent[1], incarnation=2)])
+    assert sum(f.requests for f in in_flight) == len(script)
+    assert sum(f.tokens for f in in_flight) == sum(tokens for _, tokens in script)

@@ -1,4 +1,4 @@
-"""The three policies: the formulas by worked examples, the invariants, and where they disagree."""
+"""The three policies: worked examples of the formulas, invariants, and where the policies disagree."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.control.policy.dispatch import AFFINITY_BOUND, REQUEST_WORTH, choose
-from daemon.control.policy.freeness import NOTHING, POLICIES, InFlight, Policy, policy_of, virtual_usage
+from daemon.control.policy.dispatch import AFFINITY_BOUND, REQUEST_COST, choose
+from daemon.control.policy.freeness import (
+    NONE_IN_FLIGHT,
+    POLICIES,
+    Artifact,
+    InFlight,
+    Policy,
+    policy_of,
+    virtual_usage,
+)
 from daemon.enums import Resource
 from daemon.ipc.messages import EngineFacts, EngineState
-from tests.control.factories import engine
+from tests.control.factories import engine_facts
 
 PAPER, ARTIFACT, LLUMD = POLICIES["paper"], POLICIES["artifact"], POLICIES["llumd"]
 A10 = {"total_blocks": 851}  # the paper's pool
@@ -21,12 +29,12 @@ each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
 @st.composite
-def loads(draw: st.DrawFn) -> EngineFacts:
-    """Facts that agree with each other, of an engine that serves and has something to do."""
+def busy_engines(draw: st.DrawFn) -> EngineFacts:
+    """Draw consistent facts of a serving engine that has requests."""
     total = draw(st.integers(10, 5000))
     running, waiting = draw(st.integers(1, 80)), draw(st.integers(0, 80))
     tokens = sum(draw(st.lists(st.integers(1, 3000), min_size=min(waiting, 5), max_size=min(waiting, 5))))
-    return engine(
+    return engine_facts(
         total_blocks=total, used_blocks=draw(st.integers(0, total)), running=running, waiting=waiting,
         waiting_tokens=tokens, head_demand_blocks=draw(st.integers(0, tokens // 16)) if waiting else 0,
         pending_prefill_tokens=tokens + draw(st.integers(0, 5000)), step_seconds=draw(st.floats(0, 1)),
@@ -35,8 +43,8 @@ def loads(draw: st.DrawFn) -> EngineFacts:
     )  # fmt: skip
 
 
-def but(facts: EngineFacts, **changes: int | float) -> EngineFacts:
-    return engine(**({name: getattr(facts, name) for name in facts.__struct_fields__} | changes))
+def changed(facts: EngineFacts, **changes: int | float) -> EngineFacts:
+    return engine_facts(**({name: getattr(facts, name) for name in facts.__struct_fields__} | changes))
 
 
 # -- virtual usage (Algorithm 1) -----------------------------------------------------------------
@@ -55,8 +63,8 @@ def but(facts: EngineFacts, **changes: int | float) -> EngineFacts:
         ({"used_blocks": 40, "state": EngineState.PARKED}, math.inf),
     ],
 )
-def test_the_five_rules(fields: dict[str, int], usage: float):
-    facts = engine(**A10, **fields)
+def test_the_five_rules_of_virtual_usage(fields: dict[str, int], usage: float):
+    facts = engine_facts(**A10, **fields)
     assert virtual_usage(facts) == usage
     batch = max(1, facts.running)
     assert PAPER.migration(facts) == PAPER.dispatch(facts) == (851 - usage) * 16 / batch
@@ -73,25 +81,25 @@ def test_the_five_rules(fields: dict[str, int], usage: float):
         ({"used_blocks": 9, "running": 2, "state": EngineState.DRAINING}, -1000, -1000),
     ],
 )
-def test_artifact_as_it_ran(fields: dict[str, int], dispatch: float, migration: float):
-    facts = engine(**A10, **fields)
+def test_artifact_as_in_the_published_experiments(fields: dict[str, int], dispatch: float, migration: float):
+    facts = engine_facts(**A10, **fields)
     assert (ARTIFACT.dispatch(facts) / 16, ARTIFACT.migration(facts) / 16) == (dispatch, migration)
 
 
-def test_artifact_without_defragmentation_looks_at_free_blocks_alone():
-    policy = type(ARTIFACT)(defrag=False)
-    busy = engine(**A10, used_blocks=451, running=4, waiting=6, waiting_tokens=640, high_running=1)
+def test_artifact_without_defragmentation_considers_free_blocks_alone():
+    policy = Artifact(defrag=False)
+    busy = engine_facts(**A10, used_blocks=451, running=4, waiting=6, waiting_tokens=640, high_running=1)
     assert policy.migration(busy) == 400 * 16 / 4
-    assert policy.migration(engine(waiting=3, waiting_tokens=99)) == math.inf
+    assert policy.migration(engine_facts(waiting=3, waiting_tokens=99)) == math.inf
 
 
 @pytest.mark.parametrize(
-    ("fields", "free"),
+    ("fields", "freeness"),
     [
         ({"running": 32}, 64.0),  # half a knee: one horizon
         ({"running": 16}, 3 * 64.0),
         ({"running": 64}, 0.0),
-        ({"running": 65}, -64.0),  # a lack is not shared
+        ({"running": 65}, -64.0),  # a deficit is not divided
         ({"running": 32, "pending_prefill_tokens": 1024}, 32.0),
         ({"running": 30, "incoming": 2}, 64.0),
         ({"running": 32, "step_seconds": 0.1}, 32.0),  # twice the target: half the horizon
@@ -104,171 +112,175 @@ def test_artifact_without_defragmentation_looks_at_free_blocks_alone():
         ({}, math.inf),
     ],
 )
-def test_llumd_adds_compute(fields: dict[str, float], free: float):
-    facts = engine(**(LARGE | fields))
-    assert LLUMD.dispatch(facts) == pytest.approx(free)
-    assert LLUMD.migration(facts) == pytest.approx(free)
+def test_llumd_considers_compute_too(fields: dict[str, float], freeness: float):
+    facts = engine_facts(**(LARGE | fields))
+    assert LLUMD.dispatch(facts) == pytest.approx(freeness)
+    assert LLUMD.migration(facts) == pytest.approx(freeness)
 
 
 @each_policy
-def test_headroom_is_what_the_engine_measured(policy: Policy):
-    """Or was told; only without either a policy goes by a figure of its own."""
-    facts = engine(**A10, used_blocks=40, running=4, high_running=1, knee=8192)  # so much that memory is scarcer
-    measured = but(facts, ideal_tokens=4800)  # 300 blocks; 8 are the artifact's watermark
+def test_the_headroom_is_the_one_that_the_engine_measured(policy: Policy):
+    """Or that the operator has set. Without either, a policy uses its own figure."""
+    # The knee is so large that memory is scarcer than compute.
+    facts = engine_facts(**A10, used_blocks=40, running=4, high_running=1, knee=8192)
+    measured = changed(facts, ideal_tokens=4800)  # 300 blocks; 8 are the artifact's watermark
     room = (300 - 40 - (8 if policy is ARTIFACT else 0)) * 16
-    for judge in (policy.dispatch, policy.migration):
-        assert judge(measured) == room / 4
-        assert judge(facts) < judge(measured) < judge(but(facts, high_running=0))
-        assert judge(but(facts, ideal_tokens=10**6)) == judge(but(facts, high_running=0))
+    for freeness in (policy.dispatch, policy.migration):
+        assert freeness(measured) == room / 4
+        assert freeness(facts) < freeness(measured) < freeness(changed(facts, high_running=0))
+        assert freeness(changed(facts, ideal_tokens=10**6)) == freeness(changed(facts, high_running=0))
 
 
-# -- what must hold of any policy ------------------------------------------------------------------
+# -- properties of any policy ------------------------------------------------------------------
 
 
 @each_policy
-@given(facts=loads(), more=st.integers(1, 50))
-def test_more_used_blocks_are_less_free(policy: Policy, facts: EngineFacts, more: int):
-    fuller = but(facts, used_blocks=facts.used_blocks + more)
-    for judge in (policy.dispatch, policy.migration):
-        assert judge(fuller) <= judge(facts)
-    if policy.shortest(facts) is Resource.MEMORY:
+@given(facts=busy_engines(), more=st.integers(1, 50))
+def test_more_used_blocks_lower_the_freeness(policy: Policy, facts: EngineFacts, more: int):
+    fuller = changed(facts, used_blocks=facts.used_blocks + more)
+    for freeness in (policy.dispatch, policy.migration):
+        assert freeness(fuller) <= freeness(facts)
+    if policy.scarcest_resource(facts) is Resource.MEMORY:
         assert policy.migration(fuller) < policy.migration(facts)
 
 
-@given(loads(), st.sampled_from(["running", "waiting", "incoming", "pending_prefill_tokens", "waiting_tokens"]))
-def test_llumd_never_calls_more_work_freer(facts: EngineFacts, name: str):
-    busier = but(facts, **{name: getattr(facts, name) + 1})
+@given(
+    busy_engines(), st.sampled_from(["running", "waiting", "incoming", "pending_prefill_tokens", "waiting_tokens"])
+)
+def test_more_work_never_raises_the_freeness_of_llumd(facts: EngineFacts, name: str):
+    busier = changed(facts, **{name: getattr(facts, name) + 1})
     assert LLUMD.dispatch(busier) <= LLUMD.dispatch(facts)
     assert LLUMD.migration(busier) <= LLUMD.migration(facts)
-    slower = but(facts, step_seconds=facts.step_seconds * 2)
+    slower = changed(facts, step_seconds=facts.step_seconds * 2)
     assert LLUMD.dispatch(slower) <= LLUMD.dispatch(facts)
     assert LLUMD.migration(slower) <= LLUMD.migration(facts)
 
 
 @each_policy
-@given(facts=loads(), others=st.integers(1, 9))
+@given(facts=busy_engines(), others=st.integers(1, 9))
 def test_headroom_is_counted_once(policy: Policy, facts: EngineFacts, others: int):
-    none = but(facts, high_running=0, high_waiting=0)
-    one = but(none, high_running=1)
-    many = but(none, high_running=1 + others)
-    for judge in (policy.dispatch, policy.migration):
-        assert judge(many) == judge(one) <= judge(none)
+    none = changed(facts, high_running=0, high_waiting=0)
+    one = changed(none, high_running=1)
+    many = changed(none, high_running=1 + others)
+    for freeness in (policy.dispatch, policy.migration):
+        assert freeness(many) == freeness(one) <= freeness(none)
 
 
 @each_policy
-@given(facts=loads())
+@given(facts=busy_engines())
 def test_an_idle_engine_is_freest_and_a_draining_one_least_free(policy: Policy, facts: EngineFacts):
-    for judge in (policy.dispatch, policy.migration):
-        assert judge(engine(total_blocks=facts.total_blocks)) == math.inf > judge(facts)
-        assert judge(but(facts, state=EngineState.DRAINING)) <= -16_000
-        assert policy is ARTIFACT or judge(but(facts, state=EngineState.DRAINING)) == -math.inf
+    for freeness in (policy.dispatch, policy.migration):
+        assert freeness(engine_facts(total_blocks=facts.total_blocks)) == math.inf > freeness(facts)
+        assert freeness(changed(facts, state=EngineState.DRAINING)) <= -16_000
+        assert policy is ARTIFACT or freeness(changed(facts, state=EngineState.DRAINING)) == -math.inf
 
 
-@given(loads())
-def test_llumd_agrees_with_its_own_terms(facts: EngineFacts):
-    """`dispatch` is written out for speed; without a queue and headroom it is what the terms say."""
-    alone = but(facts, waiting=0, waiting_tokens=0, head_demand_blocks=0, high_running=0, high_waiting=0)
+@given(busy_engines())
+def test_dispatch_and_migration_of_llumd_agree(facts: EngineFacts):
+    """`dispatch` is inlined for speed. Without a queue and headroom it must equal `migration`."""
+    alone = changed(facts, waiting=0, waiting_tokens=0, head_demand_blocks=0, high_running=0, high_waiting=0)
     assert LLUMD.dispatch(alone) == pytest.approx(LLUMD.migration(alone))
 
 
 @each_policy
-@given(facts=loads(), seconds=st.floats(0, 1))
-def test_terms_do_not_know_of_priorities_and_states(policy: Policy, facts: EngineFacts, seconds: float):
-    plain = but(facts, high_running=0, high_waiting=0)
-    assert policy.terms(facts) == policy.terms(plain) == policy.terms(but(facts, state=EngineState.PARKED))
+@given(facts=busy_engines())
+def test_resource_loads_ignore_priorities_and_states(policy: Policy, facts: EngineFacts):
+    for other in (changed(facts, high_running=0, high_waiting=0), changed(facts, state=EngineState.PARKED)):
+        assert policy.resource_loads(other) == policy.resource_loads(facts)
 
 
-# -- where they disagree -------------------------------------------------------------------------------
+# -- where the policies disagree -------------------------------------------------------------------------------
 
 
 def test_a_long_prompt_on_a_large_pool():
-    """Memory alone sees one request with 900,000 tokens to go; what is there is minutes of prefill."""
-    reading = engine(**LARGE, used_blocks=6250, running=1, pending_prefill_tokens=100_000)
-    decoding = engine(**LARGE, used_blocks=500, running=3)
-    assert choose([reading, decoding], [NOTHING] * 2, 0, policy=PAPER) == 0
-    assert choose([reading, decoding], [NOTHING] * 2, 0) == 1
+    """By memory alone the engine has one request and room for 900,000 tokens; in fact it has minutes of prefill."""
+    reading = engine_facts(**LARGE, used_blocks=6250, running=1, pending_prefill_tokens=100_000)
+    decoding = engine_facts(**LARGE, used_blocks=500, running=3)
+    assert choose([reading, decoding], [NONE_IN_FLIGHT] * 2, 0, policy=PAPER) == 0
+    assert choose([reading, decoding], [NONE_IN_FLIGHT] * 2, 0) == 1
 
 
-def test_a_long_queue_is_no_recommendation():
-    """Both lack memory; the paper's division makes the longer queue look less short of it."""
-    long = engine(used_blocks=98, running=20, waiting=50, head_demand_blocks=7, waiting_tokens=5000,
+def test_a_longer_queue_does_not_make_an_engine_freer():
+    """Both lack memory. The paper divides the deficit by the batch, so the longer queue seems to lack less."""
+    long = engine_facts(used_blocks=98, running=20, waiting=50, head_demand_blocks=7, waiting_tokens=5000,
                   pending_prefill_tokens=5000)  # fmt: skip
-    short = engine(used_blocks=98, running=10, waiting=1, head_demand_blocks=7, waiting_tokens=100,
+    short = engine_facts(used_blocks=98, running=10, waiting=1, head_demand_blocks=7, waiting_tokens=100,
                    pending_prefill_tokens=100)  # fmt: skip
-    assert choose([long, short], [NOTHING] * 2, 0, policy=PAPER) == 0
-    assert choose([long, short], [NOTHING] * 2, 0) == 1
+    assert choose([long, short], [NONE_IN_FLIGHT] * 2, 0, policy=PAPER) == 0
+    assert choose([long, short], [NONE_IN_FLIGHT] * 2, 0) == 1
 
 
 # -- priority classes in dispatch ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", [ARTIFACT, LLUMD], ids=["artifact", "llumd"])
-def test_high_priority_gathers_and_normal_keeps_away(policy: Policy):
-    holder = engine(**A10, used_blocks=60, running=3, high_running=3)
-    busier = engine(**A10, used_blocks=300, running=8)
+def test_high_priority_requests_gather_and_normal_ones_keep_away(policy: Policy):
+    holder = engine_facts(**A10, used_blocks=60, running=3, high_running=3)
+    busier = engine_facts(**A10, used_blocks=300, running=8)
     engines = [busier, holder, busier]
-    assert choose(engines, [NOTHING] * 3, 0, policy=policy, high=True) == 1
-    assert choose(engines, [NOTHING] * 3, 0, policy=policy) != 1
-    # Also while there is an idle engine, which is left to the normal ones.
-    assert choose([holder, engine(**A10)], [NOTHING] * 2, 0, policy=policy, high=True) == 0
-    assert choose([holder, engine(**A10)], [NOTHING] * 2, 0, policy=policy) == 1
+    assert choose(engines, [NONE_IN_FLIGHT] * 3, 0, policy=policy, high=True) == 1
+    assert choose(engines, [NONE_IN_FLIGHT] * 3, 0, policy=policy) != 1
+    # Also while there is an idle engine, which stays free for normal requests.
+    assert choose([holder, engine_facts(**A10)], [NONE_IN_FLIGHT] * 2, 0, policy=policy, high=True) == 0
+    assert choose([holder, engine_facts(**A10)], [NONE_IN_FLIGHT] * 2, 0, policy=policy) == 1
 
 
-def test_gathering_ends_when_the_holder_is_loaded():
-    holder = engine(**A10, used_blocks=700, running=30, high_running=30)
-    assert choose([holder, engine(**A10)], [NOTHING] * 2, 0, high=True) == 1
+def test_high_priority_requests_stop_gathering_on_a_loaded_engine():
+    holder = engine_facts(**A10, used_blocks=700, running=30, high_running=30)
+    assert choose([holder, engine_facts(**A10)], [NONE_IN_FLIGHT] * 2, 0, high=True) == 1
 
 
 # -- prefix affinity ---------------------------------------------------------------------------------------
 
-boxes = st.lists(st.tuples(loads(), st.integers(0, 500)), min_size=1, max_size=6)
+engine_rows = st.lists(st.tuples(busy_engines(), st.integers(0, 500)), min_size=1, max_size=6)
 
 
-@given(boxes, st.integers(0, 20), st.booleans())
-def test_affinity_is_bounded(box: list[tuple[EngineFacts, int]], turn: int, high: bool):
-    """Who is preferred for its prefix is no less free, or roomy and no more than a few requests busier."""
-    engines, matched = [e for e, _ in box], [m for _, m in box]
-    flying = [NOTHING] * len(engines)
-    plain = choose(engines, flying, turn, high=high)
-    near = choose(engines, flying, turn, high=high, matched=matched)
-    assert plain is not None and near is not None
-    if near == plain:
+@given(engine_rows, st.integers(0, 20), st.booleans())
+def test_affinity_is_bounded(rows: list[tuple[EngineFacts, int]], turn: int, high: bool):
+    """An engine chosen for its prefix is as free as the freest, or has room and is only a few requests busier."""
+    engines, matched = [e for e, _ in rows], [m for _, m in rows]
+    in_flight = [NONE_IN_FLIGHT] * len(engines)
+    freest = choose(engines, in_flight, turn, high=high)
+    chosen = choose(engines, in_flight, turn, high=high, matched=matched)
+    assert freest is not None and chosen is not None
+    if chosen == freest:
         return
-    free = [LLUMD.dispatch(e, NOTHING, high) for e in engines]
-    work = [(e.running + e.waiting + e.incoming) * REQUEST_WORTH + e.pending_prefill_tokens for e in engines]
-    assert matched[near] > matched[plain]
-    assert free[near] >= min(free[plain], LLUMD.marks.migrate_high)
-    assert work[near] - work[plain] < min((matched[near] - matched[plain]) * 16, AFFINITY_BOUND * REQUEST_WORTH)
+    freeness = [LLUMD.dispatch(e, NONE_IN_FLIGHT, high) for e in engines]
+    work = [(e.running + e.waiting + e.incoming) * REQUEST_COST + e.pending_prefill_tokens for e in engines]
+    assert matched[chosen] > matched[freest]
+    assert freeness[chosen] >= min(freeness[freest], LLUMD.thresholds.migrate_high)
+    saved = (matched[chosen] - matched[freest]) * 16
+    assert work[chosen] - work[freest] < min(saved, AFFINITY_BOUND * REQUEST_COST)
 
 
-def test_affinity_decides_small_differences_only():
+def test_affinity_decides_only_small_differences_of_load():
     def busy(running: int) -> EngineFacts:
-        return engine(**LARGE, running=running, used_blocks=running * 10)
+        return engine_facts(**LARGE, running=running, used_blocks=running * 10)
 
-    def near(*running: int, matched: list[int]) -> int | None:
-        return choose([busy(r) for r in running], [NOTHING] * len(running), 0, matched=matched)
+    def chosen(*running: int, matched: list[int]) -> int | None:
+        return choose([busy(r) for r in running], [NONE_IN_FLIGHT] * len(running), 0, matched=matched)
 
-    assert near(5, 5, matched=[0, 1]) == 1  # a tie
-    assert near(0, 1, matched=[0, 8]) == 1  # 128 tokens outweigh one request more
-    assert near(0, 1, matched=[0, 4]) == 0  # 64 do not
-    assert near(0, 3, matched=[0, 1000]) == 1
-    assert near(0, 4, matched=[0, 1000]) == 0  # however much is cached
-    assert near(0, 4, matched=[1000, 1000]) == 0
-    assert near(40, 41, matched=[0, 1000]) == 0  # neither has room to spare: load decides
-    assert near(41, 41, matched=[0, 1000]) == 1
+    assert chosen(5, 5, matched=[0, 1]) == 1  # a tie
+    assert chosen(0, 1, matched=[0, 8]) == 1  # 128 tokens outweigh one more request
+    assert chosen(0, 1, matched=[0, 4]) == 0  # 64 do not
+    assert chosen(0, 3, matched=[0, 1000]) == 1
+    assert chosen(0, 4, matched=[0, 1000]) == 0  # even if the whole prompt is cached
+    assert chosen(0, 4, matched=[1000, 1000]) == 0
+    assert chosen(40, 41, matched=[0, 1000]) == 0  # no engine has room to spare: the load decides
+    assert chosen(41, 41, matched=[0, 1000]) == 1
 
 
 def test_in_flight_counts_against_a_prefix():
-    engines = [engine(**LARGE, running=1)] * 2
-    assert choose(engines, [NOTHING, InFlight(1, 16)], 0, matched=[0, 1000]) == 1
-    assert choose(engines, [NOTHING, InFlight(4, 64)], 0, matched=[0, 1000]) == 0
+    engines = [engine_facts(**LARGE, running=1)] * 2
+    assert choose(engines, [NONE_IN_FLIGHT, InFlight(1, 16)], 0, matched=[0, 1000]) == 1
+    assert choose(engines, [NONE_IN_FLIGHT, InFlight(4, 64)], 0, matched=[0, 1000]) == 0
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_without_headroom_high_priority_weighs_like_any_other(name):
-    judge, plain = policy_of(name), policy_of(name, headroom=False)
-    normal = engine(running=2, used_blocks=10, knee=24, ideal_tokens=400)
-    urgent = engine(running=2, used_blocks=10, knee=24, ideal_tokens=400, high_running=1)
-    assert plain.dispatch(urgent) == plain.dispatch(normal) == judge.dispatch(normal) > judge.dispatch(urgent)
-    assert plain.migration(urgent) == plain.migration(normal) == judge.migration(normal) > judge.migration(urgent)
+def test_without_headroom_high_priority_does_not_change_the_freeness(name):
+    policy, plain = policy_of(name), policy_of(name, headroom=False)
+    normal = engine_facts(running=2, used_blocks=10, knee=24, ideal_tokens=400)
+    urgent = engine_facts(running=2, used_blocks=10, knee=24, ideal_tokens=400, high_running=1)
+    assert plain.dispatch(urgent) == plain.dispatch(normal) == policy.dispatch(normal) > policy.dispatch(urgent)
+    assert plain.migration(urgent) == plain.migration(normal) == policy.migration(normal) > policy.migration(urgent)
     assert plain.dispatch(normal, high=True) == plain.dispatch(normal)

@@ -1,4 +1,4 @@
-"""The frontend's verdicts: one winner an epoch, no token lost or doubled, and nobody left untold."""
+"""Ownership decisions: one winner an epoch, no token lost or doubled, and an answer for every claimant."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_destination_wins_and_the_source_is_released():
     )
 
 
-def test_the_source_wins_and_nobody_is_released():
+def test_the_source_wins_and_no_engine_is_released():
     assert ownership.reclaim(HELD, A, reclaim()) == Decision(
         Ownership(5, 4, A, 4), orders=(Order(A, Grant(5, 3, 4)),)
     )
@@ -58,55 +58,55 @@ def test_claims_at_another_epoch_are_refused(epoch):
     assert ownership.reclaim(HELD._replace(owner=B), B, reclaim(epoch=epoch)).orders == refusal
 
 
-def test_only_the_owner_asks_back_or_hands_back():
+def test_only_the_owner_may_reclaim_or_hand_back():
     former = EngineIncarnation(A.engine, A.incarnation - 1)
     assert ownership.reclaim(HELD, former, reclaim()) == Decision(HELD, orders=(Order(former, Release(5, 3)),))
     assert ownership.hand_back(HELD, former, HandBack(5, 3)) == Decision(HELD)
     assert ownership.hand_back(HELD, A, HandBack(5, 2)) == Decision(HELD)
 
 
-def test_whoever_reaches_the_frontend_second_is_refused():
+def test_the_second_claim_at_an_epoch_is_refused():
     taken = ownership.takeover(HELD, B, takeover()).ownership
     assert ownership.reclaim(taken, A, reclaim()).orders == (Order(A, Release(5, 3)),)
     back = ownership.reclaim(HELD, A, reclaim()).ownership
     assert ownership.takeover(back, B, takeover()).orders == (Order(B, Release(5, 3)),)
 
 
-def test_the_owners_death_orphans_and_no_other():
+def test_only_the_death_of_the_owner_orphans_a_request():
     assert ownership.engine_died(HELD, B) == ownership.engine_died(HELD, EngineIncarnation(0, 2)) == Decision(HELD)
     orphan = ownership.engine_died(HELD, A)
     assert orphan == Decision(HELD._replace(owner=None), redispatch=True)
     assert ownership.started(orphan.ownership, C) == Ownership(5, 4, C, 4)
 
 
-def test_a_claim_may_come_before_an_orphan_is_started():
+def test_a_claim_on_an_orphan_is_granted():
     orphan = ownership.engine_died(HELD, A).ownership
     assert ownership.takeover(orphan, B, takeover()) == Decision(
         Ownership(5, 4, B, 4), orders=(Order(B, Grant(5, 3, 4)),)
     )
 
 
-def test_what_is_handed_back_is_started_anew_without_a_word():
+def test_a_request_handed_back_is_redispatched_without_orders():
     assert ownership.hand_back(HELD, A, HandBack(5, 3)) == Decision(HELD._replace(owner=None), redispatch=True)
 
 
-def test_the_suspect_is_told_to_let_go():
+def test_a_suspected_owner_is_sent_a_release():
     assert ownership.disown(HELD) == Decision(HELD._replace(owner=None), None, (Order(A, Release(5, 3)),), True)
     assert ownership.disown(HELD._replace(owner=None)).orders == ()
 
 
-def test_a_cancel_goes_to_the_owner():
+def test_a_cancel_is_sent_to_the_owner():
     assert ownership.cancel(HELD) == (Order(A, Cancel(5, 3)),)
     assert ownership.cancel(HELD._replace(owner=None)) == ()
 
 
-def test_a_priority_goes_to_the_owner_at_its_epoch():
+def test_a_priority_is_sent_to_the_owner_at_its_epoch():
     urgent = HELD._replace(priority=-1, changed=True)
     assert ownership.reprioritise(HELD, -1) == Decision(urgent, orders=(Order(A, Reprioritise(5, 3, -1)),))
     assert ownership.reprioritise(HELD._replace(owner=None), -1) == Decision(urgent._replace(owner=None))
 
 
-def test_the_winner_of_an_award_hears_of_a_priority_changed_meanwhile_and_once():
+def test_the_winner_of_an_award_is_sent_a_changed_priority_once():
     changed = ownership.reprioritise(HELD, -1).ownership
     decision = ownership.takeover(changed, B, takeover())
     grant, priority, release = Grant(5, 3, 4), Reprioritise(5, 4, -1), Release(5, 3)
@@ -117,7 +117,7 @@ def test_the_winner_of_an_award_hears_of_a_priority_changed_meanwhile_and_once()
     assert ownership.reclaim(changed, A, reclaim()).orders == (Order(A, grant), Order(A, priority))
 
 
-def test_a_request_started_anew_keeps_its_priority():
+def test_a_restarted_request_keeps_its_priority():
     orphan = ownership.hand_back(ownership.reprioritise(HELD, -1).ownership, A, HandBack(5, 3)).ownership
     assert ownership.started(orphan, C) == Ownership(5, 4, C, 4, -1)
 
@@ -126,7 +126,7 @@ positions = st.integers(0, 12)
 
 
 @given(positions, positions, positions)
-def test_fresh_is_set_arithmetic(accepted, start, count):
+def test_fresh_counts_the_tokens_that_are_accepted_already(accepted, start, count):
     known = fresh(accepted, start, count)
     if start > accepted:
         assert known is None
@@ -135,8 +135,8 @@ def test_fresh_is_set_arithmetic(accepted, start, count):
 
 
 @given(positions, positions, positions, st.sampled_from([A, B]))
-def test_an_award_leaves_no_gap_and_no_double(accepted, start, count, winner):
-    """Tokens are their own positions: what is accepted must be 0, 1, 2, ..."""
+def test_an_award_leaves_no_gap_and_no_duplicate(accepted, start, count, winner):
+    """Each token is its own position: the accepted output must be 0, 1, 2, ..."""
     held = HELD._replace(accepted=accepted)
     carried = list(range(start, start + count))
     if winner == A:

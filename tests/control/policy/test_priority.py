@@ -1,4 +1,4 @@
-"""Priorities as people write them."""
+"""Parsing of priorities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from daemon.control.policy.priority import PRIORITIES, parse_priority
 
 
 @given(st.integers(-100, 100))
-def test_numbers_stand_for_themselves(priority: int):
+def test_a_number_is_its_own_priority(priority: int):
     assert parse_priority(str(priority)) == priority
 
 
@@ -22,7 +22,7 @@ WRONG = ["", "urgent", "High", "101", "-101", "1000", "1.0", "+1", "--1", " 1", 
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_anything_else_is_an_error_that_says_what_is_allowed(text: str):
+def test_any_other_text_is_an_error_that_lists_what_is_allowed(text: str):
     with pytest.raises(ValueError, match="high, normal, low or a whole number from -100 to 100") as e:
         parse_priority(text)
     assert not text.strip() or text not in str(e.value).split()

@@ -1,4 +1,4 @@
-"""Driving a CPU runner by hand: requests, block tables, chunks; and what Transformers says."""
+"""Helpers that drive a CPU runner step by step, and compare it with Transformers."""
 
 from __future__ import annotations
 
@@ -12,36 +12,32 @@ import torch
 
 from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
-from daemon.engine.runner import Row, StepPlan
+from daemon.engine.runner import Row, RunnerSettings, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.models.model_config import read_model_config
+from daemon.models.loader import open_model
 
 _ids = count(1)
 
 
+def runner_settings(**options: Any) -> RunnerSettings:
+    """Return the settings of a small runner; `options` replaces defaults."""
+    defaults: dict[str, Any] = {"max_num_seqs": 64, "max_batch_tokens": 512, "max_model_len": 512}
+    return RunnerSettings(**(defaults | options))
+
+
 def make_runner(path: Path, *, blocks: int = 400, **options: Any) -> CpuRunner:
-    """A loaded fp32 runner with a pool of noise: whatever reads KV that was never written shows."""
-    defaults: dict[str, Any] = {
-        "threads": 1,
-        "dtype": "fp32",
-        "deterministic": False,
-        "load_format": "auto",
-        "block_size": 16,
-        "max_num_seqs": 64,
-        "max_batch_tokens": 512,
-        "max_model_len": 512,
-    }
-    settings = defaults | options
-    runner = CpuRunner(read_model_config(path, load_format=settings["load_format"]), **settings)
+    """Return a loaded fp32 runner. Its pool is full of noise: KV that is read but never written changes results."""
+    settings = runner_settings(**({"dtype": "fp32"} | options))
+    runner = CpuRunner(open_model(path, load_format=settings.load_format), settings)
     pool = bytearray(runner.pool_spec(blocks).nbytes)
     noise = np.frombuffer(pool, np.uint8)
-    noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)  # about 10 as a float
+    noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)  # as a float about 10
     runner.load(memoryview(pool))
     return runner
 
 
 def request(tokens: list[int], blocks: Iterator[int], total: int, block_size: int = 16) -> Request:
-    """A greedy request with blocks for `total` tokens."""
+    """Return a greedy request with blocks for `total` tokens."""
     params = RequestParams(SamplingParams(max_tokens=10**6, seed=0, temperature=0.0), arrival=0.0)
     table = [next(blocks) for _ in range(-(-total // block_size))]
     return Request(
@@ -56,7 +52,7 @@ def request(tokens: list[int], blocks: Iterator[int], total: int, block_size: in
 
 
 def step(runner: CpuRunner, decodes: list[Request], chunks: list[tuple[Request, int]] = ()) -> None:
-    """One step: a token for each of `decodes`, and so many prompt tokens of each of `chunks`; progress is noted."""
+    """Run one step: decodes, and chunks as (request, number of tokens). Update the requests' progress."""
     rows = [Row(r, r.num_computed, 1, True) for r in decodes]
     rows += [Row(r, r.num_computed, n, n == r.pending) for r, n in chunks]
     result = runner.execute(StepPlan(rows, len(decodes)))
@@ -69,7 +65,7 @@ def step(runner: CpuRunner, decodes: list[Request], chunks: list[tuple[Request, 
 
 
 def generate(runner: CpuRunner, requests: list[Request], output: int, chunk: int = 10**6, budget: int = 512) -> None:
-    """Run all requests together, chunks beside decodes, until each has `output` tokens more than its prompt."""
+    """Run all requests in common steps of decodes and chunks, until each has `output` output tokens."""
     while unfinished := [r for r in requests if r.num_output < output]:
         decodes = [r for r in unfinished if r.pending == 1]
         left, chunks = budget - len(decodes), []
@@ -81,8 +77,8 @@ def generate(runner: CpuRunner, requests: list[Request], output: int, chunk: int
         step(runner, decodes, chunks)
 
 
-class Spy:
-    """Stands before a runner's sampler and keeps the logits it is given, by (request id, position)."""
+class LogitsRecorder:
+    """Wraps a runner's sampler and records the logits that it gets, by (request id, position)."""
 
     def __init__(self, runner: CpuRunner) -> None:
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
@@ -95,7 +91,7 @@ class Spy:
         return self._sampler.sample(logits, requests)
 
     def of(self, r: Request) -> list[torch.Tensor]:
-        """The logits of one request, in order of position."""
+        """Return the logits of one request, in order of position."""
         return [row for (rid, _), row in sorted(self.logits.items(), key=lambda item: item[0]) if rid == r.rid]
 
 
@@ -107,10 +103,10 @@ def transformers_model(path: Path) -> Any:
 
 @torch.inference_mode()
 def reference_logits(model: Any, r: Request) -> torch.Tensor:
-    """Transformers' logits for each output token of `r`, [output, vocab]: one forward over all its tokens."""
+    """Return Transformers' logits for each output token of `r`, [output, vocab], from one forward pass."""
     return model(torch.tensor([r.tokens[:-1]])).logits[0, r.prompt_len - 1 :]
 
 
 def is_greedy(model: Any, r: Request) -> bool:
-    """Whether Transformers, fed prompt and output so far, would have chosen each output token too."""
+    """Return True if Transformers, given the tokens before it, also selects each output token."""
     return reference_logits(model, r).argmax(-1).tolist() == r.tokens[r.prompt_len :]

@@ -1,4 +1,4 @@
-"""The engine's answers do not depend on how it got there: batches, chunks, preemption, prefix hits, recompute."""
+"""The output does not depend on batches, chunks, preemption, prefix cache hits or recomputation."""
 
 import random
 from itertools import count
@@ -10,7 +10,15 @@ from daemon.engine.request import Request
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.kvpool.block_manager import BlockManager
-from tests.engine.cpu.harness import Spy, generate, is_greedy, make_runner, request, step, transformers_model
+from tests.engine.cpu.harness import (
+    LogitsRecorder,
+    generate,
+    is_greedy,
+    make_runner,
+    request,
+    step,
+    transformers_model,
+)
 from tests.models.tiny_model import make_tiny_llama
 
 
@@ -22,7 +30,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 thread", "2 threads"])
 def deterministic(model_dir, request):
     runner = make_runner(model_dir, deterministic=True, dtype="auto", blocks=800, threads=request.param)
-    return runner, Spy(runner)
+    return runner, LogitsRecorder(runner)
 
 
 def tokens(rng, n):
@@ -34,23 +42,23 @@ def same_bits(a, b):
 
 
 def test_same_bits_alone_in_any_batch_and_in_any_chunks(deterministic):
-    runner, spy = deterministic
+    runner, recorder = deterministic
     rng = random.Random(7)
     prompt, output = tokens(rng, 75), 40
     alone = request(prompt, count(1), 128)
     generate(runner, [alone], output)
-    for chunk, company in ((1, 0), (7, 3), (10**6, 5), (33, 40)):
+    for chunk, num_others in ((1, 0), (7, 3), (10**6, 5), (33, 40)):
         blocks = count(1)
-        others = [request(tokens(rng, rng.randint(1, 90)), blocks, 160) for _ in range(company)]
+        others = [request(tokens(rng, rng.randint(1, 90)), blocks, 160) for _ in range(num_others)]
         again = request(prompt, blocks, 128)
-        place = company // 2
-        generate(runner, [*others[:place], again, *others[place:]], output, chunk=chunk)
+        index = num_others // 2
+        generate(runner, [*others[:index], again, *others[index:]], output, chunk=chunk)
         assert again.tokens == alone.tokens
-        assert same_bits(spy.of(again), spy.of(alone))
+        assert same_bits(recorder.of(again), recorder.of(alone))
 
 
 def test_same_bits_when_output_is_recomputed_as_prompt(deterministic):
-    runner, spy = deterministic
+    runner, recorder = deterministic
     prompt, output = tokens(random.Random(8), 50), 60
     alone = request(prompt, count(1), 128)
     generate(runner, [alone], output)
@@ -58,11 +66,11 @@ def test_same_bits_when_output_is_recomputed_as_prompt(deterministic):
         resumed = request(alone.tokens[: len(prompt) + kept], count(20), 128)
         generate(runner, [resumed], output - kept, chunk=29)
         assert resumed.tokens == alone.tokens
-        assert same_bits(spy.of(resumed), spy.of(alone)[kept:])
+        assert same_bits(recorder.of(resumed), recorder.of(alone)[kept:])
 
 
 def test_same_bits_over_blocks_that_another_request_computed(deterministic):
-    runner, spy = deterministic
+    runner, recorder = deterministic
     rng = random.Random(9)
     shared = tokens(rng, 64)
     prompt = shared + tokens(rng, 9)
@@ -75,21 +83,21 @@ def test_same_bits_over_blocks_that_another_request_computed(deterministic):
     reusing.block_table[:4] = donor.block_table[:4]
     reusing.num_computed = 64
     generate(runner, [reusing], 20)
-    assert same_bits(spy.of(reusing), spy.of(alone))
+    assert same_bits(recorder.of(reusing), recorder.of(alone))
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["fp32", "deterministic"])
 def test_scheduled_requests_agree_with_transformers(model_dir, options):
-    """A pool too small for all, so that requests are preempted; common beginnings, so that blocks are shared."""
+    """The pool is too small for all requests, so some are preempted; common prefixes make them share blocks."""
     num_blocks, budget, output = 40, 96, 64
     runner = make_runner(model_dir, blocks=num_blocks, max_batch_tokens=budget, **options)
     blocks = BlockManager(num_blocks, 16)
     scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=())
     rng = random.Random(3)
-    beginnings = [tokens(rng, 40), tokens(rng, 17), []]
+    prefixes = [tokens(rng, 40), tokens(rng, 17), []]
     requests = []
     for rid in range(50):
-        prompt = rng.choice(beginnings) + tokens(rng, rng.randint(1, 60))
+        prompt = rng.choice(prefixes) + tokens(rng, rng.randint(1, 60))
         params = RequestParams(SamplingParams(max_tokens=output, seed=0, temperature=0.0), arrival=float(rid))
         requests.append(Request(rid, 1, 0, params, prompt, len(prompt)))
         scheduler.add(requests[-1])

@@ -1,4 +1,4 @@
-"""The paged attention kernels against plain softmax in float64."""
+"""The paged attention kernels compared with a softmax in float64."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def kernels(shape):
 
 
 class Case:
-    """Sequences in one pool, their blocks shuffled; what no sequence holds is NaN."""
+    """Sequences in one pool, with shuffled blocks. Elements of no sequence are NaN."""
 
     def __init__(self, shape, lengths, seed, half=False, layer=None):
         rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ class Case:
         return self.rng.standard_normal((count, self.width)).astype(np.float32) * self.shape.query_scale
 
     def expected(self, query, sequence, position):
-        """Attention of one scaled query over positions 0..position, [heads * head_dim]."""
+        """Return the attention of one scaled query over positions 0..position, [heads * head_dim]."""
         heads, kv_heads, dim = self.shape[:3]
         k, v = np.repeat(self.kv[sequence][:, : position + 1].astype(np.float64), heads // kv_heads, axis=2)
         scores = np.einsum("hd,thd->ht", query.astype(np.float64).reshape(heads, dim), k) * np.log(2)
@@ -71,7 +71,7 @@ class Case:
         return out
 
     def tiles(self, q, sequence, first):
-        """Queries at positions first..first + len(q) - 1 of one sequence."""
+        """Compute queries at positions first..first + len(q) - 1 of one sequence by `attend_tiles`."""
         out = np.full((len(q), self.width), np.nan, np.float32)
         tiles = [(i, min(TILE_QUERIES, len(q) - i)) for i in range(0, len(q), TILE_QUERIES)]
         kernels(self.shape).attend_tiles(
@@ -91,7 +91,7 @@ class Case:
 @given(
     st.sampled_from(SHAPES), st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(0, 99), st.booleans()
 )
-def test_single_tokens(shape, lengths, seed, half):
+def test_single_tokens_attend_to_their_sequences(shape, lengths, seed, half):
     case = Case(shape, lengths, seed, half)
     q = case.queries(len(lengths))
     out = case.tokens(q, range(len(lengths)), [n - 1 for n in lengths])
@@ -101,7 +101,7 @@ def test_single_tokens(shape, lengths, seed, half):
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(SHAPES), st.integers(1, 150), st.integers(0, 200), st.integers(0, 99), st.booleans())
-def test_chunks_see_what_came_before_and_not_what_comes_after(shape, chunk, before, seed, half):
+def test_chunks_attend_to_earlier_and_not_to_later_tokens(shape, chunk, before, seed, half):
     case = Case(shape, [before + chunk, 20], seed, half)
     q = case.queries(chunk)
     out = case.tiles(q, 0, before)
@@ -111,7 +111,7 @@ def test_chunks_see_what_came_before_and_not_what_comes_after(shape, chunk, befo
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(SHAPES), st.lists(st.integers(1, 200), min_size=2, max_size=5), st.integers(0, 99))
-def test_a_tokens_bits_do_not_depend_on_its_company(shape, lengths, seed):
+def test_a_tokens_bits_do_not_depend_on_its_batch(shape, lengths, seed):
     case = Case(shape, lengths, seed)
     q = case.queries(len(lengths))
     together = case.tokens(q, range(len(lengths)), [n - 1 for n in lengths])
@@ -128,10 +128,10 @@ def test_large_scores_do_not_overflow():
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_each_layer_reads_its_own_part_of_a_block(layer):
+def test_each_layer_reads_its_part_of_a_block(layer):
     case = Case(SHAPES[0], [40], 2, layer=layer)
     q = case.queries(1)
     np.testing.assert_allclose(case.tokens(q, [0], [39])[0], case.expected(q[0], 0, 39), atol=2e-5)
-    case.layer_offset = (1 - layer) * case.shape.layer_width  # where the case has put nothing
+    case.layer_offset = (1 - layer) * case.shape.layer_width  # the layer without KV
     case.pool[np.isnan(case.pool)] = 1.0
     assert not np.allclose(case.tokens(q, [0], [39])[0], case.expected(q[0], 0, 39), atol=0.1)

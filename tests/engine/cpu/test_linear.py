@@ -1,4 +1,4 @@
-"""Linear layers: right, and tiled ones independent of their batch; the small kernels between them."""
+"""Linear layers: correct, and if tiled independent of the batch; and the kernels between them."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def bits(tensor):
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tiled", [False, True])
-def test_is_a_linear_layer(dtype, error, bias, tiled):
+def test_matches_torchs_linear_layer(dtype, error, bias, tiled):
     weight, b = random(70, 48, dtype=dtype) / 7, random(70, dtype=dtype, seed=1) if bias else None
     layer = Linear(weight, b, tiled=tiled)
     for rows in (1, 2, 16, 33):
@@ -38,7 +38,7 @@ def test_is_a_linear_layer(dtype, error, bias, tiled):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 50), st.integers(0, 2**31))
-def test_a_tiled_rows_bits_do_not_depend_on_its_batch_or_place(rows, seed):
+def test_a_tiled_rows_bits_do_not_depend_on_its_batch_or_index(rows, seed):
     layer = Linear(random(576, 1536), tiled=True)
     x = random(rows, 1536, seed=seed)
     together = layer(x)
@@ -46,22 +46,22 @@ def test_a_tiled_rows_bits_do_not_depend_on_its_batch_or_place(rows, seed):
         assert torch.equal(layer(x[i : i + 1])[0], together[i])
 
 
-def test_arithmetic_is_fp32_where_bf16_is_emulated(monkeypatch, tmp_path):
-    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+def test_arithmetic_is_fp32_if_bf16_is_emulated(monkeypatch, tmp_path):
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False))
     monkeypatch.setattr(linear, "_has_bf16", lambda: False)
     assert choose_arithmetic(config) == "fp32"
 
 
 @pytest.mark.parametrize("slow, choice", [("bf16", "fp32"), ("fp32", "bf16")])
 def test_arithmetic_is_the_faster_one(monkeypatch, tmp_path, slow, choice):
-    config = read_model_config(make_tiny_llama(tmp_path, weights=False), load_format="dummy")
+    config = read_model_config(make_tiny_llama(tmp_path, weights=False))
     monkeypatch.setattr(linear, "_has_bf16", lambda: True)
     monkeypatch.setattr(linear, "_layer_seconds", lambda _, arithmetic: 2.0 if arithmetic == slow else 1.0)
     assert choose_arithmetic(config) == choice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_silu_mul(dtype):
+def test_silu_mul_matches_torch(dtype):
     x = random(5, 2 * 40, dtype=dtype) * 30
     out = torch.empty(5, 40, dtype=dtype)
     OPS.silu_mul(bits(x), bits(out))
@@ -70,7 +70,7 @@ def test_silu_mul(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_add_rms_norm_updates_the_residual_and_picks_rows(dtype):
+def test_add_rms_norm_updates_the_residual_and_selects_rows(dtype):
     residual, delta, weight = random(6, 40), random(6, 40, dtype=dtype, seed=1), random(40, seed=2)
     total = residual + delta.float()
     rows = np.array([4, 1], np.int32)
@@ -83,8 +83,8 @@ def test_add_rms_norm_updates_the_residual_and_picks_rows(dtype):
 
 @settings(deadline=None)
 @given(st.floats(-(2.0**127), 2.0**127, width=32))
-def test_narrowing_is_torchs_rounding_to_bfloat16(value):
-    """Seen through a rotation by nothing, which moves a value into the pool as it is."""
+def test_narrow_rounds_to_bfloat16_as_torch_does(value):
+    """A rotation by angle 0 copies a value unchanged to the pool."""
     qkv = np.full((1, 6), value, np.float32)
     pool, q = np.zeros(4, np.uint16), np.zeros((1, 2), np.float32)
     one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)

@@ -1,9 +1,10 @@
-"""The model against Transformers, driven by hand-made steps: chunks, shared prefixes, all sorts of Llamas."""
+"""The model compared with Transformers: chunks, shared prefixes, and many variants of Llama."""
 
 import random
 import subprocess
 import sys
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from daemon.engine.cpu.model import Llama
 from daemon.models.model_config import ModelError
 from tests.engine.cpu.harness import (
-    Spy,
+    LogitsRecorder,
     generate,
     is_greedy,
     make_runner,
@@ -44,7 +45,7 @@ def random_tokens(rng: random.Random, n: int) -> list[int]:
 
 def test_greedy_tokens_and_logits_agree_with_transformers(model_dir):
     runner = make_runner(model_dir, blocks=600)
-    spy = Spy(runner)
+    recorder = LogitsRecorder(runner)
     blocks = count(1)
     requests = [request(p, blocks, len(p) + 8) for p in prompts(56, 120)]
     generate(runner, requests, output=8, chunk=50, budget=200)
@@ -52,12 +53,12 @@ def test_greedy_tokens_and_logits_agree_with_transformers(model_dir):
     for r in requests:
         expected = reference_logits(reference, r)
         assert expected.argmax(-1).tolist() == r.tokens[r.prompt_len :]
-        got = torch.stack(spy.of(r))
+        got = torch.stack(recorder.of(r))
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 128])
-def test_block_sizes(grouped, block_size):
+def test_every_block_size_agrees_with_transformers(grouped, block_size):
     runner = make_runner(grouped, block_size=block_size, blocks=100)
     blocks = count(1)
     requests = [request(p, blocks, len(p) + 6, block_size) for p in prompts(5, 200)]
@@ -95,12 +96,12 @@ def test_bf16_follows_fp32(grouped):
     for dtype in ("fp32", "bf16"):
         runner = make_runner(grouped, dtype=dtype)
         assert runner.pool_spec(1).dtype == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-        spy = Spy(runner)
+        recorder = LogitsRecorder(runner)
         r = request(prompt, count(1), 128)
         generate(runner, [r], output=1, chunk=40)
         r.tokens[-1] = 7
         generate(runner, [r], output=2)
-        logits.append(torch.stack(spy.of(r)))
+        logits.append(torch.stack(recorder.of(r)))
     assert torch.nn.functional.cosine_similarity(*logits).min() > 0.998
 
 
@@ -115,10 +116,10 @@ def test_two_threads_compute_the_same_model(grouped):
     assert outputs[0] == outputs[1]
 
 
-def test_no_step_compiles_anything(grouped):
+def test_no_step_compiles_a_kernel(grouped):
     runner = make_runner(grouped)
     model: Llama = runner._model
-    kernels = [*model._ops, *model._attention]
+    kernels: list[Any] = [*model._ops, *model._attention]
     before = [len(k.signatures) for k in kernels]
     assert before == [1] * len(kernels)
     blocks = count(1)
@@ -126,7 +127,7 @@ def test_no_step_compiles_anything(grouped):
     assert [len(k.signatures) for k in kernels] == before
 
 
-def test_dummy_weights_need_no_files_and_are_the_same_everywhere(tmp_path):
+def test_dummy_weights_need_no_files_and_are_always_the_same(tmp_path):
     path = make_tiny_llama(tmp_path, weights=False, tokenizer=False)
     outputs = []
     for _ in range(2):
@@ -143,8 +144,8 @@ def test_deterministic_refuses_bf16(grouped):
     assert make_runner(grouped, deterministic=True, dtype="auto").pool_spec(1).dtype == "float32"
 
 
-def test_a_worker_loads_torch_through_the_runner_alone():
-    """The runner tells OpenMP not to spin, which counts only if nobody has loaded torch before it."""
+def test_the_worker_module_does_not_load_torch():
+    """The runner limits OpenMP's spinning, which has an effect only if torch is not loaded yet."""
     code = "import daemon.engine.build_runner, daemon.engine.worker, sys; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"

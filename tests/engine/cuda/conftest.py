@@ -7,7 +7,7 @@ from tests.engine.cuda.host_kernels import compile_host
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    """Gives the library of host_<name>.cpp."""
+    """Return a function that compiles the library of host_<name>.cpp."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     return lambda name: compile_host(name, tmp_path_factory.mktemp("host"))

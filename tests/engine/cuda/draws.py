@@ -1,19 +1,19 @@
-"""Rows of logits and parameters to draw from, and the CPU's sampler as the judge of a device's."""
+"""Rows of logits with sampling parameters, and the CPU's sampler as the reference for device samplers."""
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from daemon.engine.cuda.sampler import SampleParams
+from daemon.engine.cuda.sampler import SamplingTensors
 from daemon.engine.request import Request
 from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
 from daemon.ipc.messages import RequestParams, SamplingParams
 
-KINDS = ["flat", "wide", "peaked", "steps", "equal", "holes", "hopeless", "infinite", "zeros", "huge", "tiny"]
+KINDS = ["flat", "wide", "peaked", "steps", "equal", "holes", "impossible", "infinite", "zeros", "huge", "tiny"]
 
 
 def make_logits(kind, size, rng):
-    """float32[size]."""
+    """Return logits of a kind, float32[size]."""
     logits = rng.normal(size=size).astype(np.float32) * np.float32(0.3 if kind == "flat" else 4)
     some = rng.random(size)
     if kind == "peaked":
@@ -26,7 +26,7 @@ def make_logits(kind, size, rng):
         logits[some < 0.5] = -np.inf
         logits[some < 0.1] = np.nan
         logits[some > 0.98] = -np.nan
-    elif kind == "hopeless":
+    elif kind == "impossible":
         logits = np.where(some < 0.5, np.float32(np.nan), np.float32(-np.inf))
     elif kind == "infinite":
         logits[some < 0.02] = np.inf
@@ -56,8 +56,8 @@ def request(sampling, position):
     return Request(0, 0, 0, RequestParams(sampling, 0.0), [0] * position, position)
 
 
-def judge(logits, samplings, positions):
-    """The CPU's tokens, for logits float32[rows, vocab]."""
+def cpu_tokens(logits, samplings, positions):
+    """Return the tokens of the CPU's sampler, for logits float32[rows, vocab]."""
     requests = [request(*pair) for pair in zip(samplings, positions, strict=True)]
     return Sampler(logits.shape[1]).sample(torch.from_numpy(logits), requests).tokens
 
@@ -72,11 +72,11 @@ def params_of(samplings, positions, device="cpu"):
         seeds.view(np.int64),
         np.array(positions, np.int32),
     ]
-    return SampleParams(*(torch.from_numpy(column).to(device) for column in columns))
+    return SamplingTensors(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def many_rows(vocab, rng, rows):
-    """Logits of all kinds with parameters of all kinds, for a plain sweep: (logits, samplings, positions)."""
+    """Return rows with logits of all kinds and parameters of all kinds: (logits, samplings, positions)."""
     logits = np.stack([make_logits(KINDS[i % len(KINDS)], vocab, rng) for i in range(rows)])
     sampling = [
         SamplingParams(

@@ -1,4 +1,4 @@
-"""A CudaRunner on the CPU: made, and made late."""
+"""A CudaRunner on the CPU, and a stream that delays its work."""
 
 from __future__ import annotations
 
@@ -14,25 +14,21 @@ import torch
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
-from daemon.models.model_config import read_model_config
+from daemon.models.loader import open_model
+from tests.engine.cpu.harness import runner_settings
 
 
-def make_cuda_runner(path: Path, *, blocks: int = 400, late: bool = False, **options: Any) -> CudaRunner:
-    """A loaded fp32 runner on the CPU with a pool of noise: whatever reads KV that was never written shows.
+def make_cuda_runner(
+    path: Path, *, blocks: int = 400, late: bool = False, decode_path: Any = "auto", gemv: Any = None, **options: Any
+) -> CudaRunner:
+    """Return a loaded fp32 runner on the CPU. Its pool is full of noise, so that a read of unwritten KV is visible.
 
-    `late`: its device does nothing before somebody waits for it.
+    `late`: its stream does no work before an event is waited for.
     """
-    defaults: dict[str, Any] = {
-        "device": "cpu",
-        "load_format": "auto",
-        "block_size": 16,
-        "max_num_seqs": 64,
-        "max_batch_tokens": 512,
-        "max_model_len": 512,
-    }
-    settings = defaults | options
-    torch.set_num_threads(1)  # tiny operations only wait for one another's threads
-    runner = CudaRunner(read_model_config(path, load_format=settings["load_format"]), **settings)
+    settings = runner_settings(**options)
+    torch.set_num_threads(1)  # more threads only slow tiny operations down
+    config = open_model(path, load_format=settings.load_format)
+    runner = CudaRunner(config, settings, device="cpu", decode_path=decode_path, gemv=gemv)
     pool = bytearray(runner.pool_spec(blocks).nbytes)
     noise = np.frombuffer(pool, np.uint8)
     noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)
@@ -43,31 +39,34 @@ def make_cuda_runner(path: Path, *, blocks: int = 400, late: bool = False, **opt
 
 
 class LateStream:
-    """Work is done at the last moment: when a mark behind it is waited for. What changes a buffer too early shows."""
+    """A stream that does its work as late as possible: when an event after it is waited for.
+
+    So a buffer that is changed too early gives wrong results.
+    """
 
     def __init__(self) -> None:
         self._work: deque[Callable[[], None]] = deque()
         self._submitted = 0
         self._done = 0
-        self._working = False
+        self._running = False
 
     def submit(self, work: Callable[[], None]) -> None:
         self._work.append(work)
         self._submitted += 1
 
-    def mark(self) -> LateMark:
-        """Work that makes a mark itself stands before whatever was submitted after it."""
-        return LateMark(self, self._done if self._working else self._submitted)
+    def record_event(self) -> LateEvent:
+        """Return an event. Work that is running and records an event comes before all work submitted after it."""
+        return LateEvent(self, self._done if self._running else self._submitted)
 
     def catch_up(self, count: int) -> None:
         while self._done < count:
             self._done += 1
-            self._working = True
+            self._running = True
             self._work.popleft()()
-            self._working = False
+            self._running = False
 
 
-class LateMark:
+class LateEvent:
     def __init__(self, stream: LateStream, count: int) -> None:
         self._stream = stream
         self._count = count
@@ -77,14 +76,14 @@ class LateMark:
 
 
 class RandomSteps:
-    """Steps over some of `running`, drawn by `rng`: decodes, and chunks of prompts beside them."""
+    """Makes steps over a random part of `running`: decodes, and chunks of prompts beside them."""
 
     def __init__(self, runner: CudaRunner, rng: Random) -> None:
         self.runner = runner
         self.rng = rng
         self.running: list[Request] = []
-        self.flying: deque[Any] = deque()
-        self.unknown = 0  # rows whose token was not known at the launch
+        self.in_flight: deque[Any] = deque()
+        self.unknown = 0  # rows with an input token that was unknown at the launch
 
     def plan(self) -> StepPlan:
         live = [r for r in self.running if self.rng.random() < 0.9]
@@ -98,23 +97,23 @@ class RandomSteps:
         return StepPlan([*decodes, *chunks], len(decodes))
 
     def launch(self, plan: StepPlan) -> None:
-        self.flying.append(self.runner.launch(plan))
+        self.in_flight.append(self.runner.launch(plan))
         for row in plan.rows:
             self.unknown += row.start == len(row.request.tokens)
             row.request.num_inflight_tokens += row.count
             row.request.num_sampling = row.sample
 
     def collect(self) -> list[Request]:
-        """The oldest step; whom it gave a token."""
-        ticket = self.flying.popleft()
-        drawn = iter(self.runner.collect(ticket).tokens)
-        given = []
+        """Collect the oldest step, and return the requests that got a token."""
+        ticket = self.in_flight.popleft()
+        tokens = iter(self.runner.collect(ticket).tokens)
+        sampled = []
         for row in ticket.plan.rows:
             r = row.request
             r.num_inflight_tokens -= row.count
             r.num_computed += row.count
             if row.sample:
-                r.tokens.append(next(drawn))
+                r.tokens.append(next(tokens))
                 r.num_sampling = r.in_flight
-                given.append(r)
-        return given
+                sampled.append(r)
+        return sampled

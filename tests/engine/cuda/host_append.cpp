@@ -1,5 +1,5 @@
-// Rotary embedding and append, the kernel's own source compiled for the CPU and called through ctypes: piece by piece,
-// from the last to the first, for on a GPU they come in any order.
+// Rotary embedding and append: the kernel's own source, compiled for the CPU and called through ctypes. Pieces run from
+// the last to the first one, because on a GPU they run in any order.
 #include "append.h"
 
 namespace {
@@ -12,5 +12,5 @@ void run(const void* description) {
 
 }  // namespace
 
-// `all`: an Append<Bf16>, or with `e4m3` an Append<uint8_t>, which are laid out alike.
+// `all`: an Append<Bf16>, or with `e4m3` an Append<uint8_t>. Both have the same layout.
 extern "C" void append(const void* all, bool e4m3) { e4m3 ? run<uint8_t>(all) : run<llumd::Bf16>(all); }

@@ -1,5 +1,5 @@
-// The draw's own sources, compiled for the CPU and called through ctypes. A team here is made of std::threads, so that
-// the row algorithm runs with the very barriers and merges it has on a GPU.
+// Sampling: the kernel's own sources, compiled for the CPU and called through ctypes. A team consists of std::threads,
+// so the row algorithm runs with the same barriers and merges as on a GPU.
 #include <barrier>
 #include <cstdlib>
 #include <cstring>
@@ -59,7 +59,7 @@ int32_t draw_row(const float* row, uint32_t vocab, const llumd::RowParams& param
   for (auto& other : others) other.join();
   for (auto* barrier : barriers) delete barrier;
   for (const int32_t token : tokens)
-    if (token != tokens[0]) std::abort();  // every thread must come to the same token
+    if (token != tokens[0]) std::abort();  // every thread must return the same token
   return tokens[0];
 }
 

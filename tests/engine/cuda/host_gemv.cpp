@@ -1,5 +1,5 @@
-// The few-row products' own source, compiled for the CPU and called through ctypes. Threads stand in for lanes, with the
-// pieces, sums and barriers they have on a GPU.
+// Small-batch products: the kernels' own source, compiled for the CPU and called through ctypes. Threads replace lanes,
+// with the same pieces, sums and barriers as on a GPU.
 #include <barrier>
 #include <thread>
 #include <vector>
@@ -14,10 +14,10 @@ struct Shape {
 
 struct Block {
   std::barrier<> barrier;
-  std::vector<float> said;  // by each thread
+  std::vector<float> values;  // of each thread
   std::vector<std::barrier<>*> warps;
 
-  explicit Block(Shape shape) : barrier(shape.warps * shape.lanes), said(shape.warps * shape.lanes) {
+  explicit Block(Shape shape) : barrier(shape.warps * shape.lanes), values(shape.warps * shape.lanes) {
     for (uint32_t w = 0; w < shape.warps; ++w) warps.push_back(new std::barrier<>(shape.lanes));
   }
   ~Block() {
@@ -41,17 +41,17 @@ class HostTeam {
   void sync() const { shared_.barrier.arrive_and_wait(); }
   void await() const {}
   llumd::Eight fetch(const llumd::Eight* at) const { return *at; }
-  void warm(const llumd::Eight* at, uint32_t count) const {
+  void prefetch(const llumd::Eight* at, uint32_t count) const {
     for (uint32_t i = 0; i < count; ++i) static_cast<void>(*reinterpret_cast<const volatile uint32_t*>(at + i));
   }
 
   float sum(float x) const {
     if (shape_.lanes == 1) return x;
     auto& warp = *shared_.warps[this->warp()];
-    shared_.said[thread_] = x;
+    shared_.values[thread_] = x;
     warp.arrive_and_wait();
     float total = 0.0f;
-    for (uint32_t lane = 0; lane < shape_.lanes; ++lane) total += shared_.said[this->warp() * shape_.lanes + lane];
+    for (uint32_t lane = 0; lane < shape_.lanes; ++lane) total += shared_.values[this->warp() * shape_.lanes + lane];
     warp.arrive_and_wait();
     return total;
   }
@@ -62,8 +62,8 @@ class HostTeam {
   uint32_t block_, thread_;
 };
 
-// One that counts what it is asked to have on its way.
-struct AskingTeam {
+// A team that counts what it is asked to prefetch.
+struct CountingTeam {
   Shape shape;
   uint32_t block_, thread_;
   const llumd::Eight* from;
@@ -74,21 +74,21 @@ struct AskingTeam {
   uint32_t warp() const { return thread_ / shape.lanes; }
   uint32_t warps() const { return shape.warps; }
   uint32_t lane() const { return thread_ % shape.lanes; }
-  void warm(const llumd::Eight* at, uint32_t count) const {
+  void prefetch(const llumd::Eight* at, uint32_t count) const {
     for (uint32_t i = 0; i < count; ++i) ++times[at + i - from];
   }
 };
 
 template <uint32_t M, class Epilogue>
 void run_block(Shape shape, uint32_t block, const llumd::Rows& rows, const llumd::Matrix& matrix,
-               const Epilogue& epilogue, const llumd::Ahead& ahead) {
+               const Epilogue& epilogue, const llumd::NextWeights& next_weights) {
   Block shared(shape);
   llumd::Scales<M> scales;
   std::memset(&scales, 0xA5, sizeof scales);  // a GPU does not clear it either
   std::vector<llumd::Eight> kept(M * rows.groups());
   const auto work = [&](uint32_t thread) {
     HostTeam team(shared, shape, block, thread);
-    llumd::multiply<M>(team, rows, matrix, epilogue, ahead, scales, kept.data());
+    llumd::multiply<M>(team, rows, matrix, epilogue, next_weights, scales, kept.data());
   };
   std::vector<std::thread> others;
   for (uint32_t i = 1; i < shape.warps * shape.lanes; ++i) others.emplace_back(work, i);
@@ -98,12 +98,12 @@ void run_block(Shape shape, uint32_t block, const llumd::Rows& rows, const llumd
 
 template <class Epilogue>
 void run(Shape shape, uint32_t count, const llumd::Rows& rows, const llumd::Matrix& matrix, const Epilogue& epilogue,
-         const llumd::Ahead& ahead = {}) {
+         const llumd::NextWeights& next_weights = {}) {
   for (uint32_t block = 0; block < shape.blocks; ++block) switch (count) {
-      case 1: run_block<1>(shape, block, rows, matrix, epilogue, ahead); break;
-      case 2: run_block<2>(shape, block, rows, matrix, epilogue, ahead); break;
-      case 3: run_block<3>(shape, block, rows, matrix, epilogue, ahead); break;
-      case 4: run_block<4>(shape, block, rows, matrix, epilogue, ahead); break;
+      case 1: run_block<1>(shape, block, rows, matrix, epilogue, next_weights); break;
+      case 2: run_block<2>(shape, block, rows, matrix, epilogue, next_weights); break;
+      case 3: run_block<3>(shape, block, rows, matrix, epilogue, next_weights); break;
+      case 4: run_block<4>(shape, block, rows, matrix, epilogue, next_weights); break;
       default: std::abort();
     }
 }
@@ -112,7 +112,7 @@ void run(Shape shape, uint32_t count, const llumd::Rows& rows, const llumd::Matr
 
 extern "C" {
 
-// The first arguments of all: the team, how many rows, the rows, the matrix.
+// The first arguments of every function: the team, the number of rows, the rows, the matrix.
 #define PRODUCT Shape shape, uint32_t count, llumd::Rows rows, llumd::Matrix matrix
 
 void add(PRODUCT, llumd::Bf16* residual, int64_t stride, uint32_t columns) {
@@ -128,25 +128,26 @@ void logits(PRODUCT, float* out, int64_t stride, uint32_t columns) {
 }
 
 void heads(PRODUCT, llumd::Bf16* q, void* keys, void* values, llumd::Pages pages, const int32_t* positions,
-           const float* angles, uint32_t heads, uint32_t kv_heads, uint32_t half, bool e4m3, llumd::Ahead ahead) {
+           const float* angles, uint32_t heads, uint32_t kv_heads, uint32_t half, bool e4m3,
+           llumd::NextWeights next_weights) {
   if (e4m3)
     run(shape, count, rows, matrix,
         llumd::Heads<uint8_t>{q, static_cast<uint8_t*>(keys), static_cast<uint8_t*>(values), pages, positions, angles,
                               heads, kv_heads, half},
-        ahead);
+        next_weights);
   else
     run(shape, count, rows, matrix,
         llumd::Heads<llumd::Bf16>{q, static_cast<llumd::Bf16*>(keys), static_cast<llumd::Bf16*>(values), pages,
                                   positions, angles, heads, kv_heads, half},
-        ahead);
+        next_weights);
 }
 
-// How often each of `ahead` is asked for, by the whole team.
-void asked_ahead(Shape shape, llumd::Ahead ahead, uint32_t* times) {
+// Counts how often the whole team prefetches each Eight of `next_weights`.
+void count_prefetches(Shape shape, llumd::NextWeights next_weights, uint32_t* times) {
   for (uint32_t block = 0; block < shape.blocks; ++block)
     for (uint32_t thread = 0; thread < shape.warps * shape.lanes; ++thread) {
-      AskingTeam team{shape, block, thread, ahead.at, times};
-      llumd::warm(team, ahead);
+      CountingTeam team{shape, block, thread, next_weights.at, times};
+      llumd::prefetch(team, next_weights);
     }
 }
 

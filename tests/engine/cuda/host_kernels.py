@@ -1,5 +1,7 @@
-"""Our kernels on the CPU, from their own sources: `Gemv` with threads for lanes, as few or many as one likes
-(host_gemv.cpp), and the append (host_append.cpp)."""
+"""Our kernels on the CPU, compiled from their own sources.
+
+The products (host_gemv.cpp) run with any number of threads in place of lanes; the append is in host_append.cpp.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,12 @@ FLAGS = (
 
 
 def sources_of(name: str) -> list[Path]:
-    """What the library of host_<name>.cpp may depend on; itself first."""
+    """Return the files that the library of host_<name>.cpp may depend on, its own source first."""
     return [HERE / f"host_{name}.cpp", *sorted(SOURCES.glob("*.h"))]
 
 
 def compile_host(name: str, folder: Path) -> Path:
-    """The library of host_<name>.cpp, made by the system's compiler. Raises CalledProcessError."""
+    """Compile the library of host_<name>.cpp by the system's compiler. Raises CalledProcessError."""
     library = folder / f"host_{name}.so"
     command = ["c++", *FLAGS, f"-I{SOURCES}", str(sources_of(name)[0]), "-o", str(library)]
     subprocess.run(command, capture_output=True, text=True, check=True)
@@ -63,7 +65,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
 
 
-class _Ahead(ctypes.Structure):
+class _NextWeights(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p), ("count", ctypes.c_uint64)]
 
 
@@ -104,8 +106,8 @@ def _pages(keys: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor) -> _
     return _Pages(_at(indices), _at(indptr), keys.shape[1], *keys.stride()[:3])
 
 
-def _ahead(tensor: torch.Tensor | None) -> _Ahead:
-    return _Ahead(_at(tensor), 0 if tensor is None else tensor.numel() // 8)
+def _next_weights(tensor: torch.Tensor | None) -> _NextWeights:
+    return _NextWeights(_at(tensor), 0 if tensor is None else tensor.numel() // 8)
 
 
 def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -113,12 +115,12 @@ def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 
 def _aligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What a GPU allocates is; what lies in a file need not be."""
+    """Return the tensor aligned to 16 bytes. GPU allocations are aligned; a tensor in a mapped file may not be."""
     return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 class HostGemv:
-    """Of bfloat16 tensors on the CPU."""
+    """`Gemv` for bfloat16 tensors on the CPU."""
 
     def __init__(self, library: Path, team: Team | None = None) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -172,7 +174,7 @@ class HostGemv:
         indptr: torch.Tensor,
         positions: torch.Tensor,
         angles: torch.Tensor,
-        num_inflight_tokens: torch.Tensor | None,
+        prefetch: torch.Tensor | None,
     ) -> None:
         self._library.heads(
             *self._product(x, norm, eps, weight, bias),
@@ -186,28 +188,27 @@ class HostGemv:
             ctypes.c_uint32(keys.shape[2]),
             ctypes.c_uint32(q.shape[2] // 2),
             ctypes.c_bool(keys.dtype == torch.float8_e4m3fn),
-            _ahead(num_inflight_tokens),
+            _next_weights(prefetch),
         )
 
-    def asked_ahead(self, num_inflight_tokens: torch.Tensor) -> list[int]:
-        """How often each group of eight of `num_inflight_tokens` is asked for when a product ends."""
-        times = torch.zeros(num_inflight_tokens.numel() // 8, dtype=torch.int32)
-        self._library.asked_ahead(self._team, _ahead(num_inflight_tokens), _at(times))
+    def count_prefetches(self, prefetch: torch.Tensor) -> list[int]:
+        """Return how often each group of eight of `prefetch` is prefetched at the end of a product."""
+        times = torch.zeros(prefetch.numel() // 8, dtype=torch.int32)
+        self._library.count_prefetches(self._team, _next_weights(prefetch), _at(times))
         return times.tolist()
 
     def _product(
         self, x: torch.Tensor, norm: torch.Tensor | None, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[Any, ...]:
-        """The arguments that all have."""
+        """Return the arguments that all products share."""
         assert x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous() and x.stride(1) == 1
-        self._held = _aligned(norm), _aligned(weight)
-        norm, weight = self._held
+        norm, weight = self._kept_alive = _aligned(norm), _aligned(weight)
         rows = _Rows(_at(x), x.stride(0), x.shape[1], _at(norm), eps)
         return self._team, ctypes.c_uint32(len(x)), rows, _Matrix(_at(weight), _at(bias))
 
 
 class HostAppend:
-    """`append.cu`'s function, of bfloat16 tensors on the CPU."""
+    """The function of `append.cu`, for bfloat16 tensors on the CPU."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -226,7 +227,7 @@ class HostAppend:
         angles: torch.Tensor,
     ) -> None:
         tokens = [_Tokens(_at(x), x.stride(0)) for x in (q, k, v)]
-        everything = _Append(
+        description = _Append(
             *tokens,
             _at(keys),
             _at(values),
@@ -239,4 +240,4 @@ class HostAppend:
             k.shape[1],
             q.shape[2] // 2,
         )
-        self._library.append(ctypes.byref(everything), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
+        self._library.append(ctypes.byref(description), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))

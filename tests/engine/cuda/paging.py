@@ -1,4 +1,4 @@
-"""Tokens of some sequences, pages for them, and fused products to append: what an append kernel is called with."""
+"""Arguments of an append kernel: tokens of some sequences, their pages, and fused products to append."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from daemon.engine.cuda.attention import Heads
+from daemon.engine.cuda.attention import HeadShape
 from daemon.engine.rope import rope_tables
 from tests.gpu.parts import model_config_of
 
-BEFORE = 150  # at most so many tokens are there already
+BEFORE = 150  # at most so many tokens are already in the pages
 LONGEST = 1200
 
 
 class Paged:
-    """`counts`: tokens of each sequence, behind some that `rng` draws. Everything is on `device`."""
+    """`counts`: tokens of each sequence, after a random number of earlier ones. All tensors are on `device`."""
 
-    def __init__(self, shape: Heads, counts: list[int], rng: np.random.Generator, device: str = "cpu") -> None:
+    def __init__(self, shape: HeadShape, counts: list[int], rng: np.random.Generator, device: str = "cpu") -> None:
         self.shape = shape
         starts = [int(rng.integers(0, BEFORE)) for _ in counts]
         pages = [-(-(start + count) // shape.block_size) for start, count in zip(starts, counts, strict=True)]
@@ -41,13 +41,13 @@ class Paged:
         self.fused = fused.to(device=device, dtype=torch.bfloat16)
 
     def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slices of one product, as a model has them: a new one each time."""
+        """Return slices of one fused product, as a model passes them. Each call returns a new copy."""
         heads = self.fused.clone().unflatten(1, (-1, self.shape.head_dim))
         q, k, v = heads.split([self.shape.heads, self.shape.kv_heads, self.shape.kv_heads], 1)
         return q, k, v
 
     def pages(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one of three layers, all zeros."""
+        """Return keys and values of one of three layers, all zeros."""
         _, kv_heads, head_dim, block_size = self.shape
         shape = (self.blocks, 3, 2, block_size, kv_heads, head_dim)
         pool = torch.zeros(shape, dtype=torch.bfloat16, device=self.fused.device).to(dtype)

@@ -1,4 +1,4 @@
-"""Rotary embedding and append, the kernel's own source on the CPU, against torch: equal to the last bit."""
+"""Rotary embedding and append by the kernel's own source on the CPU: equal to torch to the last bit."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.cuda.attention import Heads
+from daemon.engine.cuda.attention import HeadShape
 from daemon.engine.cuda.ops import TorchOps
 from tests.engine.cuda.host_kernels import HostAppend
 from tests.engine.cuda.paging import Paged
 
 shapes = st.builds(
-    lambda group, *rest: Heads(group * rest[0], *rest),
+    lambda group, *rest: HeadShape(group * rest[0], *rest),
     st.integers(1, 4),
     st.integers(1, 3),
     st.sampled_from([16, 64, 128]),
@@ -32,7 +32,7 @@ def host(host_library):
     dtype=st.sampled_from([torch.bfloat16, torch.float8_e4m3fn]),
     seed=st.integers(0, 2**31),
 )
-def test_it_is_what_torch_does(host, shape, counts, dtype, seed):
+def test_rotation_and_append_equal_torch(host, shape, counts, dtype, seed):
     paged = Paged(shape, counts, np.random.default_rng(seed))
     ours, theirs = (paged.pages(dtype) for _ in range(2))
     (q, k, v), expected = paged.qkv(), paged.qkv()
@@ -43,5 +43,5 @@ def test_it_is_what_torch_does(host, shape, counts, dtype, seed):
     for mine, expected_pages in zip(ours, theirs, strict=True):
         assert torch.equal(mine.view(torch.uint8), expected_pages.view(torch.uint8))
     stored = sum(counts) * shape.kv_heads * shape.head_dim
-    assert int((ours[0].float() != 0).sum()) > 0.9 * stored  # e4m3 has zeros of its own
-    assert torch.equal(paged.fused.unflatten(1, (-1, shape.head_dim))[:, -shape.kv_heads :], v)  # as they were
+    assert int((ours[0].float() != 0).sum()) > 0.9 * stored  # small values round to zero in e4m3
+    assert torch.equal(paged.fused.unflatten(1, (-1, shape.head_dim))[:, -shape.kv_heads :], v)  # unchanged

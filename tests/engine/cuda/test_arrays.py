@@ -1,18 +1,18 @@
-"""The arrays of a step against a slow, obvious account of the same step."""
+"""The arrays of a step against a slow and simple computation of the same arrays."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.cuda.arrays import DrawParams, Inputs, Size, StepArrays, input_fields
+from daemon.engine.cuda.arrays import Inputs, Size, SlotSampling, StepArrays, input_fields
 from daemon.engine.cuda.slots import DUMMY
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
 from daemon.ipc.messages import RequestParams, SamplingParams
 
 SLOTS, MAX_LEN, ROWS, TOKENS = 24, 200, 12, 400
-GREEDY = DrawParams(0.0, -np.inf, 0, 1.0, 0)
+GREEDY = SlotSampling(0.0, -np.inf, 0, 1.0, 0)
 
 
 def make_request(tokens, table, sampling=None, rid=0):
@@ -26,8 +26,8 @@ def buffers(block_size):
     return Inputs(*(np.full(length, -77, dtype) for _, dtype, length in fields))
 
 
-def obvious(rows, slots, block_size, draws):
-    """What the arrays must hold, row by row, token by token."""
+def expected_arrays(rows, slots, block_size, draws):
+    """Return the expected arrays, computed row by row and token by token."""
     out = {name: [] for name in Inputs._fields}
     out["qo_indptr"], out["kv_indptr"] = [0], [0]
     for i, ((request, start, count, sample, _), slot) in enumerate(zip(rows, slots, strict=True)):
@@ -45,9 +45,9 @@ def obvious(rows, slots, block_size, draws):
         out["last_page_len"].append(length - (len(pages) - 1) * block_size)
         if sample:
             draw = draws[slot]
-            out["ends"].append(len(out["tokens"]) - 1)
-            out["drawn_slots"].append(slot)
-            out["draw_position"].append(length)
+            out["logits_indices"].append(len(out["tokens"]) - 1)
+            out["sampled_slots"].append(slot)
+            out["sample_position"].append(length)
             for name, value in zip(draw._fields, draw, strict=True):
                 out[name].append(value)
     return out
@@ -69,7 +69,7 @@ def histories(draw):
 @settings(max_examples=60, deadline=None)
 @given(histories())
 def test_steps_of_growing_moving_and_replaced_requests(history):
-    """Block tables grow, are replaced by other lists, requests change slots; decodes and chunks alternate."""
+    """Block tables grow or are replaced by other lists, requests change slots, decodes and chunks alternate."""
     block_size, lengths, seed = history
     rng = np.random.default_rng(seed)
     arrays = StepArrays(SLOTS, MAX_LEN, block_size)
@@ -81,22 +81,22 @@ def test_steps_of_growing_moving_and_replaced_requests(history):
     free = list(rng.permutation(np.arange(1, SLOTS + 1)).tolist())
     slot_of, draws = {}, {DUMMY: GREEDY}
 
-    def adopt(request):
+    def assign_slot(request):
         slot = free.pop(0)
-        draws[slot] = DrawParams(
+        draws[slot] = SlotSampling(
             float(np.float32(rng.random())),
             float(np.float32(-rng.random())),
             int(rng.integers(0, 50)),
             float(rng.random()),
             int(rng.integers(-(2**63), 2**63)),
         )
-        arrays.adopt(slot, request, draws[slot])
+        arrays.assign_slot(slot, request, draws[slot])
         if request.rid in slot_of:
             free.append(slot_of[request.rid])
         slot_of[request.rid] = slot
 
     for request in requests:
-        adopt(request)
+        assign_slot(request)
     inputs = buffers(block_size)
     dummy = make_request([0], [0])
     for _ in range(6):
@@ -105,7 +105,7 @@ def test_steps_of_growing_moving_and_replaced_requests(history):
             if what == 0:
                 request.block_table = blocks(len(request.tokens), spare=int(rng.integers(0, 3)))
             elif what == 1:
-                adopt(request)
+                assign_slot(request)
             for _ in range(int(rng.integers(0, 12))):
                 request.tokens.append(int(rng.integers(0, 500)))
                 if len(request.tokens) > len(request.block_table) * block_size:
@@ -118,28 +118,28 @@ def test_steps_of_growing_moving_and_replaced_requests(history):
             padding = bucket - len(rows)
             size = arrays.decodes(rows, slots, bucket, inputs)
             padded = rows + [Row(dummy, 0, 1, True)] * padding
-            agree(inputs, size, obvious(padded, slots + [DUMMY] * padding, block_size, draws))
+            agree(inputs, size, expected_arrays(padded, slots + [DUMMY] * padding, block_size, draws))
         starts = [int(rng.integers(0, len(r.tokens))) for r in chosen]
         counts = [int(rng.integers(1, min(30, len(r.tokens) - s) + 1)) for r, s in zip(chosen, starts, strict=True)]
         chunks = [Row(r, s, n, s + n == len(r.tokens)) for r, s, n in zip(chosen, starts, counts, strict=True)]
         if chunks:
             size = arrays.chunks(chunks, slots, inputs)
-            agree(inputs, size, obvious(chunks, slots, block_size, draws))
+            agree(inputs, size, expected_arrays(chunks, slots, block_size, draws))
 
 
-def test_a_row_without_room_is_refused():
+def test_a_row_that_does_not_fit_is_rejected():
     arrays, inputs = StepArrays(SLOTS, MAX_LEN, 16), buffers(16)
     request = make_request(list(range(20)), [3])
-    arrays.adopt(1, request, GREEDY)
+    arrays.assign_slot(1, request, GREEDY)
     with pytest.raises(ValueError, match="no room for 20"):
         arrays.decodes([Row(request, 19, 1, True)], [1], 1, inputs)
     request = make_request(list(range(300)), list(range(1, 30)))
-    arrays.adopt(2, request, GREEDY)
+    arrays.assign_slot(2, request, GREEDY)
     with pytest.raises(ValueError, match="limit of 200"):
         arrays.chunks([Row(request, 0, 210, False)], [2], inputs)
 
 
-def test_a_decode_of_two_tokens_is_refused():
+def test_a_decode_of_two_tokens_is_rejected():
     request = make_request([1, 2], [3])
     with pytest.raises(ValueError, match="one token"):
         StepArrays(SLOTS, MAX_LEN, 16).decodes([Row(request, 0, 2, True)], [1], 1, buffers(16))
@@ -157,32 +157,32 @@ def test_a_decode_of_two_tokens_is_refused():
         ({"top_p": 0.5, "top_k": 3}, False),
     ],
 )
-def test_whose_draw_it_is(change, hosted):
+def test_rows_with_penalties_bias_or_logprobs_are_sampled_on_the_host(change, hosted):
     arrays = StepArrays(SLOTS, MAX_LEN, 16)
     request = make_request([1, 2, 3], [5], SamplingParams(max_tokens=5, seed=0, **change))
-    arrays.adopt(4, request, GREEDY)
-    assert arrays.on_host([Row(request, 2, 1, True)], [4]) == ([0] if hosted else [])
-    assert arrays.on_host([Row(request, 0, 2, False)], [4]) == []
+    arrays.assign_slot(4, request, GREEDY)
+    assert arrays.host_rows([Row(request, 2, 1, True)], [4]) == ([0] if hosted else [])
+    assert arrays.host_rows([Row(request, 0, 2, False)], [4]) == []
 
 
-def test_min_tokens_are_the_hosts_until_they_are_there():
+def test_the_host_samples_until_min_tokens_are_reached():
     arrays = StepArrays(SLOTS, MAX_LEN, 16)
     request = make_request([1, 2, 3], [5], SamplingParams(max_tokens=9, seed=0, min_tokens=2))
-    arrays.adopt(4, request, GREEDY)
-    assert [arrays.on_host([Row(request, n - 1, 1, True)], [4]) for n in (3, 4, 5)] == [[0], [0], []]
+    arrays.assign_slot(4, request, GREEDY)
+    assert [arrays.host_rows([Row(request, n - 1, 1, True)], [4]) for n in (3, 4, 5)] == [[0], [0], []]
 
 
-def test_an_unknown_token_must_have_been_drawn_on_the_device_at_its_position():
+def test_an_unknown_token_must_have_been_sampled_on_the_device_at_its_position():
     arrays, inputs = StepArrays(SLOTS, MAX_LEN, 16), buffers(16)
     request = make_request([1, 2, 3], [5])
-    arrays.adopt(4, request, GREEDY)
+    arrays.assign_slot(4, request, GREEDY)
     size = arrays.decodes([Row(request, 3, 1, True)], [4], 1, inputs)
     with pytest.raises(ValueError, match=r"positions \[3\]"):
         arrays.check_unknown(inputs, size)
     before = buffers(16)
-    num_sampling = arrays.decodes([Row(request, 2, 1, True)], [4], 1, before)
-    arrays.note_drawn(before, num_sampling)
+    size_before = arrays.decodes([Row(request, 2, 1, True)], [4], 1, before)
+    arrays.note_sampled(before, size_before)
     arrays.check_unknown(inputs, size)
-    arrays.note_hosted([4])
+    arrays.note_host_sampled([4])
     with pytest.raises(ValueError, match="collect"):
         arrays.check_unknown(inputs, size)

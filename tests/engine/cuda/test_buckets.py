@@ -1,4 +1,4 @@
-"""Graph batch sizes, and the pool beside the model."""
+"""Batch sizes of graphs, and the size of the KV pool."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from daemon.models.model_config import ModelError
 
 
 @given(st.integers(1, 1500))
-def test_every_batch_finds_the_least_bucket_that_holds_it(largest):
+def test_every_batch_gets_the_smallest_bucket_that_holds_it(largest):
     buckets = graph_buckets(largest)
     assert list(buckets) == sorted(set(buckets)) and buckets[-1] == largest
     for rows in range(1, largest + 1):
@@ -18,18 +18,18 @@ def test_every_batch_finds_the_least_bucket_that_holds_it(largest):
     assert widest_gap(buckets) == max(choose_bucket(buckets, rows) - rows for rows in range(1, largest + 1))
 
 
-def test_256_rows_take_few_graphs_and_little_padding():
+def test_256_rows_need_few_graphs_and_little_padding():
     assert len(graph_buckets(256)) <= 40
     assert widest_gap(graph_buckets(256)) == 15
 
 
 @pytest.mark.parametrize("rows", [0, 9])
-def test_no_bucket(rows):
+def test_a_batch_without_a_bucket_is_rejected(rows):
     with pytest.raises(ValueError, match="bucket"):
         choose_bucket(graph_buckets(8), rows)
 
 
-def test_no_graph_of_nothing():
+def test_a_batch_of_no_rows_has_no_graphs():
     with pytest.raises(ValueError):
         graph_buckets(0)
 
@@ -38,7 +38,7 @@ BYTES = st.integers(0, 10**5)
 
 
 @given(st.integers(0, 10**6), BYTES, BYTES, BYTES, st.integers(1, 5000))
-def test_the_pool_takes_what_is_left_and_no_more(free, weights, peak, reserve, block):
+def test_the_pool_takes_exactly_the_memory_that_is_left(free, weights, peak, reserve, block):
     try:
         blocks = pool_blocks(free, weights=weights, activation_peak=peak, reserve=reserve, block_bytes=block)
     except ModelError:
@@ -48,7 +48,7 @@ def test_the_pool_takes_what_is_left_and_no_more(free, weights, peak, reserve, b
         assert 0 <= free - weights - peak - reserve - blocks * block < block
 
 
-def test_an_h200_holds_the_tokens_of_an_8b():
+def test_an_h200_holds_820000_tokens_of_an_8b_model():
     gb = 10**9
     blocks = pool_blocks(127 * gb, weights=16 * gb, activation_peak=1 * gb, reserve=2 * gb, block_bytes=2 << 20)
     assert blocks * 16 == pytest.approx(820_000, rel=0.01)

@@ -1,4 +1,4 @@
-"""Our own kernels, compiled as for a GPU: without a warning, in the registers there are, rounding as they must."""
+"""Our own kernels compiled for a GPU: no warnings, no register spills, and the required rounding."""
 
 import re
 import shutil
@@ -7,15 +7,15 @@ import subprocess
 import pytest
 
 from daemon.engine.cuda import kernels
-from daemon.engine.cuda.small_batch import MOST_ROWS
+from daemon.engine.cuda.small_batch import MAX_ROWS
 
 FLAGS = {"sampler": kernels.SAMPLER_NVCC_FLAGS, "append": kernels.APPEND_NVCC_FLAGS, "gemv": kernels.GEMV_NVCC_FLAGS}
-VARIANTS = {"sampler": 1, "append": 2, "gemv": 5 * MOST_ROWS}  # gemv: add, gate, logits, and heads in two formats
+VARIANTS = {"sampler": 1, "append": 2, "gemv": 5 * MAX_ROWS}  # gemv: add, gate, logits, and heads in two formats
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What nvcc says of each, and its PTX. They are compiled at the same time."""
+    """The output of nvcc and the PTX of each kernel. They are compiled in parallel."""
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
@@ -51,29 +51,29 @@ def compiled(tmp_path_factory):
         )
         for name, folder in folders.items()
     }
-    said = {name: process.communicate()[0] for name, process in running.items()}
+    output = {name: process.communicate()[0] for name, process in running.items()}
     for name, process in running.items():
-        assert process.returncode == 0, said[name]
-    return {name: (said[name], (folder / f"{name}.ptx").read_text()) for name, folder in folders.items()}
+        assert process.returncode == 0, output[name]
+    return {name: (output[name], (folder / f"{name}.ptx").read_text()) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_registers_do(compiled, name):
-    said, _ = compiled[name]
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+def test_kernels_do_not_spill_registers(compiled, name):
+    output, _ = compiled[name]
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", output)]
     assert len(spilled) == VARIANTS[name]
     assert max(spilled) <= (4 if name == "sampler" else 0)
 
 
 @pytest.mark.parametrize("name", ["sampler", "append"])
-def test_what_must_be_exact_fuses_nothing(compiled, name):
+def test_exact_kernels_have_no_fused_multiply_add(compiled, name):
     _, ptx = compiled[name]
-    assert "mul.rn.f32" in ptx  # rounded by itself
+    assert "mul.rn.f32" in ptx  # rounded separately
     assert "fma." not in ptx
     assert ".ftz" not in ptx
 
 
-def test_products_fuse_and_read_past_the_cache(compiled):
+def test_products_use_fused_multiply_add_and_bypass_l1(compiled):
     _, ptx = compiled["gemv"]
     assert "fma.rn.f32" in ptx
     assert "ld.global.nc.L1::no_allocate.v4.u32" in ptx

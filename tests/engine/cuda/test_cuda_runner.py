@@ -1,4 +1,5 @@
-"""The CUDA engine's path on the CPU: the tokens of Transformers and the CPU engine, in whatever order of steps."""
+"""The CUDA engine's runner on the CPU: it gives the tokens of Transformers and of the CPU engine, for any order of
+steps."""
 
 import random
 from collections import deque
@@ -16,13 +17,15 @@ from daemon.engine.runner import NO_TOKEN, Row, StepPlan
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import Finish, RequestParams, SamplingParams
 from daemon.kvpool.block_manager import BlockManager
-from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.loader import open_model
+from daemon.models.model_config import ModelError
 from tests.engine.cpu.harness import (
     generate,
     is_greedy,
     make_runner,
     reference_logits,
     request,
+    runner_settings,
     step,
     transformers_model,
 )
@@ -45,7 +48,7 @@ def reference(model_dir):
     return transformers_model(model_dir)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["prompt", "late"])
+@pytest.fixture(scope="module", params=[False, True], ids=["immediate", "late"])
 def runner(request, model_dir):
     return make_cuda_runner(model_dir, late=request.param, max_num_seqs=24, max_batch_tokens=128)
 
@@ -75,7 +78,7 @@ def test_block_sizes(model_dir, reference, block_size):
 
 
 def scheduled(runner, requests, num_blocks, budget=96):
-    """Run `requests` through a real scheduler whose pool is too small for all."""
+    """Run `requests` through a real scheduler. The pool is too small for all of them."""
     blocks = BlockManager(num_blocks, 16)
     scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=())
     for r in requests:
@@ -128,7 +131,7 @@ def test_sampled_requests_agree_with_the_cpu_engine(runner, model_dir, sampling)
 
 
 def test_rows_of_all_kinds_in_one_step_get_their_own_tokens_and_logprobs(runner, model_dir):
-    """Greedy, drawn and adjusted rows, decodes and chunks, mixed: each as if alone."""
+    """Greedy rows, sampled rows and rows with penalties or logprobs, decodes and chunks: each row is independent."""
     kinds = [{"temperature": 0.0}, {}, {"logprobs": 2}, {"presence_penalty": 1.0}, {"top_k": 5, "logprobs": 0}]
     results = []
     for engine in (runner, make_runner(model_dir)):
@@ -156,10 +159,10 @@ def test_rows_of_all_kinds_in_one_step_get_their_own_tokens_and_logprobs(runner,
 
 
 class Overlap(RandomSteps):
-    """Drives a runner by hand with the next step launched before the last is collected.
+    """Drives a runner by hand: the next step is launched before the last one is collected.
 
-    Requests come at random times, their prompts in random chunks. A request decodes on while its last token is
-    known to the device alone, and takes one step too many, as one that ends by a stop token does.
+    Requests arrive at random times, and their prompts are split into random chunks. A request continues to decode
+    while only the device knows its last token. It takes one step too many, like a request that ends by a stop token.
     """
 
     def __init__(self, runner, requests, output, rng):
@@ -167,16 +170,16 @@ class Overlap(RandomSteps):
         self.waiting, self.output = deque(requests), output
 
     def run(self):
-        while self.waiting or self.running or self.flying:
+        while self.waiting or self.running or self.in_flight:
             while self.waiting and len(self.running) < 20 and self.rng.random() < 0.6:
                 self.running.append(self.waiting.popleft())
             plan = self.plan()
             if plan.rows:
                 self.launch(plan)
-            if self.flying and (len(self.flying) == 2 or not plan.rows or self.rng.random() < 0.2):
-                self.take()
+            if self.in_flight and (len(self.in_flight) == 2 or not plan.rows or self.rng.random() < 0.2):
+                self.collect_one()
 
-    def take(self):
+    def collect_one(self):
         for r in self.collect():
             if r.num_output >= self.output and r in self.running:
                 self.running.remove(r)
@@ -198,7 +201,7 @@ def overlapping(draws, blocks):
 
 @pytest.fixture(scope="module")
 def one_by_one(model_dir):
-    """The tokens of each request computed in steps that do not overlap, by way of drawing."""
+    """The tokens of each request, computed in steps that do not overlap; by sampling kind."""
     plain, outputs = make_runner(model_dir), {}
     for draws in DRAWS:
         requests = overlapping(draws, count(1))
@@ -219,12 +222,12 @@ def test_overlapped_steps_give_the_tokens_of_steps_one_by_one(runner, one_by_one
 
 
 def test_overlapped_steps_of_a_scheduler_agree_with_transformers(runner, reference):
-    """The real scheduler and the real pipeline, with a pool too small for all."""
+    """The real scheduler and the real pipeline. The pool is too small for all requests."""
     blocks = BlockManager(40, 16)
     scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=96, max_model_len=512, eos_token_ids=())
     requests = batch(random.Random(11), 30, 30, temperature=0.0)
     for r in requests[::7]:
-        logprobs = replace(r.sampling, logprobs=1)  # its steps are the host's to end
+        logprobs = replace(r.sampling, logprobs=1)  # its tokens are sampled on the host
         r.params = replace(r.params, sampling=logprobs)
     for r in requests:
         scheduler.add(r)
@@ -248,8 +251,8 @@ def test_overlapped_steps_of_a_scheduler_agree_with_transformers(runner, referen
         assert is_greedy(reference, r)
 
 
-def test_a_slot_passes_on_only_when_no_step_uses_it(runner):
-    """Twice as many requests as slots take turns, and the next come while tokens of the last wait on the device."""
+def test_a_slot_is_reused_only_when_no_step_in_flight_uses_it(runner):
+    """Twice as many requests as slots. New requests start while tokens of the previous ones are on the device."""
     rng, blocks = random.Random(9), count(1)
     groups = [[request(tokens(rng, 4), blocks, 16) for _ in range(24)] for _ in range(4)]
     prompts = [list(r.tokens) for group in groups for r in group]
@@ -272,7 +275,7 @@ def append(runner, ticket, group):
         r.tokens.append(token)
 
 
-def test_what_may_not_overlap_is_refused(runner):
+def test_steps_that_may_not_overlap_are_rejected(runner):
     blocks = count(1)
     a, b, c = (request([5, 6, 7], blocks, 16) for _ in range(3))
     adjusted = Request(
@@ -285,20 +288,20 @@ def test_what_may_not_overlap_is_refused(runner):
         block_table=[next(blocks)],
     )
     plan = StepPlan([Row(a, 0, 3, True)], 0)
-    assert not runner.stands_alone(plan)
+    assert not runner.blocks_overlap(plan)
     first = runner.launch(plan)
     second = runner.launch(StepPlan([Row(b, 0, 3, True)], 0))
     with pytest.raises(ValueError, match="in flight"):
         runner.launch(StepPlan([Row(c, 0, 3, True)], 0))
     with pytest.raises(ValueError, match="order"):
         runner.collect(second)
-    assert not runner.stands_alone(plan)
+    assert not runner.blocks_overlap(plan)
     runner.collect(first)
     runner.collect(second)
     plan = StepPlan([Row(adjusted, 0, 2, True)], 0)
-    assert runner.stands_alone(plan)
+    assert runner.blocks_overlap(plan)
     third = runner.launch(plan)
-    assert runner.stands_alone(plan)
+    assert runner.blocks_overlap(plan)
     with pytest.raises(ValueError, match="host"):
         runner.launch(StepPlan([Row(c, 0, 3, True)], 0))
     runner.collect(third)
@@ -308,21 +311,21 @@ def test_what_may_not_overlap_is_refused(runner):
     runner.execute(StepPlan([Row(c, 0, 4, True)], 0))
 
 
-def test_a_refused_step_leaves_the_one_in_flight_alone(runner, reference):
+def test_a_rejected_step_does_not_change_the_step_in_flight(runner, reference):
     blocks = count(1)
-    a, b, lost = (request(tokens(random.Random(i), 9), blocks, 16) for i in range(3))
-    lost.block_table = []
+    a, b, unallocated = (request(tokens(random.Random(i), 9), blocks, 16) for i in range(3))
+    unallocated.block_table = []
     first = runner.launch(StepPlan([Row(a, 0, 9, True)], 0))
     for _ in range(3):
         with pytest.raises(ValueError, match="no room"):
-            runner.launch(StepPlan([Row(b, 8, 1, True), Row(lost, 0, 9, True)], 1))
+            runner.launch(StepPlan([Row(b, 8, 1, True), Row(unallocated, 0, 9, True)], 1))
     second = runner.launch(StepPlan([Row(b, 0, 9, True)], 0))
     for r, ticket in ((a, first), (b, second)):
         r.tokens += runner.collect(ticket).tokens
         assert is_greedy(reference, r)
 
 
-def test_more_than_the_engine_was_made_for_is_refused(runner):
+def test_a_step_above_the_limits_is_rejected(runner):
     blocks = count(1)
     many = [request([5], blocks, 16) for _ in range(25)]
     with pytest.raises(ValueError, match="max_num_seqs"):
@@ -333,19 +336,19 @@ def test_more_than_the_engine_was_made_for_is_refused(runner):
 
 @pytest.fixture
 def cramped(runner, monkeypatch):
-    """A runner whose device has no memory for chunks of more than 40 tokens together."""
-    compute = runner._passes._model.logits
+    """A runner on a device with memory for chunks of at most 40 tokens in total."""
+    compute = runner._forward._model.logits
 
-    def limited(inputs, last_token, out, *, decode, way):
+    def limited(inputs, last_token, out, *, decode, decode_path):
         if not decode and len(inputs.tokens) > 40:
             raise torch.OutOfMemoryError("no memory")
-        compute(inputs, last_token, out, decode=decode, way=way)
+        compute(inputs, last_token, out, decode=decode, decode_path=decode_path)
 
-    monkeypatch.setattr(runner._passes._model, "logits", limited)
+    monkeypatch.setattr(runner._forward._model, "logits", limited)
     return runner
 
 
-def test_out_of_memory_costs_the_largest_chunk_and_nobody_else(cramped, reference):
+def test_out_of_memory_drops_only_the_largest_chunk(cramped, reference):
     rng, blocks = random.Random(6), count(1)
     decoding = request(tokens(rng, 10), blocks, 64)
     generate(cramped, [decoding], 2)
@@ -363,7 +366,7 @@ def test_out_of_memory_costs_the_largest_chunk_and_nobody_else(cramped, referenc
     assert is_greedy(reference, decoding)
 
 
-def test_a_shed_request_ends_and_its_blocks_are_not_found_by_others(cramped, reference):
+def test_a_dropped_request_ends_and_its_blocks_are_no_prefix_of_others(cramped, reference):
     blocks = BlockManager(40, 16)
     scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=60, max_model_len=512, eos_token_ids=())
     prompt = tokens(random.Random(7), 100)
@@ -382,38 +385,38 @@ def test_a_shed_request_ends_and_its_blocks_are_not_found_by_others(cramped, ref
     assert is_greedy(reference, twin)
 
 
-def test_e4m3_kv_follows_fp32(model_dir, reference):
+def test_e4m3_kv_is_close_to_fp32(model_dir, reference):
     runner = make_cuda_runner(model_dir, kv_dtype="fp8")
     assert (runner.pool_spec(1).dtype, runner.pool_spec(1).item_bytes) == ("float8_e4m3fn", 1)
     r = request(tokens(random.Random(8), 90), count(1), 128)
     step(runner, [], [(r, 50)])
     step(runner, [], [(r, 40)])
-    logits = [runner._passes.logits[0].clone()]
+    logits = [runner._forward.logits[0].clone()]
     for _ in range(4):
         step(runner, [r])
-        logits.append(runner._passes.logits[0].clone())
+        logits.append(runner._forward.logits[0].clone())
     close = torch.nn.functional.cosine_similarity(torch.stack(logits), reference_logits(reference, r))
     assert close.min() > 0.99
-    assert close.max() < 0.9999999  # it did round
+    assert close.max() < 0.9999999  # the KV was rounded
 
 
-def test_large_keys_are_cut_off_in_e4m3_and_no_nan_arises():
-    from daemon.engine.cuda.ops import pool_entries
+def test_large_keys_are_clamped_to_e4m3_without_nan():
+    from daemon.engine.cuda.ops import to_pool_dtype
 
-    kept = pool_entries(torch.tensor([1000.0, -1e30, 3.0, 448.0]), torch.float8_e4m3fn).float()
+    kept = to_pool_dtype(torch.tensor([1000.0, -1e30, 3.0, 448.0]), torch.float8_e4m3fn).float()
     assert kept.tolist() == [448.0, -448.0, 3.0, 448.0]
 
 
-def test_bf16_follows_fp32(model_dir, reference):
+def test_bf16_is_close_to_fp32(model_dir, reference):
     runner = make_cuda_runner(model_dir, dtype="bf16")
     assert runner.pool_spec(1).dtype == "bfloat16"
     r = request(tokens(random.Random(10), 60), count(1), 128)
     step(runner, [], [(r, 60)])
-    got = runner._passes.logits[:1].clone()
+    got = runner._forward.logits[:1].clone()
     assert torch.nn.functional.cosine_similarity(got, reference_logits(reference, r)).min() > 0.998
 
 
-def test_dummy_weights_are_the_cpu_engines(tmp_path):
+def test_dummy_weights_equal_those_of_the_cpu_engine(tmp_path):
     path = make_tiny_llama(tmp_path, weights=False, tokenizer=False)
     outputs = []
     for engine in (make_cuda_runner(path, load_format="dummy"), make_runner(path, load_format="dummy")):
@@ -423,17 +426,11 @@ def test_dummy_weights_are_the_cpu_engines(tmp_path):
     assert outputs[0] == outputs[1]
 
 
-def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
-    config = read_model_config(model_dir)
-    options = {
-        "device": "cpu",
-        "load_format": "auto",
-        "block_size": 16,
-        "max_num_seqs": 8,
-        "max_batch_tokens": 64,
-        "max_model_len": 128,
-    }
-    runner = CudaRunner(config, **options, kv_memory=10 * CudaRunner(config, **options).pool_spec(1).block_bytes + 5)
+def test_the_pool_is_one_allocation_of_complete_blocks(model_dir):
+    config = open_model(model_dir)
+    settings = runner_settings(max_num_seqs=8, max_batch_tokens=64, max_model_len=128)
+    block_bytes = CudaRunner(config, settings, device="cpu").pool_spec(1).block_bytes
+    runner = CudaRunner(config, replace(settings, kv_memory=10 * block_bytes + 5), device="cpu")
     runner.load()
     assert runner.num_blocks == 10
     memory = runner.pool_memory
@@ -447,36 +444,19 @@ def test_the_pool_is_one_piece_of_whole_blocks(model_dir):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("device", "options", "reason"),
     [
-        ({"device": "cuda:0", "dtype": "fp32"}, "bf16"),
-        ({"device": "cuda:0", "deterministic": True}, "deterministic"),
-        ({"device": "cpu", "kv_dtype": "fp4"}, "kv_dtype"),
+        ("cuda:0", {"dtype": "fp32"}, "bf16"),
+        ("cuda:0", {"deterministic": True}, "deterministic"),
+        ("cpu", {"kv_dtype": "fp4"}, "kv_dtype"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(model_dir, options, reason):
+def test_settings_that_cannot_work_are_rejected_at_once(model_dir, device, options, reason):
     with pytest.raises(ModelError, match=reason):
-        CudaRunner(
-            read_model_config(model_dir),
-            load_format="auto",
-            block_size=16,
-            max_num_seqs=8,
-            max_batch_tokens=64,
-            max_model_len=128,
-            **options,
-        )
+        CudaRunner(open_model(model_dir), runner_settings(**options), device=device)
 
 
-def test_a_pool_of_no_block_is_refused(model_dir):
-    runner = CudaRunner(
-        read_model_config(model_dir),
-        device="cpu",
-        load_format="auto",
-        block_size=16,
-        max_num_seqs=8,
-        max_batch_tokens=64,
-        max_model_len=128,
-        kv_memory=100,
-    )
+def test_a_pool_without_a_block_is_rejected(model_dir):
+    runner = CudaRunner(open_model(model_dir), runner_settings(kv_memory=100), device="cpu")
     with pytest.raises(ModelError, match="kv_memory"):
         runner.load()

@@ -1,22 +1,25 @@
-"""Our own calls into FlashInfer's modules against those that its wrappers make. Nothing is computed: no GPU."""
+"""Our direct calls of FlashInfer's modules, compared with the calls of its wrappers.
+
+Nothing is computed, without a GPU.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-from daemon.engine.cuda.arrays import DrawParams, Inputs, Size, StepArrays, input_fields
-from daemon.engine.cuda.attention import FlashInferAttention, Heads
+from daemon.engine.cuda.arrays import Inputs, Size, SlotSampling, StepArrays, input_fields
+from daemon.engine.cuda.attention import FlashInferAttention, HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
 from tests.engine.cuda.test_arrays import make_request
 
 flashinfer = pytest.importorskip("flashinfer")
-SHAPE = Heads(8, 2, 64, 16)
+SHAPE = HeadShape(8, 2, 64, 16)
 BF16 = torch.bfloat16
 
 
 class Module:
-    """Stands where a compiled module would, and keeps what it is called with."""
+    """Replaces a compiled module, and records the arguments of its calls."""
 
     def __init__(self):
         self.plans, self.runs = [], []
@@ -31,7 +34,7 @@ class Module:
 
 @pytest.fixture
 def module(monkeypatch):
-    """FlashInfer with one compiled module, and host memory in place of pinned."""
+    """FlashInfer with one compiled module, and with pageable memory instead of pinned memory."""
     module = Module()
     for room in (flashinfer.decode, flashinfer.prefill):
         monkeypatch.setattr(room, "get_batch_prefill_module", lambda *args: module)
@@ -44,20 +47,20 @@ def module(monkeypatch):
 
 @pytest.fixture
 def attention(module):
-    made = FlashInferAttention(SHAPE, dtype=BF16, kv_dtype=BF16, device=torch.device("cpu"), turns=2)
-    made.adopt(torch.zeros(50, 3, 2, 16, 2, 64, dtype=BF16))
+    made = FlashInferAttention(SHAPE, dtype=BF16, kv_dtype=BF16, device=torch.device("cpu"), num_staging_sets=2)
+    made.use_pool(torch.zeros(50, 3, 2, 16, 2, 64, dtype=BF16))
     return made
 
 
 def step(decode):
-    """Inputs of four rows, three of them requests' and one padding where they decode."""
+    """Return inputs of three requests. Decodes are padded to four rows."""
     arrays = StepArrays(8, 512, 16)
     room = Size(256, 4, 4, 4 * 32)
     host = Inputs(*(np.zeros(length, dtype) for _, dtype, length in input_fields(room)))
     rows = []
     for i, n in enumerate((40, 16, 17)):
         request: Request = make_request(list(range(n)), list(range(1 + 3 * i, 4 + 3 * i)), rid=i)
-        arrays.adopt(i + 1, request, DrawParams(0.0, -np.inf, 0, 1.0, 0))
+        arrays.assign_slot(i + 1, request, SlotSampling(0.0, -np.inf, 0, 1.0, 0))
         rows.append(Row(request, n - 1, 1, True) if decode else Row(request, n // 2, n - n // 2, True))
     slots = [1, 2, 3]
     size = arrays.decodes(rows, slots, 4, host) if decode else arrays.chunks(rows, slots, host)
@@ -66,18 +69,18 @@ def step(decode):
 
 
 def same(ours, theirs):
-    """Equal arguments in equal places; workspaces, the first three, are each side's own."""
+    """Assert that the arguments are equal, except the first three: each side has its own workspaces."""
     assert len(ours) == len(theirs) == 19
     for mine, expected in zip(ours[3:], theirs[3:], strict=True):
         assert type(mine) is type(expected)
         assert torch.equal(mine, expected) if torch.is_tensor(mine) else mine == expected
 
 
-def test_a_decode_plan_is_what_the_wrapper_would_have_asked_for(module, attention):
+def test_a_decode_plan_equals_the_wrappers_plan(module, attention):
     whole, cut, size = step(decode=True)
     attention.prepare(4, whole, whole)
     [theirs] = module.plans
-    attention.plan(cut, cut, size, decode=True, turn=1)
+    attention.plan(cut, cut, size, decode=True, staging_index=1)
     same(module.plans[1], theirs)
     assert module.plans[1][2] is attention._decode.pinned[1]
 
@@ -95,19 +98,19 @@ def test_a_decode_reads_the_static_arrays_and_the_shared_workspace(module, atten
     assert run[4].data_ptr() == attention.pages(1)[0].data_ptr()
 
 
-def test_a_chunk_plan_is_what_the_wrapper_would_have_asked_for(module, attention):
+def test_a_chunk_plan_equals_the_wrappers_plan(module, attention):
     _, cut, size = step(decode=False)
-    attention.plan(cut, cut, size, decode=False, turn=0)  # the wrapper's own, then ours
+    attention.plan(cut, cut, size, decode=False, staging_index=0)  # the wrapper's own, then ours
     theirs, ours = module.plans
     same(ours, theirs)
     assert ours[14] is True  # causal
 
 
-def test_later_chunks_run_with_their_own_arrays(module, attention):
+def test_each_chunk_pass_runs_with_its_own_arrays(module, attention):
     _, first, size = step(decode=False)
-    attention.plan(first, first, size, decode=False, turn=0)
+    attention.plan(first, first, size, decode=False, staging_index=0)
     _, second, size = step(decode=False)
-    attention.plan(second, second, size, decode=False, turn=1)
+    attention.plan(second, second, size, decode=False, staging_index=1)
     attention.attend(2, torch.zeros(size.tokens, 8, 64, dtype=BF16), second, decode=False)
     [run] = module.runs
     assert len(module.plans) == 3
@@ -118,12 +121,12 @@ def test_later_chunks_run_with_their_own_arrays(module, attention):
         assert given.data_ptr() == array.data_ptr() and given.shape == array.shape
 
 
-def test_a_layout_other_than_the_graphs_is_not_replayed(module, attention):
+def test_a_plan_that_differs_from_the_graphs_plan_raises(module, attention):
     whole, cut, size = step(decode=True)
     attention.prepare(4, whole, whole)
     module.plan = lambda *args: [7, 8, 10]
     with pytest.raises(RuntimeError, match="captured"):
-        attention.plan(cut, cut, size, decode=True, turn=0)
+        attention.plan(cut, cut, size, decode=True, staging_index=0)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_a_layout_other_than_the_graphs_is_not_replayed(module, attention):
         ("silu_and_mul", "input"),
     ],
 )
-def test_functions_take_the_arguments_we_pass(name, used):
+def test_flashinfers_functions_have_the_parameters_that_we_pass(name, used):
     import inspect
 
     parameters = inspect.signature(getattr(flashinfer, name)).parameters

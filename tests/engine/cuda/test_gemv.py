@@ -1,5 +1,7 @@
-"""Products of few rows, the kernels' own source on the CPU, against torch: each with what it takes along, whatever
-the team, and whole decodes by them."""
+"""Small-batch products: the kernels' own source on the CPU, against torch.
+
+Each product is tested with its fused operations and with teams of any size, and whole decodes are tested too.
+"""
 
 import ctypes
 import random
@@ -13,23 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.engine.cuda.buckets import graph_buckets
-from daemon.engine.cuda.graphs import _alike
+from daemon.engine.cuda.graphs import _agrees
 from daemon.engine.cuda.ops import TorchOps
-from daemon.engine.cuda.small_batch import MOST_ROWS, few_buckets
+from daemon.engine.cuda.small_batch import MAX_ROWS, small_batch_buckets
 from daemon.engine.rope import rope_tables
-from daemon.models.model_config import read_model_config
+from daemon.models.loader import open_model
 from tests.engine.cpu.harness import generate, request
 from tests.engine.cuda.harness import make_cuda_runner
 from tests.engine.cuda.host_kernels import HostGemv, Team
-from tests.gpu.parts import judged, model_config_of, transformers_bf16
+from tests.gpu.parts import judge_greedy, model_config_of, transformers_bf16
 from tests.models.tiny_model import make_tiny_llama
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 EPS = 1e-5
-HALF_STEP = 2.0**-8  # of a bf16 number: one rounding
+HALF_STEP = 2.0**-8  # relative error of one rounding to bf16
 
 teams = st.builds(Team, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]))
-rows = st.integers(1, MOST_ROWS)
+rows = st.integers(1, MAX_ROWS)
 seeds = st.integers(0, 2**31)
 widths = st.integers(1, 70).map(lambda groups: 8 * groups)
 
@@ -50,20 +52,25 @@ class Noise:
 
 
 def close(got, expected, magnitude):
-    """One rounding of the result apart, and the rounding of sums whose terms have that magnitude."""
+    """Assert that they differ only by one rounding of the result and by the rounding of sums.
+
+    `magnitude`: the sum of the absolute values of the terms.
+    """
     error = (got.double() - expected).abs()
     assert (error <= 1.01 * HALF_STEP * expected.abs() + 1e-5 * magnitude + 1e-30).all(), error.max()
 
 
 def product(x, weight, bias):
-    """In float64, with the magnitude of its terms."""
+    """Return the product in float64, and the magnitude of its terms."""
     exact = x.double() @ weight.double().T
     return exact + (0.0 if bias is None else bias.double()), x.double().abs() @ weight.double().abs().T + 1.0
 
 
 def normed(gemv, x, norm):
-    """What is multiplied: torch's to the last bit but for values on the edge of two bf16, which may come out as
-    either. The identity shows it."""
+    """Return the normalised rows, computed as their product with the identity.
+
+    They equal torch's, except that a value between two bf16 numbers may be rounded to either.
+    """
     out = torch.empty(x.shape)
     gemv.logits(x, norm, EPS, torch.eye(x.shape[1], dtype=BF16), out)
     expected = TorchOps().rms_norm(x, norm, EPS).float()
@@ -78,7 +85,7 @@ def bias_of(noise, biased, size):
 
 
 def padded(x):
-    """The same, its rows further apart."""
+    """Return a copy of x with gaps between its rows."""
     wide = torch.full((len(x), x.shape[1] + 24), torch.nan, dtype=x.dtype)
     wide[:, 8 : 8 + x.shape[1]] = x
     return wide[:, 8 : 8 + x.shape[1]]
@@ -109,7 +116,7 @@ def test_logits_are_not_rounded(library, team, rows, width, columns, seed):
 
 @settings(deadline=None, max_examples=60)
 @given(team=teams, rows=rows, width=widths, columns=st.integers(1, 40), biased=st.booleans(), seed=seeds)
-def test_gates(library, team, rows, width, columns, biased, seed):
+def test_gate_and_up_with_silu(library, team, rows, width, columns, biased, seed):
     noise = Noise(seed)
     x, norm, weight = noise(rows, width), noise(width), noise(2 * columns, width, scale=width**-0.5)
     bias, out = bias_of(noise, biased, 2 * columns), padded(noise(rows, columns))
@@ -132,7 +139,9 @@ def test_gates(library, team, rows, width, columns, biased, seed):
     biased=st.booleans(),
     seed=seeds,
 )
-def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size, kv_dtype, biased, seed):
+def test_query_key_and_value(
+    library, team, rows, width, kv_heads, group, head_dim, block_size, kv_dtype, biased, seed
+):
     noise, rng = Noise(seed), np.random.default_rng(seed)
     heads = kv_heads * group
     total = (heads + 2 * kv_heads) * head_dim
@@ -143,36 +152,35 @@ def test_heads(library, team, rows, width, kv_heads, group, head_dim, block_size
     blocks = rng.permutation(indptr[-1])
     pool = torch.zeros(len(blocks), 2, 2, block_size, kv_heads, head_dim, dtype=BF16).to(kv_dtype)
     angles = torch.from_numpy(np.concatenate(rope_tables(model_config_of(head_dim), 100), 1))
-    q, arrays = (
-        torch.empty(rows, heads, head_dim, dtype=BF16),
-        [torch.from_numpy(a.astype(np.int32)) for a in (blocks, indptr, positions)],
-    )
+    q = torch.empty(rows, heads, head_dim, dtype=BF16)
+    indices, starts, token_positions = (torch.from_numpy(a.astype(np.int32)) for a in (blocks, indptr, positions))
+    keys, values, prefetch = pool[:, 1, 0], pool[:, 1, 1], noise(3, 8)
     HostGemv(library, team).heads(
-        x, norm, EPS, weight, bias, q, pool[:, 1, 0], pool[:, 1, 1], *arrays, angles, noise(3, 8)
+        x, norm, EPS, weight, bias, q, keys, values, indices, starts, token_positions, angles, prefetch
     )
 
     exact, magnitude = product(normed(HostGemv(library, team), x, norm), weight, bias)
     most = magnitude.amax()
     parts = exact.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
     for part in parts[:2]:
-        TorchOps().rotate(arrays[2], part, part[:, :0], angles.double())
+        TorchOps().rotate(token_positions, part, part[:, :0], angles.double())
     close(q, parts[0], most)
     places = [(blocks[indptr[m] + p // block_size], p % block_size) for m, p in enumerate(positions)]
     for which, part in enumerate(parts[1:]):
         stored = torch.stack([pool[block, 1, which, slot] for block, slot in places])
         if kv_dtype == BF16:
             close(stored, part, most)
-        else:  # three bits behind the point, the least of them 2^-9
+        else:  # e4m3: three bits of mantissa, smallest step 2^-9
             assert ((stored.double() - part).abs() <= part.abs() / 15 + 2**-9).all()
             stored.zero_()
         for block, slot in places:
             pool[block, 1, which, slot] = 0
-    assert not pool.float().any()  # nothing else was written
+    assert not pool.float().any()  # the kernel wrote nothing else
 
 
 @given(team=teams, groups=st.integers(1, 500))
-def test_what_comes_next_is_asked_for_once(library, team, groups):
-    assert HostGemv(library, team).asked_ahead(torch.zeros(8 * groups, dtype=BF16)) == [1] * groups
+def test_next_weights_are_prefetched_exactly_once(library, team, groups):
+    assert HostGemv(library, team).count_prefetches(torch.zeros(8 * groups, dtype=BF16)) == [1] * groups
 
 
 def test_numbers_are_rounded_as_torch_rounds_them(library):
@@ -215,24 +223,22 @@ def model_dir(request, tmp_path_factory):
     return make_tiny_llama(tmp_path_factory.mktemp("model"), **shape)
 
 
-@pytest.mark.parametrize(
-    ("kv_dtype", "way"), [("auto", "few rows"), ("auto", "few rows, ahead"), ("fp8", "few rows")]
-)
-def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
-    """One to four requests, that come and go, over KV that chunks have written and decodes go on with."""
-    used, num_inflight_tokens = [], set()
+@pytest.mark.parametrize(("kv_dtype", "decode_path"), [("auto", "gemv"), ("auto", "gemv, prefetch"), ("fp8", "gemv")])
+def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, decode_path):
+    """One to four requests at a time. Their KV is written by chunks and extended by small-batch decodes."""
+    rows_used, prefetched = [], set()
 
     class Counting(HostGemv):
         def logits(self, x, *more):
-            used.append(len(x))
+            rows_used.append(len(x))
             super().logits(x, *more)
 
         def heads(self, *given):
-            num_inflight_tokens.add(None if given[-1] is None else tuple(given[-1].shape))
+            prefetched.add(None if given[-1] is None else tuple(given[-1].shape))
             super().heads(*given)
 
     runner = make_cuda_runner(
-        model_dir, dtype="bf16", kv_dtype=kv_dtype, way=way, gemv=Counting(library, Team(2, 1, 1))
+        model_dir, dtype="bf16", kv_dtype=kv_dtype, decode_path=decode_path, gemv=Counting(library, Team(2, 1, 1))
     )
     rng, blocks = random.Random(0), count(1)
     answers = []
@@ -243,29 +249,29 @@ def test_decodes_agree_with_transformers(library, model_dir, kv_dtype, way):
         lengths = [len(r.tokens) for r in requests]
         generate(runner, requests, output=16, chunk=50)
         answers += [(r.tokens, n) for r, n in zip(requests, lengths, strict=True)]
-    assert set(used) == {1, 2, 4}  # three are padded; six are not few
-    config = read_model_config(model_dir)
-    assert num_inflight_tokens == {
-        (config.hidden_size, config.num_heads * config.head_dim) if way == "few rows, ahead" else None
+    assert set(rows_used) == {1, 2, 4}  # three rows are padded to four; six rows use the path "gemm"
+    config = open_model(model_dir)
+    assert prefetched == {
+        (config.hidden_size, config.num_heads * config.head_dim) if decode_path == "gemv, prefetch" else None
     }
-    judgement = judged(transformers_bf16(model_dir, "cpu"), answers)
+    judgement = judge_greedy(transformers_bf16(model_dir, "cpu"), answers)
     assert judgement.worst <= (3e-2 if kv_dtype == "auto" else 0.25), judgement
 
 
-def test_only_buckets_that_fit_are_few(model_dir, tmp_path):
-    config = read_model_config(make_tiny_llama(tmp_path, hidden=64, intermediate=14336))
+def test_small_batch_buckets_must_fit_in_shared_memory(model_dir, tmp_path):
+    config = open_model(make_tiny_llama(tmp_path, hidden=64, intermediate=14336))
     room = 14336 * 2 + 1024
-    assert few_buckets(graph_buckets(64), config, 227 << 10) == (1, 2, 4)
-    assert few_buckets((1, 2, 3), config, 227 << 10) == (1, 2, 3)
-    assert few_buckets(graph_buckets(64), config, 2 * room) == (1, 2)
-    assert few_buckets(graph_buckets(64), config, room - 1) == ()
-    uneven = read_model_config(make_tiny_llama(tmp_path / "uneven", hidden=64, intermediate=100))
-    assert few_buckets(graph_buckets(64), uneven, 227 << 10) == ()
+    assert small_batch_buckets(graph_buckets(64), config, 227 << 10) == (1, 2, 4)
+    assert small_batch_buckets((1, 2, 3), config, 227 << 10) == (1, 2, 3)
+    assert small_batch_buckets(graph_buckets(64), config, 2 * room) == (1, 2)
+    assert small_batch_buckets(graph_buckets(64), config, room - 1) == ()
+    uneven = open_model(make_tiny_llama(tmp_path / "uneven", hidden=64, intermediate=100))
+    assert small_batch_buckets(graph_buckets(64), uneven, 227 << 10) == ()
 
 
-def test_only_outcomes_that_roundings_explain_are_alike():
-    outcome = torch.tensor([3.0, -20.0, 0.1])
-    assert _alike(outcome + 4.9, outcome)
-    assert not _alike(outcome + 5.1, outcome)
-    assert not _alike(torch.tensor([3.0, torch.nan, 0.1]), outcome)
-    assert not _alike(outcome, torch.full((3,), torch.nan))
+def test_outputs_agree_only_within_rounding():
+    output = torch.tensor([3.0, -20.0, 0.1])
+    assert _agrees(output + 4.9, output)
+    assert not _agrees(output + 5.1, output)
+    assert not _agrees(torch.tensor([3.0, torch.nan, 0.1]), output)
+    assert not _agrees(output, torch.full((3,), torch.nan))

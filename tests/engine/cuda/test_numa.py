@@ -1,4 +1,4 @@
-"""Threads stay on the processors of their GPU's NUMA node, if the machine tells where that is."""
+"""Threads stay on the CPUs of their GPU's NUMA node, if the machine reports the node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU = "0000:1b:00.0"
 
 
 def sysfs(root: Path, node: str, cpulist: str = "") -> Path:
-    """A tree with one GPU at `node`, which has the processors `cpulist`."""
+    """Write a sysfs tree with one GPU at `node`, which has the CPUs `cpulist`."""
     device = root / "bus/pci/devices" / GPU
     device.mkdir(parents=True)
     (device / "numa_node").write_text(f"{node}\n")
@@ -31,18 +31,18 @@ def sysfs(root: Path, node: str, cpulist: str = "") -> Path:
     ("text", "cpus"),
     [("0-3\n", {0, 1, 2, 3}), ("0,2-3,9", {0, 2, 3, 9}), ("7", {7}), ("\n", set()), ("0-1,64-65\n", {0, 1, 64, 65})],
 )
-def test_lists_of_processors(text: str, cpus: set[int]):
+def test_lists_of_cpus(text: str, cpus: set[int]):
     assert parse_cpus(text) == cpus
 
 
 @given(st.sets(st.integers(0, 300)))
-def test_a_list_of_single_processors_is_read_back(cpus: set[int]):
+def test_a_list_of_single_cpus_is_read_back(cpus: set[int]):
     assert parse_cpus(",".join(map(str, sorted(cpus)))) == cpus
 
 
 @pytest.mark.parametrize("text", ["a", "1-", "1;2", "-1", "1,,2"])
-def test_what_is_no_list(text: str):
-    with pytest.raises(ValueError, match="not a list of processors"):
+def test_an_invalid_list_is_rejected(text: str):
+    with pytest.raises(ValueError, match="not a list of CPUs"):
         parse_cpus(text)
 
 
@@ -51,21 +51,21 @@ def test_the_node_of_a_device_is_found(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("node", "cpulist"), [("-1", ""), ("1", ""), ("x", ""), ("0", "many")])
-def test_where_it_is_not_told_nothing_is_near(tmp_path: Path, node: str, cpulist: str):
+def test_no_cpu_is_near_if_the_node_is_unknown(tmp_path: Path, node: str, cpulist: str):
     assert cpus_near(GPU, sysfs(tmp_path, node, cpulist)) == frozenset()
     assert cpus_near("0000:ff:00.0", tmp_path) == frozenset()
 
 
 @pytest.mark.parametrize("cpulist", ["4000-4001", "0-4000"])
-def test_nothing_changes_where_none_is_near_or_none_is_far(tmp_path: Path, cpulist: str):
+def test_nothing_changes_if_no_cpu_is_near_or_all_are(tmp_path: Path, cpulist: str):
     before = os.sched_getaffinity(0)
     assert stay_near(GPU, sysfs(tmp_path, "1", cpulist)) == frozenset()
     assert os.sched_getaffinity(0) == before
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor is all there is")
-def test_all_threads_stay_those_there_and_those_to_come(tmp_path: Path):
-    """In a process of its own: there is no way back."""
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is only one CPU")
+def test_existing_and_new_threads_stay_near(tmp_path: Path):
+    """In a separate process, because the affinity cannot be undone here."""
     near = max(os.sched_getaffinity(0))
     sysfs(tmp_path, "1", str(near))
     script = f"""

@@ -1,4 +1,5 @@
-"""Slots under any order of steps: nobody shares one, and none changes hands while a step in flight uses it."""
+"""Slots under any order of steps: no two requests share one, and none is reassigned while a step in flight uses
+it."""
 
 import gc
 from itertools import count
@@ -11,9 +12,10 @@ from daemon.engine.cuda.slots import DUMMY, Slots
 
 
 class Holder:
-    """Stands for a request; told apart by its number, so that a test need not keep it alive."""
+    """Replaces a request. Tests identify it by its number, so that they need not keep it alive."""
 
     _numbers = count()
+    me: object = None  # makes a reference cycle
 
     def __init__(self):
         self.number = next(self._numbers)
@@ -27,7 +29,7 @@ def test_a_request_keeps_its_slot():
     assert slots.assign([b, a]) == ([first[1], first[0]], [])
 
 
-def test_the_slot_of_one_that_is_gone_is_used_again():
+def test_the_slot_of_a_collected_request_is_used_again():
     slots = Slots(1)
     a = Holder()
     [slot], fresh = slots.assign([a])
@@ -35,7 +37,7 @@ def test_the_slot_of_one_that_is_gone_is_used_again():
     assert slots.assign([Holder()])[0] == [slot]
 
 
-def test_too_many_at_a_time():
+def test_more_requests_than_slots_are_rejected():
     slots = Slots(3)
     a, b = [Holder(), Holder()], [Holder(), Holder()]
     mine, _ = slots.assign(a)
@@ -46,7 +48,7 @@ def test_too_many_at_a_time():
     assert len(set(slots.assign(b)[0])) == 2
 
 
-def test_a_waiting_request_gives_way_and_comes_back_as_new():
+def test_a_request_that_lost_its_slot_comes_back_as_new():
     slots = Slots(1)
     a, b = Holder(), Holder()
     slots.assign([a])
@@ -56,50 +58,50 @@ def test_a_waiting_request_gives_way_and_comes_back_as_new():
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_any_interleaving(data):
-    """At most two steps of at most four rows in flight, requests come, rest and go; eight slots."""
+def test_any_order_of_events(data):
+    """Eight slots. At most two steps of at most four rows are in flight; requests arrive, pause and leave."""
     rows, slots = 4, Slots(8)
     alive = [Holder() for _ in range(6)]
-    flights = []
-    number_of = {}  # of each slot's holder, as whoever keeps things by slot believes
+    steps = []
+    number_of = {}  # of each slot's holder, as a user of per-slot data knows it
     for _ in range(data.draw(st.integers(1, 30))):
-        action = data.draw(st.sampled_from(["launch", "collect", "go", "come"]))
-        if action == "launch" and len(flights) < 2:
+        action = data.draw(st.sampled_from(["launch", "collect", "leave", "arrive"]))
+        if action == "launch" and len(steps) < 2:
             mine = data.draw(st.lists(st.sampled_from(alive), unique_by=id, min_size=1, max_size=rows))
             given_slots, fresh = slots.assign(mine)
             assert DUMMY not in given_slots and len(set(given_slots)) == len(mine)
-            flying = dict(pair for flight in flights for pair in zip(*flight, strict=True))
+            slots_in_use = dict(pair for step in steps for pair in zip(*step, strict=True))
             for slot, holder in fresh:
-                assert slot not in flying
+                assert slot not in slots_in_use
                 number_of[slot] = holder.number
             del fresh
             numbers = [holder.number for holder in mine]
             for slot, number in zip(given_slots, numbers, strict=True):
                 assert number_of[slot] == number
-                assert flying.get(slot, number) == number
+                assert slots_in_use.get(slot, number) == number
             slots.begin(given_slots)
-            flights.append((given_slots, numbers))
-            mine = holder = None  # nobody keeps a request that leaves
-        elif action == "collect" and flights:
-            slots.end(flights.pop(0)[0])
-        elif action == "go" and len(alive) > 1:
+            steps.append((given_slots, numbers))
+            mine = holder = None  # drop the references to requests that may leave
+        elif action == "collect" and steps:
+            slots.end(steps.pop(0)[0])
+        elif action == "leave" and len(alive) > 1:
             alive.pop(data.draw(st.integers(0, len(alive) - 1)))
-        elif action == "come" and len(alive) < 12:
+        elif action == "arrive" and len(alive) < 12:
             alive.append(Holder())
 
 
-def test_the_dead_of_a_cycle_do_not_pass_their_slot_on():
+def test_a_slot_in_flight_is_not_reused_when_its_request_dies_in_a_cycle():
     slots = Slots(2)
     a = Holder()
     a.me = a
-    flight, fresh = slots.assign([a])
-    [slot] = flight
-    slots.begin(flight)
+    in_flight, fresh = slots.assign([a])
+    [slot] = in_flight
+    slots.begin(in_flight)
     del a, fresh
     gc.collect()
     others = [Holder()]
     assert slots.assign(others)[0] != [slot]
     with pytest.raises(ValueError, match="slot"):
         slots.assign([*others, Holder()])
-    slots.end(flight)
+    slots.end(in_flight)
     assert slot in slots.assign([*others, Holder()])[0]

@@ -1,4 +1,4 @@
-"""The stub runner: a set pace, tokens that depend on the position alone."""
+"""The stub runner: a fixed step time, and tokens that depend only on the position."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def request(length: int) -> Request:
     return Request(1, 1, 0, RequestParams(SamplingParams(max_tokens=9, seed=0), 0.0), [0] * length, length)
 
 
-def test_a_step_sleeps_once_whatever_the_batch_and_draws_for_rows_that_sample():
+def test_a_step_waits_once_for_any_batch_and_samples_for_the_rows_with_sample():
     slept = []
     runner = StubRunner(step_seconds=0.02, vocab_size=1000, max_model_len=64, sleep=slept.append)
     runner.load(memoryview(bytearray(runner.pool_spec(4).nbytes)))
@@ -22,13 +22,13 @@ def test_a_step_sleeps_once_whatever_the_batch_and_draws_for_rows_that_sample():
     assert len(result.tokens) == 2 and result.logprobs is None
 
 
-def test_tokens_are_printable_and_the_same_wherever_the_request_is_resumed():
+def test_tokens_are_printable_and_the_same_for_a_resumed_request():
     runner = StubRunner(step_seconds=0, vocab_size=1000, max_model_len=500, sleep=lambda _: pytest.fail("slept"))
-    draw = [runner.execute(StepPlan([Row(request(n), n - 1, 1, True)], 1)).tokens[0] for n in range(1, 300)]
-    again = [runner.execute(StepPlan([Row(request(n), 0, n, True)], 0)).tokens[0] for n in range(1, 300)]
-    assert draw == again
-    assert all(chr(token).isprintable() for token in draw)
-    assert len(set(draw)) > 50
+    decoded = [runner.execute(StepPlan([Row(request(n), n - 1, 1, True)], 1)).tokens[0] for n in range(1, 300)]
+    prefilled = [runner.execute(StepPlan([Row(request(n), 0, n, True)], 0)).tokens[0] for n in range(1, 300)]
+    assert decoded == prefilled
+    assert all(chr(token).isprintable() for token in decoded)
+    assert len(set(decoded)) > 50
 
 
 def test_a_small_vocabulary_is_respected():

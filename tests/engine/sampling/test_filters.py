@@ -1,4 +1,4 @@
-"""Cutoffs against a full sort; probabilities against float64."""
+"""Cutoffs compared with a full sort; logprobs compared with float64."""
 
 import math
 
@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.engine.sampling import filters
+from daemon.engine.sampling.noise import BLOCK
 
 
 def block_maxima(logits):
-    out = np.empty((len(logits), -(-logits.shape[1] // filters.BLOCK)), np.float32)
+    out = np.empty((len(logits), -(-logits.shape[1] // BLOCK)), np.float32)
     filters.find_maxima(logits.view(np.int32), 0, len(logits), out.view(np.int32))
     return out
 
 
 def kept(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
-    """Ids that survive, as `find_cutoffs` has it; -inf never counts."""
+    """Return the ids of the candidates, by `find_cutoffs`, without those of -inf."""
     row = np.ascontiguousarray(logits, np.float32)[None]
     vocab = row.shape[1]
     floor, floor_id = np.empty(1, np.float32), np.empty(1, np.int64)
@@ -41,8 +42,8 @@ def kept(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
     return set(ids[stay & (row[0] > -np.inf)].tolist())
 
 
-def kept_by_sorting(logits, top_k, top_p, min_p, temperature):
-    """The same with a full sort and float64, and the mass that lies on the edge of top-p."""
+def kept_by_full_sort(logits, top_k, top_p, min_p, temperature):
+    """Return (ids that a full sort in float64 keeps, ids so near top-p's limit that keeping them is optional)."""
     order = [i for i in np.lexsort((np.arange(len(logits)), -logits)).tolist() if logits[i] > -np.inf]
     largest = np.float32(min(logits[order[0]], np.finfo(np.float32).max))
     if min_p:
@@ -54,11 +55,11 @@ def kept_by_sorting(logits, top_k, top_p, min_p, temperature):
         return set(order), set()
     mass = np.exp((logits[order].astype(np.float64) - largest) / temperature)
     before = (np.cumsum(mass) - mass) / mass.sum()
-    sure = {i for i, b in zip(order, before, strict=True) if b < top_p - 1e-6} | {order[0]}
-    return sure, {i for i, b in zip(order, before, strict=True) if abs(b - top_p) <= 1e-6}
+    certain = {i for i, b in zip(order, before, strict=True) if b < top_p - 1e-6} | {order[0]}
+    return certain, {i for i, b in zip(order, before, strict=True) if abs(b - top_p) <= 1e-6}
 
 
-def rows(kind, size, rng):
+def random_logits(kind, size, rng):
     logits = rng.normal(size=size).astype(np.float32) * np.float32(0.2 if kind == "flat" else 4)
     if kind == "peaked":
         logits[rng.integers(0, size, 6)] += 18
@@ -84,13 +85,13 @@ KINDS = st.sampled_from(["flat", "wide", "peaked", "steps", "holes"])
     st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
     st.sampled_from([0.01, 0.7, 1.0, 3.0]),
 )
-def test_cutoffs_are_those_of_a_full_sort(kind, size, seed, top_k, top_p, min_p, temperature):
-    logits = rows(kind, size, np.random.default_rng(seed))
-    sure, edge = kept_by_sorting(logits, top_k, top_p, min_p, temperature)
-    assert sure <= kept(logits, top_k, top_p, min_p, temperature) <= sure | edge
+def test_cutoffs_equal_those_of_a_full_sort(kind, size, seed, top_k, top_p, min_p, temperature):
+    logits = random_logits(kind, size, np.random.default_rng(seed))
+    certain, optional = kept_by_full_sort(logits, top_k, top_p, min_p, temperature)
+    assert certain <= kept(logits, top_k, top_p, min_p, temperature) <= certain | optional
 
 
-def test_ties_at_the_edge_go_to_the_lowest_ids():
+def test_of_equal_logits_at_the_cutoff_the_lowest_ids_stay():
     logits = np.array([1, 5, 3, 3, 5, 3, -2], np.float32)
     assert kept(logits, top_k=3) == {1, 4, 2}
     assert kept(np.zeros(1000), top_k=700) == set(range(700))
@@ -98,14 +99,14 @@ def test_ties_at_the_edge_go_to_the_lowest_ids():
     assert kept(np.array([-0.0, 0.0, -0.0]), top_k=2) == {0, 1}
 
 
-def test_an_exact_share_is_enough():
-    """Eight equal tokens weigh exactly an eighth: the prefix ends where top_p is reached, not one later."""
+def test_top_p_stops_at_an_exact_share():
+    """Each of 8 equal tokens has exactly 1/8: the prefix ends where it reaches top_p, not one token later."""
     for n in range(1, 9):
         assert len(kept(np.zeros(8), top_p=n / 8)) == n
 
 
-def test_top_k_before_top_p():
-    """Half of what top-k left, not half of everything."""
+def test_top_k_applies_before_top_p():
+    """top-p keeps half of the tokens that top-k kept, not half of all."""
     logits = np.zeros(100)
     assert kept(logits, top_k=10, top_p=0.5) == set(range(5))
 
@@ -142,7 +143,7 @@ def test_select_prefix(pairs, target):
 
 @pytest.mark.parametrize("kind", ["flat", "wide", "peaked", "steps"])
 def test_rank_row(kind):
-    logits = rows(kind, 49_152, np.random.default_rng(3))[None]
+    logits = random_logits(kind, 49_152, np.random.default_rng(3))[None]
     scratch = np.empty(49_152, np.uint64), np.empty(49_152, np.int64)
     top = np.empty(49_152, np.int64)
     for k in (0, 1, 20, 1000):

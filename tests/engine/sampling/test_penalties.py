@@ -1,4 +1,4 @@
-"""Bias, penalties and min_tokens against a slow fold over the tokens."""
+"""Bias, penalties and min_tokens compared with a slow reference."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -16,8 +16,8 @@ def request(tokens, prompt_len, rid=1, epoch=0, **options):
     return Request(rid, epoch, 0, RequestParams(sampling, 0.0), tokens, prompt_len)
 
 
-def slowly(logits, req):
-    """Token by token in float64."""
+def reference(logits, req):
+    """Compute the changed logits in float64, token by token."""
     s, output = req.sampling, req.tokens[req.prompt_len :]
     out = []
     for token, raw in enumerate(logits.astype(np.float64)):
@@ -32,8 +32,8 @@ def slowly(logits, req):
     return np.array(out)
 
 
-def applied(penalties, logits, req):
-    """Adjusted logits; `logits` come back as they were."""
+def apply_and_restore(penalties, logits, req):
+    """Return the changed logits; check that `restore` gives back the original ones."""
     work = logits.copy()
     undo = penalties.apply(work, req)
     result = work.copy()
@@ -60,52 +60,54 @@ options_of = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), tokens_of, options_of, st.integers(0, 10**6))
-def test_growing_requests_match_the_slow_fold(prompt, output, options, seed):
+def test_growing_requests_match_the_reference(prompt, output, options, seed):
     logits = np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 5
     penalties = Penalties(VOCAB, EOS)
     req = request(list(prompt), len(prompt), **options)
     for token in [*output, 0]:
-        np.testing.assert_allclose(applied(penalties, logits, req), slowly(logits, req), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(
+            apply_and_restore(penalties, logits, req), reference(logits, req), rtol=1e-5, atol=1e-4
+        )
         req.tokens.append(token)
 
 
 @settings(deadline=None)
 @given(tokens_of, tokens_of, st.integers(0, 30), options_of)
 def test_a_resumed_request_has_the_bits_of_one_that_never_moved(first, second, cut, options):
-    """Counts gathered one by one, at once at another engine, or after other tokens under the same id."""
+    """Counts may grow token by token, all at once on another engine, or after other tokens of the same request id."""
     logits = np.linspace(-4, 4, VOCAB, dtype=np.float32)
     tokens = [1, 2, 3, *first]
-    stayed, moved = Penalties(VOCAB, EOS), Penalties(VOCAB, EOS)
+    source, destination = Penalties(VOCAB, EOS), Penalties(VOCAB, EOS)
     req = request([1, 2, 3], 3, **options)
     for token in first:
-        applied(stayed, logits, req)
+        apply_and_restore(source, logits, req)
         req.tokens.append(token)
-    applied(moved, logits, request([1, 2, 3, *second], 3, **options))
+    apply_and_restore(destination, logits, request([1, 2, 3, *second], 3, **options))
     resumed = request(list(tokens), 3, epoch=cut, **options)
-    expected = applied(stayed, logits, req)
-    assert applied(moved, logits, resumed).tobytes() == expected.tobytes()
-    assert applied(Penalties(VOCAB, EOS), logits, resumed).tobytes() == expected.tobytes()
+    expected = apply_and_restore(source, logits, req)
+    assert apply_and_restore(destination, logits, resumed).tobytes() == expected.tobytes()
+    assert apply_and_restore(Penalties(VOCAB, EOS), logits, resumed).tobytes() == expected.tobytes()
 
 
-def test_repetition_sees_the_prompt_and_the_others_do_not():
+def test_only_the_repetition_penalty_counts_the_prompt():
     logits = np.full(VOCAB, 2.0, np.float32)
     prompt_only = request([5, 9], 2, repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=1.0)
-    got = applied(Penalties(VOCAB, EOS), logits, prompt_only)
+    got = apply_and_restore(Penalties(VOCAB, EOS), logits, prompt_only)
     assert (got[5], got[9], got[0]) == (1.0, 1.0, 2.0)
     with_output = request([5, 9, 9, 9], 2, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
-    got = applied(Penalties(VOCAB, EOS), logits, with_output)
+    got = apply_and_restore(Penalties(VOCAB, EOS), logits, with_output)
     assert (got[5], got[9]) == (1.0, 1.0 - 0.25 - 1.0)
 
 
-def test_min_tokens_masks_every_end_until_reached():
+def test_min_tokens_masks_all_end_tokens_until_it_is_reached():
     logits = np.zeros(VOCAB, np.float32)
     req = request([5, 9], 1, min_tokens=2, stop_token_ids=(11,), ignore_eos=True)
-    assert np.flatnonzero(applied(Penalties(VOCAB, EOS), logits, req) == -np.inf).tolist() == [2, 7, 11]
+    assert np.flatnonzero(apply_and_restore(Penalties(VOCAB, EOS), logits, req) == -np.inf).tolist() == [2, 7, 11]
     req.tokens.append(9)
-    assert (applied(Penalties(VOCAB, EOS), logits, req) == 0).all()
+    assert (apply_and_restore(Penalties(VOCAB, EOS), logits, req) == 0).all()
 
 
-def test_ids_outside_the_vocabulary_touch_nothing():
+def test_ids_outside_the_vocabulary_change_nothing():
     memory = np.zeros(3 * VOCAB, np.float32)
     row = memory[VOCAB : 2 * VOCAB]
     req = request(
@@ -121,21 +123,21 @@ def test_ids_outside_the_vocabulary_touch_nothing():
     assert not memory.any()
 
 
-def test_plain_requests_cost_and_leave_nothing():
+def test_requests_without_penalties_leave_no_cached_data():
     penalties = Penalties(VOCAB, EOS)
     assert penalties.apply(np.zeros(VOCAB, np.float32), request([1, 2], 1)) == []
     req = request([1, 2], 1, presence_penalty=1.0, min_tokens=5)
     penalties.apply(np.zeros(VOCAB, np.float32), req)
-    assert len(penalties._counts) == len(penalties._fixed) == 1
+    assert len(penalties._counts) == len(penalties._param_arrays) == 1
     del req
-    assert len(penalties._counts) == len(penalties._fixed) == 0
+    assert len(penalties._counts) == len(penalties._param_arrays) == 0
 
 
-def test_counts_outgrow_their_first_room():
+def test_counts_can_outgrow_their_first_arrays():
     vocab = 300
     penalties = Penalties(vocab, EOS)
     req = request([1], 1, presence_penalty=1.0)
-    for token in range(3, 200):  # more distinct tokens than there is room for at first
+    for token in range(3, 200):  # more distinct tokens than the first arrays hold
         req.tokens.append(token)
         logits = np.zeros(vocab, np.float32)
         penalties.apply(logits, req)

@@ -1,4 +1,4 @@
-"""The whole sampler: distribution, independence, resumption, logprobs, extremes."""
+"""The sampler as a whole: distribution, independence of rows, resumed requests, logprobs, extreme values."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN
-from daemon.engine.sampling.sampler import LEAST_LOGPROB, Sampler
+from daemon.engine.sampling.sampler import MIN_LOGPROB, Sampler
 from daemon.ipc.messages import RequestParams, SamplingParams
 
 VOCAB = 300
@@ -23,7 +23,7 @@ def random_logits(rows, vocab=VOCAB, seed=0, scale=3.0):
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def draw(logits, req, **options):
+def sample_one(logits, req, **options):
     logits = torch.as_tensor(logits, dtype=torch.float32).reshape(1, -1)
     return Sampler(logits.shape[1], **options).sample(logits, [req]).tokens[0]
 
@@ -65,14 +65,14 @@ def mixed_requests(seed=0):
         ({"min_tokens": 9}, [5]),
     ],
 )
-@pytest.mark.parametrize("along", ["seeds", "positions"])
-def test_tokens_come_as_often_as_the_softmax_says(options, masked, along):
+@pytest.mark.parametrize("varied", ["seeds", "positions"])
+def test_token_frequencies_follow_the_softmax(options, masked, varied):
     n = 4000
     logits = torch.tensor([-1.0, 0.0, 0.5, 1.5, 2.0, 2.5])
     expected = logits.double() / options.get("temperature", 1.0)
     expected[masked] = -torch.inf
     expected = expected.softmax(0).numpy()
-    if along == "seeds":
+    if varied == "seeds":
         requests = [request(seed=s, **options) for s in range(n)]
     else:
         requests = [request([1] * (1 + p), 1 + p, seed=7, **options) for p in range(n)]
@@ -84,12 +84,12 @@ def test_tokens_come_as_often_as_the_softmax_says(options, masked, along):
     assert chi_square < 25  # five degrees of freedom or fewer: p < 0.0002
 
 
-# -- nothing but (logits, parameters, tokens) counts
+# -- a token depends only on logits, parameters and tokens
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.permutations(range(len(OPTIONS))), st.integers(1, len(OPTIONS)), st.sampled_from([1, 3]))
-def test_rows_do_not_see_their_neighbours(order, count, threads):
+def test_rows_do_not_depend_on_their_neighbours(order, count, threads):
     requests, logits = mixed_requests(), random_logits(len(OPTIONS))
     rows = list(order[:count])
     alone = [Sampler(VOCAB, 1, (9,)).sample(logits[i : i + 1].clone(), [requests[i]]) for i in rows]
@@ -107,12 +107,12 @@ def test_sampling_changes_neither_requests_nor_logits():
 
 
 def model(tokens):
-    """A toy model: logits that depend on the last two tokens."""
+    """Return the logits of a toy model, which depend on the last two tokens."""
     return random_logits(1, seed=tokens[-2] * VOCAB + tokens[-1])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_request_resumed_anywhere_goes_on_as_it_would_have(options):
+def test_a_resumed_request_gets_the_same_tokens(options):
     def run(sampler, req, until):
         while len(req.tokens) < until:
             req.tokens.append(sampler.sample(model(req.tokens), [req]).tokens[0])
@@ -126,17 +126,17 @@ def test_a_request_resumed_anywhere_goes_on_as_it_would_have(options):
 
 def test_seed_and_position_matter():
     logits = torch.zeros(VOCAB)
-    seeds = {draw(logits, request(seed=s)) for s in range(50)}
-    positions = {draw(logits, request([0] * n, 1)) for n in range(1, 50)}
+    seeds = {sample_one(logits, request(seed=s)) for s in range(50)}
+    positions = {sample_one(logits, request([0] * n, 1)) for n in range(1, 50)}
     assert min(len(seeds), len(positions)) > 40
 
 
 def test_seeds_are_taken_modulo_64_bits():
     logits = torch.zeros(VOCAB)
-    assert draw(logits, request(seed=-1)) == draw(logits, request(seed=2**64 - 1))
+    assert sample_one(logits, request(seed=-1)) == sample_one(logits, request(seed=2**64 - 1))
 
 
-# -- parameters at their ends
+# -- extreme parameters
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_seeds_are_taken_modulo_64_bits():
         {"min_p": 1.0},
     ],
 )
-def test_what_leaves_one_token_is_greedy(options):
+def test_parameters_that_keep_one_token_are_greedy(options):
     logits = random_logits(20)
     requests = [request(seed=s, **options) for s in range(20)]
     assert Sampler(VOCAB).sample(logits, requests).tokens == logits.argmax(-1).tolist()
@@ -166,7 +166,7 @@ def test_what_leaves_one_token_is_greedy(options):
         {"min_p": 0.0},
     ],
 )
-def test_what_leaves_every_token_changes_nothing(options):
+def test_parameters_that_keep_all_tokens_change_nothing(options):
     logits = random_logits(20)
     plain = Sampler(VOCAB).sample(logits, [request(seed=s) for s in range(20)])
     assert Sampler(VOCAB).sample(logits, [request(seed=s, **options) for s in range(20)]) == plain
@@ -174,9 +174,9 @@ def test_what_leaves_every_token_changes_nothing(options):
 
 def test_bias_forbids_and_forces():
     logits = random_logits(1)
-    assert draw(logits, request(logit_bias=((17, 1000.0),))) == 17
+    assert sample_one(logits, request(logit_bias=((17, 1000.0),))) == 17
     best = int(logits.argmax())
-    assert draw(logits, request(temperature=0.0, logit_bias=((best, -1000.0),))) != best
+    assert sample_one(logits, request(temperature=0.0, logit_bias=((best, -1000.0),))) != best
 
 
 # -- logprobs
@@ -195,7 +195,7 @@ def test_logprobs_are_of_the_raw_distribution():
         assert got.top_logprobs == pytest.approx(best.values.tolist(), abs=2e-6)
 
 
-def test_logprobs_only_for_who_asked():
+def test_only_requests_with_logprobs_get_them():
     logits = random_logits(3)
     assert Sampler(VOCAB).sample(logits, [request()] * 3).logprobs is None
     got = Sampler(VOCAB).sample(logits, [request(), request(logprobs=0), request(logprobs=VOCAB + 50)]).logprobs
@@ -204,12 +204,12 @@ def test_logprobs_only_for_who_asked():
     assert len(got[2].top_ids) == VOCAB
 
 
-def test_tied_logprobs_come_by_lowest_id():
+def test_equal_logprobs_are_ordered_by_id():
     got = Sampler(200).sample(torch.zeros(1, 200), [request(logprobs=3)]).logprobs[0]
     assert got.top_ids == [0, 1, 2]
 
 
-# -- extremes
+# -- extreme logits
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -223,24 +223,24 @@ def test_tied_logprobs_come_by_lowest_id():
         ([-3e38] * 99 + [3e38], {99}),
     ],
 )
-def test_one_possible_token_is_drawn(options, logits, possible):
+def test_the_only_possible_token_is_sampled(options, logits, possible):
     options = {"logprobs": 5} | options
     result = Sampler(100).sample(torch.tensor([logits]), [request(**options)])
     assert set(result.tokens) == possible
-    assert all(LEAST_LOGPROB <= p <= 0 for p in [result.logprobs[0].logprob, *result.logprobs[0].top_logprobs])
+    assert all(MIN_LOGPROB <= p <= 0 for p in [result.logprobs[0].logprob, *result.logprobs[0].top_logprobs])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("hopeless", [-np.inf, np.nan])
-def test_a_hopeless_row_is_reported_and_harms_no_other(options, hopeless):
-    logits = torch.stack([torch.full((VOCAB,), hopeless), random_logits(1)[0]])
+@pytest.mark.parametrize("value", [-np.inf, np.nan])
+def test_a_row_without_candidates_gives_no_token_and_does_not_affect_others(options, value):
+    logits = torch.stack([torch.full((VOCAB,), value), random_logits(1)[0]])
     sampler = Sampler(VOCAB)
     requests = [request(**options), request(seed=3, rid=2)]
     result = sampler.sample(logits, requests)
-    assert result.tokens == [NO_TOKEN, draw(logits[1], requests[1])]
+    assert result.tokens == [NO_TOKEN, sample_one(logits[1], requests[1])]
 
 
-def test_all_equal_logits_give_every_token():
+def test_equal_logits_give_every_token():
     tokens = Sampler(10).sample(torch.zeros(500, 10), [request(seed=s) for s in range(500)]).tokens
     assert set(tokens) == set(range(10))
 
@@ -253,7 +253,7 @@ def test_shapes_are_checked():
     assert Sampler(VOCAB).sample(random_logits(0), []).tokens == []
 
 
-def test_strided_and_half_precision_logits_are_taken():
+def test_strided_and_bfloat16_logits_are_accepted():
     logits = random_logits(2)
     strided = torch.empty(VOCAB, 2).T
     strided.copy_(logits)
@@ -263,7 +263,7 @@ def test_strided_and_half_precision_logits_are_taken():
     assert Sampler(VOCAB).sample(half, requests) == Sampler(VOCAB).sample(half.float(), requests)
 
 
-def test_warm_up_leaves_no_trace():
+def test_warm_up_does_not_change_results():
     sampler = Sampler(VOCAB, threads=2)
     sampler.warm_up()
     assert sampler.sample(random_logits(1), [request()]) == Sampler(VOCAB).sample(random_logits(1), [request()])

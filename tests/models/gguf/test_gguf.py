@@ -1,4 +1,4 @@
-"""GGUF files become the directories they were made from, as far as their quantisation remembers."""
+"""Conversion of GGUF files: config, tokenizer and, within the quantisation, weights equal those of the source."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from daemon.models import checkpoint
 from daemon.models.chat_template import ChatTemplate
 from daemon.models.gguf import convert
 from daemon.models.gguf.tokenizer import _SPLITS, write_tokenizer
-from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.loader import open_model
+from daemon.models.model_config import ModelError
 from daemon.models.tokenizer import Tokenizer
 from tests.models.gguf.tiny_gguf import make_tiny_gguf
 from tests.models.tiny_model import CHAT_TEMPLATE
@@ -21,7 +22,7 @@ from tests.models.tiny_model import CHAT_TEMPLATE
 def converted(file, directory):
     directory.mkdir()
     convert.convert(convert.open_gguf(file), directory)
-    return read_model_config(directory)
+    return open_model(directory)
 
 
 def weights_of(path):
@@ -39,15 +40,11 @@ def bfloat16(values):
     [("F32", False), ("F16", True), ("BF16", True), ("Q8_0", True), ("Q4_1", True), ("Q5_0", True)],
 )
 @pytest.mark.parametrize("tie", [True, False])
-def test_converts_weights_and_config(tmp_path, kind, rounded, tie):
+def test_weights_and_config_are_converted(tmp_path, kind, rounded, tie):
     expected = make_tiny_gguf(tmp_path / "m.gguf", kind, tie=tie, rope_theta=7e4, layers=1, max_position=77)
     model_config = converted(tmp_path / "m.gguf", tmp_path / "out")
-    assert (model_config.num_layers, model_config.hidden_size, model_config.num_heads, model_config.num_kv_heads) == (
-        1,
-        64,
-        4,
-        2,
-    )
+    assert (model_config.num_layers, model_config.hidden_size) == (1, 64)
+    assert (model_config.num_heads, model_config.num_kv_heads) == (4, 2)
     assert (model_config.rope_theta, model_config.rms_norm_eps, model_config.max_position) == (7e4, 1e-5, 77)
     assert (model_config.tie_embeddings, model_config.eos_token_ids, model_config.vocab_size) == (tie, (2,), 384)
     weights = weights_of(model_config.path)
@@ -57,23 +54,23 @@ def test_converts_weights_and_config(tmp_path, kind, rounded, tie):
     assert convert.open_gguf(tmp_path / "m.gguf").converted_bytes == model_config.num_params * (2 if rounded else 4)
 
 
-def test_transformers_reads_the_file_alike(tmp_path):
+def test_the_conversion_equals_transformers(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
     make_tiny_gguf(tmp_path / "m.gguf", "Q4_1", rope_theta=7e4)
     path = converted(tmp_path / "m.gguf", tmp_path / "out").path
     ours = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
-    state = theirs.state_dict()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    state = reference.state_dict()
     for name, weight in ours.state_dict().items():
         assert (weight == state[name].bfloat16().float()).all(), name
-    assert ours.config.rms_norm_eps == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
+    assert ours.config.rms_norm_eps == pytest.approx(reference.config.rms_norm_eps, rel=1e-6)
     for key in ("rope_parameters", "head_dim", "max_position_embeddings", "eos_token_id"):
-        assert getattr(ours.config, key) == getattr(theirs.config, key), key
+        assert getattr(ours.config, key) == getattr(reference.config, key), key
 
 
-def test_biases_are_reordered_too(tmp_path):
+def test_biases_are_reordered(tmp_path):
     expected = make_tiny_gguf(tmp_path / "m.gguf", attention_bias=True, mlp_bias=True)
     model_config = converted(tmp_path / "m.gguf", tmp_path / "out")
     assert model_config.attention_bias
@@ -83,7 +80,7 @@ def test_biases_are_reordered_too(tmp_path):
     assert (weights[name] == bfloat16(expected[name])).all()
 
 
-def test_tokenizer_and_chat_template_come_along(tmp_path):
+def test_tokenizer_and_chat_template_are_converted(tmp_path):
     make_tiny_gguf(tmp_path / "m.gguf")
     converted(tmp_path / "m.gguf", tmp_path / "out")
     ours = Tokenizer(tmp_path / "out")
@@ -95,14 +92,14 @@ def test_tokenizer_and_chat_template_come_along(tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 
 
-def test_every_end_token_counts(tmp_path):
+def test_all_end_of_sequence_tokens_are_used(tmp_path):
     make_tiny_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.eot_token_id": 9, "tokenizer.ggml.eos_token_id": 2})
     assert converted(tmp_path / "m.gguf", tmp_path / "out").eos_token_ids == (2, 9)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_found_in_its_factors(tmp_path, factor):
-    """By the definition in Transformers: by wavelength against 8192 / low and 8192 / high."""
+def test_llama3_scaling_is_recognised_from_the_frequency_factors(tmp_path, factor):
+    """The factors follow the definition in Transformers: wavelengths compared with 8192 / low and 8192 / high."""
     theta, dim = 500000.0, 64
     divisors = []
     for i in range(0, dim, 2):
@@ -155,36 +152,36 @@ def test_llama3_scaling_is_found_in_its_factors(tmp_path, factor):
         ({"llama.block_count": 3}, r"lacks blk\.2"),
     ],
 )
-def test_refuses(tmp_path, metadata, reason):
+def test_unsupported_files_are_refused(tmp_path, metadata, reason):
     make_tiny_gguf(tmp_path / "m.gguf", metadata=metadata)
     with pytest.raises(ModelError, match=reason):
         converted(tmp_path / "m.gguf", tmp_path / "out")
 
 
-def test_unknown_tensors_and_broken_files_are_refused(tmp_path):
+def test_unknown_tensors_and_truncated_files_are_refused(tmp_path):
     file = tmp_path / "m.gguf"
     make_tiny_gguf(file, extra={"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)})
     with pytest.raises(ModelError, match="attn_sinks"):
         convert.open_gguf(file)
-    whole = file.read_bytes()
-    for size in (8, 5000, len(whole) // 2, len(whole) - 4096):
-        file.write_bytes(whole[:size])
-        with pytest.raises(ModelError, match="not a whole GGUF"):
+    content = file.read_bytes()
+    for size in (8, 5000, len(content) // 2, len(content) - 4096):
+        file.write_bytes(content[:size])
+        with pytest.raises(ModelError, match="not a complete GGUF"):
             convert.open_gguf(file)
 
 
 @pytest.mark.parametrize("name", sorted(_SPLITS))
-def test_pretokenizers_lose_no_text(name):
-    pieces = _SPLITS[name]().pre_tokenize_str("I'd pay 12345 €, naïve 你好\r\n\n  x\t🙂 DON'T")
-    spans = [span for _, span in pieces]
+def test_pre_tokenizers_keep_all_text(name):
+    parts = _SPLITS[name]().pre_tokenize_str("I'd pay 12345 €, naïve 你好\r\n\n  x\t🙂 DON'T")
+    spans = [span for _, span in parts]
     assert spans[0][0] == 0
     assert all(a[1] == b[0] for a, b in pairwise(spans))
-    digits = [p for p, _ in pieces if p.strip("Ġ").isdigit()]
+    digits = [p for p, _ in parts if p.strip("Ġ").isdigit()]
     expected = {"llama-bpe": ["123", "45"], "gpt-2": ["Ġ12345"], "smollm": list("12345"), "qwen2": list("12345")}
     assert digits == expected.get(name, digits)
 
 
-def test_bos_is_added_where_the_file_says_so(tmp_path):
+def test_bos_is_added_if_the_metadata_says_so(tmp_path):
     file = tmp_path / "m.gguf"
     make_tiny_gguf(file, metadata={"tokenizer.ggml.add_bos_token": True})
     write_tokenizer(convert.open_gguf(file).metadata, tmp_path)

@@ -1,4 +1,4 @@
-"""Small GGUF files for tests, from the same random weights as the tiny directories."""
+"""Small GGUF files for tests, with the random weights of the tiny model directories."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from daemon.models.gguf.convert import gguf_name
 from tests.models.tiny_model import CHAT_TEMPLATE, make_tiny_llama, random_weights
 
 
-def pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (first, second) halves to (even, odd) pairs, as llama.cpp's converter stores them."""
+def to_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from (first, second) halves to (even, odd) pairs, as llama.cpp does."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -25,7 +25,7 @@ def make_tiny_gguf(
     extra: dict[str, np.ndarray] | None = None,
     **shape: Any,
 ) -> dict[str, np.ndarray]:
-    """Write `file`, matrices quantised as `kind`; return what should come back: float32 by Hugging Face name."""
+    """Write `file` with matrices quantised as `kind`. Return the expected float32 weights by Hugging Face name."""
     from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 
     source = make_tiny_llama(file.parent / "source", weights=False, **shape)
@@ -38,13 +38,13 @@ def make_tiny_gguf(
     expected = {}
     for name, weight in random_weights(config, seed=5).items():
         count = heads.get(name.split(".")[-2])
-        values = weight if count is None else pairs(weight, count)
+        values = weight if count is None else to_pairs(weight, count)
         target = GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
         data = quantize(values, target)
         writer.add_tensor(gguf_name(name), data, raw_dtype=target)
         back = dequantize(data, target).reshape(weight.shape)
-        # An independent way back: the row that pairs() put where.
-        order = np.arange(len(weight)) if count is None else pairs(np.arange(len(weight)), count)
+        # Invert to_pairs() independently of the converter: from the position of each row.
+        order = np.arange(len(weight)) if count is None else to_pairs(np.arange(len(weight)), count)
         expected[name] = back[np.argsort(order)]
     for name, data in (extra or {}).items():
         writer.add_tensor(name, data)

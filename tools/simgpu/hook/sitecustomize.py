@@ -1,4 +1,4 @@
-"""Python imports this by itself at its start: the simulation comes into a process with PyTorch and tvm-ffi."""
+"""Python imports this module at its start. It loads the simulation when PyTorch and tvm-ffi are imported."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-WITH = {"torch": "tools.simgpu.device", "tvm_ffi": "tools.simgpu.natives"}
+SIMULATIONS = {"torch": "tools.simgpu.device", "tvm_ffi": "tools.simgpu.natives"}
 
 
 class Finder(MetaPathFinder):
-    """Finds what everyone finds, and has `install` called behind it."""
+    """Finds modules as usual, and calls the simulation's `install` after PyTorch or tvm-ffi is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in WITH:
+        if name not in SIMULATIONS:
             return None
         sys.meta_path.remove(self)
         try:
@@ -31,7 +31,7 @@ class Finder(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                __import__(WITH[name], fromlist=["install"]).install()
+                __import__(SIMULATIONS[name], fromlist=["install"]).install()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

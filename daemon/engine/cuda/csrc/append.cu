@@ -1,4 +1,4 @@
-// Rotary embedding and append to the pages in one kernel: append.h on the GPU.
+// Rotary embedding and append to the KV pages in one kernel: append.h on the GPU.
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(llumd::Append<Entry> al
   if (piece < all.tokens * all.pieces_of_token()) llumd::append(all, piece);
 }
 
-// [tokens, heads, head_dim], heads side by side.
+// A tensor [tokens, heads, head_dim] with contiguous heads.
 llumd::Tokens tokens_of(const TensorView& x, const char* name, const TensorView& q) {
   Bf16* at = data<Bf16>(x, name, kDLBfloat, 3, q);
   TVM_FFI_ICHECK(x.size(0) == q.size(0) && x.size(2) == q.size(2) && x.stride(1) == x.size(2) &&
@@ -53,10 +53,10 @@ void run(const TensorView& q, const TensorView& k, const TensorView& v, const Te
   if (pieces) llumd::launch(append_kernel<Entry>, (pieces + THREADS - 1) / THREADS, THREADS, 0, q.device(), all);
 }
 
-// q [tokens, heads, head_dim] is rotated in place; k [tokens, kv_heads, head_dim], rotated, and v go to the pages, of
-// shape [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where each token's row is at its position. All
-// three may be slices. Launches one kernel on the caller's stream, allocates nothing and waits for nothing; raises for
-// tensors that do not fit.
+// Rotates q [tokens, heads, head_dim] in place. Writes k [tokens, kv_heads, head_dim], rotated, and v to the pages
+// [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, at the position of each token in its row's sequence.
+// q, k and v may be slices. Launches one kernel on the caller's stream, allocates nothing and does not wait; raises
+// for tensors that do not fit.
 void append(TensorView q, TensorView k, TensorView v, TensorView keys, TensorView values, TensorView indices,
             TensorView indptr, TensorView rows, TensorView positions, TensorView angles) {
   TVM_FFI_ICHECK(q.ndim() == 3 && q.size(2) % (2 * llumd::EIGHT) == 0) << "heads must be multiples of 16 wide";

@@ -1,16 +1,16 @@
-// What becomes of a step's queries, keys and values before they attend: queries turn where they lie, keys turn on their
-// way to the pages, values go there as they are. A piece of it is eight columns of one half of a head, and their eight
-// partners in the other half; pieces do not depend on one another.
+// Prepares a step's queries, keys and values for attention: queries are rotated in place, keys are rotated and written
+// to the pages, values are written to the pages unchanged. A piece of the work is eight columns of one half of a head
+// and their eight partners in the other half. Pieces are independent.
 //
-// Turned numbers are bfloat16 before they become e4m3, as if each were done by itself. Build with -fmad=false (nvcc) or
-// -ffp-contract=off: then they are those of torch to the last bit.
+// Rotated numbers are rounded to bfloat16 before they become e4m3, as if these were separate operations. Build with
+// -fmad=false (nvcc) or -ffp-contract=off: then the results equal torch's to the last bit.
 #pragma once
 
 #include "pages.h"
 
 namespace llumd {
 
-// Heads of each token side by side, tokens `stride` entries apart.
+// Tokens `stride` entries apart, each with contiguous heads.
 struct Tokens {
   Bf16* x;
   int64_t stride;
@@ -26,7 +26,7 @@ struct Append {
   Entry* keys;
   Entry* values;
   Pages pages;
-  const int32_t* rows;  // whose sequence each token is
+  const int32_t* rows;  // the sequence of each token
   const int32_t* positions;
   const float* angles;  // [max_len, 2 half]: cosines, then sines
   uint32_t tokens, heads, kv_heads;
@@ -36,31 +36,31 @@ struct Append {
   LLUMD_BOTH uint32_t pieces_of_token() const { return (heads + 2 * kv_heads) * pieces_of_head(); }
 };
 
-struct Turn {
+struct Rotation {
   float cosine[EIGHT];
   float sine[EIGHT];
 };
 
-LLUMD_BOTH Turn turn_of(const float* angles, uint32_t half) {
-  Turn turn;
+LLUMD_BOTH Rotation rotation_of(const float* angles, uint32_t half) {
+  Rotation rotation;
   LLUMD_UNROLL
   for (uint32_t j = 0; j < EIGHT; ++j) {
-    turn.cosine[j] = angles[j];
-    turn.sine[j] = angles[half + j];
+    rotation.cosine[j] = angles[j];
+    rotation.sine[j] = angles[half + j];
   }
-  return turn;
+  return rotation;
 }
 
 LLUMD_BOTH uint32_t pair_of(float even, float odd) { return to_bf16(even) | static_cast<uint32_t>(to_bf16(odd)) << 16; }
 
-// Turns eight columns `low` and their partners `high`.
-LLUMD_BOTH void rotate(Eight& low, Eight& high, const Turn& turn) {
+// Rotates eight columns `low` and their partners `high`.
+LLUMD_BOTH void rotate(Eight& low, Eight& high, const Rotation& rotation) {
   LLUMD_UNROLL
   for (uint32_t j = 0; j < EIGHT / 2; ++j) {
     float low_even = even_of(low.pair[j]), low_odd = odd_of(low.pair[j]);
     float high_even = even_of(high.pair[j]), high_odd = odd_of(high.pair[j]);
-    rotate(low_even, high_even, turn.cosine[2 * j], turn.sine[2 * j]);
-    rotate(low_odd, high_odd, turn.cosine[2 * j + 1], turn.sine[2 * j + 1]);
+    rotate(low_even, high_even, rotation.cosine[2 * j], rotation.sine[2 * j]);
+    rotate(low_odd, high_odd, rotation.cosine[2 * j + 1], rotation.sine[2 * j + 1]);
     low.pair[j] = pair_of(low_even, low_odd);
     high.pair[j] = pair_of(high_even, high_odd);
   }
@@ -78,7 +78,7 @@ LLUMD_BOTH void put(uint8_t* at, Eight e) {
   *reinterpret_cast<uint64_t*>(at) = bytes;
 }
 
-// One piece, of tokens * pieces_of_token().
+// Computes one piece of tokens * pieces_of_token().
 template <class Entry>
 LLUMD_BOTH void append(const Append<Entry>& all, uint32_t piece) {
   const uint32_t token = piece / all.pieces_of_token(), rest = piece % all.pieces_of_token();
@@ -91,7 +91,7 @@ LLUMD_BOTH void append(const Append<Entry>& all, uint32_t piece) {
   Eight low = *at, high = *partner;
   const uint32_t position = static_cast<uint32_t>(all.positions[token]);
   if (is_query || is_key)
-    rotate(low, high, turn_of(all.angles + static_cast<int64_t>(position) * 2 * all.half + column, all.half));
+    rotate(low, high, rotation_of(all.angles + static_cast<int64_t>(position) * 2 * all.half + column, all.half));
   if (is_query) {
     *at = low;
     *partner = high;

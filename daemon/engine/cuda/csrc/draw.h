@@ -1,4 +1,5 @@
-// The arithmetic of the draw, for the GPU and the CPU alike: daemon/engine/sampling/noise.py and cutoff.py define every step.
+// The arithmetic of sampling, for the GPU and the CPU. daemon/engine/sampling/noise.py and filters.py define every
+// step.
 //
 // No multiplication may be fused with an addition: build with -fmad=false (nvcc) or -ffp-contract=off, and without
 // fast-math options.
@@ -10,7 +11,7 @@ namespace llumd {
 
 constexpr float MAX_FLOAT = 3.40282346638528859812e38f;
 constexpr float MAX_NOISE = 22.88f;
-constexpr float MARGIN = 1e-3f;  // covers the rounding of noise and score, each far below it
+constexpr float MARGIN = 1e-3f;  // more than the rounding errors of noise and score
 constexpr float LEAST = -44.0f;
 constexpr uint32_t STREAM_DRAW = 0;
 constexpr uint32_t GROUP = 4;  // tokens that share a Philox counter
@@ -18,7 +19,7 @@ constexpr int32_t NO_TOKEN = -1;
 
 // ---- Order
 
-// An integer that sorts like the float. -0.0 is 0.0, and NaN is -inf.
+// An integer that sorts like the float. -0.0 counts as 0.0, NaN as -inf.
 LLUMD_BOTH uint32_t order_of(float x) {
   uint32_t bits = float_bits(x);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -31,12 +32,13 @@ LLUMD_BOTH float float_of_order(uint32_t order) {
   return float_of_bits(order >> 31 ? order & 0x7FFFFFFFu : ~order);
 }
 
-// The candidates' order: larger first, of equals the lower id first. The first candidate has the largest key.
+// Defines the order of candidates: larger values first, of equal values the lower id first. The first candidate has the
+// largest key.
 LLUMD_BOTH uint64_t key_of(float x, uint32_t token) {
   return static_cast<uint64_t>(order_of(x)) << 32 | (0xFFFFFFFFu - token);
 }
 
-// Not above the key of any token whose value is x or more, above all others'.
+// A lower bound of the keys of tokens with a value of at least x. It is above the keys of all other tokens.
 LLUMD_BOTH uint64_t least_key(float x) { return static_cast<uint64_t>(order_of(x)) << 32; }
 
 LLUMD_BOTH uint32_t token_of(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
@@ -124,7 +126,7 @@ LLUMD_BOTH int64_t weight(float x) {
   return (static_cast<int64_t>(static_cast<int32_t>(p * 16777216.0f)) << 16) >> -n;
 }
 
-// How far a logit lies under the row's largest, in temperatures.
+// The difference between a logit and the row's largest one, divided by the temperature.
 struct Scale {
   float largest;  // finite
   float inverse_temperature;
@@ -135,11 +137,11 @@ struct Scale {
 
   LLUMD_BOTH int64_t weight_of(float logit) const {
     const float x = scaled(logit);
-    return weight(x > LEAST ? x : LEAST);  // NaN weighs nothing
+    return weight(x > LEAST ? x : LEAST);  // the weight of NaN is 0
   }
 };
 
-// What top-p must reach: the share `top_p` of the weight `total`, at least the first token.
+// The weight that top-p must reach: the share `top_p` of `total`, at least the first token.
 LLUMD_BOTH int64_t nucleus_target(int64_t total, double top_p) {
   const double share = static_cast<double>(total) * top_p;
   int64_t target = static_cast<int64_t>(share);
@@ -148,7 +150,7 @@ LLUMD_BOTH int64_t nucleus_target(int64_t total, double top_p) {
   return target < 1 ? 1 : target;
 }
 
-// A token `gap` under a score that another has can win only with a word of at most this: its noise needs
+// The largest word with which a token `gap` below the best known score can still win: its noise needs
 // -log(1 - v) <= exp(-gap), and v <= -log(1 - v). For gap <= MAX_NOISE + MARGIN.
 LLUMD_BOTH uint32_t largest_word(float gap) {
   if (gap <= MARGIN) return 0xFFFFFFFFu;

@@ -1,4 +1,4 @@
-// Products of a few rows with a matrix, with what stands around them in a layer: gemv.h on the GPU.
+// Products of a few rows with a matrix, fused with the operations around them in a layer: gemv.h on the GPU.
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
@@ -8,7 +8,7 @@
 
 namespace {
 
-using llumd::Ahead;
+using llumd::NextWeights;
 using llumd::Bf16;
 using llumd::Eight;
 using llumd::Matrix;
@@ -24,7 +24,7 @@ using tvm::ffi::TensorView;
 constexpr uint32_t THREADS = 256;
 constexpr uint32_t WARP = 32;
 constexpr uint32_t EVERY_LANE = 0xFFFFFFFFu;
-constexpr int BLOCKS = 2;  // a multiprocessor's, that registers must do for: 64 KiB of weights are under way in them
+constexpr int BLOCKS = 2;  // per multiprocessor, which limits registers: 64 KiB of weights are in flight in them
 constexpr uint32_t MOST_ROWS = 4;
 
 struct Grid {
@@ -51,7 +51,7 @@ struct Grid {
     return e;
   }
 
-  __device__ void warm(const Eight* at, uint32_t count) const {
+  __device__ void prefetch(const Eight* at, uint32_t count) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(count * uint32_t(sizeof(Eight))));
 #endif
@@ -62,14 +62,14 @@ struct Grid {
 
 template <uint32_t M, class Epilogue>
 __global__ void __launch_bounds__(THREADS, BLOCKS) gemv_kernel(Rows rows, Matrix matrix, Epilogue epilogue,
-                                                               Ahead ahead) {
+                                                               NextWeights next_weights) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Scales<M> scales;
   Grid team;
-  llumd::multiply<M>(team, rows, matrix, epilogue, ahead, scales, reinterpret_cast<Eight*>(memory));
+  llumd::multiply<M>(team, rows, matrix, epilogue, next_weights, scales, reinterpret_cast<Eight*>(memory));
 }
 
-// As many blocks as run at a time, or fewer if there are not so many tasks.
+// Returns as many blocks as can run at the same time, or fewer if there are fewer tasks.
 template <class Kernel>
 unsigned blocks_of(Kernel kernel, size_t memory, uint32_t tasks, int device) {
   int at_a_time = 0;
@@ -81,28 +81,29 @@ unsigned blocks_of(Kernel kernel, size_t memory, uint32_t tasks, int device) {
 }
 
 template <uint32_t M, class Epilogue>
-void launch(const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, const Ahead& ahead, DLDevice device) {
+void launch(const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, const NextWeights& next_weights,
+            DLDevice device) {
   const auto kernel = gemv_kernel<M, Epilogue>;
   const size_t memory = M * rows.groups() * sizeof(Eight);
   llumd::allow_memory(kernel, memory);
   const unsigned blocks = blocks_of(kernel, memory, epilogue.tasks(), device.device_id);
-  llumd::launch(kernel, blocks, THREADS, memory, device, rows, matrix, epilogue, ahead);
+  llumd::launch(kernel, blocks, THREADS, memory, device, rows, matrix, epilogue, next_weights);
 }
 
 template <class Epilogue>
 void run(const TensorView& x, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue,
-         const Ahead& ahead = {}) {
+         const NextWeights& next_weights = {}) {
   tvm::ffi::CUDADeviceGuard guard(x.device().device_id);
   switch (x.size(0)) {
-    case 1: return launch<1>(rows, matrix, epilogue, ahead, x.device());
-    case 2: return launch<2>(rows, matrix, epilogue, ahead, x.device());
-    case 3: return launch<3>(rows, matrix, epilogue, ahead, x.device());
-    case 4: return launch<4>(rows, matrix, epilogue, ahead, x.device());
+    case 1: return launch<1>(rows, matrix, epilogue, next_weights, x.device());
+    case 2: return launch<2>(rows, matrix, epilogue, next_weights, x.device());
+    case 3: return launch<3>(rows, matrix, epilogue, next_weights, x.device());
+    case 4: return launch<4>(rows, matrix, epilogue, next_weights, x.device());
   }
   TVM_FFI_ICHECK(false) << "1 to " << MOST_ROWS << " rows can be multiplied, not " << x.size(0);
 }
 
-// A vector of bfloat16, or none.
+// Returns a vector of bfloat16, or nullptr.
 const Bf16* vector(const Optional<TensorView>& tensor, const char* name, int64_t length, const TensorView& x) {
   if (!tensor.has_value()) return nullptr;
   TVM_FFI_ICHECK_EQ(tensor.value().size(0), length) << name << " has another length";
@@ -112,7 +113,7 @@ const Bf16* vector(const Optional<TensorView>& tensor, const char* name, int64_t
 Rows rows_of(const TensorView& x, const Optional<TensorView>& norm, double eps) {
   const Bf16* at = data<Bf16>(x, "x", kDLBfloat, 2, x);
   const Bf16* weights = vector(norm, "norm", x.size(1), x);
-  const bool apart = x.size(0) == 1 || x.stride(0) % llumd::EIGHT == 0;  // a lone row may have any stride
+  const bool apart = x.size(0) == 1 || x.stride(0) % llumd::EIGHT == 0;  // a single row may have any stride
   TVM_FFI_ICHECK(x.size(1) % llumd::EIGHT == 0 && apart && aligned(at) && aligned(weights))
       << "rows must be multiples of 16 bytes";
   return {at, x.stride(0), static_cast<uint32_t>(x.size(1)), weights, static_cast<float>(eps)};
@@ -124,11 +125,11 @@ Matrix matrix_of(const TensorView& weight, const Optional<TensorView>& bias, con
   return {at, vector(bias, "bias", weight.size(0), x)};
 }
 
-// As much of `next` as leaves room in the device's cache for what is read in between.
-Ahead ahead_of(const Optional<TensorView>& next, const TensorView& x) {
+// Returns as much of `next` as leaves room in the L2 cache for the data that is read in between.
+NextWeights next_weights_of(const Optional<TensorView>& next, const TensorView& x) {
   if (!next.has_value()) return {};
-  const Bf16* at = whole<Bf16>(next.value(), "ahead", kDLBfloat, 2, x);
-  TVM_FFI_ICHECK(aligned(at)) << "ahead must be aligned to 16 bytes";
+  const Bf16* at = whole<Bf16>(next.value(), "prefetch", kDLBfloat, 2, x);
+  TVM_FFI_ICHECK(aligned(at)) << "prefetch must be aligned to 16 bytes";
   const int64_t size = next.value().size(0) * next.value().size(1) * sizeof(Bf16);
   const int64_t room = llumd::attribute(cudaDevAttrL2CacheSize, x.device().device_id) / 2;
   return {reinterpret_cast<const Eight*>(at), static_cast<uint64_t>(size < room ? size : room) / sizeof(Eight)};
@@ -139,8 +140,8 @@ void check_shape(const TensorView& tensor, const char* name, int64_t rows, int64
       << name << " has another shape";
 }
 
-// ---- What Python calls. x: bfloat16[1 to 4, width]. Each launches one kernel on the caller's stream, allocates nothing
-// and waits for nothing; raises for tensors that do not fit.
+// ---- Functions for Python. x: bfloat16[1 to 4, width]. Each launches one kernel on the caller's stream, allocates
+// nothing and does not wait; raises for tensors that do not fit.
 
 // residual[rows, n] += x weight^T + bias.
 void add(TensorView x, TensorView weight, Optional<TensorView> bias, TensorView residual) {
@@ -150,7 +151,7 @@ void add(TensorView x, TensorView weight, Optional<TensorView> bias, TensorView 
       llumd::Add{{static_cast<uint32_t>(weight.size(0))}, out, residual.stride(0)});
 }
 
-// out[rows, n] = silu(gate) * up of the normalised x; gates are the first half of weight's rows.
+// out[rows, n] = silu(gate) * up of the normalised x. The gates are the first half of weight's rows.
 void gate(TensorView x, TensorView norm, double eps, TensorView weight, Optional<TensorView> bias, TensorView out) {
   Bf16* at = data<Bf16>(out, "out", kDLBfloat, 2, x);
   TVM_FFI_ICHECK_EQ(weight.size(0) % 2, 0) << "weight must have a row for each gate and each up";
@@ -170,7 +171,8 @@ void logits(TensorView x, TensorView norm, double eps, TensorView weight, Tensor
 template <class Entry>
 void run_heads(const TensorView& x, const Rows& rows, const Matrix& matrix, const TensorView& q,
                const TensorView& keys, const TensorView& values, const llumd::Pages& pages,
-               const int32_t* positions, const float* angles, const Ahead& ahead, DLDataTypeCode code) {
+               const int32_t* positions, const float* angles, const NextWeights& next_weights,
+               DLDataTypeCode code) {
   const llumd::Heads<Entry> heads{
       whole<Bf16>(q, "q", kDLBfloat, 3, x),
       data<Entry>(keys, "keys", code, 4, x),
@@ -182,28 +184,28 @@ void run_heads(const TensorView& x, const Rows& rows, const Matrix& matrix, cons
       static_cast<uint32_t>(keys.size(2)),
       static_cast<uint32_t>(q.size(2) / 2),
   };
-  run(x, rows, matrix, heads, ahead);
+  run(x, rows, matrix, heads, next_weights);
 }
 
-// Queries of the normalised x, rotated, to q [rows, heads, head_dim]; keys, rotated, and values to the pages, of shape
-// [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3, where row i's sequence is at positions[i]. `ahead`,
-// bfloat16[n, m]: weights that are to be on their way when this is done.
+// Writes queries of the normalised x, rotated, to q [rows, heads, head_dim]; keys, rotated, and values to the pages
+// [blocks, block_size, kv_heads, head_dim], bfloat16 or e4m3. The position of row i's sequence is positions[i].
+// `next_weights`, bfloat16[n, m]: weights to prefetch at the end.
 void heads(TensorView x, TensorView norm, double eps, TensorView weight, Optional<TensorView> bias, TensorView q,
            TensorView keys, TensorView values, TensorView indices, TensorView indptr, TensorView positions,
-           TensorView angles, Optional<TensorView> ahead) {
+           TensorView angles, Optional<TensorView> next_weights) {
   TVM_FFI_ICHECK(q.ndim() == 3 && q.size(0) == x.size(0) && q.size(2) % 2 == 0) << "q has another shape";
   const llumd::Pages pages = llumd::pages_of(keys, values, indices, indptr, q.size(2), x);
   TVM_FFI_ICHECK_EQ((q.size(1) + 2 * keys.size(2)) * q.size(2), weight.size(0)) << "weight does not fit the heads";
   TVM_FFI_ICHECK(positions.size(0) >= x.size(0) && indptr.size(0) > x.size(0)) << "rows without a place";
   TVM_FFI_ICHECK_EQ(angles.size(1), q.size(2)) << "angles do not fit the heads";
   const int32_t* at = whole<int32_t>(positions, "positions", kDLInt, 1, x);
-  const float* turns = whole<float>(angles, "angles", kDLFloat, 2, x);
+  const float* rotations = whole<float>(angles, "angles", kDLFloat, 2, x);
   const Rows rows = rows_of(x, norm, eps);
   const Matrix matrix = matrix_of(weight, bias, x);
-  const Ahead next = ahead_of(ahead, x);
+  const NextWeights next = next_weights_of(next_weights, x);
   if (is(keys, kDLBfloat, 16))
-    return run_heads<Bf16>(x, rows, matrix, q, keys, values, pages, at, turns, next, kDLBfloat);
-  run_heads<uint8_t>(x, rows, matrix, q, keys, values, pages, at, turns, next, kDLFloat8_e4m3fn);
+    return run_heads<Bf16>(x, rows, matrix, q, keys, values, pages, at, rotations, next, kDLBfloat);
+  run_heads<uint8_t>(x, rows, matrix, q, keys, values, pages, at, rotations, next, kDLFloat8_e4m3fn);
 }
 
 }  // namespace

@@ -1,37 +1,39 @@
-// How a team of threads multiplies a few rows with a large matrix (a GEMV, at one row), and what it does beside that.
+// The product of a few rows with a large matrix (with one row: a GEMV) by a team of threads, fused with the operations
+// around it.
 //
-// One row reads as many bytes of weights as a full batch, so a step takes as long as the memory does, and whatever
-// stands between two products comes on top. Hence each product takes its norm, bias, rotation, SiLU or residual along,
-// and its first weights are on their way before the kernel in front of it has ended.
+// One row reads as many bytes of weights as a full batch, so a step takes as long as the memory needs, and the time
+// between two products is added to that. So each product includes its norm, bias, rotation, SiLU or residual, and its
+// first weights are in flight before the previous kernel has ended.
 //
-// A warp takes pairs of the matrix's rows, `Task`s, in turn: the two of a rotation, a gate and its up, or simply two.
-// Its lanes take groups of eight columns in turn and always have the next piece under way while they add up one. The
-// rows to be multiplied lie in the block's memory. All code here runs in every thread; what a `Team` offers:
+// A warp takes pairs of the matrix's rows, `Task`s, one after the other: the two rows of a rotation, a gate and its up,
+// or any two rows. Its lanes take groups of eight columns in turn, and always have the next piece in flight while they
+// add up the current one. The rows to multiply are in the block's shared memory. All code here runs in every thread. A
+// `Team` has:
 //
-//   thread(), threads()      index in the block, and how many
-//   block(), blocks()        index of the block, and how many
-//   warp(), warps()          index of the thread's warp in the block, and how many
-//   lane(), lanes()          index in the warp, and how many
-//   sync()                   barrier of the block; makes writes to its memory visible
-//   sum(x)                   float: the sum over the warp, in all its threads, which must all come
-//   fetch(p)                 the Eight at p, which nobody writes and nobody reads again
-//   warm(p, n)               has n Eights at p, which nobody writes, on their way into the device's cache
-//   await()                  until all that the kernels in front have written is there
+//   thread(), threads()      index in the block, and number of threads
+//   block(), blocks()        index of the block, and number of blocks
+//   warp(), warps()          index of the thread's warp in the block, and number of warps
+//   lane(), lanes()          index in the warp, and number of lanes
+//   sync()                   barrier of the block; makes writes to its shared memory visible
+//   sum(x)                   float: the sum over the warp, in all its threads; all of them must call it
+//   fetch(p)                 the Eight at p, which no thread writes and which is read only once
+//   prefetch(p, n)           prefetches n Eights at p, which no thread writes, into the L2 cache
+//   await()                  waits until all writes of the previous kernels are visible
 #pragma once
 
 #include "pages.h"
 
 namespace llumd {
 
-constexpr uint32_t PIECE = 4;    // Eights of each row of a task that a lane has under way
-constexpr uint32_t AHEAD = 3;    // pieces behind the first that are on their way into the cache from the start
-constexpr uint32_t KEEPING = 8;  // Eights of the rows to be multiplied that a thread has under way
+constexpr uint32_t PIECE = 4;              // Eights of each row of a task that a lane has in flight
+constexpr uint32_t PREFETCHED_PIECES = 3;  // pieces after the first one that are prefetched from the start
+constexpr uint32_t KEEPING = 8;            // Eights of the rows to multiply that a thread has in flight
 constexpr uint32_t MOST_WARPS = 32;
 constexpr uint32_t NO_ROW = 0xFFFFFFFFu;
 
-// ---- What is multiplied
+// ---- Operands
 
-// M rows of `width` bfloat16, `stride` apart; with `norm`, that many weights, their RMSNorm in place of them.
+// M rows of `width` bfloat16, `stride` apart. With `norm`, `width` weights, their RMSNorm is multiplied instead.
 struct Rows {
   const Bf16* x;
   int64_t stride;
@@ -43,7 +45,7 @@ struct Rows {
   LLUMD_BOTH const Eight* row(uint32_t m) const { return reinterpret_cast<const Eight*>(x + m * stride); }
 };
 
-// [rows, width] without gaps, and a bias [rows] or none.
+// A contiguous matrix [rows, width], and a bias [rows] or nullptr.
 struct Matrix {
   const Bf16* weight;
   const Bf16* bias;
@@ -54,8 +56,8 @@ struct Matrix {
   LLUMD_BOTH float bias_of(uint32_t n) const { return bias ? of_bf16(bias[n]) : 0.0f; }
 };
 
-// `count` Eights from `at` that nobody writes and the kernels behind will read, or none.
-struct Ahead {
+// `count` Eights from `at` to prefetch: no kernel writes them, and the next kernels read them. `count` may be 0.
+struct NextWeights {
   const Eight* at;
   uint64_t count;
 };
@@ -65,9 +67,10 @@ struct Task {
   uint32_t second;  // or NO_ROW
 };
 
-// ---- Epilogues: which rows belong together, and where their sums go. `store`: a and b are row m's, bias included.
+// ---- Epilogues: which rows of the matrix form a task, and where their sums go. `store` gets the sums a and b of row
+// m, with the bias.
 
-// Any two rows, where each stands for itself.
+// Tasks of any two rows, which are independent.
 struct Each {
   uint32_t rows;
 
@@ -75,7 +78,7 @@ struct Each {
   LLUMD_BOTH Task task(uint32_t t) const { return {t, t + tasks() < rows ? t + tasks() : NO_ROW}; }
 };
 
-// residual[m, n] += what row n gives.
+// residual[m, n] += the sum of row n.
 struct Add : Each {
   Bf16* residual;
   int64_t stride;
@@ -83,13 +86,13 @@ struct Add : Each {
   LLUMD_BOTH void store(Task task, uint32_t m, float a, float b) const {
     Bf16* const row = residual + m * stride;
     const bool both = task.second != NO_ROW;
-    const Bf16 first = row[task.first], second = both ? row[task.second] : first;  // both on their way at a time
+    const Bf16 first = row[task.first], second = both ? row[task.second] : first;  // both loads are in flight together
     row[task.first] = to_bf16(of_bf16(first) + a);
     if (both) row[task.second] = to_bf16(of_bf16(second) + b);
   }
 };
 
-// out[m, n] = silu(row n) * row width + n.
+// out[m, n] = silu(sum of row n) * sum of row (width + n).
 struct Gate {
   Bf16* out;
   int64_t stride;
@@ -102,7 +105,7 @@ struct Gate {
   }
 };
 
-// out[m, n] = what row n gives, as float32.
+// out[m, n] = the sum of row n, as float32.
 struct Logits : Each {
   float* out;
   int64_t stride;
@@ -113,8 +116,8 @@ struct Logits : Each {
   }
 };
 
-// The fused product of query, key and value: queries, rotated, to q [M, heads, 2 half]; keys, rotated, and values to
-// the pool. Each task is two columns of a head that turn together.
+// The fused product of query, key and value: queries, rotated, go to q [M, heads, 2 half]; keys, rotated, and values go
+// to the pool. Each task is the two columns of a head that are rotated together.
 template <class Entry>
 struct Heads {
   Bf16* q;
@@ -136,8 +139,8 @@ struct Heads {
     const uint32_t head = task.first / (2 * half), i = task.first % (2 * half);
     const uint32_t position = static_cast<uint32_t>(positions[m]);
     if (head >= heads + kv_heads) return put(values + pages.place(m, position, head - heads - kv_heads), i, a, b);
-    const float* turn = angles + static_cast<int64_t>(position) * 2 * half + i;
-    rotate(a, b, turn[0], turn[half]);
+    const float* rotation = angles + static_cast<int64_t>(position) * 2 * half + i;
+    rotate(a, b, rotation[0], rotation[half]);
     if (head >= heads) return put(keys + pages.place(m, position, head - heads), i, a, b);
     put(q + (static_cast<int64_t>(m) * heads + head) * 2 * half, i, a, b);
   }
@@ -153,7 +156,7 @@ struct Heads {
   }
 };
 
-// ---- The rows in the block's memory
+// ---- The rows in the block's shared memory
 
 template <uint32_t M>
 struct Scales {
@@ -176,11 +179,11 @@ LLUMD_BOTH Eight scaled(Eight e, Eight weight, float by) {
   return e;
 }
 
-// How many groups of M rows a thread has under way: those at `first`, `first` + threads, ...
+// Number of groups of M rows that a thread has in flight: those at `first`, `first` + threads, ...
 template <uint32_t M>
 constexpr uint32_t SPAN = KEEPING / M;
 
-// A span of the rows goes into `kept` [M, groups].
+// Copies a span of the rows to `kept` [M, groups].
 template <uint32_t M, class Team>
 LLUMD_BOTH void copy(Team& team, const Rows& rows, uint32_t first, Eight* kept) {
   const uint32_t groups = rows.groups();
@@ -200,7 +203,7 @@ LLUMD_BOTH void copy(Team& team, const Rows& rows, uint32_t first, Eight* kept) 
   }
 }
 
-// 1 / root mean square of each row, in every thread, from what each has kept.
+// Computes 1 / root mean square of each row, in every thread, from `kept`.
 template <uint32_t M, class Team>
 LLUMD_BOTH void scales(Team& team, const Rows& rows, const Eight* kept, Scales<M>& shared, float (&by)[M]) {
   const uint32_t groups = rows.groups();
@@ -220,7 +223,7 @@ LLUMD_BOTH void scales(Team& team, const Rows& rows, const Eight* kept, Scales<M
   }
 }
 
-// A span of the norm's weights.
+// Loads a span of the norm's weights.
 template <uint32_t M, class Team>
 LLUMD_BOTH void weights(Team& team, const Rows& rows, uint32_t first, Eight (&weight)[SPAN<M>]) {
   LLUMD_UNROLL
@@ -230,7 +233,7 @@ LLUMD_BOTH void weights(Team& team, const Rows& rows, uint32_t first, Eight (&we
   }
 }
 
-// A span of what is kept, normalised by the thread that put it there.
+// Normalises a span of `kept`. Each thread normalises the entries that it has copied.
 template <uint32_t M, class Team>
 LLUMD_BOTH void scale(Team& team, uint32_t groups, uint32_t first, const Eight (&weight)[SPAN<M>], const float (&by)[M],
                       Eight* kept) {
@@ -247,7 +250,7 @@ template <uint32_t M, class Team>
 LLUMD_BOTH void normalise(Team& team, const Rows& rows, Scales<M>& shared, Eight* kept) {
   const uint32_t stride = SPAN<M> * team.threads();
   Eight weight[SPAN<M>];
-  weights<M>(team, rows, team.thread(), weight);  // on their way while the squares are added up
+  weights<M>(team, rows, team.thread(), weight);  // in flight while the squares are added up
   float by[M];
   scales<M>(team, rows, kept, shared, by);
   scale<M>(team, rows.groups(), team.thread(), weight, by, kept);
@@ -257,11 +260,11 @@ LLUMD_BOTH void normalise(Team& team, const Rows& rows, Scales<M>& shared, Eight
   }
 }
 
-// Puts the rows, normalised if so wished, into `kept` [M, groups].
+// Writes the rows, normalised if there is a norm, to `kept` [M, groups].
 template <uint32_t M, class Team>
 LLUMD_BOTH void keep(Team& team, const Rows& rows, Scales<M>& shared, Eight* kept) {
   const uint32_t stride = SPAN<M> * team.threads();
-  copy<M>(team, rows, team.thread(), kept);  // not in the loop: at a loop a GPU waits for all that is under way
+  copy<M>(team, rows, team.thread(), kept);  // outside the loop: at a loop the GPU waits for all loads in flight
   for (uint32_t g = team.thread() + stride; g < rows.groups(); g += stride) copy<M>(team, rows, g, kept);
   if (rows.norm) normalise<M>(team, rows, shared, kept);
   team.sync();
@@ -269,16 +272,16 @@ LLUMD_BOTH void keep(Team& team, const Rows& rows, Scales<M>& shared, Eight* kep
 
 // ---- The product
 
-// What a lane has of a task's two rows: Eights `at`, `at` + lanes, ...; zeros past their end.
+// A lane's part of the two rows of a task: Eights `at`, `at` + lanes, ...; zeros past their end.
 struct Piece {
   Eight a[PIECE];
   Eight b[PIECE];
 };
 
-// Where a warp is in its tasks.
+// The progress of a warp in its tasks.
 struct Cursor {
   uint32_t task;
-  uint32_t at;  // the first group of the lane's next piece, but for the lane
+  uint32_t at;  // first group of the next piece, of lane 0
 };
 
 template <class Team>
@@ -330,7 +333,8 @@ LLUMD_BOTH void add_up(Team& team, const Piece& piece, const Eight* kept, uint32
   }
 }
 
-// Each row's sums go to its epilogue, row m by lane m: all rows at a time where there are so many lanes.
+// Stores the sums of each row by the epilogue: lane m stores row m, so all rows at the same time if there are enough
+// lanes.
 template <uint32_t M, class Team, class Epilogue>
 LLUMD_BOTH void finish(Team& team, const Matrix& matrix, const Epilogue& epilogue, uint32_t at, Sums<M>& sums) {
   const Task task = epilogue.task(at);
@@ -344,7 +348,7 @@ LLUMD_BOTH void finish(Team& team, const Matrix& matrix, const Epilogue& epilogu
   for (uint32_t m = team.lane(); m < M; m += team.lanes()) {
     float a = sums.a[0], b = sums.b[0];
     LLUMD_UNROLL
-    for (uint32_t i = 1; i < M; ++i) {  // an index that is not known to the compiler would put the sums into memory
+    for (uint32_t i = 1; i < M; ++i) {  // a dynamic index would put the sums into local memory
       a = m == i ? sums.a[i] : a;
       b = m == i ? sums.b[i] : b;
     }
@@ -353,41 +357,42 @@ LLUMD_BOTH void finish(Team& team, const Matrix& matrix, const Epilogue& epilogu
   sums = {};
 }
 
-// What a warp reads after its first piece: on its way before anything is known of the rows. By one lane.
+// Prefetches what a warp reads after its first piece, before the rows are ready. One lane does it.
 template <class Team, class Epilogue>
-LLUMD_BOTH void warm(Team& team, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, uint32_t at) {
+LLUMD_BOTH void prefetch(Team& team, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue, uint32_t at) {
   if (team.lane() != 0) return;
   if (rows.norm && team.block() == 0 && team.warp() == 0)
-    team.warm(reinterpret_cast<const Eight*>(rows.norm), rows.groups());
+    team.prefetch(reinterpret_cast<const Eight*>(rows.norm), rows.groups());
   const uint32_t groups = rows.groups(), piece = PIECE * team.lanes();
   if (at >= epilogue.tasks() || groups <= piece) return;
-  const uint32_t count = groups - piece < AHEAD * piece ? groups - piece : AHEAD * piece;
+  const uint32_t count = groups - piece < PREFETCHED_PIECES * piece ? groups - piece : PREFETCHED_PIECES * piece;
   const Task task = epilogue.task(at);
-  team.warm(matrix.row(task.first, groups) + piece, count);
-  if (task.second != NO_ROW) team.warm(matrix.row(task.second, groups) + piece, count);
+  team.prefetch(matrix.row(task.first, groups) + piece, count);
+  if (task.second != NO_ROW) team.prefetch(matrix.row(task.second, groups) + piece, count);
 }
 
-// A warp's share of what comes next, for when it has nothing left to read: the memory goes on while others compute.
+// Prefetches a warp's share of the next weights. The warp has nothing left to read, so the memory works while others
+// compute.
 template <class Team>
-LLUMD_BOTH void warm(Team& team, const Ahead& ahead) {
+LLUMD_BOTH void prefetch(Team& team, const NextWeights& next_weights) {
   if (team.lane() != 0) return;
   const uint64_t warps = static_cast<uint64_t>(team.blocks()) * team.warps();
-  const uint64_t share = (ahead.count + warps - 1) / warps;
+  const uint64_t share = (next_weights.count + warps - 1) / warps;
   const uint64_t first = share * (team.block() * team.warps() + team.warp());
-  if (first >= ahead.count) return;
-  const uint64_t left = ahead.count - first;
-  team.warm(ahead.at + first, static_cast<uint32_t>(left < share ? left : share));
+  if (first >= next_weights.count) return;
+  const uint64_t left = next_weights.count - first;
+  team.prefetch(next_weights.at + first, static_cast<uint32_t>(left < share ? left : share));
 }
 
-// The whole product. `kept`: room for M rows in the block's memory.
+// Computes the whole product. `kept`: shared memory for M rows.
 template <uint32_t M, class Team, class Epilogue>
 LLUMD_BOTH void multiply(Team& team, const Rows& rows, const Matrix& matrix, const Epilogue& epilogue,
-                         const Ahead& ahead, Scales<M>& shared, Eight* kept) {
+                         const NextWeights& next_weights, Scales<M>& shared, Eight* kept) {
   const uint32_t groups = rows.groups(), stride = team.blocks() * team.warps();
   Cursor cursor{team.block() * team.warps() + team.warp(), 0};
   Piece next{};
-  fetch(team, matrix, epilogue, cursor, groups, next);  // weights are there from the start
-  warm(team, rows, matrix, epilogue, cursor.task);
+  fetch(team, matrix, epilogue, cursor, groups, next);  // needs nothing of the previous kernels
+  prefetch(team, rows, matrix, epilogue, cursor.task);
   team.await();
   keep<M>(team, rows, shared, kept);
   Sums<M> sums{};
@@ -400,7 +405,7 @@ LLUMD_BOTH void multiply(Team& team, const Rows& rows, const Matrix& matrix, con
     add_up<M>(team, piece, kept, here.at, groups, sums);
     if (cursor.at == 0) finish<M>(team, matrix, epilogue, here.task, sums);
   }
-  warm(team, ahead);
+  prefetch(team, next_weights);
 }
 
 }  // namespace llumd

@@ -1,4 +1,4 @@
-// What code for the GPU and the CPU alike stands on.
+// Macros and bit casts for code that runs on the GPU and on the CPU.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// What our kernels' callers have in common: tensors looked at, and launches that may begin before what is in front of
-// them has ended.
+// Shared by the launchers of our kernels: checks of tensors, and programmatic dependent launch (a kernel may begin
+// before the previous one has ended).
 #pragma once
 
 #include <tvm/ffi/container/tensor.h>
@@ -20,8 +20,8 @@ constexpr int FIRST_MAJOR_WITH_EARLY_LAUNCH = 9;
 
 // ---- Launches
 
-// Until all that the kernels in front have written is there. The kernel behind may begin as well: it waits likewise
-// before it touches what this one reads or writes.
+// Waits until all writes of the previous kernels are visible, then lets the next kernel begin. That one also waits here
+// before it reads or writes memory of this kernel.
 __device__ __forceinline__ void await() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -35,8 +35,8 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Lets `kernel` have so many bytes of a block's memory at a launch. What it may have is never taken back: a graph may
-// hold launches that need it.
+// Lets `kernel` use `bytes` of shared memory per block. The limit is never lowered: a graph may hold launches that
+// need it.
 template <class Kernel>
 void allow_memory(Kernel kernel, size_t bytes) {
   cudaFuncAttributes now{};
@@ -46,16 +46,15 @@ void allow_memory(Kernel kernel, size_t bytes) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
-// Whether a kernel may begin before the one in front has ended. LLUMD_EARLY_LAUNCH=off has all wait, to find out whether
-// that is what goes wrong.
+// True if a kernel may begin before the previous one has ended. LLUMD_EARLY_LAUNCH=off turns this off, to find out if
+// it causes an error.
 inline bool may_begin_early(int device) {
-  static const char* const wish = std::getenv("LLUMD_EARLY_LAUNCH");
-  if (wish && std::strcmp(wish, "off") == 0) return false;
+  static const char* const setting = std::getenv("LLUMD_EARLY_LAUNCH");
+  if (setting && std::strcmp(setting, "off") == 0) return false;
   return attribute(cudaDevAttrComputeCapabilityMajor, device) >= FIRST_MAJOR_WITH_EARLY_LAUNCH;
 }
 
-// Launches a kernel that calls `await` first of all, or after what needs nothing of the kernels in front, on the caller's
-// stream.
+// Launches a kernel on the caller's stream. The kernel must call `await` before it depends on previous kernels.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t memory, DLDevice device,
             const Arguments&... arguments) {
@@ -72,14 +71,14 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, si
   TVM_FFI_CHECK_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// ---- Tensors. Whatever does not fit raises, by its name.
+// ---- Tensors. A tensor that does not fit raises an error with its name.
 
 inline bool is(const TensorView& tensor, DLDataTypeCode code, int bits) {
   const DLDataType dtype = tensor.dtype();
   return dtype.code == code && dtype.bits == bits && dtype.lanes == 1;
 }
 
-// The data of a tensor on the device of `x`.
+// Returns the data of a tensor, which must be on the device of `x`.
 template <class T>
 T* data(const TensorView& tensor, const char* name, DLDataTypeCode code, int dim, const TensorView& x) {
   TVM_FFI_ICHECK(is(tensor, code, sizeof(T) * 8)) << name << " has another dtype";
@@ -98,7 +97,7 @@ T* whole(const TensorView& tensor, const char* name, DLDataTypeCode code, int di
 
 inline bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Eight) == 0; }
 
-// Keys and values of a layer, [blocks, block_size, kv_heads, head_dim] both, and the sequences' blocks.
+// Describes keys and values of a layer, [blocks, block_size, kv_heads, head_dim] each, and the blocks of the sequences.
 inline Pages pages_of(const TensorView& keys, const TensorView& values, const TensorView& indices,
                       const TensorView& indptr, int64_t head_dim, const TensorView& x) {
   TVM_FFI_ICHECK(keys.ndim() == 4 && values.ndim() == 4 && keys.size(3) == head_dim) << "pages have another shape";

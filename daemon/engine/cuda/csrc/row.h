@@ -1,16 +1,17 @@
-// How a team of threads draws the token of one row: largest logit, cutoff, draw (daemon/engine/sampling/sampler.py).
+// Samples the token of one row by a team of threads: maximum, cutoff, sampling (daemon/engine/sampling/sampler.py).
 //
-// The team is one or more blocks of threads; each block has a slice of the row's tokens and a `Shared`, which its peers
-// can read. Results are merged by maximum and by sums of integers only, so they do not depend on the team. All code
-// here runs in every thread; what a `Team` offers:
+// The team is one or more blocks of threads. Each block has a slice of the row's tokens and a `Shared`, which the other
+// blocks can read. Results are merged only by maximum and by integer sums, so they do not depend on the team. All code
+// here runs in every thread. A `Team` has:
 //
-//   thread(), threads()      index in the block, and how many
-//   block(), blocks()        index in the team, and how many
-//   own(), shared(b)         the Shared of the block, of block b
+//   thread(), threads()      index in the block, and number of threads
+//   block(), blocks()        index in the team, and number of blocks
+//   own(), shared(b)         the Shared of this block, of block b
 //   sync(), sync_all()       barrier of the block, of the team; both make writes visible
-//   add(word, amount)        atomic, on a word of its own block
-//   warp(), warps()          index of the thread's warp in the block, and how many; leads_warp(): is its first thread
-//   warp_max(x)              the largest x of the warp, uint32 or uint64; all its threads must come
+//   add(word, amount)        atomic add, on a word of its own block
+//   warp(), warps()          index of the thread's warp in the block, and number of warps
+//   leads_warp()             true in the first thread of a warp
+//   warp_max(x)              the largest x of the warp, uint32 or uint64; all its threads must call it
 #pragma once
 
 #include "draw.h"
@@ -20,7 +21,7 @@ namespace llumd {
 struct RowParams {
   float inverse_temperature;  // 0: greedy
   float min_p_depth;          // temperature * log(min_p), -inf for none
-  int32_t top_k;              // 0, or the vocabulary and more, for all
+  int32_t top_k;              // 0, or at least the vocabulary size, for all
   double top_p;               // 1 for all
   uint64_t seed;
   uint32_t position;
@@ -32,13 +33,13 @@ struct alignas(16) Group {
   float logit[GROUP];
 };
 
-// `count` tokens from id `first` on, a multiple of GROUP. A thread looks at every threads()-th group, always the same
-// ones, so what it has written itself it may read without a barrier.
+// `count` tokens from id `first` on, a multiple of GROUP. A thread handles every threads()-th group, always the same
+// ones, so it may read its own writes without a barrier.
 struct Slice {
   const float* logits;
   uint32_t first;
   uint32_t count;
-  bool aligned;  // to a Group
+  bool aligned;  // to the alignment of Group
 
   LLUMD_BOTH uint32_t groups() const { return (count + GROUP - 1) / GROUP; }
 
@@ -52,7 +53,7 @@ struct Slice {
   }
 };
 
-// Tokens of each block but the last ones.
+// Tokens of each block except the last ones.
 LLUMD_BOTH uint32_t slice_length(uint32_t vocab, uint32_t blocks) {
   return ((vocab + blocks - 1) / blocks + GROUP - 1) / GROUP * GROUP;
 }
@@ -65,7 +66,7 @@ LLUMD_BOTH Slice slice_of(const float* row, uint32_t vocab, uint32_t block, uint
   return {row + first, first, count, aligned};
 }
 
-// ---- Bins: sums of amounts below 2^42, in three parts of 14 bits so that 32-bit atomics do
+// ---- Bins: sums of amounts below 2^42, in three parts of 14 bits, so that 32-bit atomics suffice
 
 constexpr uint32_t PARTS = 3;
 constexpr uint32_t PART_BITS = 14;
@@ -80,7 +81,7 @@ constexpr uint32_t MAX_WARPS = 32;
 struct Shared {
   uint32_t bins[PARTS][BINS];  // of this block's tokens
   uint64_t middles[MIDDLES];   // of this block's tokens
-  uint64_t merged[MIDDLES];    // of all blocks' tokens, as what follows
+  uint64_t merged[MIDDLES];    // of all blocks' tokens; also the next two
   uint64_t tops[TOPS];
   uint64_t leaves[MIDDLE];
   uint64_t warp_max[MAX_WARPS];
@@ -94,7 +95,7 @@ LLUMD_BOTH uint64_t bin_amount(const Shared& shared, uint32_t bin) {
 
 template <class Team>
 LLUMD_BOTH void clear_bins(Team& team) {
-  team.sync_all();  // no peer still reads them
+  team.sync_all();  // until no other block reads them
   Shared& own = team.own();
   for (uint32_t part = 0; part < PARTS; ++part)
     for (uint32_t bin = team.thread(); bin < BINS; bin += team.threads()) own.bins[part][bin] = 0;
@@ -110,7 +111,7 @@ LLUMD_BOTH void add_to_bin(Team& team, uint32_t bin, uint64_t amount) {
   }
 }
 
-// Sum up all blocks' bins, for `find_bin`. Returns the total.
+// Sums up all blocks' bins for `find_bin`, and returns the total.
 template <class Team>
 LLUMD_BOTH uint64_t merge_bins(Team& team) {
   Shared& own = team.own();
@@ -138,8 +139,8 @@ LLUMD_BOTH uint64_t merge_bins(Team& team) {
   return total;
 }
 
-// Going down from the last of n amounts, the index at which their sum reaches `target`, which shrinks by what lies
-// above. The sum of all must reach it.
+// Adds up n amounts from the last one down, and returns the index at which the sum reaches `target`. Subtracts the
+// amounts above that index from `target`. The sum of all amounts must reach it.
 LLUMD_BOTH uint32_t reach(const uint64_t* amounts, uint32_t n, uint64_t& target) {
   uint32_t i = n - 1;
   for (; i > 0 && amounts[i] < target; --i) target -= amounts[i];
@@ -151,7 +152,8 @@ struct Place {
   uint64_t amount;  // in the bin
 };
 
-// The bin in which the sum from the highest bin down reaches `target`, which shrinks by what lies above.
+// Returns the bin in which the sum from the highest bin down reaches `target`. Subtracts the bins above it from
+// `target`.
 template <class Team>
 LLUMD_BOTH Place find_bin(Team& team, uint64_t& target) {
   Shared& own = team.own();
@@ -186,8 +188,8 @@ struct Weighing {  // top-p
   }
 };
 
-// Put the amount of each token with key >= last, and with `prefix` for what its key has above bit `top`, into the bin
-// of its key's bits [bottom, top).
+// Adds the amount of each token with key >= last, and with `prefix` as the bits of its key from `top` up, to the bin of
+// its key's bits [bottom, top).
 template <class Team, class Measure>
 LLUMD_BOTH void fill_bins(Team& team, const Slice& slice, uint64_t last, uint64_t prefix, uint32_t top, uint32_t bottom,
                           const Measure& measure) {
@@ -204,11 +206,11 @@ LLUMD_BOTH void fill_bins(Team& team, const Slice& slice, uint64_t last, uint64_
   }
 }
 
-// Keys are read from the top in digits of 11, 11, 10 (the logit's) and 10, 11, 11 bits (the token's).
+// Keys are read from the top in digits of 11, 11, 10 bits (of the logit) and 10, 11, 11 bits (of the token).
 LLUMD_BOTH uint32_t digit_below(uint32_t top) { return top == 42 || top == 32 ? top - 10 : top - 11; }
 
-// Of the tokens with key >= last, the shortest prefix whose amounts come to the measure's target, or all: returns a key
-// that it, and nothing behind it, reaches.
+// Selects, of the tokens with key >= last, the shortest prefix whose amounts reach the measure's target, or all of
+// them. Returns a key that separates it: exactly the tokens of the prefix have at least this key.
 template <class Team, class Measure>
 LLUMD_BOTH uint64_t select(Team& team, const Slice& slice, uint64_t last, const Measure& measure) {
   uint64_t prefix = 0, target = 0;
@@ -223,7 +225,7 @@ LLUMD_BOTH uint64_t select(Team& team, const Slice& slice, uint64_t last, const 
     const Place place = find_bin(team, target);
     prefix = prefix << (top - bottom) | place.bin;
     top = bottom;
-    if (top == 32) {  // what is left are equal logits: often one, and all of them stay
+    if (top == 32) {  // the remaining tokens have equal logits: often it is one, and all of them stay
       const uint64_t least = prefix << 32;
       if (target > place.amount - measure.amount(value_of(least))) return least > last ? least : last;
     }
@@ -231,7 +233,7 @@ LLUMD_BOTH uint64_t select(Team& team, const Slice& slice, uint64_t last, const 
   return prefix;
 }
 
-// The candidates are the tokens with at least the key that this returns.
+// Returns a key: the candidates are the tokens with at least this key.
 template <class Team>
 LLUMD_BOTH uint64_t find_cutoff(Team& team, const Slice& slice, const Scale& scale, const RowParams& params,
                                 uint32_t vocab) {
@@ -243,9 +245,9 @@ LLUMD_BOTH uint64_t find_cutoff(Team& team, const Slice& slice, const Scale& sca
   return last;
 }
 
-// ---- The draw
+// ---- Sampling
 
-// The largest of all threads' keys. Each use in a row takes another `slot`.
+// Returns the largest of all threads' keys. Consecutive calls must use different values of `slot`.
 template <class Team>
 LLUMD_BOTH uint64_t largest_of_team(Team& team, uint64_t key, uint32_t slot) {
   Shared& own = team.own();
@@ -264,7 +266,7 @@ LLUMD_BOTH uint64_t largest_of_team(Team& team, uint64_t key, uint32_t slot) {
   return key;
 }
 
-// The key of the largest logit.
+// Returns the key of the largest logit.
 template <class Team>
 LLUMD_BOTH uint64_t find_largest(Team& team, const Slice& slice) {
   uint64_t first = 0;
@@ -278,8 +280,8 @@ LLUMD_BOTH uint64_t find_largest(Team& team, const Slice& slice) {
   return largest_of_team(team, first, 0);
 }
 
-// Scores of one group's candidates; those that cannot beat `bound` may be left out. Raises `winner`, a key of score
-// and token, where one of them is better.
+// Computes the scores of one group's candidates; skips candidates that cannot beat `bound`. Updates `winner`, a key of
+// score and token, if one of them is better.
 LLUMD_BOTH void score_group(const Group& group, uint32_t token, uint64_t last, const Scale& scale,
                             const RowParams& params, float bound, uint64_t& winner) {
   float high = float_of_bits(0xFF800000u);
@@ -295,8 +297,8 @@ LLUMD_BOTH void score_group(const Group& group, uint32_t token, uint64_t last, c
   }
 }
 
-// The token with the largest score; `best` is the one with the largest logit. A warp shares its bound, so that few
-// tokens need their noise.
+// Returns the token with the largest score. `best`: the token with the largest logit. A warp shares its bound, so that
+// the noise of only a few tokens is computed.
 template <class Team>
 LLUMD_BOTH uint32_t draw(Team& team, const Slice& slice, const Scale& scale, const RowParams& params, uint32_t best,
                          uint64_t last) {
@@ -310,7 +312,7 @@ LLUMD_BOTH uint32_t draw(Team& team, const Slice& slice, const Scale& scale, con
   return token_of(largest_of_team(team, winner, 1));
 }
 
-// The row's token, in every thread; NO_TOKEN if no logit is above -inf.
+// Returns the row's token in every thread, or NO_TOKEN if no logit is above -inf.
 template <class Team>
 LLUMD_BOTH int32_t draw_row(Team& team, const Slice& slice, const RowParams& params, uint32_t vocab) {
   const uint64_t first = find_largest(team, slice);

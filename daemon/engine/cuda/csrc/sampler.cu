@@ -1,4 +1,4 @@
-// The draw on the GPU: a cluster of blocks draws one row's token, its logits spread over the blocks' shared memory.
+// Sampling on the GPU: a cluster of blocks samples one row's token. Its logits are in the blocks' shared memory.
 #include <cooperative_groups.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/function.h>
@@ -14,11 +14,11 @@ using tvm::ffi::TensorView;
 constexpr uint32_t THREADS = 512;
 constexpr uint32_t WARP = 32;
 constexpr uint32_t EVERY_LANE = 0xFFFFFFFFu;
-constexpr uint32_t MOST_BLOCKS = 8;       // a cluster that every GPU with clusters can run
-constexpr uint32_t AIMED_SLICE = 16384;   // tokens: two blocks of 64 KiB and their bins fit a multiprocessor
+constexpr uint32_t MOST_BLOCKS = 8;       // the cluster size that every GPU with clusters supports
+constexpr uint32_t AIMED_SLICE = 16384;   // tokens: two blocks of 64 KiB with their bins fit in a multiprocessor
 constexpr int FIRST_MAJOR_WITH_CLUSTERS = 9;
 
-// One array a field, an entry a row; daemon/engine/cuda/sampler.py says what they mean.
+// One array per field, one entry per row. daemon/engine/cuda/sampler.py describes them (SamplingTensors).
 struct Params {
   const float* inverse_temperature;
   const float* min_p_depth;
@@ -33,7 +33,7 @@ struct Params {
   }
 };
 
-// A cluster as a llumd team. Before Hopper there are none: there a team is one block.
+// A cluster as a `Team` (row.h). GPUs before Hopper have no clusters: there a team is one block.
 class Cluster {
  public:
   __device__ explicit Cluster(llumd::Shared* own) : own_(own) {}
@@ -43,7 +43,7 @@ class Cluster {
   __device__ uint32_t warp() const { return threadIdx.x / WARP; }
   __device__ uint32_t warps() const { return THREADS / WARP; }
   __device__ bool leads_warp() const { return threadIdx.x % WARP == 0; }
-  __device__ llumd::Shared& own() const { return *own_; }  // not by way of the cluster, which would be slower
+  __device__ llumd::Shared& own() const { return *own_; }  // not by map_shared_rank, which would be slower
   __device__ void sync() const { __syncthreads(); }
   __device__ void add(uint32_t* word, uint32_t amount) const { atomicAdd(word, amount); }
 
@@ -74,13 +74,13 @@ class Cluster {
   llumd::Shared* own_;
 };
 
-// Copy the slice to `kept`, padded to a group; each thread reads back what it wrote itself.
+// Copies the slice to `kept`, padded to a group. Each thread later reads only its own writes.
 __device__ llumd::Slice keep(const llumd::Slice& slice, llumd::Group* kept) {
   for (uint32_t g = threadIdx.x; g < slice.groups(); g += THREADS) kept[g] = slice.group(g);
   return {reinterpret_cast<const float*>(kept), slice.first, slice.groups() * llumd::GROUP, true};
 }
 
-// Every `blocks` blocks in turn, one cluster, draw a row. `keeps`: the slice fits in shared memory.
+// Each group of `blocks` blocks, one cluster, samples a row. `keeps`: the slice fits in shared memory.
 __global__ void __launch_bounds__(THREADS)
     draw_kernel(const float* logits, int64_t stride, uint32_t vocab, uint32_t blocks, bool keeps, Params params,
                 int32_t* out) {
@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(THREADS)
   if (keeps) slice = keep(slice, reinterpret_cast<llumd::Group*>(memory + sizeof(llumd::Shared)));
   const int32_t token = llumd::draw_row(team, slice, params.row(row), vocab);
   if (team.block() == 0 && team.thread() == 0) out[row] = token;
-  team.sync_all();  // a peer may still read this block's memory
+  team.sync_all();  // another block may still read this block's memory
 }
 
-// Blocks for a row: enough to hold it, and more while the GPU has idle multiprocessors.
+// Returns the blocks for a row: enough to hold it, and more while the GPU has idle multiprocessors.
 uint32_t blocks_for(int64_t rows, uint32_t vocab, int device) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < FIRST_MAJOR_WITH_CLUSTERS) return 1;
   const int64_t processors = attribute(cudaDevAttrMultiProcessorCount, device);
@@ -130,7 +130,7 @@ void launch(const float* logits, int64_t stride, int64_t rows, uint32_t vocab, c
       cudaLaunchKernelEx(&config, draw_kernel, logits, stride, vocab, blocks, keeps, params, out));
 }
 
-// The data of a vector with one entry a row, on the logits' device.
+// Returns the data of a vector with one entry per row, on the device of the logits.
 template <class T>
 T* entries(const TensorView& tensor, const char* name, DLDataTypeCode code, const TensorView& logits) {
   T* const at = llumd::whole<T>(tensor, name, code, 1, logits);
@@ -138,8 +138,8 @@ T* entries(const TensorView& tensor, const char* name, DLDataTypeCode code, cons
   return at;
 }
 
-// out[row] = the token drawn from logits[row]: float32[rows, vocab], whose rows may lie apart. Raises for tensors that
-// do not fit. Launches one kernel on the caller's stream, allocates nothing and waits for nothing.
+// out[row] = the token sampled from logits[row]: float32[rows, vocab] with any stride between rows. Raises for
+// tensors that do not fit. Launches one kernel on the caller's stream, allocates nothing and does not wait.
 void draw(TensorView logits, TensorView inverse_temperature, TensorView min_p_depth, TensorView top_k,
           TensorView top_p, TensorView seed, TensorView position, TensorView out) {
   TVM_FFI_ICHECK(llumd::is(logits, kDLFloat, 32)) << "logits must be float32";

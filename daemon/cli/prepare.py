@@ -1,0 +1,57 @@
+"""Checks before the start: everything that `llumd serve` and `llumd check` can refuse, before a process exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from daemon.cli import devices
+from daemon.cli.memory_budget import kv_pool_bytes
+from daemon.config import Config
+from daemon.models import store
+from daemon.models.loader import open_model
+from daemon.models.model_config import ModelConfig, check_tokenizer
+
+
+class Prepared(NamedTuple):
+    """What the daemon needs to start, checked."""
+
+    config: Config  # with `devices`, `served_name` and the defaults for GPUs filled in
+    model_config: ModelConfig
+    model_dir: Path
+    pool_bytes: int  # KV pool of each engine in the memory of the machine
+
+
+def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
+    """Complete the settings, get the model and check both. Calls `progress` with a text before each slow step.
+
+    Raises ConfigError or ModelError for everything that cannot work.
+    """
+    config = dataclasses.replace(config, devices=config.devices or devices.default_devices(config, progress))
+    config = config.for_gpus() if config.on_gpus else config
+    config.check()
+    if config.api_key_file:
+        from daemon.api.auth import KeyRing
+
+        KeyRing.load(Path(config.api_key_file))
+    model_dir = store.resolve(config.model, config.load_format, progress)
+    # The stub and hash engines do not use the weights, but the frontends use the tokenizer.
+    load_format = config.load_format if config.engine == "model" else "dummy"
+    model_config = open_model(model_dir, config.served_name, load_format)
+    check_tokenizer(model_dir)
+    if config.on_gpus:
+        devices.check_gpus(config, model_config)
+    config = dataclasses.replace(config, served_name=model_config.name)
+    pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), _available_memory())
+    return Prepared(config, model_config, model_dir, pool_bytes)
+
+
+def _available_memory() -> int:
+    """Return the free memory of the machine in bytes, with the page cache that the kernel can drop."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,123 @@
+"""Starts an engine: loads the runner, the KV pool and the scheduler, and ends the process on failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
+
+from daemon.config import Config
+from daemon.engine.build_runner import build_runner
+from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
+from daemon.engine.cost import StepCost, StepLimits
+from daemon.engine.runner import DeviceRunner, Runner
+from daemon.engine.scheduler import Scheduler
+from daemon.ipc import segment
+from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, ChildSpec
+from daemon.ipc.fabric import Fabric
+from daemon.kvpool import host_transport
+from daemon.kvpool.block_manager import BlockManager
+from daemon.kvpool.link import KvLink
+from daemon.models.loader import open_model
+from daemon.models.model_config import ModelError
+
+log = logging.getLogger(__name__)
+
+
+class LoadedEngine(NamedTuple):
+    """An engine that is ready to run steps."""
+
+    runner: Runner
+    scheduler: Scheduler
+    kv: KvLink
+    limits: StepLimits  # measured on this engine
+
+
+def load_or_exit(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
+    """Load the engine. Exit with EXIT_CONFIG if the model cannot run here: a restart would not help."""
+    try:
+        return load(spec, fabric)
+    except ModelError as e:
+        log.error("%s", e)
+        sys.exit(EXIT_CONFIG)
+
+
+def exit_failed(error: Exception) -> NoReturn:
+    """End the process at once; the supervisor restarts it. No clean-up runs: after a device failure it may hang."""
+    log.critical("this engine exits, the supervisor restarts it: %s", error, exc_info=error)
+    os._exit(EXIT_FAILED)
+
+
+def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
+    """Load runner, pool and scheduler. Raises ModelError if the model cannot run here."""
+    config = spec.config
+    started = time.monotonic()
+    load_format = config.load_format if config.engine == "model" else "dummy"
+    model_config = open_model(Path(spec.model_dir), config.served_name, load_format)
+    _, index = fabric.topology.role(fabric.process)
+    runner = build_runner(config, model_config, config.devices[index])
+    if config.on_gpus:
+        kv = _load_on_device(fabric, cast(DeviceRunner, runner))
+    else:
+        kv = _load_on_host(spec, fabric, runner)
+    cost = _measure(config, runner, kv.num_blocks)
+    scheduler = Scheduler(
+        BlockManager(kv.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_model_len=runner.max_model_len,
+        eos_token_ids=runner.eos_token_ids,
+        max_mixed_tokens=cost.tokens_within(config.itl_target) if config.itl_target else 0,
+    )
+    log.info(
+        "ready after %.1f s: %d KV blocks of %d tokens",
+        time.monotonic() - started,
+        kv.num_blocks - 1,
+        config.block_size,
+    )
+    return LoadedEngine(runner, scheduler, kv, StepLimits(cost.knee, config.ideal_tokens or cost.ideal_tokens))
+
+
+def _load_on_host(spec: ChildSpec, fabric: Fabric, runner: Runner) -> KvLink:
+    """Load the model into the pool that the supervisor has created."""
+    pool = segment.attach(spec.pool_fd)
+    num_blocks = len(pool) // runner.pool_spec(1).block_bytes
+    if num_blocks < 2:
+        raise ModelError(f"kv_memory of {len(pool)} bytes holds no KV block of this model; give it more")
+    runner.load(pool[: runner.pool_spec(num_blocks).nbytes])
+    return host_transport.connect(fabric, pool, num_blocks, spec.supervisor_pid)
+
+
+def _load_on_device(fabric: Fabric, runner: DeviceRunner) -> KvLink:
+    """Load the model; the runner allocates the pool in the GPU's memory."""
+    from daemon.kvpool import cuda_transport
+
+    runner.load()
+    return cuda_transport.connect(fabric, runner.pool_memory, runner.num_blocks)
+
+
+def _measure(config: Config, runner: Runner, num_blocks: int) -> StepCost:
+    """Measure the cost of steps. It is all zero for the engines without a model: their step time is an option."""
+    if config.engine != "model":
+        return StepCost()
+    cost = calibrate(
+        runner,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        budget=DEVICE_BUDGET if config.on_gpus else BUDGET,
+    )
+    log.info(
+        "a step takes %.3g ms, %.3g us per token and %.3g ns per token of KV: "
+        "twice its ideal at %d tokens, near it up to %d of KV (0: no limit)",
+        cost.base * 1e3,
+        cost.per_token * 1e6,
+        cost.per_kv * 1e9,
+        cost.knee,
+        cost.ideal_tokens,
+    )
+    return cost

@@ -1,0 +1,142 @@
+"""The admin API: the answers to orders, and the events that they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from daemon.config import Config
+from daemon.control.admin import build_admin
+from daemon.control.desired_states import DesiredStates
+from daemon.control.rebalancer import Rebalancer
+from daemon.control.request_orders import RequestOrders
+from daemon.control.status import StatusReader
+from daemon.ipc.child import ChildSpec
+from daemon.ipc.event_ring import EventWriter
+from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles
+from daemon.ipc.journal import Journal
+from daemon.ipc.messages import (
+    CancelRequest,
+    RequestParams,
+    SamplingParams,
+    SetPriority,
+    decode_from_coordinator,
+    decode_to_llumlet,
+    encode,
+)
+from daemon.ipc.process_table import ProcessFacts, ProcessState
+from daemon.ipc.ring import RingReader
+from tests.control.factories import engine_facts
+
+Send = Callable[..., tuple[int, dict[str, Any]]]
+BY = f"uid {os.getuid()} (pid {os.getpid()})"
+
+
+@pytest.fixture
+def send(handles: FabricHandles, tmp_path: Path) -> Send:
+    """Send one request to the admin API of a daemon with two serving engines and one dead engine."""
+    topology = handles.topology
+    table = Fabric(handles, -1, 0).table_writer()
+    for process in range(topology.processes):
+        table.publish(process, ProcessFacts(state=ProcessState.UP, incarnation=1))
+    for i in range(2):
+        Fabric(handles, topology.engine(i), 1).board().publish(encode(engine_facts()))
+    config = Config(devices=["cpu"] * 3)
+    fabric = Fabric(handles, COORDINATOR, 1)
+    events = EventWriter(fabric.events(COORDINATOR))
+    status = StatusReader(fabric, ChildSpec(config, handles, COORDINATOR, 1, os.getpid(), ""))
+    app_parts = RequestOrders(fabric, status), Rebalancer(fabric, config, events), DesiredStates(fabric, events)
+    socket = str(tmp_path / "admin.sock")
+
+    async def exchange(method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        runner = web.AppRunner(build_admin(status, *app_parts, events))
+        await runner.setup()
+        await web.UnixSite(runner, socket).start()
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket)) as session,
+            session.request(method, f"http://llumd{path}", headers=headers) as response,
+        ):
+            answer = response.status, await response.json()
+        await runner.cleanup()
+        return answer
+
+    def send(method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
+        return asyncio.run(exchange(method, path, headers))
+
+    send.history = status.event_history()  # type: ignore[attr-defined]
+    return send
+
+
+def orders(send: Send) -> list[tuple[str, str, int, str, str]]:
+    """Return action, request, engine, detail and author of each order since the last call."""
+    rows = send.history.read()  # type: ignore[attr-defined]
+    return [(row["action"], row["request"], row["engine"], row["detail"], row["by"]) for row in rows]
+
+
+def received(ring: RingReader, decode: Callable[[bytes], Any]) -> list[Any]:
+    """Return the messages in a ring."""
+    messages = []
+    while (record := ring.read()) is not None:
+        messages.append(decode(record.payload))
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("verb", "state"), [("drain", "draining"), ("undrain", "serving"), ("park", "parked"), ("wake", "serving")]
+)
+def test_an_order_to_an_engine_sets_its_desired_state_and_writes_one_event(send: Send, verb: str, state: str):
+    assert send("POST", f"/v1/engines/1/{verb}") == (200, {"engine": 1, "desired": state, "wished": state})
+    assert orders(send) == [(verb, "", 1, "", BY)]
+    row = send("GET", "/v1/status")[1]["engines"][1]
+    assert row["desired"] == row["wished"] == state
+    assert orders(send) == []
+
+
+def test_an_order_about_a_request_is_sent_to_its_frontend_or_engine(send: Send, handles: FabricHandles):
+    topology = handles.topology
+    frontend, source = Fabric(handles, topology.frontend(0), 1), Fabric(handles, topology.engine(0), 1)
+    journal = Journal(frontend.journal(0, writable=True))
+    params = RequestParams(SamplingParams(max_tokens=9, seed=1), time.monotonic(), label="cmpl-1-0")
+    journal.assign(journal.open(5, params, [1, 2, 3]), 1, 0, 1)
+
+    assert send("POST", "/v1/requests/cmpl-1/priority/high") == (200, {"changed": ["cmpl-1-0"], "priority": -1})
+    assert send("DELETE", "/v1/requests/cmpl-1") == (200, {"cancelled": ["cmpl-1-0"]})
+    moved = {"ordered": ["cmpl-1-0"], "engine": 1}
+    assert send("POST", "/v1/requests/cmpl-1/migrate/1") == (200, moved)
+    assert send("POST", "/v1/requests/cmpl-1/migrate/1?how=blocking") == (200, moved)
+    assert send("POST", "/v1/requests/cmpl-1/migrate/1?how=teleport")[0] == 409
+    assert orders(send) == [
+        ("priority", "cmpl-1", -1, "high", BY),
+        ("cancel", "cmpl-1", -1, "", BY),
+        ("migrate", "cmpl-1", 1, "", BY),
+        ("migrate", "cmpl-1", 1, "blocking", BY),
+    ]
+    assert received(frontend.reader(COORDINATOR), decode_from_coordinator) == [SetPriority(5, -1), CancelRequest(5)]
+    moves = received(source.reader(COORDINATOR), decode_to_llumlet)
+    assert [(m.engine, m.rid, m.how) for m in moves] == [(1, 5, "live"), (1, 5, "blocking")]
+
+
+def test_a_refused_order_writes_no_event(send: Send):
+    assert send("POST", "/v1/engines/7/drain") == (409, {"error": "there is no engine 7"})
+    assert send("POST", "/v1/engines/2/park") == (409, {"error": "there is no engine 2 that runs"})
+    unknown = {"error": "no unfinished request is called 'cmpl-1'"}
+    assert send("DELETE", "/v1/requests/cmpl-1") == (404, unknown)
+    assert send("POST", "/v1/requests/cmpl-1/priority/high") == (404, unknown)
+    assert send("POST", "/v1/requests/cmpl-1/migrate/1") == (409, unknown)
+    status, answer = send("POST", "/v1/requests/cmpl-1/priority/urgent")
+    assert status == 409 and "high, normal, low or a whole number" in answer["error"]
+    assert orders(send) == []
+
+
+def test_a_request_from_a_browser_is_refused(send: Send):
+    answer = send("POST", "/v1/engines/1/drain", Origin="http://example.org")
+    assert answer == (403, {"error": "requests from browsers are refused"})
+    assert orders(send) == []

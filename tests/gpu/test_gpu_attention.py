@@ -1,0 +1,117 @@
+"""FlashInfer's attention against the slow reference, over one blocks-first pool."""
+
+import pytest
+import torch
+
+from daemon.engine.cuda import kernels
+from daemon.engine.cuda.attention import FlashInferAttention, HeadShape, TorchAttention
+from daemon.engine.cuda.ops import TorchOps
+from tests.gpu.parts import BF16, DEVICE, PassDriver, Span, model_config_of
+
+LAYERS, LAYER = 3, 1
+MAX_LEN = 8192
+SHAPES = [
+    HeadShape(4, 2, 64, 16),
+    HeadShape(9, 3, 64, 16),
+    HeadShape(4, 4, 64, 32),
+    HeadShape(32, 8, 128, 16),
+    HeadShape(32, 8, 128, 32),
+]
+DECODES = {
+    "short": [1, 2, 15, 16, 17, 31, 32, 33],
+    "one long": [6000],
+    "mixed": [1, 700, 16, 3000, 48, 5, 129],
+}
+CHUNKS = {
+    "whole prompts": [(1, 1), (16, 16), (300, 300), (17, 17)],
+    "behind a prefix": [(700, 60), (33, 1), (2000, 128), (64, 16)],
+    "long": [(6000, 400)],
+}
+
+
+@pytest.fixture(params=[BF16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
+def kv_dtype(request):
+    return request.param
+
+
+def pools(heads, blocks, kv_dtype):
+    """Return two equal pools, full of old KV."""
+    shape = (blocks, LAYERS, 2, heads.block_size, heads.kv_heads, heads.head_dim)
+    first = torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE).to(kv_dtype)
+    return first, first.clone()
+
+
+def engines(heads, kv_dtype, prefill="fa2"):
+    fast = FlashInferAttention(
+        heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), num_staging_sets=2, prefill_backend=prefill
+    )
+    return fast, TorchAttention(heads)
+
+
+def qkv(heads, count):
+    """Return slices of one fused product, as the model passes them."""
+    total = heads.heads + 2 * heads.kv_heads
+    fused = torch.randn(count, total, heads.head_dim, device=DEVICE).to(BF16)
+    return fused.split([heads.heads, heads.kv_heads, heads.kv_heads], 1)
+
+
+def compare(attentions, both, heads, inputs, *, decode, real):
+    q, k, v = qkv(heads, len(inputs.tokens))
+    half = torch.ones(MAX_LEN, heads.head_dim // 2, device=DEVICE)
+    unrotated = torch.cat([half, torch.zeros_like(half)], 1)
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.use_pool(pool)
+        keys, values = attention.pages(LAYER)
+        TorchOps().append(q.clone(), k.clone(), v.clone(), keys, values, inputs, unrotated)
+    got, expected = (attention.attend(LAYER, q, inputs, decode=decode) for attention in attentions)
+    torch.testing.assert_close(got[:real].float(), expected[:real].float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("lengths", DECODES, ids=str)
+@pytest.mark.parametrize("heads", SHAPES, ids=lambda h: "-".join(map(str, h)))
+def test_decodes(heads, lengths, kv_dtype):
+    sequences = [Span(n) for n in DECODES[lengths]]
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = engines(heads, kv_dtype), pools(heads, blocks, kv_dtype)
+    driver = PassDriver(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.use_pool(pool)
+    driver.prepare(attentions[0], 8)
+    inputs = driver.plan_decodes(attentions[0], driver.rows(sequences, blocks), 8)
+    compare(attentions, both, heads, inputs, decode=True, real=len(sequences))
+
+
+@pytest.mark.parametrize("parts", CHUNKS, ids=str)
+@pytest.mark.parametrize("heads", SHAPES, ids=lambda h: "-".join(map(str, h)))
+def test_chunks(heads, parts, kv_dtype):
+    check_chunks(engines(heads, kv_dtype), heads, parts, kv_dtype)
+
+
+@pytest.mark.parametrize("parts", CHUNKS, ids=str)
+@pytest.mark.parametrize("heads", [SHAPES[0], *SHAPES[3:]], ids=lambda h: "-".join(map(str, h)))
+def test_chunks_by_fa3(heads, parts):
+    arch = kernels.arch_of(*torch.cuda.get_device_capability())
+    try:
+        kernels.check(kernels.required(model_config_of(heads.head_dim), arch=arch, prefill="fa3"), arch)
+    except kernels.KernelError as e:
+        pytest.skip(str(e))
+    check_chunks(engines(heads, BF16, "fa3"), heads, parts, BF16)
+
+
+def check_chunks(attentions, heads, parts, kv_dtype):
+    sequences = [Span(*part) for part in CHUNKS[parts]]
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    both = pools(heads, blocks, kv_dtype)
+    driver = PassDriver(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    inputs = driver.plan_chunks(attentions[0], driver.rows(sequences, blocks))
+    compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens))
+
+
+def test_each_chunk_plan_replaces_the_previous_one(kv_dtype):
+    """Plans of different sizes follow one another."""
+    heads = SHAPES[0]
+    attentions, both = engines(heads, kv_dtype), pools(heads, 600, kv_dtype)
+    driver = PassDriver(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    for seed, parts in enumerate([*CHUNKS.values(), *reversed(CHUNKS.values())]):
+        inputs = driver.plan_chunks(attentions[0], driver.rows([Span(*p) for p in parts], 600, seed))
+        compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens))
