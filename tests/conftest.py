@@ -16,6 +16,7 @@ from tests.ipc.factories import fabric_handles
 # No example has a deadline of its own: the machine may be busy.
 settings.register_profile("desk", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("fast", deadline=None, max_examples=25)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
 TESTS = Path(__file__).parent
@@ -23,12 +24,12 @@ FOLDERS = {"e2e": "e2e", "protocol": "protocol", "gpu": "gpu"}  # folder below t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder; `unit` is what is left and has no marker that makes it take long."""
+    """Mark each test by its folder. A test that has no marker of a longer kind is `unit`."""
     for item in items:
         marker = FOLDERS.get(item.path.relative_to(TESTS).parts[0])
         if marker is not None:
             item.add_marker(marker)
-        elif not any(item.get_closest_marker(name) for name in ("toolchain", "slow")):
+        elif not any(item.get_closest_marker(name) for name in ("integration", "e2e", "slow")):
             item.add_marker("unit")
 
 

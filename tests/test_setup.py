@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = "env bash readlink cat cut sha256sum find rm mkdir cp touch tail uname mv grep flock basename dirname sleep"
 SCRIPTS = ("serve", "test", "llumd", "llumctl", "_setup")
@@ -109,8 +111,15 @@ def test_the_set_up_for_tests_has_more_packages_and_is_enough_for_serving(checko
 def test_lint_layout_and_types_are_checked_before_the_tests(checkout):
     checkout.run("test", "x")
     checks = ["python -m ruff check .", "python -m ruff format --check .", "python -m mypy"]
-    assert checkout.run("test")[2] == [*checks, "python -m pytest"]
-    assert checkout.run("test", "--fast")[2] == [*checks, "python -m pytest -m unit"]
+    parallel = "python -m pytest -n 2 --dist loadfile -m"
+    first, second = "(unit or integration)", "not unit and not integration"
+    assert checkout.run("test", "--fast", "-x")[2] == [
+        *checks,
+        f"{parallel.removesuffix(' -m')} --hypothesis-profile fast -m unit -x",
+    ]
+    both = [f"{parallel} {first} and not slow", f"python -m pytest -m {second} and not slow"]
+    assert checkout.run("test")[2] == [*checks, *both]
+    assert checkout.run("test", "--slow")[2] == [*checks, f"{parallel} {first} ", f"python -m pytest -m {second} "]
 
 
 def test_a_change_of_pyproject_updates_the_environment_in_place(checkout):

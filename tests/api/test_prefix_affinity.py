@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from daemon.api.prefix_affinity import PrefixAffinity
 
 BLOCK = 8
-LENGTHS = [4, 8, 16, 32]  # blocks
+LENGTHS = [4, 8, 16, 32, 64]  # blocks; a prompt of these tests has at most 800 tokens, 100 blocks
 
 
 def prompt(length: int, seed: int = 0) -> array[int]:

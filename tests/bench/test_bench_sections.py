@@ -12,6 +12,8 @@ import pytest
 from bench.sections import Figure, Outcome, append_figure, read_figures, run_all, run_section, table
 from tests.e2e.daemon_process import is_alive, wait_for
 
+pytestmark = pytest.mark.integration
+
 FIGURE = Figure("copy", "a thing", 12.5, "ms", 10.0, True, {"share": 0.5})
 
 

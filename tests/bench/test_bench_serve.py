@@ -10,6 +10,8 @@ from aiohttp import web
 
 from bench import serve
 
+pytestmark = pytest.mark.integration
+
 
 class Scripted:
     """Streams max_tokens words; a request whose number is in `faults` fails in that way."""

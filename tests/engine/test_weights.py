@@ -15,6 +15,8 @@ from daemon.models.model_config import ModelError, read_model_config
 from tests.engine.cpu.harness import make_runner
 from tests.models.tiny_model import make_tiny_llama, random_weights, write_weights
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

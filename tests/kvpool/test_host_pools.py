@@ -180,6 +180,7 @@ def test_two_hundred_restarts_leak_no_descriptor_and_no_mapping(supervisor, pool
     assert count_open() < before
 
 
+@pytest.mark.e2e
 def test_the_daemon_publishes_its_pools(tmp_path):
     """The process table leads to each engine's pool, and to a new pool after a kill."""
     topology = Topology(frontends=1, engines=2)

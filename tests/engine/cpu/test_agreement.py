@@ -21,6 +21,8 @@ from tests.engine.cpu.harness import (
 )
 from tests.models.tiny_model import make_tiny_llama
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):

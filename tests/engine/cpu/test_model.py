@@ -23,6 +23,8 @@ from tests.engine.cpu.harness import (
 )
 from tests.models.tiny_model import FAMILY, make_tiny_llama
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", params=FAMILY, ids=str)
 def model_dir(request, tmp_path_factory):

@@ -11,6 +11,8 @@ from daemon.engine.cuda.ops import TorchOps
 from tests.engine.cuda.host_kernels import HostAppend
 from tests.engine.cuda.paging import Paged
 
+pytestmark = pytest.mark.integration
+
 shapes = st.builds(
     lambda group, *rest: HeadShape(group * rest[0], *rest),
     st.integers(1, 4),

@@ -9,6 +9,8 @@ import pytest
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.small_batch import MAX_ROWS
 
+pytestmark = pytest.mark.integration
+
 FLAGS = {"sampler": kernels.SAMPLER_NVCC_FLAGS, "append": kernels.APPEND_NVCC_FLAGS, "gemv": kernels.GEMV_NVCC_FLAGS}
 VARIANTS = {"sampler": 1, "append": 2, "gemv": 5 * MAX_ROWS}  # gemv: add, gate, logits, and heads in two formats
 

@@ -32,6 +32,8 @@ from tests.engine.cpu.harness import (
 from tests.engine.cuda.harness import RandomSteps, make_cuda_runner
 from tests.models.tiny_model import FAMILY, make_tiny_llama
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", params=FAMILY, ids=str)
 def any_model(request, tmp_path_factory):

@@ -20,6 +20,8 @@ from daemon.ipc.messages import SamplingParams
 from tests.engine.cuda.draws import KINDS, cpu_tokens, make_logits, many_rows, params_of, samplings
 from tests.engine.sampling.noise_kernels import gumbel_noise, token_words
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def host(host_library):

@@ -26,6 +26,8 @@ from tests.engine.cuda.host_kernels import HostGemv, Team
 from tests.gpu.parts import judge_greedy, model_config_of, transformers_bf16
 from tests.models.tiny_model import make_tiny_llama
 
+pytestmark = pytest.mark.integration
+
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 EPS = 1e-5
 HALF_STEP = 2.0**-8  # relative error of one rounding to bf16

@@ -23,6 +23,8 @@ from daemon.ipc.child import EXIT_CONFIG
 from daemon.models.model_config import read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
+pytestmark = pytest.mark.integration
+
 SILU = KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",))
 
 # Replaces nvcc: answers queries, and compiles everything to an empty object. FAKE selects an error.

@@ -18,6 +18,8 @@ from daemon.models.tokenizer import Tokenizer
 from tests.models.gguf.tiny_gguf import make_tiny_gguf
 from tests.models.tiny_model import CHAT_TEMPLATE
 
+pytestmark = pytest.mark.integration
+
 
 def converted(file, directory):
     directory.mkdir()
