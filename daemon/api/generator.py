@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
@@ -50,13 +51,6 @@ class TokenStream(Protocol):
         ...
 
 
-class Admission(Protocol):
-    """Places of `count` requests in the queue limit, taken before tokenising; released on exit."""
-
-    def __enter__(self) -> Admission: ...
-    def __exit__(self, *exc: object) -> None: ...
-
-
 class Generator(Protocol):
     """The part of the request tracker that the routes use."""
 
@@ -65,8 +59,11 @@ class Generator(Protocol):
         """Longest prompt plus output of the engines, tokens; 0 until an engine is ready."""
         ...
 
-    def admit(self, count: int) -> Admission:
-        """Take places for `count` requests. Raises Overloaded or NoEngine."""
+    def admit(self, count: int) -> AbstractContextManager[object]:
+        """Take `count` places in the queue limit, before tokenising; released on exit.
+
+        Raises Overloaded or NoEngine.
+        """
         ...
 
     def submit(

@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Sequence
 
+from daemon.api.admission import Admission, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
 from daemon.api.generator import NoEngine, Overloaded, TooLong
 from daemon.api.request_state import RequestState
@@ -64,7 +65,7 @@ class RequestTracker:
         self._requests: dict[int, RequestState] = {}
         self._stranded: dict[int, str] = {}  # rid -> why no engine runs the request now
         self._redispatch_timer: asyncio.TimerHandle | None = None
-        self._reserved = 0  # admitted and not submitted yet
+        self._admission = Admission(config.max_queued, lambda: len(self._requests))
         self._next_rid = index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self.draining = False
         self.on_doorbell()
@@ -86,17 +87,11 @@ class RequestTracker:
         """Number of unfinished requests."""
         return len(self._requests)
 
-    def admit(self, count: int) -> _Places:
-        """Reserve `count` places in the queue limit, released on exit. Raises Overloaded or NoEngine."""
+    def admit(self, count: int) -> Places:
+        """Take `count` places in the queue limit, released on exit. Raises Overloaded or NoEngine."""
         if not self.ready:
             raise NoEngine("shutting down" if self.draining else "no engine is ready")
-        if len(self._requests) + self._reserved + count > self._config.max_queued:
-            raise Overloaded(f"{len(self._requests)} requests are queued or running; try again shortly")
-        return _Places(self, count)
-
-    def reserve(self, count: int) -> None:
-        """Reserve places in the queue limit; a negative `count` releases them."""
-        self._reserved += count
+        return self._admission.take(count)
 
     def submit(
         self,
@@ -389,18 +384,3 @@ class RequestTracker:
 
     def _publish(self) -> None:
         self.engines.publish(len(self._requests), taking=not self.draining)
-
-
-class _Places:
-    """Places in the queue limit, held from before tokenising until the requests are submitted."""
-
-    def __init__(self, tracker: RequestTracker, count: int) -> None:
-        self._tracker = tracker
-        self._count = count
-
-    def __enter__(self) -> _Places:
-        self._tracker.reserve(self._count)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._tracker.reserve(-self._count)
