@@ -201,13 +201,13 @@ def _order(
     Raises Refused if the engine cannot reach the state, or if another order changes the desired state meanwhile.
     """
     path, start = _socket(args), time.monotonic()
-    desired = call(path, "POST", f"/v1/engines/{args.engine}/{verb}")["wished"]
+    desired = call(path, "POST", f"/v1/engines/{args.engine}/{verb}")["desired"]
     while True:
         engine: dict[str, Any] = call(path, "GET", "/v1/status")["engines"][args.engine]
         if done(engine) or time.monotonic() - start > args.within:
             return engine, done(engine)
-        if engine["wished"] != desired:
-            raise Refused(f"another order changed the desired state of engine {args.engine} to {engine['wished']}")
+        if engine["desired"] != desired:
+            raise Refused(f"another order changed the desired state of engine {args.engine} to {engine['desired']}")
         if engine["state"] == "failed":
             raise Refused(f"engine {args.engine} cannot run; read the log of the daemon for the reason")
         time.sleep(0.05)
