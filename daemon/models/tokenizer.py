@@ -24,7 +24,8 @@ class Tokenizer:
     """The tokenizer of a Hugging Face model directory.
 
     `vocab_size` is the largest id + 1, with added tokens. The vocabulary of the model may be larger (padding), not
-    smaller. `decode` skips the tokens in `special_ids`. Raises ModelError if the tokenizer cannot be used.
+    smaller. `decode` skips the tokens in `special_ids`. `max_token_chars` is the largest number of characters of a
+    text that one token can stand for; 0 if there is no bound. Raises ModelError if the tokenizer cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +51,7 @@ class Tokenizer:
                 f"{file} has token ids up to {self.vocab_size - 1}, but the model has only {model_vocab} embeddings"
             )
         to_bytes, self._strip_space = _decoder_rules(state.get("decoder"), file)
+        self.max_token_chars = _max_token_chars(state, vocab)
         self._bytes = [b""] * self.vocab_size
         for token, i in vocab.items():
             self._bytes[i] = to_bytes(token)
@@ -66,11 +68,19 @@ class Tokenizer:
 
         A special token that is written in `text` becomes this token. Unpaired surrogates become U+FFFD.
         """
+        return self._encode(text, add_special).ids
+
+    def count(self, text: str) -> int:
+        """Return the number of tokens of `text` without those that the tokenizer adds itself."""
+        return len(self._encode(text, False))
+
+    def _encode(self, text: str, add_special: bool) -> tokenizers.Encoding:
+        # `encode` holds the interpreter's lock until it returns, so all threads stand still; `encode_batch` does not.
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special).ids
+            return self._tokenizer.encode_batch([text], add_special_tokens=add_special)[0]
         except (UnicodeEncodeError, TypeError):
             clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._tokenizer.encode(clean, add_special_tokens=add_special).ids
+            return self._tokenizer.encode_batch([clean], add_special_tokens=add_special)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens, as a new `detokenizer` does.
@@ -153,7 +163,7 @@ def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable
 
     `decoder` is the decoder of tokenizer.json.
     """
-    steps = _flatten([decoder] if decoder else [])
+    steps = _flatten([decoder])
     kinds = [s["type"] for s in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level_bytes, False
@@ -173,10 +183,44 @@ def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable
     )
 
 
-def _flatten(steps: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _max_token_chars(state: dict[str, Any], vocab: Iterable[str]) -> int:
+    """Return the largest number of characters that one token can stand for; 0 if there is no bound.
+
+    `state` is tokenizer.json. A token of byte-level BPE has a character for each byte, so its string is at least as
+    long as its text. There is no bound if characters vanish: in a normalizer or pre-tokenizer, at an added token that
+    takes the spaces beside it, or in an unknown token.
+    """
+    steps = [step for name in ("normalizer", "pre_tokenizer") for step in _flatten([state.get(name)])]
+    kinds = {step["type"] for step in steps}
+    removes = any(_removes_characters(step) for step in steps)
+    strips = any(t["lstrip"] or t["rstrip"] for t in state["added_tokens"])
+    byte_level = any(step["type"] == "ByteLevel" for step in _flatten([state.get("decoder")]))
+    if removes or strips or not (byte_level or state["model"].get("byte_fallback")):
+        return 0
+    # NFC composes a letter and its marks, at most four characters, to one.
+    return max(map(len, vocab), default=0) * (4 if "NFC" in kinds else 1)
+
+
+def _removes_characters(step: dict[str, Any]) -> bool:
+    """Return True if this normalizer or pre-tokenizer may shorten a text, other than by NFC, or is not known."""
+    match step["type"]:
+        case "ByteLevel" | "Digits" | "Metaspace" | "NFC" | "Prepend":
+            return False
+        case "Replace":
+            return len(step["pattern"].get("String") or "") > len(step["content"]) or "Regex" in step["pattern"]
+        case "Split":
+            return bool(step["behavior"] == "Removed")
+    return True
+
+
+def _flatten(steps: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Return the steps without None, with the members of a Sequence in its place."""
     out: list[dict[str, Any]] = []
     for step in steps:
-        out += _flatten(step["decoders"]) if step["type"] == "Sequence" else [step]
+        if step is not None and step["type"] == "Sequence":
+            out += _flatten(step.get("decoders") or step.get("normalizers") or step.get("pretokenizers") or [])
+        elif step is not None:
+            out.append(step)
     return out
 
 

@@ -1,6 +1,8 @@
 """The tokenizer: equal to the `tokenizers` library, and independent of how a stream is divided."""
 
 import json
+import threading
+import time
 from itertools import chain, pairwise
 
 import pytest
@@ -237,3 +239,53 @@ def test_the_demo_model_equals_transformers():
         assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
     check()
+
+
+def longest_wait(work) -> float:
+    """Return the longest time in seconds that another thread does not run while this one does `work`."""
+    longest, stop = 0.0, threading.Event()
+
+    def tick() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not stop.wait(0.001):
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    work()
+    stop.set()
+    thread.join()
+    return longest
+
+
+def test_other_threads_run_while_a_text_is_tokenised(paths):
+    tokenizer = Tokenizer(paths["bytes"])
+    text = "the quick brown fox jumps over the lazy dog. " * 20_000
+    start = time.perf_counter()
+    waited = longest_wait(lambda: tokenizer.count(text))
+    assert waited < (time.perf_counter() - start) / 2
+
+
+def test_a_token_stands_for_at_most_so_many_characters(pair):
+    ours, _ = pair
+    assert ours.max_token_chars > 0
+    for text in ("  " * 500, "the quick" * 100, "🙂é" * 100, "<|pad ding|>" * 50, "e\u0301\u0323" * 100):
+        assert len(text) <= ours.max_token_chars * ours.count(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+    ],
+)
+def test_there_is_no_bound_on_characters_if_the_tokenizer_removes_some(paths, tmp_path, change):
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / file).write_text((paths["bytes"] / file).read_text())
+    state = json.loads((tmp_path / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert Tokenizer(tmp_path).max_token_chars == 0
