@@ -84,7 +84,7 @@ class Answer:
             if choice.finish is Finish.CANCELLED:
                 raise cancelled()
             if choice.finish is Finish.ERROR:
-                raise lost()
+                raise lost("computing it failed; the server's log has the details", retry=False)
         return text
 
     def __enter__(self) -> Answer:

@@ -87,9 +87,9 @@ def cancelled() -> ApiError:
     return ApiError(503, message, type="server_error", code="cancelled", headers=_NO_RETRY)
 
 
-def lost(reason: str = "") -> ApiError:
-    message = "The engine could not finish this request" + (f": {reason}" if reason else ".")
-    return ApiError(500, message, type="server_error", code="engine_error")
+def lost(reason: str, *, retry: bool) -> ApiError:
+    message = f"The engine could not finish this request: {reason}"
+    return ApiError(500, message, type="server_error", code="engine_error", headers={} if retry else _NO_RETRY)
 
 
 def internal() -> ApiError:
@@ -121,7 +121,7 @@ def _from_exception(error: Exception) -> ApiError | None:
         case TooLong():
             known = bad_request(str(error), code="context_length_exceeded")
         case EngineLost():
-            known = lost(str(error))
+            known = lost(str(error), retry=error.retry)
         case web.HTTPException():
             known = _from_http(error)
     return known

@@ -25,7 +25,14 @@ class TooLong(Exception):
 
 
 class EngineLost(Exception):
-    """The engine of a running request died or gave up: a stream sends an error event and closes."""
+    """The engine of a running request died or gave up: a stream sends an error event and closes.
+
+    `retry`: False if the request itself may be the cause, so that sending it again would do the same.
+    """
+
+    def __init__(self, message: str, *, retry: bool = True) -> None:
+        super().__init__(message)
+        self.retry = retry
 
 
 class TokenChunk(NamedTuple):

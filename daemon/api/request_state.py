@@ -20,8 +20,8 @@ class RequestState:
 
     __slots__ = (
         "_arrived", "_failure", "_finish", "_journal", "_logprobs", "_on_cancel", "_ownership", "_waiter",
-        "accepted", "crashes", "epoch", "last_output_at", "num_cached_tokens", "paused_since", "prefix_keys", "rid",
-        "slot",
+        "accepted", "crashes", "epoch", "failures", "last_output_at", "num_cached_tokens", "paused_since",
+        "prefix_keys", "rid", "slot",
     )  # fmt: skip
 
     def __init__(
@@ -41,13 +41,14 @@ class RequestState:
         self._ownership = ownership
         self.accepted = ownership.accepted  # output tokens journaled
         self.crashes = 0  # engines that crashed while they owned it
+        self.failures = 0  # of these, engines that ended by an exception of their own
         self.last_output_at = 0.0  # when output last arrived, CLOCK_MONOTONIC seconds
         self.paused_since = 0.0  # `last_output_at` of before a takeover; 0 once output has arrived again
         self._arrived: list[int] = []
         self._logprobs: list[TokenLogprobs | None] | None = None
         self._finish = Finish.NONE
         self.num_cached_tokens = 0  # prompt tokens from the prefix cache
-        self._failure: str | None = None
+        self._failure: EngineLost | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.assign(ownership)
 
@@ -136,9 +137,9 @@ class RequestState:
         self._finish = finish
         self._wake()
 
-    def fail(self, reason: str) -> None:
-        """End the stream with EngineLost."""
-        self._failure = reason
+    def fail(self, reason: str, *, retry: bool = True) -> None:
+        """End the stream with EngineLost. `retry`: see there."""
+        self._failure = EngineLost(reason, retry=retry)
         self._wake()
 
     def _wake(self) -> None:
@@ -161,7 +162,7 @@ class RequestState:
             finally:
                 self._waiter = None
         if self._failure is not None and not self._arrived:
-            raise EngineLost(self._failure)
+            raise self._failure
         finish = Finish.NONE if self._failure is not None else self._finish
         chunk = TokenChunk(self._arrived, self._logprobs, finish, self.num_cached_tokens)
         self._arrived, self._logprobs = [], None

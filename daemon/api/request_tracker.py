@@ -48,6 +48,7 @@ from daemon.ipc.process_table import ProcessState
 log = logging.getLogger(__name__)
 
 _REDISPATCH_PERIOD = 0.1  # seconds between two attempts to dispatch stranded requests
+_MAX_FAILURES = 1  # engines that may end by an exception of their own while they run a request
 
 
 class RequestTracker:
@@ -188,9 +189,13 @@ class RequestTracker:
                 self.metrics.inc("stale_tokens", count)
                 continue
             logprobs = out.logprobs[begin:end] if out.logprobs is not None else None
-            new = request.accept(start, out.tokens[begin:end], logprobs, Finish(finish), cached, now)
+            try:
+                new = request.accept(start, out.tokens[begin:end], logprobs, Finish(finish), cached, now)
+            except Exception:  # it must not end the other requests of this frontend
+                log.exception("the output of request %d cannot be journaled", rid)
+                new = -1
             if new < 0:
-                self._fail(request, "output was lost between engine and frontend")
+                self._disown(request)
                 continue
             if new < count:
                 self.metrics.inc("stale_tokens", count - new)
@@ -199,6 +204,12 @@ class RequestTracker:
                 request.paused_since = 0.0
             if finish:
                 self._close(request)
+
+    def _disown(self, request: RequestState) -> None:
+        """End a request whose output does not continue what is journaled; its engine must not go on with it."""
+        for order in ownership.cancel(request.ownership):
+            self._send(order)
+        self._fail(request, "output was lost between engine and frontend")
 
     def _handle_claim(self, claim: Refused | Takeover | Reclaim | HandBack, sender: EngineIncarnation) -> None:
         """Handle an engine's message about one request."""
@@ -209,7 +220,7 @@ class RequestTracker:
         match claim:
             case Refused(epoch=epoch, reason=reason):
                 if request.epoch == epoch:
-                    self._fail(request, reason)
+                    self._fail(request, reason, retry=False)
             case Takeover():
                 decision = ownership.takeover(request.ownership, sender, claim)
                 if decision.ownership.owner == sender and decision.ownership.epoch > request.epoch:
@@ -317,7 +328,8 @@ class RequestTracker:
         """Dispatch again the requests that dead incarnations of this engine own.
 
         A request that a parked engine still owns had never reached it. A request may be the cause of a crash, so it
-        ends with an error after `max_resumes` crashes.
+        ends with an error after `max_resumes` crashes. An engine that ends by an exception of its own is suspicious,
+        so no request is tried after two of them, whatever `max_resumes` is.
         """
         row = self.engines.table_row(link)
         dead = row.incarnation - (row.state == ProcessState.UP)
@@ -329,7 +341,8 @@ class RequestTracker:
         crashed = [r for r in orphaned if r.owner.incarnation <= row.last_crashed]
         for request in crashed:
             request.crashes += 1
-        failed = [r for r in crashed if r.crashes > self._config.max_resumes]
+            request.failures += request.owner.incarnation == row.last_failed
+        failed = [r for r in crashed if self._may_be_the_cause(r)]
         if crashed:
             log.warning(
                 "engine %d died: %d of its requests continue on other engines, %d end with an error",
@@ -338,10 +351,17 @@ class RequestTracker:
                 len(failed),
             )
         for request in failed:
-            self._fail(request, "the engine that ran this request died; please send it again")
+            if request.failures > _MAX_FAILURES:
+                self._fail(request, f"{request.failures} engines failed while they ran it", retry=False)
+            else:
+                self._fail(request, "the engine that ran this request died; please send it again")
         for request in orphaned:
-            if request.crashes <= self._config.max_resumes:
+            if not self._may_be_the_cause(request):
                 self._resume(request, crashed=request.owner.incarnation <= row.last_crashed)
+
+    def _may_be_the_cause(self, request: RequestState) -> bool:
+        """Return True if the request has been through too many crashes to be tried on another engine."""
+        return request.crashes > self._config.max_resumes or request.failures > _MAX_FAILURES
 
     def _resume(self, request: RequestState, *, crashed: bool) -> None:
         if crashed:
@@ -355,9 +375,9 @@ class RequestTracker:
         owned = [r for r in self._requests.values() if r.owner == owner]
         self.engines.send(owner, OwnedRequests([r.rid for r in owned], [r.epoch for r in owned]))
 
-    def _fail(self, request: RequestState, reason: str) -> None:
+    def _fail(self, request: RequestState, reason: str, *, retry: bool = True) -> None:
         self._close(request)
-        request.fail(reason)
+        request.fail(reason, retry=retry)
 
     def _close(self, request: RequestState) -> None:
         del self._requests[request.rid]

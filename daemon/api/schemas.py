@@ -20,6 +20,8 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_CACHE_SALT = 256
+MIN_REPETITION_PENALTY = 1e-6
+"""Logits are divided by the penalty in float32. A quotient by this or more is finite; 1e-46 is 0 in float32."""
 _MAX_COUNT = (1 << 31) - 1  # of tokens
 
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -46,7 +48,7 @@ class SamplingRequest(Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=100)] | None = None
     logit_bias: Annotated[dict[str, _Bias], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
     # -- length
     max_tokens: _NumTokens | None = None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from daemon.engine.journal_reader import JournalReader
-from daemon.engine.migration.actions import Action, ResetOutbox
+from daemon.engine.migration.actions import Action, ResetOutbox, Tell
 from daemon.engine.migration.llumlet import Llumlet
 from daemon.ipc.messages import (
     Cancel,
     Demand,
     Grant,
     OwnedRequests,
+    Refused,
     Release,
     Reprioritise,
     Start,
@@ -19,6 +21,8 @@ from daemon.ipc.messages import (
     decode_to_engine,
 )
 from daemon.ipc.ring import RingReader
+
+log = logging.getLogger(__name__)
 
 
 class FrontendInbox:
@@ -83,9 +87,15 @@ class FrontendInbox:
                 return self._llumlet.on_owned_requests(self._frontend, dict(zip(rids, epochs, strict=True)), now)
 
     def _start(self, start: Start, now: float) -> list[Action]:
+        """Start the request of the journal slot. Refuse one that cannot be read or queued: it must not end the engine
+        and with it all other requests."""
         self._requests += 1
         self._tokens += start.tokens
-        request = self._journals.load(self._frontend, start.slot, start.rid, start.epoch)
-        if request is None:
-            return []  # cancelled, or moved to another engine, before the command was read
-        return self._llumlet.on_start(request, now)
+        try:
+            request = self._journals.load(self._frontend, start.slot, start.rid, start.epoch)
+            if request is None:
+                return []  # cancelled, or moved to another engine, before the command was read
+            return self._llumlet.on_start(request, now)
+        except Exception:
+            log.exception("request %d ends with an error: it cannot be started", start.rid)
+            return [Tell(self._frontend, Refused(start.rid, start.epoch, "it could not be started"))]

@@ -72,8 +72,12 @@ def kernel(
     imported, or read from the disk cache if that is current. Without signatures it is compiled at the first call with
     new argument types. `fastmath` lets the compiler reorder sums, so bits may differ with length and alignment:
     leave it off if a result must not depend on its neighbours. `inline` makes LLVM inline it into its callers.
+
+    Division follows IEEE 754: by zero it gives an infinity or NaN, for one row. Python's rule would raise
+    ZeroDivisionError and lose all rows of the step.
     """
     options: dict[str, Any] = {"cache": _CACHE, "nogil": True, "parallel": parallel, "fastmath": fastmath}
+    options["error_model"] = "numpy"
     if inline:
         options["forceinline"] = True
     compiler: Any = numba.njit(list(signatures) or None, **options)

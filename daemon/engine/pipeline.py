@@ -1,5 +1,8 @@
 """The steps in flight. Each step is launched, collected and applied in turn; if the runner can, the next step is
 launched before the last one is collected, so that the device never waits for the host.
+
+A step that raises at its launch is computed again row by row (`isolation`): it ends the requests that are the cause,
+and no others.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+from daemon.engine.isolation import compute_row_by_row
 from daemon.engine.runner import Overlapping, Runner, StepPlan, StepResult
 
 
@@ -18,6 +22,12 @@ class Step(NamedTuple):
     plan: StepPlan
     result: StepResult
     seconds: float
+
+
+class _Failed(NamedTuple):
+    """The ticket of a step whose launch raised: nothing of it is in flight."""
+
+    error: Exception
 
 
 class Pipeline:
@@ -37,15 +47,26 @@ class Pipeline:
     @property
     def closed(self) -> bool:
         """True if the step in flight must be collected before the next one is planned."""
-        if self._overlapping is None:
+        runner = self._overlapping
+        if runner is None:
             return False  # a step ends in `launch`
-        return any(self._overlapping.blocks_overlap(plan) for plan, _, _ in self._in_flight)
+        return any(isinstance(ticket, _Failed) or runner.blocks_overlap(plan) for plan, ticket, _ in self._in_flight)
 
     def launch(self, plan: StepPlan) -> None:
         """Launch a step. A runner that cannot overlap computes it before this returns."""
         now = self._clock()
-        ticket = self._overlapping.launch(plan) if self._overlapping else self._runner.execute(plan)
-        self._in_flight.append((plan, ticket, now))
+        self._in_flight.append((plan, self._launch(plan), now))
+
+    def _launch(self, plan: StepPlan) -> Any:
+        if self._overlapping is not None:
+            try:
+                return self._overlapping.launch(plan)
+            except Exception as e:
+                return _Failed(e)  # computed in `collect`, once no other step is in flight
+        try:
+            return self._runner.execute(plan)
+        except Exception as e:
+            return compute_row_by_row(self._runner, plan, e)
 
     def collect(self, leave: int = 0) -> Step | None:
         """Wait for the oldest step and return it; return None if at most `leave` steps are in flight."""
@@ -53,8 +74,13 @@ class Pipeline:
         if len(self._in_flight) <= keep:
             return None
         plan, ticket, launched = self._in_flight.popleft()
-        result = self._overlapping.collect(ticket) if self._overlapping else ticket
+        result = self._collect(plan, ticket)
         now = self._clock()
         began = max(launched, self._last_end)
         self._last_end = now
         return Step(plan, result, now - began)
+
+    def _collect(self, plan: StepPlan, ticket: Any) -> StepResult:
+        if isinstance(ticket, _Failed):
+            return compute_row_by_row(self._runner, plan, ticket.error)
+        return self._overlapping.collect(ticket) if self._overlapping else cast(StepResult, ticket)

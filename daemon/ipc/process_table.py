@@ -59,6 +59,7 @@ class ProcessFacts(msgspec.Struct, array_like=True, frozen=True):
     pool_fd: int = -1  # engines: the supervisor's descriptor of the KV pool of this incarnation
     pool_bytes: int = 0  # engines: size of that pool, bytes
     last_crashed: int = 0  # last incarnation that crashed; a later one that has ended held no work at its end
+    last_failed: int = 0  # last incarnation that ended by an exception of its own: it chose to exit with EXIT_FAILED
 
 
 _decode = msgspec.msgpack.Decoder(ProcessFacts).decode

@@ -24,7 +24,7 @@ import setproctitle
 
 from daemon.config import Config
 from daemon.ipc import segment
-from daemon.ipc.child import EXIT_CONFIG, EXIT_PARKED, STOP_SIGNAL, ChildSpec
+from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, STOP_SIGNAL, ChildSpec
 from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import EngineState
@@ -235,10 +235,13 @@ class Supervisor:
             log.error("%s (pid %d) died before it was parked: %s", child.name, child.facts.pid, how)
             self._park(child, last_exit=how, last_crashed=last_crashed)
         else:
-            self._schedule_restart(child, how)
+            self._schedule_restart(child, how, failed=code == EXIT_FAILED)
 
-    def _schedule_restart(self, child: Child, how: str) -> None:
-        """Record the crash of a child, which has ended by `how`, and set the time of its restart."""
+    def _schedule_restart(self, child: Child, how: str, *, failed: bool) -> None:
+        """Record the crash of a child, which has ended by `how`, and set the time of its restart.
+
+        `failed`: it has ended by an exception of its own.
+        """
         now = time.monotonic()
         if now - child.facts.started_at > HEALTHY_AFTER:
             child.backoff = FIRST_BACKOFF
@@ -250,6 +253,7 @@ class Supervisor:
             last_exit=how,
             restarts=child.facts.restarts + 1,
             last_crashed=child.facts.incarnation,
+            last_failed=child.facts.incarnation if failed else child.facts.last_failed,
         )
 
     @staticmethod

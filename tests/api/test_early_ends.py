@@ -104,7 +104,7 @@ def test_choice_that_its_engine_cancels_or_fails(api, finish, status):
 
     async def body(client):
         response = await client.post(CHAT, json=HELLO)
-        assert response.status == status
+        assert (response.status, response.headers["x-should-retry"]) == (status, "false")
         streamed = await (await client.post(CHAT, json=HELLO | {"stream": True})).text()
         assert '{"error":' in streamed and "[DONE]" not in streamed
 

@@ -26,7 +26,7 @@ async def refused(client, path: str, body: dict, status: int = 400) -> dict:
 BAD_CHAT = [
     ("temperature", 2.1), ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.01),
     ("min_p", -0.1), ("top_k", -2), ("presence_penalty", 2.5), ("frequency_penalty", -3),
-    ("repetition_penalty", 0), ("n", 0), ("n", 9), ("n", 10**12), ("max_tokens", 0),
+    ("repetition_penalty", 0), ("repetition_penalty", 1e-46), ("n", 0), ("n", 9), ("n", 10**12), ("max_tokens", 0),
     ("max_tokens", 1.5), ("max_completion_tokens", -1), ("min_tokens", -1), ("seed", 2**63),
     ("seed", "x"), ("stop", ""), ("stop", ["a"] * 17), ("stop", ["a", ""]), ("stop", [1]),
     ("stop", "x" * 1025), ("stop_token_ids", [384]), ("stop_token_ids", [-1]),

@@ -15,8 +15,10 @@ from daemon.config import Config
 from daemon.ipc.fabric import Fabric, FabricHandles
 from daemon.ipc.journal import JournalView
 from daemon.ipc.messages import (
+    Cancel,
     EngineState,
     Finish,
+    Refused,
     SamplingParams,
     Start,
     StepOutput,
@@ -50,19 +52,25 @@ class Harness:
         self.table = Fabric(handles, -1, 0).table_writer()
         self.table.publish(self.topology.frontend(0), ProcessFacts(ProcessState.UP, INCARNATION))
         self.journal = JournalView(Fabric(handles, -1, 0).journal(0))
-        self.tracker = RequestTracker(Fabric(handles, self.topology.frontend(0), INCARNATION), Config(max_queued=10))
+        self.config = Config(max_queued=10)
+        self.tracker = RequestTracker(Fabric(handles, self.topology.frontend(0), INCARNATION), self.config)
 
     def engine(self, i: int, incarnation: int) -> Fabric:
         """Return the fabric as this incarnation of engine i maps it."""
         return Fabric(self.handles, self.topology.engine(i), incarnation)
 
     def start_engine(
-        self, i: int, incarnation: int, *, last_crashed: int = 0, state: EngineState = EngineState.SERVING
+        self,
+        i: int,
+        incarnation: int,
+        *,
+        last_crashed: int = 0,
+        last_failed: int = 0,
+        state: EngineState = EngineState.SERVING,
     ) -> None:
         """Publish that this incarnation of engine i is up, with its state."""
-        self.table.publish(
-            self.topology.engine(i), ProcessFacts(ProcessState.UP, incarnation, last_crashed=last_crashed)
-        )
+        row = ProcessFacts(ProcessState.UP, incarnation, last_crashed=last_crashed, last_failed=last_failed)
+        self.table.publish(self.topology.engine(i), row)
         self.engine(i, incarnation).board().publish(encode(engine_facts(incarnation=incarnation, state=state)))
         self.tracker.on_doorbell()
 
@@ -77,11 +85,22 @@ class Harness:
         self.tracker.on_doorbell()
 
     def end_engine(
-        self, i: int, incarnation: int, state: ProcessState = ProcessState.PARKED, *, last_crashed: int = 0
+        self,
+        i: int,
+        incarnation: int,
+        state: ProcessState = ProcessState.PARKED,
+        *,
+        last_crashed: int = 0,
+        last_failed: int = 0,
     ) -> None:
         """Publish that this incarnation of engine i has ended, with `state`."""
-        self.table.publish(self.topology.engine(i), ProcessFacts(state, incarnation, last_crashed=last_crashed))
+        row = ProcessFacts(state, incarnation, last_crashed=last_crashed, last_failed=last_failed)
+        self.table.publish(self.topology.engine(i), row)
         self.tracker.on_doorbell()
+
+    def fail_engine(self, i: int, incarnation: int) -> None:
+        """Publish that this incarnation has ended by an exception of its own."""
+        self.end_engine(i, incarnation, ProcessState.DEAD, last_crashed=incarnation, last_failed=incarnation)
 
     def submit(self) -> RequestState:
         with self.tracker.admit(1):
@@ -244,6 +263,67 @@ async def test_request_ends_after_max_resumes_crashes(harness: Harness) -> None:
         await request.next()
     assert not younger.done
     assert harness.received_starts(0, 2) == [(younger.rid, 2)]
+
+
+@with_harness
+async def test_request_during_which_two_engines_failed_is_not_tried_on_a_third(harness: Harness) -> None:
+    """Whatever `max_resumes` is. A request that was on one of them alone goes on."""
+    harness.config.max_resumes = 9
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.fail_engine(0, 1)
+    younger = harness.submit()
+    assert (request.engine, younger.engine) == (1, 1)
+    harness.start_engine(0, 2, last_crashed=1, last_failed=1)
+    harness.fail_engine(1, 1)
+    with pytest.raises(EngineLost, match="2 engines failed") as lost:
+        await request.next()
+    assert not lost.value.retry
+    assert harness.received_starts(0, 2) == [(younger.rid, 2)]
+
+
+@with_harness
+async def test_killed_engines_do_not_count_as_failed(harness: Harness) -> None:
+    harness.config.max_resumes = 9
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.fail_engine(0, 1)
+    harness.start_engine(0, 2, last_crashed=1, last_failed=1)
+    harness.end_engine(1, 1, ProcessState.DEAD, last_crashed=1)
+    assert harness.received_starts(0, 2) == [(request.rid, 3)]
+
+
+@with_harness
+async def test_output_that_cannot_be_journaled_ends_its_request_alone(harness: Harness) -> None:
+    """More tokens than the request may have: a fault of an engine, which must not stop the frontend."""
+    harness.start_engine(0, 1)
+    request, other = harness.submit(), harness.submit()
+    out = StepOutput(
+        rids=[request.rid, other.rid],
+        epochs=[1, 1],
+        starts=[0, 0],
+        counts=[PARAMS.max_tokens + 1, 1],
+        tokens=[*range(PARAMS.max_tokens + 1), 77],
+        finishes=[0, 0],
+        cached=[0, 0],
+    )
+    harness.send(0, 1, out)
+    with pytest.raises(EngineLost, match="output was lost"):
+        await request.next()
+    assert (await other.next()).tokens == [77]
+    assert Cancel(request.rid, 1) in harness.received(0, 1)
+
+
+@with_harness
+async def test_refused_request_is_not_to_be_sent_again(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.send(0, 1, Refused(request.rid, 1, "it could not be started"))
+    with pytest.raises(EngineLost, match="could not be started") as lost:
+        await request.next()
+    assert not lost.value.retry
 
 
 @with_harness

@@ -61,7 +61,15 @@ def title_of(process: psutil.Process) -> str:
 class Daemon:
     """`llumd serve` in a session of its own. All its files are in `home`."""
 
-    def __init__(self, home: Path, *flags: str, model: str = "demo", engine: str = "stub", key: str = "") -> None:
+    def __init__(
+        self,
+        home: Path,
+        *flags: str,
+        model: str = "demo",
+        engine: str = "stub",
+        key: str = "",
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.home = home
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.run_dir = home / "run"
@@ -71,7 +79,13 @@ class Daemon:
             command += ["--port", "0"]
         with open(home / "out", "w") as out, open(home / "err", "w") as err:
             self.process = subprocess.Popen(
-                [*command, *flags], cwd=ROOT, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True
+                [*command, *flags],
+                cwd=ROOT,
+                env=env,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self.url = ""
         self._seen: dict[int, psutil.Process] = {}
@@ -236,8 +250,10 @@ class Daemon:
 
 
 @contextmanager
-def running(home: Path, *flags: str, all_serving: bool = True, **options: Any) -> Iterator[Daemon]:
-    """Start a daemon; at the end assert exit code 0, no process left and no traceback in the log.
+def running(
+    home: Path, *flags: str, all_serving: bool = True, tracebacks: bool = False, **options: Any
+) -> Iterator[Daemon]:
+    """Start a daemon; at the end assert exit code 0, no process left and, without `tracebacks`, none in the log.
 
     `all_serving`: wait until every engine serves; otherwise until the first does. A test that stops the daemon checks
     the exit code itself.
@@ -250,7 +266,7 @@ def running(home: Path, *flags: str, all_serving: bool = True, **options: Any) -
             daemon.processes()
             assert daemon.terminate() == 0, daemon.log
         daemon.await_gone()
-        assert "Traceback" not in daemon.log, daemon.log
+        assert tracebacks or "Traceback" not in daemon.log, daemon.log
     finally:
         daemon.clean_up()
         shutil.rmtree(home, ignore_errors=True)

@@ -95,13 +95,31 @@ def test_a_slot_that_changes_during_the_read_starts_nothing(
     assert loopback.held_rids() == set()
 
 
-def test_an_unreadable_journal_is_an_error(loopback: Loopback, monkeypatch: pytest.MonkeyPatch):
-    def broken(slot: int):
-        raise DecodeError("not written by a frontend")
+def test_a_request_that_cannot_be_started_ends_and_no_other(loopback: Loopback, monkeypatch: pytest.MonkeyPatch):
+    """Its journal is unreadable, or starting it raises: the engine refuses it and reads on."""
+    broken, good, late = (loopback.journal_request([n, n]) for n in (1, 2, 3))
+    read, on_start = loopback.view.params, loopback.llumlet.on_start
 
-    monkeypatch.setattr(loopback.view, "params", broken)
-    with pytest.raises(DecodeError):
-        loopback.send(loopback.journal_request([1, 2, 3]))
+    def params(slot: int):
+        if slot == broken.slot:
+            raise DecodeError("not written by a frontend")
+        return read(slot)
+
+    def start(request, now):
+        if request.rid == late.rid:
+            raise RuntimeError("a fault of ours")
+        return on_start(request, now)
+
+    monkeypatch.setattr(loopback.view, "params", params)
+    monkeypatch.setattr(loopback.llumlet, "on_start", start)
+    loopback.send(broken, good, late)
+    loopback.outbox.flush()
+    assert [(m.rid, m.epoch) for m in loopback.receive() if isinstance(m, Refused)] == [
+        (broken.rid, 1),
+        (late.rid, 1),
+    ]
+    assert loopback.inbox.consumed == Demand(loopback.incarnation, 3, 6)
+    assert run(loopback) == {good.rid: expected_stream([2, 2], 3, 5, VOCAB)}
 
 
 def test_a_repeated_start_changes_nothing(loopback: Loopback):

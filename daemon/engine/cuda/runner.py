@@ -320,8 +320,12 @@ class CudaRunner:
 
     def _assign(self, plan: StepPlan) -> list[int]:
         slots, fresh = self._slots.assign([row[0] for row in plan.rows])
-        for slot, request in fresh:
-            self._arrays.assign_slot(slot, request, _slot_sampling(request.sampling))
+        try:
+            for slot, request in fresh:
+                self._arrays.assign_slot(slot, request, _slot_sampling(request.sampling))
+        except Exception:
+            self._slots.take_back(fresh)  # a request that keeps its slot would compute with what the slot held before
+            raise
         return slots
 
     def _note_sampled(self, ticket: CudaTicket, decoded: Size | None, chunked: Size | None) -> None:

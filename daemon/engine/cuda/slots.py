@@ -45,6 +45,12 @@ class Slots(Generic[Holder]):
             fresh.append((slots[i], holders[i]))
         return slots, fresh
 
+    def take_back(self, fresh: Sequence[tuple[int, Holder]]) -> None:
+        """Take back the slots that `assign` has just returned as new. No step with them may be in flight."""
+        for slot, holder in fresh:
+            del self._slot_of[id(holder)]
+            self._release(slot)
+
     def begin(self, slots: Sequence[int]) -> None:
         """Record that a step with `slots` is in flight."""
         self._in_flight.append(slots)

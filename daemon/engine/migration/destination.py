@@ -100,7 +100,10 @@ class Destination:
     def _rebuild(self, incoming: Incoming, handover: Handover) -> Request | None:
         """Build the request from its journal, the output in the Handover, and the copied KV."""
         reserve = incoming.reserve
-        request = self._journals.load(reserve.frontend, reserve.slot, reserve.rid, reserve.epoch)
+        try:
+            request = self._journals.load(reserve.frontend, reserve.slot, reserve.rid, reserve.epoch)
+        except ValueError:  # unreadable: one request must not end this engine; its source keeps it
+            return None
         if request is None or request.num_output < handover.start:
             return None
         request.tokens[request.prompt_len + handover.start :] = handover.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from daemon.engine.request import Request
-from daemon.engine.runner import StepResult
+from daemon.engine.runner import NO_TOKEN, StepResult
 from daemon.engine.sampling import filters, noise, penalties
 from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-5
 """Below this a request is greedy, because logits / temperature could overflow float32."""
@@ -47,6 +50,13 @@ class _Batch(NamedTuple):
     floor: NDArray[np.float32]
     floor_id: NDArray[np.int64]
     tokens: NDArray[np.int64]  # the result
+    requests: list[Request]
+    failed: set[int]  # rows whose own work raised
+
+    def fail(self, row: int) -> None:
+        """Note that the work for this row alone has raised: it gets no token. Call it in the exception's handler."""
+        log.exception("request %d ends with an error: its token cannot be sampled", self.requests[row].rid)
+        self.failed.add(row)
 
 
 class _Rank(NamedTuple):
@@ -64,7 +74,7 @@ class Sampler:
     request's parameters and its tokens, bit for bit.
 
     NaN logits are never sampled and count as -inf; a +inf logit counts as the largest finite float. A row without a
-    logit above -inf gives NO_TOKEN. Not thread-safe.
+    logit above -inf gives NO_TOKEN, and so does a row whose own work raises. Not thread-safe.
     """
 
     def __init__(self, vocab_size: int, threads: int = 1, eos_token_ids: tuple[int, ...] = ()) -> None:
@@ -96,10 +106,11 @@ class Sampler:
         self._parallel(batch, _find_tokens)
         for row, changes in enumerate(undo):
             penalties.restore(values[row], changes)
-        tokens: list[int] = batch.tokens.tolist()
-        if all(rank is None for rank in ranks):
-            return StepResult(tokens)
-        return StepResult(tokens, [_logprobs(*row) for row in zip(values, tokens, ranks, strict=True)])
+        logprobs = None
+        if any(rank is not None for rank in ranks):
+            logprobs = [_logprobs(batch, row, rank) for row, rank in enumerate(ranks)]
+        batch.tokens[list(batch.failed)] = NO_TOKEN
+        return StepResult(batch.tokens.tolist(), logprobs)
 
     def warm_up(self) -> None:
         """Run every kernel once, so that no request waits while one is compiled or loaded."""
@@ -122,6 +133,8 @@ class Sampler:
             floor=np.empty(rows, np.float32),
             floor_id=np.empty(rows, np.int64),
             tokens=np.empty(rows, np.int64),
+            requests=requests,
+            failed=set(),
         )
 
     def _parallel(self, batch: _Batch, work: Callable[[_Batch, int, int, _Scratch], None]) -> None:
@@ -141,13 +154,21 @@ class Sampler:
         if num_logprobs < 0:
             return None
         keys, weights, top_ids = self._scratch[0]
-        log_total, found = filters.rank_row(
-            batch.logits, batch.block_max, row, min(num_logprobs, self._vocab_size), top_ids, keys, weights
-        )
+        try:
+            log_total, found = filters.rank_row(
+                batch.logits, batch.block_max, row, min(num_logprobs, self._vocab_size), top_ids, keys, weights
+            )
+        except Exception:
+            batch.fail(row)
+            return None
         return _Rank(log_total, top_ids[: int(found)].tolist())
 
     def _adjust(self, batch: _Batch, row: int, request: Request) -> penalties.Undo:
-        undo = self._penalties.apply(batch.logits[row], request)
+        try:
+            undo = self._penalties.apply(batch.logits[row], request)
+        except Exception:
+            batch.fail(row)
+            return []
         if undo:
             _find_maxima(batch, row, row + 1, self._scratch[0])
         return undo
@@ -200,12 +221,17 @@ def _find_tokens(batch: _Batch, start: int, stop: int, scratch: _Scratch) -> Non
     )
 
 
-def _logprobs(logits: NDArray[np.float32], token: int, rank: _Rank | None) -> TokenLogprobs | None:
-    """Return the logprobs of a row; `logits`: its raw logits, float32[vocab]."""
+def _logprobs(batch: _Batch, row: int, rank: _Rank | None) -> TokenLogprobs | None:
+    """Return the logprobs of a row, from its raw logits."""
     if rank is None:
         return None
-    tops = [_logprob(logits, top, rank) for top in rank.top_ids]
-    return TokenLogprobs(_logprob(logits, token, rank), rank.top_ids, tops)
+    logits, token = batch.logits[row], int(batch.tokens[row])
+    try:
+        tops = [_logprob(logits, top, rank) for top in rank.top_ids]
+        return TokenLogprobs(_logprob(logits, token, rank), rank.top_ids, tops)
+    except Exception:
+        batch.fail(row)
+        return None
 
 
 def _logprob(logits: NDArray[np.float32], token: int, rank: _Rank) -> float:

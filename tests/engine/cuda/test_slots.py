@@ -37,6 +37,15 @@ def test_the_slot_of_a_collected_request_is_used_again():
     assert slots.assign([Holder()])[0] == [slot]
 
 
+def test_a_slot_that_was_taken_back_is_new_again():
+    slots = Slots(2)
+    a, b = Holder(), Holder()
+    [kept], _ = slots.assign([a])
+    (_, taken), fresh = slots.assign([a, b])
+    slots.take_back(fresh)
+    assert slots.assign([b, a]) == ([taken, kept], [(taken, b)])
+
+
 def test_more_requests_than_slots_are_rejected():
     slots = Slots(3)
     a, b = [Holder(), Holder()], [Holder(), Holder()]

@@ -1,13 +1,20 @@
 """The sampler as a whole: distribution, independence of rows, resumed requests, logprobs, extreme values."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from daemon.api.errors import ApiError
+from daemon.api.params import sampling_params
+from daemon.api.request_body import decode_body
+from daemon.api.schemas import CompletionRequest
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN
+from daemon.engine.sampling import filters
+from daemon.engine.sampling import sampler as sampler_module
 from daemon.engine.sampling.sampler import MIN_LOGPROB, Sampler
 from daemon.ipc.messages import RequestParams, SamplingParams
 
@@ -177,6 +184,75 @@ def test_bias_forbids_and_forces():
     assert sample_one(logits, request(logit_bias=((17, 1000.0),))) == 17
     best = int(logits.argmax())
     assert sample_one(logits, request(temperature=0.0, logit_bias=((best, -1000.0),))) != best
+
+
+FLOAT_BOUNDS = [5e-324, 1e-300, 1e-46, 1.4e-45, 1e-40, 1.1754943508222875e-38, 1e-6, 1e-5, 1e-3, 1.0, 2.0, 100.0]
+FLOAT_FIELDS = (
+    *("temperature", "top_p", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+
+
+@pytest.mark.parametrize("value", [*FLOAT_BOUNDS, 0.0, -0.0, *(-x for x in FLOAT_BOUNDS)])
+@pytest.mark.parametrize("field", [*FLOAT_FIELDS, "logit_bias"])
+def test_every_number_that_a_request_may_have_is_sampled(field, value):
+    """Numbers are checked as float64 and used as float32, where 1e-46 is 0. Each is refused or gives tokens."""
+    sent = {"3": value} if field == "logit_bias" else value
+    body = msgspec.json.encode({"prompt": "x", "max_tokens": 9, field: sent})
+    try:
+        checked = decode_body(body, msgspec.json.Decoder(CompletionRequest))
+    except ApiError as e:
+        assert (e.status, e.param) == (400, field)
+        return
+    extreme = sampling_params(checked, 9, seed=4, choice=0)
+    rows = [request(seed=1), request(rid=2), request(seed=3, rid=3)]
+    rows[1].params = RequestParams(msgspec.structs.replace(extreme, logprobs=2), 0.0)
+    logits = random_logits(3)
+    alone = Sampler(VOCAB).sample(logits[[0, 2]], [rows[0], rows[2]]).tokens
+    tokens, logprobs, _ = Sampler(VOCAB).sample(logits, rows)
+    assert [tokens[0], tokens[2]] == alone
+    assert 0 <= tokens[1] < VOCAB
+    assert all(np.isfinite([logprobs[1].logprob, *logprobs[1].top_logprobs]))
+
+
+def test_a_temperature_that_is_zero_as_float32_is_greedy():
+    logits = random_logits(1)
+    assert sample_one(logits, request(temperature=1e-300)) == int(logits.argmax())
+
+
+# -- a row that raises
+
+
+@pytest.mark.parametrize("place", ["penalties", "rank", "logprobs"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_that_raises_gets_no_token_and_the_others_theirs(monkeypatch, place, threads):
+    requests, logits = mixed_requests(), random_logits(len(OPTIONS))
+    healthy = Sampler(VOCAB, threads, (9,)).sample(logits.clone(), requests)
+    sampler = Sampler(VOCAB, threads, (9,))
+    victim = 8  # has a bias and logprobs
+
+    def fails_for_victim(work, is_victim):
+        def go(*args):
+            if is_victim(*args):
+                raise ZeroDivisionError
+            return work(*args)
+
+        return go
+
+    if place == "penalties":
+        apply = fails_for_victim(sampler._penalties.apply, lambda _, r: r is requests[victim])
+        monkeypatch.setattr(sampler._penalties, "apply", apply)
+    elif place == "rank":
+        monkeypatch.setattr(filters, "rank_row", fails_for_victim(filters.rank_row, lambda *a: a[2] == victim))
+    else:
+        chosen = logits[victim].numpy().copy()
+        logprob = fails_for_victim(sampler_module._logprob, lambda row, *_: (row == chosen).all())
+        monkeypatch.setattr(sampler_module, "_logprob", logprob)
+    result = sampler.sample(logits, requests)
+    assert result.tokens[victim] == NO_TOKEN
+    for i in set(range(len(OPTIONS))) - {victim}:
+        assert (result.tokens[i], result.logprobs[i]) == (healthy.tokens[i], healthy.logprobs[i])
+    assert torch.equal(logits, random_logits(len(OPTIONS)))
 
 
 # -- logprobs
