@@ -42,6 +42,11 @@ def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
     load_format = config.load_format if config.engine == "model" else "dummy"
     model_config = open_model(model_dir, config.served_name, load_format)
     check_tokenizer(model_dir)
+    if config.engine == "model" and not model_config.eos_token_ids:
+        progress(
+            f"warning: {model_config.name} has no known end token, so an answer ends only at max_tokens or a stop "
+            "string; set eos_token_id in its config.json"
+        )
     if config.on_gpus:
         devices.check_gpus(config, model_config)
     config = dataclasses.replace(config, served_name=model_config.name)

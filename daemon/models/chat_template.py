@@ -18,11 +18,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from daemon.models.model_config import ModelError, read_json
+from daemon.models.files import ModelError, read_json
+from daemon.models.special_tokens import special_tokens
 
 MAX_OUTPUT = 16 << 20  # characters; twice the default of max_body
 MAX_STEPS = 100_000  # in all `range` calls of one rendering
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class ChatError(ValueError):
@@ -39,7 +39,7 @@ class ChatTemplate:
         config = read_json(path / "tokenizer_config.json") or {}
         source = _source(path, config)
         self.available = source is not None
-        self._special = {n: t for n in _SPECIAL_TOKENS if (t := _token_text(config.get(n))) is not None}
+        self._special = special_tokens(path)
         try:
             self._template = _environment().from_string(source or "")
         except jinja2.TemplateSyntaxError as e:
@@ -77,11 +77,6 @@ def _source(path: Path, config: dict[str, Any]) -> str | None:
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
-
-
-def _token_text(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _collect(chunks: Any) -> str:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from daemon.models.model_config import ModelConfig, ModelError, read_json
+from daemon.models.files import ModelError, read_json
+from daemon.models.model_config import ModelConfig
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SHARD_BYTES = 4 * 10**9

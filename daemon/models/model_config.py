@@ -6,14 +6,13 @@ imports neither torch nor numpy. `loader.open_model` also checks the weights.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class ModelError(Exception):
-    """The model cannot be served. The message says why and what the user can do."""
+from daemon.models.files import ModelError as ModelError  # noqa: PLC0414  part of this module's interface
+from daemon.models.files import read_json
+from daemon.models.special_tokens import end_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class ModelConfig:
     tie_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # all ids that end an answer
 
     @property
     def num_params(self) -> int:
@@ -49,7 +48,7 @@ class ModelConfig:
 
 
 def read_model_config(path: Path, name: str = "") -> ModelConfig:
-    """Parse config.json and generation_config.json of a Hugging Face directory.
+    """Parse config.json of a Hugging Face directory, and find its end tokens in the other JSON files.
 
     `name` defaults to the name of the directory. Raises ModelError for every model that llumd cannot compute exactly
     as Transformers does.
@@ -63,34 +62,6 @@ def read_model_config(path: Path, name: str = "") -> ModelConfig:
         return _parse(path, name or path.absolute().name, config)
     except ModelError as e:
         raise ModelError(f"{path}/config.json: {e}") from None
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """Return the JSON object in `file`, or None if the file does not exist. Raises ModelError for anything else."""
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise ModelError(f"cannot read {file}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise ModelError(f"{file} is not valid JSON ({e}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return value
-
-
-def eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return all end-of-sequence ids, first those of config.json (`config`), then those of generation_config.json."""
-    generation = read_json(path / "generation_config.json") or {}
-    ids: dict[int, None] = {}
-    for source in (config, generation):
-        value = source.get("eos_token_id")
-        for token in value if isinstance(value, list) else [] if value is None else [value]:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise ModelError(f"eos_token_id {token!r} is not a token id (a whole number, 0 or above)")
-            ids[token] = None
-    return tuple(ids)
 
 
 def check_tokenizer(path: Path) -> None:
@@ -120,9 +91,9 @@ def _parse(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
     vocab = _count(config, "vocab_size")
     max_position = _count(config, "max_position_embeddings", 2048)
     theta, scaling = _rope(config, max_position)
-    eos = eos_token_ids(path, config)
-    if any(token >= vocab for token in eos):
-        raise ModelError(f"eos_token_id {max(eos)} is outside the vocabulary of {vocab} tokens")
+    ends = end_token_ids(path, config)
+    if any(token >= vocab for token in ends):
+        raise ModelError(f"eos_token_id {max(ends)} is outside the vocabulary of {vocab} tokens")
     mistral = _architecture(config) == "MistralForCausalLM"
     return ModelConfig(
         path=path,
@@ -141,7 +112,7 @@ def _parse(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
         tie_embeddings=_flag(config, "tie_word_embeddings"),
         attention_bias=False if mistral else _flag(config, "attention_bias"),
         mlp_bias=False if mistral else _flag(config, "mlp_bias"),
-        eos_token_ids=eos,
+        eos_token_ids=ends,
     )
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import tokenizers
 
-from daemon.models.model_config import ModelError, check_tokenizer, eos_token_ids, read_json
+from daemon.models.files import ModelError, read_json
+from daemon.models.model_config import check_tokenizer
+from daemon.models.special_tokens import end_token_ids
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -44,7 +46,7 @@ class Tokenizer:
         added = {t["id"]: t for t in state["added_tokens"]}
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         self.special_ids = frozenset(i for i, t in added.items() if t["special"])
-        self.eos_ids = eos_token_ids(path, config)
+        self.eos_ids = end_token_ids(path, config)
         model_vocab = config.get("vocab_size")
         if isinstance(model_vocab, int) and model_vocab < self.vocab_size:
             raise ModelError(

@@ -131,6 +131,11 @@ def test_the_output_is_limited(tmp_path, monkeypatch):
         template.render([])
 
 
+def test_special_tokens_of_the_older_file_are_known(tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    assert with_template(tmp_path, "{{ bos_token + 'x' }}{{ eos_token }}", eos_token="</s>").render([]) == "<s>x</s>"
+
+
 def test_variables_cannot_replace_the_built_in_ones(tmp_path):
     source = "{{ messages[0].content }}{{ bos_token }}{{ range(2) | list }}"
     template = with_template(tmp_path, source, bos_token="<s>")

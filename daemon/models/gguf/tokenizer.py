@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from daemon.models.model_config import ModelError
+from daemon.models.special_tokens import END_NAMES
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # token types
 
@@ -110,9 +111,10 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind != _USER, normalized=False)
+            AddedToken(token, special=kind != _USER or token in END_NAMES, normalized=False)
             for token, kind in zip(tokens, types, strict=True)
-            if kind in (_UNKNOWN, _CONTROL, _USER)
+            # Files are published in which the token that ends a turn has the type of a word.
+            if kind in (_UNKNOWN, _CONTROL, _USER) or token in END_NAMES
         ]
     )
 

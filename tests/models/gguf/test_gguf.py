@@ -99,6 +99,18 @@ def test_all_end_of_sequence_tokens_are_used(tmp_path):
     assert converted(tmp_path / "m.gguf", tmp_path / "out").eos_token_ids == (2, 9)
 
 
+@pytest.mark.parametrize("kind", [3, 1])  # a control token, or a word by mistake
+def test_the_end_of_a_turn_is_an_end_although_the_metadata_names_another(tmp_path, kind):
+    types = [3, 3, kind, *[1] * 381]
+    make_tiny_gguf(
+        tmp_path / "m.gguf", metadata={"tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.token_type": types}
+    )
+    assert converted(tmp_path / "m.gguf", tmp_path / "out").eos_token_ids == (5, 2)
+    ours = Tokenizer(tmp_path / "out")
+    assert ours.encode("a<|im_end|>", add_special=False)[-1] == 2
+    assert 2 in ours.special_ids
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recognised_from_the_frequency_factors(tmp_path, factor):
     """The factors follow the definition in Transformers: wavelengths compared with 8192 / low and 8192 / high."""
