@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from daemon.api import metrics
-from daemon.api.auth import KeyRing, current_key
+from daemon.api.auth import Keys, current_key
 from daemon.api.errors import ApiError, body_too_large, to_api_error
 from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
@@ -49,7 +49,7 @@ def build_app(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
     model_config: ModelConfig,
-    keys: KeyRing | None,
+    keys: Keys | None,
     metrics: FrontendMetrics,
 ) -> web.Application:
     """Build the application of one frontend. Without `keys` it accepts every client and ignores its key."""
@@ -119,7 +119,7 @@ class _Health:
 class _Middleware:
     """Checks body size and key of every request, turns exceptions into OpenAI's errors and counts responses."""
 
-    def __init__(self, config: Config, keys: KeyRing | None, metrics: FrontendMetrics) -> None:
+    def __init__(self, config: Config, keys: Keys | None, metrics: FrontendMetrics) -> None:
         self._max_body = config.max_body
         self._keys = keys
         self._page = metrics.page

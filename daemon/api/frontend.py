@@ -11,12 +11,13 @@ import uvloop
 from aiohttp import web
 
 from daemon.api.app import build_app
-from daemon.api.auth import KeyRing
+from daemon.api.auth import SharedKeys
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.api.request_tracker import RequestTracker
 from daemon.ipc import child, doorbell
 from daemon.ipc.child import STOP_SIGNAL, ChildSpec
 from daemon.ipc.fabric import Fabric
+from daemon.ipc.keys_page import KeysReader
 from daemon.ipc.messages import EngineState
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
 from daemon.ipc.process_table import Progress
@@ -77,7 +78,7 @@ def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> we
         tokenizer=Tokenizer(model_dir),
         chat_template=ChatTemplate(model_dir),
         model_config=read_model_config(model_dir, config.served_name),
-        keys=KeyRing.load(Path(config.api_key_file)) if config.api_key_file else None,
+        keys=SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None,
         metrics=FrontendMetrics(tracker.metrics, lambda: _read_all(fabric, tracker)),
     )
 

@@ -25,7 +25,15 @@ def status_lines(status: Row) -> list[str]:
         *([f"frontend {f['frontend']}", f] for f in status["frontends"]),
     ]
     rows = [[name, p["state"], *_pid_and_age(p), p["restarts"], p.get("active", "")] for name, p in others]
-    return [head, "", *engines, "", *table(["PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS"], rows)]
+    processes = table(["PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS"], rows)
+    return [head, "", *engines, "", *processes, *_key_lines(status.get("keys"))]
+
+
+def _key_lines(keys: Row | None) -> list[str]:
+    if keys is None:
+        return []
+    accepted = f"API keys: {keys['accepted']} of {keys['tenants']} named tenants"
+    return ["", accepted, *([f"the last reload changed nothing: {keys['error']}"] if keys["error"] else [])]
 
 
 def _engine_row(e: Row) -> list[Any]:

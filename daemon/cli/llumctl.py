@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     rebalance = add("rebalance", "show what the scheduler would migrate now, and why", _rebalance)
     rebalance.add_argument("--dry-run", action="store_true", help="always on: the daemon itself starts migrations")
     add("config", "show every option, its value and its source", _config)
+    add("reload", "read the API key file again; a file with an error changes nothing", _reload)
     return parser
 
 
@@ -244,6 +245,12 @@ def _rebalance(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace) -> None:
     body = call(_socket(args), "GET", "/v1/config")
     _print(args, body, "\n".join(option_lines(body["options"])))
+
+
+def _reload(args: argparse.Namespace) -> None:
+    body = call(_socket(args), "POST", "/v1/reload")
+    what = ", ".join(f"{body[name]} {name}" for name in ("added", "removed", "changed"))
+    _print(args, body, f"{body['keys']} keys of {body['tenants']} tenants are accepted now ({what})")
 
 
 def _top(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from daemon import __version__
 from daemon import config as settings
+from daemon.api.key_file import read_key_file
 from daemon.cli.prepare import Prepared, prepare
 from daemon.config import Config, ConfigError
 from daemon.ipc.child import EXIT_CONFIG, start_logging
@@ -123,7 +124,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     try:
-        config, model_config, _, pool_bytes = prepare(_load(args), _print_progress)
+        config, model_config, _, pool_bytes, _ = prepare(_load(args), _print_progress)
     except (ConfigError, ModelError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
@@ -204,9 +205,10 @@ def _print_progress(text: str) -> None:
 
 def _run(prepared: Prepared) -> int:
     """Open the sockets and run the supervisor until it ends. Return the exit code."""
+    from daemon.supervisor.key_reload import KeySource
     from daemon.supervisor.supervisor import Supervisor
 
-    config, model_config, model_dir, pool_bytes = prepared
+    config, model_config, model_dir, pool_bytes, keys = prepared
     directory = settings.run_dir(config)
     lock = _lock(directory)
     try:
@@ -214,7 +216,8 @@ def _run(prepared: Prepared) -> int:
         config = dataclasses.replace(config, port=http.getsockname()[1])
         admin = _listen_admin(directory / "admin.sock")
         try:
-            supervisor = Supervisor(config, str(model_dir), pool_bytes, http, admin)
+            key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
+            supervisor = Supervisor(config, str(model_dir), pool_bytes, http, admin, key_source)
             return supervisor.run(lambda: _announce(config, model_config, directory))
         finally:
             (directory / "admin.sock").unlink(missing_ok=True)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from daemon.api.key_file import read_key_file
 from daemon.cli import devices
 from daemon.cli.memory_budget import kv_pool_bytes
 from daemon.config import Config
+from daemon.ipc.keys_page import Key
 from daemon.models import store
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig, check_tokenizer
@@ -23,6 +25,7 @@ class Prepared(NamedTuple):
     model_config: ModelConfig
     model_dir: Path
     pool_bytes: int  # KV pool of each engine in the memory of the machine
+    keys: list[Key] | None  # of `api_key_file`; None: clients need no key
 
 
 def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
@@ -33,10 +36,7 @@ def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
     config = dataclasses.replace(config, devices=config.devices or devices.default_devices(config, progress))
     config = config.for_gpus() if config.on_gpus else config
     config.check()
-    if config.api_key_file:
-        from daemon.api.auth import KeyRing
-
-        KeyRing.load(Path(config.api_key_file))
+    keys = read_key_file(Path(config.api_key_file)) if config.api_key_file else None
     model_dir = store.resolve(config.model, config.load_format, progress)
     # The stub and hash engines do not use the weights, but the frontends use the tokenizer.
     load_format = config.load_format if config.engine == "model" else "dummy"
@@ -51,7 +51,7 @@ def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
         devices.check_gpus(config, model_config)
     config = dataclasses.replace(config, served_name=model_config.name)
     pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), _available_memory())
-    return Prepared(config, model_config, model_dir, pool_bytes)
+    return Prepared(config, model_config, model_dir, pool_bytes, keys)
 
 
 def _available_memory() -> int:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from daemon.control.desired_states import DesiredStates
 from daemon.control.event_stream import STATUS, add_events
+from daemon.control.key_order import KeyOrder
 from daemon.control.policy.priority import parse_priority
 from daemon.control.rebalancer import Rebalancer
 from daemon.control.refusal import Refusal
@@ -27,6 +28,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _REQUEST_ORDERS = web.AppKey("request_orders", RequestOrders)
 _REBALANCER = web.AppKey("rebalancer", Rebalancer)
 _DESIRED_STATES = web.AppKey("desired_states", DesiredStates)
+_KEY_ORDER = web.AppKey("key_order", KeyOrder)
 _EVENTS = web.AppKey("events", EventWriter)
 _STATES = {
     "drain": EngineState.DRAINING,
@@ -41,19 +43,21 @@ def build_admin(
     request_orders: RequestOrders,
     rebalancer: Rebalancer,
     desired_states: DesiredStates,
+    key_order: KeyOrder,
     events: EventWriter,
 ) -> web.Application:
     """Build the application. Every order that is not refused is written to `events`.
 
     Routes: GET /v1/status, /v1/requests, /v1/config, /v1/rebalance, /v1/events; DELETE /v1/requests/{id};
     POST /v1/requests/{id}/migrate/{engine}, /v1/requests/{id}/priority/{value},
-    /v1/engines/{engine}/drain|undrain|park|wake.
+    /v1/engines/{engine}/drain|undrain|park|wake, /v1/reload.
     """
     app = web.Application(middlewares=[_refuse_browsers, _answer_refusals])
     app[STATUS] = status
     app[_REQUEST_ORDERS] = request_orders
     app[_REBALANCER] = rebalancer
     app[_DESIRED_STATES] = desired_states
+    app[_KEY_ORDER] = key_order
     app[_EVENTS] = events
     app.router.add_get("/v1/status", _status)
     app.router.add_get("/v1/requests", _requests)
@@ -63,6 +67,7 @@ def build_admin(
     app.router.add_post(r"/v1/requests/{id}/migrate/{engine:-?\d{1,18}}", _migrate)
     app.router.add_post("/v1/requests/{id}/priority/{value}", _set_priority)
     app.router.add_post(r"/v1/engines/{engine:-?\d{1,18}}/{verb:drain|undrain|park|wake}", _set_state)
+    app.router.add_post("/v1/reload", _reload)
     add_events(app)
     return app
 
@@ -148,6 +153,17 @@ async def _set_state(request: web.Request) -> web.Response:
     log.info("engine %d: %s by %s", engine, verb, operator)
     word = state.name.lower()
     return web.json_response({"engine": engine, "desired": word, "wished": word})  # "wished" is deprecated
+
+
+async def _reload(request: web.Request) -> web.Response:
+    operator = _operator(request)
+    log.info("the key file is to be read again, by %s", operator)
+    outcome = await request.app[_KEY_ORDER].reload()
+    request.app[_EVENTS].write(Ordered("reload", "", -1, outcome.error, operator))
+    if outcome.error:
+        raise Refusal(f"{outcome.error}; the {outcome.keys} former keys stay accepted")
+    counts = ("keys", "tenants", "added", "removed", "changed")
+    return web.json_response({name: getattr(outcome, name) for name in counts})
 
 
 def _unknown(name: str) -> web.Response:

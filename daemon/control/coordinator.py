@@ -14,6 +14,7 @@ from aiohttp import web
 from daemon.control.admin import build_admin
 from daemon.control.autoscaler import Autoscaler
 from daemon.control.desired_states import DesiredStates
+from daemon.control.key_order import KeyOrder
 from daemon.control.rebalancer import Rebalancer
 from daemon.control.request_orders import RequestOrders
 from daemon.control.status import StatusReader
@@ -41,7 +42,8 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     status, rebalancer = StatusReader(fabric, spec), Rebalancer(fabric, spec.config, events)
     desired_states = DesiredStates(fabric, events)
     autoscaler = Autoscaler(desired_states, spec.config, fabric.topology.engines)
-    app = build_admin(status, RequestOrders(fabric, status), rebalancer, desired_states, events)
+    orders, key_order = RequestOrders(fabric, status), KeyOrder(fabric)
+    app = build_admin(status, orders, rebalancer, desired_states, key_order, events)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=spec.listener_fd)).start()

@@ -18,6 +18,7 @@ from daemon.ipc.child import ChildSpec
 from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.journal import JournalView, SlotState
+from daemon.ipc.keys_page import KeysRequester
 from daemon.ipc.messages import (
     EngineFacts,
     EngineState,
@@ -41,6 +42,7 @@ class StatusReader:
         self._desired_states = DesiredStateReader(fabric.desired_states())
         self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
         self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
+        self._key_outcomes = KeysRequester(fabric.keys_page())
         self._journals = [JournalView(fabric.journal(k)) for k in range(topology.frontends)]
 
     def facts(self) -> list[EngineFacts | None]:
@@ -77,6 +79,7 @@ class StatusReader:
             "engines": [self._engine(i, f, in_flight[i]) for i, f in enumerate(facts)],
             "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
             "coordinator": self._process(0),
+            "keys": self._keys(),
         }
 
     def requests(self) -> list[dict[str, Any]]:
@@ -136,6 +139,13 @@ class StatusReader:
             return row
         # The board is written at dispatch only, so its own count still includes requests that have ended since.
         return row | {"active": len(self._journals[k].live_slots()), "ready": facts.ready}
+
+    def _keys(self) -> dict[str, Any] | None:
+        """Return how many API keys are accepted, and why the last reload failed; None if clients need no key."""
+        outcome = self._key_outcomes.outcome()
+        if outcome is None:
+            return None
+        return {"accepted": outcome.keys, "tenants": outcome.tenants, "error": outcome.error}
 
     def _process(self, process: int) -> dict[str, Any]:
         row: ProcessFacts = self._table.rows[process]

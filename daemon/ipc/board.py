@@ -10,15 +10,25 @@ from __future__ import annotations
 import struct
 from zlib import crc32
 
-BOARD_BYTES = 4096
-_COPY_BYTES = (BOARD_BYTES - 64) // 2
+BOARD_BYTES = 4096  # of a process's board; other boards may be larger
 _HEADER = struct.Struct("<IIQ")  # length, crc, version
-MAX_FACTS = _COPY_BYTES - _HEADER.size
 _READ_RETRIES = 1_000
 
 
 class BoardFault(RuntimeError):
     """A board whose current copy did not become consistent."""
+
+
+def _copy_bytes(size: int) -> int:
+    return (size - 64) // 2
+
+
+def max_facts(size: int) -> int:
+    """Return the largest content of a board of `size` bytes."""
+    return _copy_bytes(size) - _HEADER.size
+
+
+MAX_FACTS = max_facts(BOARD_BYTES)
 
 
 class BoardWriter:
@@ -27,14 +37,16 @@ class BoardWriter:
     def __init__(self, board: memoryview) -> None:
         self._word = board[:8].cast("Q")
         self._board = board
+        self._copy_bytes = _copy_bytes(len(board))
         self._version: int = self._word[0]
 
     def publish(self, facts: bytes) -> None:
-        """Make `facts` the current content. Raises ValueError above MAX_FACTS bytes."""
-        if len(facts) > MAX_FACTS:
-            raise ValueError(f"{len(facts)} bytes of facts do not fit a board ({MAX_FACTS})")
+        """Make `facts` the current content. Raises ValueError above `max_facts` bytes."""
+        most = self._copy_bytes - _HEADER.size
+        if len(facts) > most:
+            raise ValueError(f"{len(facts)} bytes of facts do not fit a board ({most})")
         version = self._version + 1
-        base = 64 + (version & 1) * _COPY_BYTES
+        base = 64 + (version & 1) * self._copy_bytes
         start = base + _HEADER.size
         self._board[start : start + len(facts)] = facts
         self._board[base:start] = _HEADER.pack(len(facts), _checksum(facts, version), version)
@@ -47,6 +59,7 @@ class BoardReader:
     def __init__(self, board: memoryview) -> None:
         self._word = board[:8].cast("Q")
         self._board = board.toreadonly()
+        self._copy_bytes = _copy_bytes(len(board))
 
     @property
     def version(self) -> int:
@@ -62,9 +75,9 @@ class BoardReader:
             version = self._word[0]
             if version == 0:
                 return None
-            base = 64 + (version & 1) * _COPY_BYTES
+            base = 64 + (version & 1) * self._copy_bytes
             length, crc, written = _HEADER.unpack_from(self._board, base)
-            if written == version and length <= MAX_FACTS:
+            if written == version and length <= self._copy_bytes - _HEADER.size:
                 start = base + _HEADER.size
                 facts = bytes(self._board[start : start + length])  # a copy: a later publication overwrites it
                 if _checksum(facts, version) == crc:

@@ -1,6 +1,7 @@
 """The fabric: the shared segment that connects all processes, its layout, and the view that each process has of it.
 
-One segment contains process table, progress words, boards, metrics pages, desired states, event rings and rings.
+One segment contains process table, progress words, boards, metrics pages, desired states, event rings, the keys page
+and rings.
 `Layout` computes every offset from the topology alone. Journals and KV pools are separate segments. There is one ring
 for each directed pair of processes that communicate. Processes have numbers: 0 is the coordinator, then come the
 frontends, then the engines.
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from daemon.ipc import doorbell, segment
 from daemon.ipc.board import BOARD_BYTES, BoardReader, BoardWriter
+from daemon.ipc.keys_page import KEYS_PAGE_BYTES
 from daemon.ipc.process_table import PROGRESS_BYTES, Progress, TableReader, TableWriter
 from daemon.ipc.ring import PAGE, RingReader, RingWriter, ring_bytes
 
@@ -84,7 +86,8 @@ class Layout:
         self.metrics = self.boards + n * BOARD_BYTES
         self.desired_states = _page_up(self.metrics + n * METRICS_BYTES)
         self.events = _page_up(self.desired_states + topology.engines * 8)
-        end = _page_up(self.events + n * EVENT_BYTES)
+        self.keys_page = _page_up(self.events + n * EVENT_BYTES)
+        end = self.keys_page + KEYS_PAGE_BYTES
         self.rings: dict[tuple[int, int], tuple[int, int]] = {}
         for pair, capacity in topology.rings().items():
             self.rings[pair] = (end, ring_bytes(capacity))
@@ -158,6 +161,10 @@ class Fabric:
     def events(self, process: int) -> memoryview:
         """Return the event ring of a process."""
         return self._at(self._layout.events + process * EVENT_BYTES, EVENT_BYTES)
+
+    def keys_page(self) -> memoryview:
+        """Return the page of the API keys."""
+        return self._at(self._layout.keys_page, KEYS_PAGE_BYTES)
 
     def writer(self, to: int) -> RingWriter:
         """Return the writer of the ring to process `to`."""

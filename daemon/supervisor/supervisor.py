@@ -30,6 +30,7 @@ from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
+from daemon.supervisor.key_reload import KeyReload, KeySource
 from daemon.supervisor.systemd import Notifier
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,13 @@ class Supervisor:
     """Runs the daemon from its start to its exit code."""
 
     def __init__(
-        self, config: Config, model_dir: str, pool_bytes: int, http: socket.socket, admin: socket.socket
+        self,
+        config: Config,
+        model_dir: str,
+        pool_bytes: int,
+        http: socket.socket,
+        admin: socket.socket,
+        keys: KeySource | None = None,
     ) -> None:
         self._config = config
         self._model_dir = model_dir
@@ -86,6 +93,7 @@ class Supervisor:
         self._fabric = Fabric(self._handles, -1, 0)
         self._table = self._fabric.table_writer()
         self._desired_states = DesiredStateReader(self._fabric.desired_states())
+        self._keys = KeyReload(self._fabric.keys_page(), keys)
         self._notifier = Notifier()
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
@@ -284,7 +292,8 @@ class Supervisor:
             self._fabric.ring_bell(process)
 
     def _tick(self, now: float) -> None:
-        """Start the children that must start, and kill those that missed their deadline by too much."""
+        """Reload the keys if asked to, start the children that must start, kill those long past their deadline."""
+        self._keys.poll()
         for child in self._children:
             if self._must_start(child, now):
                 self._respawn(child, now)
@@ -323,13 +332,13 @@ class Supervisor:
     # -- waiting --------------------------------------------------------------------------------------
 
     def _install_signal_handlers(self) -> None:
-        """Let SIGTERM and SIGINT wake the loop through a pipe; only log SIGHUP, which kills by default."""
+        """Let signals wake the loop through a pipe: SIGTERM and SIGINT end it, SIGHUP reads the key file again."""
         self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         self._epoll.register(self._wake_read, select.EPOLLIN)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: self._signals.append(n))
-        signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP: settings are read at start only"))
+        signal.signal(signal.SIGHUP, lambda *_: self._keys.request())
 
     def _wait(self, timeout: float) -> None:
         """Wait until a child dies, a signal arrives or `timeout` seconds have passed; reap dead children."""

@@ -14,8 +14,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from daemon.api.app import build_app
-from daemon.api.auth import KeyRing, parse_key
+from daemon.api.auth import KeyRing
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, TokenChunk, TooLong
+from daemon.api.key_file import parse_key
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.config import Config
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daemon.api.auth import KeyRing
-from daemon.config import ConfigError
 from tests.api.harness import CHAT, HELLO, TEXT, make_api, with_client
 
 
@@ -318,49 +316,6 @@ def test_header_of_raw_bytes_is_a_wrong_key(model):
         writer.close()
 
     with_client(api, body)
-
-
-def test_key_file(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text("# team a\n\n  one  \ntwo\n#three\n")
-    ring = KeyRing.load(file)
-    ring.check("Bearer one")
-    ring.check("Bearer two")
-    for wrong in (None, "Bearer three", "Bearer #three", "Bearer "):
-        with pytest.raises(Exception, match="API key"):
-            ring.check(wrong)
-    assert "one" not in repr(vars(ring))
-    file.write_text("# nothing\n")
-    for path in (file, tmp_path / "absent"):
-        with pytest.raises(ConfigError, match="api_key_file"):
-            KeyRing.load(path)
-
-
-def test_key_file_with_priorities(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text("one priority=high\n  two\tpriority=3  \nthree\n\none priority=-1\n")
-    ring = KeyRing.load(file)
-    assert [ring.check(f"Bearer {key}").priority for key in ("one", "two", "three")] == [-1, 3, 0]
-    with pytest.raises(Exception, match="API key"):
-        ring.check("Bearer one priority=high")
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "secret priority=urgent", "secret priority=", "secret priority=101", "secret high", "secret Priority=high",
-        "secret team=a", "secret priority=high team=a", "secret priority=high priority=high",
-        "secret priority = high", "priority=high secret", "priority=high", "secret pass phrase", "known priority=low",
-    ],
-)  # fmt: skip
-def test_error_of_a_key_file_names_the_line_and_does_not_show_it(tmp_path, line):
-    file = tmp_path / "keys"
-    file.write_text(f"# keys\n\nknown\n{line}\nlast\n")
-    with pytest.raises(ConfigError, match="api_key_file: line 4 of") as e:
-        KeyRing.load(file)
-    message = str(e.value).removeprefix(f"api_key_file: line 4 of {file}")
-    assert "priority" in message
-    assert not any(word in message for word in ("secret", "known", "phrase", "urgent", "team"))
 
 
 # -- malformed bodies

@@ -16,6 +16,7 @@ from aiohttp import web
 from daemon.config import Config
 from daemon.control.admin import build_admin
 from daemon.control.desired_states import DesiredStates
+from daemon.control.key_order import KeyOrder
 from daemon.control.rebalancer import Rebalancer
 from daemon.control.request_orders import RequestOrders
 from daemon.control.status import StatusReader
@@ -23,6 +24,7 @@ from daemon.ipc.child import ChildSpec
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles
 from daemon.ipc.journal import Journal
+from daemon.ipc.keys_page import KeysOutcome, KeysWriter
 from daemon.ipc.messages import (
     CancelRequest,
     RequestParams,
@@ -53,7 +55,8 @@ def send(handles: FabricHandles, tmp_path: Path) -> Send:
     fabric = Fabric(handles, COORDINATOR, 1)
     events = EventWriter(fabric.events(COORDINATOR))
     status = StatusReader(fabric, ChildSpec(config, handles, COORDINATOR, 1, os.getpid(), ""))
-    app_parts = RequestOrders(fabric, status), Rebalancer(fabric, config, events), DesiredStates(fabric, events)
+    rebalancer, desired_states = Rebalancer(fabric, config, events), DesiredStates(fabric, events)
+    app_parts = RequestOrders(fabric, status), rebalancer, desired_states, KeyOrder(fabric, timeout=0.5)
     socket = str(tmp_path / "admin.sock")
 
     async def exchange(method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
@@ -140,3 +143,27 @@ def test_a_request_from_a_browser_is_refused(send: Send):
     answer = send("POST", "/v1/engines/1/drain", Origin="http://example.org")
     assert answer == (403, {"error": "requests from browsers are refused"})
     assert orders(send) == []
+
+
+def test_a_reload_without_a_key_file_is_refused(send: Send):
+    status, body = send("POST", "/v1/reload")
+    assert (status, orders(send)) == (409, [])
+    assert "api_key_file is not set" in body["error"]
+    assert send("GET", "/v1/status")[1]["keys"] is None
+
+
+def test_a_reload_waits_for_the_supervisor(send: Send, handles: FabricHandles):
+    page = KeysWriter(Fabric(handles, -1, 0).keys_page())
+    page.report(KeysOutcome(0, keys=2, tenants=1, added=2))
+    status, body = send("POST", "/v1/reload")
+    assert (status, orders(send)) == (409, [])
+    assert "the supervisor does not answer" in body["error"]
+
+    page.report(KeysOutcome(2, keys=3, tenants=1, added=1))
+    counts = {"keys": 3, "tenants": 1, "added": 1, "removed": 0, "changed": 0}
+    assert send("POST", "/v1/reload") == (200, counts)
+    assert send("GET", "/v1/status")[1]["keys"] == {"accepted": 3, "tenants": 1, "error": ""}
+    page.report(KeysOutcome(3, keys=3, tenants=1, error="api_key_file: line 4"))
+    assert send("POST", "/v1/reload") == (409, {"error": "api_key_file: line 4; the 3 former keys stay accepted"})
+    assert orders(send) == [("reload", "", -1, "", BY), ("reload", "", -1, "api_key_file: line 4", BY)]
+    assert send("GET", "/v1/status")[1]["keys"]["error"] == "api_key_file: line 4"

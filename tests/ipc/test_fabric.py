@@ -12,6 +12,7 @@ from daemon.ipc import doorbell, metrics_page
 from daemon.ipc.board import BOARD_BYTES
 from daemon.ipc.fabric import COORDINATOR, EVENT_BYTES, METRICS_BYTES, Fabric, FabricHandles, Layout, Topology
 from daemon.ipc.journal import Journal
+from daemon.ipc.keys_page import KEYS_PAGE_BYTES
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import PROGRESS_BYTES, ProcessFacts, ProcessState
 from daemon.ipc.ring import PAGE
@@ -31,6 +32,7 @@ def test_no_two_areas_overlap_and_all_are_aligned(topology: Topology):
         *((layout.metrics + p * METRICS_BYTES, METRICS_BYTES) for p in range(n)),
         (layout.desired_states, 8 * topology.engines),
         *((layout.events + p * EVENT_BYTES, EVENT_BYTES) for p in range(n)),
+        (layout.keys_page, KEYS_PAGE_BYTES),
         *layout.rings.values(),
     ]
     end = 0
