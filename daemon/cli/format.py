@@ -32,7 +32,7 @@ def status_lines(status: Row) -> list[str]:
 def _key_lines(keys: Row | None) -> list[str]:
     if keys is None:
         return []
-    accepted = f"API keys: {keys['accepted']} of {keys['tenants']} named tenants"
+    accepted = f"API keys: {keys['accepted']}; named tenants: {keys['tenants']}"
     return ["", accepted, *([f"the last reload changed nothing: {keys['error']}"] if keys["error"] else [])]
 
 

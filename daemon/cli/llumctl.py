@@ -250,7 +250,7 @@ def _config(args: argparse.Namespace) -> None:
 def _reload(args: argparse.Namespace) -> None:
     body = call(_socket(args), "POST", "/v1/reload")
     what = ", ".join(f"{body[name]} {name}" for name in ("added", "removed", "changed"))
-    _print(args, body, f"{body['keys']} keys of {body['tenants']} tenants are accepted now ({what})")
+    _print(args, body, f"accepted keys: {body['keys']} ({what}); named tenants: {body['tenants']}")
 
 
 def _top(args: argparse.Namespace) -> None:

@@ -58,12 +58,12 @@ class KeyReload:
             return
         outcome = self._publish(keys, request)
         log.info(
-            "api_key_file was read again: %d keys of %d tenants are accepted (%d added, %d removed, %d changed)",
+            "api_key_file was read again; accepted keys: %d (%d added, %d removed, %d changed); named tenants: %d",
             outcome.keys,
-            outcome.tenants,
             outcome.added,
             outcome.removed,
             outcome.changed,
+            outcome.tenants,
         )
 
     def _publish(self, keys: Sequence[Key], request: int) -> KeysOutcome:
