@@ -26,6 +26,7 @@ from bench.sections import Figure, Outcome, append_figure, run_all, run_section,
 from daemon.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
+    from bench.gpu_kernels import AttentionCase
     from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own
 
 BARS = {1: 240.0, 64: 9500.0, 256: 17500.0}  # tokens/s of decodes, by batch, at a context of 1024
@@ -239,6 +240,73 @@ def transformers(c: Context) -> None:
         raise RuntimeError("; ".join(failures))
 
 
+def kernels(c: Context) -> None:
+    """Measure single kernels: attention by plan, layout and dtype; products by library; the small ones."""
+    from bench import gpu_kernels as measure
+
+    if c.scale.device == "cpu":
+        raise RuntimeError("this section needs a GPU")
+    _use_kernels(c)
+    config, device = c.model_config, c.scale.device
+    layers = config.num_layers
+
+    def report(found: measure.KernelTime) -> None:
+        more: dict[str, Any] = {"tb_per_second": found.terabytes}
+        if found.flop:
+            more["tflops"] = found.teraflops
+        c.report(Figure(c.name, found.what, found.us, "us", more=more))
+
+    for case in _attention_cases(c, layers):
+        report(measure.attention(config, device, case))
+    for found in measure.products(config, device, c.scale.some):
+        report(found)
+    for found in measure.small_kernels(config, device, (*c.scale.some, c.scale.prompts[-1])):
+        report(found)
+
+
+def profile(c: Context) -> None:
+    """Measure the kernels of decode steps and of a prefill chunk inside the runner."""
+    from bench import gpu_profile, gpu_steps
+
+    made = _made(c)
+    runner = gpu_steps.make_runner(c.model_config, made)
+    found = {f"batch {n}": gpu_profile.decode(runner, made, n, c.scale.context) for n in c.scale.some}
+    tokens = c.scale.prompts[1]
+    found[f"prefill {tokens}"] = gpu_profile.prefill(runner, made, tokens)
+    for step, shares in found.items():
+        c.figure(f"{step}: all kernels", sum(share.us for share in shares), "us")
+        for share in shares[:12]:
+            c.figure(f"{step}: {share.name}", share.us, "us", calls=share.calls)
+
+
+def _attention_cases(c: Context, layers: int) -> list[AttentionCase]:
+    import torch
+
+    from bench.gpu_kernels import AttentionCase
+
+    context, fp8 = c.scale.context, torch.float8_e4m3fn
+    cases = [AttentionCase([context] * batch, layers) for batch in c.scale.some]
+    for batch in c.scale.some[1:]:
+        cases.append(AttentionCase([context] * batch, layers, plan="plain"))
+        cases.append(AttentionCase([context] * batch, 1))
+        cases.append(AttentionCase([context] * batch, layers, block_size=32))
+        cases.append(AttentionCase([context] * batch, layers, kv_dtype=fp8))
+    middle = c.scale.some[1]
+    cases.append(AttentionCase([context] * (middle - 1) + [64 * context], layers))
+    cases.append(AttentionCase([64 * context], layers))
+    return cases
+
+
+def _use_kernels(c: Context) -> None:
+    """Make FlashInfer load the compiled kernels. Call it before FlashInfer's first import."""
+    import torch
+
+    from daemon.engine.cuda import kernels as compiled
+
+    torch.cuda.set_device(c.scale.device)
+    compiled.use(compiled.directory(compiled.arch_of(*torch.cuda.get_device_capability(c.scale.device))))
+
+
 def copies(c: Context) -> None:
     from bench.gpu_live import copy_rates
 
@@ -292,6 +360,8 @@ SECTIONS: dict[str, Section] = {
     "device": Section(90, device_facts),
     "decode": Section(110, decode),
     "prefill": Section(45, prefill),
+    "kernels": Section(60, kernels),
+    "profile": Section(45, profile),
     "offline": Section(60, offline),
     "copies": Section(40, copies),
     "moves": Section(130, moves),
@@ -333,7 +403,7 @@ def _daemon_flags(c: Context, *, two: bool) -> list[str]:
 # -- the command
 
 
-def _facts() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return the machine, and the versions of the packages that compute."""
     versions = {}
     for package in PACKAGES:
@@ -413,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.section:
         _run_one(args.section, args.dry_run, out)
         return 0
-    facts = _facts()
+    facts = environment()
     print(json.dumps(facts["machine"] | facts["versions"]), flush=True)
     outcomes: list[Outcome] = []
 

@@ -58,12 +58,12 @@ def make_runner(config: ModelConfig, options: RunnerOptions) -> CudaRunner:
     )
     runner = CudaRunner(config, settings, device=options.device, prefill=options.prefill)
     runner.load()
-    _fill_with_noise(runner.pool_memory, item)
+    fill_with_noise(runner.pool_memory, item)
     synchronize(options.device)
     return runner
 
 
-def _fill_with_noise(pool: torch.Tensor, item: int) -> None:
+def fill_with_noise(pool: torch.Tensor, item: int) -> None:
     """Fill `pool` with numbers of `item` bytes, of both signs, with absolute values from 2^-3 to 2^-1."""
     dtype, random_bits, set_bits = _NOISE[item]
     for chunk in pool.view(dtype).split(1 << 28):

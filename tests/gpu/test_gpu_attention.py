@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from bench.attention_pass import PassDriver, Span
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.attention import FlashInferAttention, HeadShape, TorchAttention
 from daemon.engine.cuda.ops import TorchOps
-from tests.gpu.parts import BF16, DEVICE, PassDriver, Span, model_config_of
+from tests.gpu.parts import BF16, DEVICE, model_config_of
 
 LAYERS, LAYER = 3, 1
 MAX_LEN = 8192

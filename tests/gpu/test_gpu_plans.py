@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
+from bench.attention_pass import PassDriver, Span
 from daemon.engine.cuda.attention import FlashInferAttention, HeadShape
 from daemon.engine.cuda.buckets import graph_buckets
-from tests.gpu.parts import BF16, DEVICE, PassDriver, Span
+from tests.gpu.parts import BF16, DEVICE
 
 MAX_LEN = 2048
 

@@ -17,7 +17,7 @@ import torch
 import tvm_ffi
 
 from daemon.engine.cuda.ops import TorchOps
-from tests.engine.cuda.host_kernels import HostAppend, HostGemv
+from tests.engine.cuda.host_kernels import HostAppend, HostGemv, HostSilu
 from tools.simgpu.build import build_host
 from tools.simgpu.device import on_host, submit_computation
 
@@ -35,8 +35,8 @@ def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Ten
     _OPS.add_rms_norm(x, residual, weight, eps)
 
 
-def silu_and_mul(out: torch.Tensor, gate_up: torch.Tensor, *_: Any) -> None:
-    out.copy_(_OPS.silu_mul(gate_up))
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    _host_silu().silu_mul(gate_up, out)
 
 
 class Plan(NamedTuple):
@@ -211,6 +211,11 @@ def _host_append() -> HostAppend:
     return HostAppend(build_host("append"))
 
 
+@lru_cache
+def _host_silu() -> HostSilu:
+    return HostSilu(build_host("silu"))
+
+
 def append(*args: Any) -> None:
     """This function and the next four compute by the kernel's own algorithm."""
     _host_append().append(*args)
@@ -237,7 +242,7 @@ _COMPUTATIONS: dict[str, Callable[..., None]] = {
     for f in (
         rmsnorm,
         fused_add_rmsnorm,
-        silu_and_mul,
+        silu_mul,
         paged_run,
         draw,
         append,

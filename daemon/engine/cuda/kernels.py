@@ -30,6 +30,7 @@ _NVCC_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 SAMPLER_NVCC_FLAGS = (*_NVCC_FLAGS, "-fmad=false")  # the noise is exact only without fused multiply-add
 APPEND_NVCC_FLAGS = SAMPLER_NVCC_FLAGS  # rounds as torch does, to the last bit
 GEMV_NVCC_FLAGS = _NVCC_FLAGS
+SILU_NVCC_FLAGS = _NVCC_FLAGS
 RECORD = "built.json"
 _SOURCES = Path(__file__).parent / "csrc"
 _LEAST_MAJOR = 8  # bf16 on tensor cores
@@ -87,7 +88,7 @@ def required(
             raise KernelError("fa3 prefill cannot read an fp8 KV cache; use fa2")
         attention.append(_attention("fa3", dtype, kv_dtype, model_config.head_dim))
     return [
-        KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",)),
+        silu(),
         sampler(),
         append(),
         gemv(),
@@ -118,6 +119,12 @@ def append() -> KernelSpec:
     """Return the spec of our own rotary embedding and append to the paged KV cache."""
     files = ("host_device.h", "pages.h", "append.h", "launch.cuh", "append.cu")
     return _own("append", "rotary embedding and append to the KV cache", files, APPEND_NVCC_FLAGS)
+
+
+def silu() -> KernelSpec:
+    """Return the spec of our own SiLU and product."""
+    files = ("host_device.h", "pages.h", "silu.h", "launch.cuh", "silu.cu")
+    return _own("silu", "SiLU and product", files, SILU_NVCC_FLAGS)
 
 
 def gemv() -> KernelSpec:
@@ -288,6 +295,11 @@ def load_sampler() -> Any:
 def load_append() -> Any:
     """Load our rotary embedding and append as a tvm-ffi module. Call `use` first. Raises KernelError."""
     return _load(append())
+
+
+def load_silu() -> Any:
+    """Load our SiLU and product. Call `use` first. Raises KernelError."""
+    return _load(silu())
 
 
 def load_gemv() -> Any:

@@ -1,6 +1,7 @@
 """Our kernels on the CPU, compiled from their own sources.
 
-The products (host_gemv.cpp) run with any number of threads in place of lanes; the append is in host_append.cpp.
+The products (host_gemv.cpp) run with any number of threads in place of lanes; the append is in host_append.cpp,
+SiLU and its product in host_silu.cpp.
 """
 
 from __future__ import annotations
@@ -241,3 +242,14 @@ class HostAppend:
             q.shape[2] // 2,
         )
         self._library.append(ctypes.byref(description), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
+
+
+class HostSilu:
+    """The function of `silu.cu`, for bfloat16 tensors on the CPU."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        rows, width = out.shape
+        self._library.silu_mul(_at(gate_up), _at(out), ctypes.c_uint32(rows), ctypes.c_uint32(width))

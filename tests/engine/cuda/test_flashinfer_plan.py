@@ -134,7 +134,6 @@ def test_a_plan_that_differs_from_the_graphs_plan_raises(module, attention):
     [
         ("rmsnorm", "input weight eps"),
         ("fused_add_rmsnorm", "input residual weight eps"),
-        ("silu_and_mul", "input"),
     ],
 )
 def test_flashinfers_functions_have_the_parameters_that_we_pass(name, used):
