@@ -154,17 +154,25 @@ class AnswerWriter:
         ]
         self._begun = [False] * len(answer.choices)
 
+    def begin(self, index: int, out: list[bytes]) -> None:
+        """Append the events that come before the first output of this choice, if they are not sent yet.
+
+        Call it before `Answer.push`: these events count none of the output that follows them.
+        """
+        if self._begun[index]:
+            return
+        self._begun[index] = True
+        writer, usage = self._writers[index], self._usage()
+        if self._answer.chat:
+            out.append(writer.role(usage))
+        if echo := self._answer.echo(index):
+            out.append(writer.text(echo, None, usage))
+
     def write(self, index: int, text: str, out: list[bytes]) -> None:
         """Append the events for the text that `Answer.push` has just returned for this choice."""
         choice, writer = self._answer.choices[index], self._writers[index]
-        if not self._begun[index]:
-            self._begun[index] = True
-            if self._answer.chat:
-                out.append(writer.role())
-            elif echo := self._answer.echo(index):
-                out.append(writer.text(echo))
         logprobs = choice.logprobs.take() if choice.logprobs else None
-        usage = self._answer.usage() if self._continuous else None
+        usage = self._usage()
         if text or logprobs:
             out.append(writer.text(text, logprobs, usage))
         if choice.finish:
@@ -175,3 +183,6 @@ class AnswerWriter:
         if self._include_usage:
             out.append(sse.usage_chunk(sse.chunk_head(**self._identity), self._answer.usage()))
         out.append(sse.DONE)
+
+    def _usage(self) -> dict[str, Any] | None:
+        return self._answer.usage() if self._continuous else None

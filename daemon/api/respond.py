@@ -133,6 +133,7 @@ async def _write_events(writer: AnswerWriter, answer: Answer, streams: StreamGro
     while answer.unfinished:
         out: list[bytes] = []
         for i, chunk in await streams.next():
+            writer.begin(i, out)
             writer.write(i, answer.push(i, chunk), out)
             if answer.choices[i].finish:
                 streams.stop(i)
@@ -146,5 +147,5 @@ async def _write_events(writer: AnswerWriter, answer: Answer, streams: StreamGro
 def _writer(answer: Answer, body: Request) -> AnswerWriter:
     options = body.stream_options
     include_usage = options is not None and bool(options.include_usage)
-    continuous = include_usage and options is not None and bool(options.continuous_usage_stats)
+    continuous = options is not None and bool(options.continuous_usage_stats)
     return AnswerWriter(answer, include_usage=include_usage, continuous=continuous)

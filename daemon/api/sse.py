@@ -36,10 +36,10 @@ class ChunkWriter:
         self._text_mid = (b"}" if chat else b"") + b',"logprobs":'
         self._text_tail = self._text_mid + b'null,"finish_reason":null' + self._tail
 
-    def role(self) -> bytes:
+    def role(self, usage: Any = None) -> bytes:
         """Return the first event of a chat choice, the only one that names the role."""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return self._open + delta + self._tail
+        return self._open + delta + self._end(usage)
 
     def text(self, text: str, logprobs: Any = None, usage: Any = None) -> bytes:
         """Return an event with `text`, encoded as JSON, and the logprobs object of its tokens."""
