@@ -24,7 +24,7 @@ Request = ChatRequest | CompletionRequest
 
 class Prompt(NamedTuple):
     tokens: list[int]
-    text: str | None  # the client's text; None if the client sent token ids or messages
+    text: str | None  # what `echo` repeats; None: the text of the tokens
 
 
 class Answer:
@@ -68,8 +68,8 @@ class Answer:
         top = num_logprobs(self._request)
         if top < 0:
             return None
-        tokenizer = self._service.tokenizer
-        return ChatLogprobs(tokenizer) if self.chat else TextLogprobs(tokenizer, top)
+        tokenizer, ids = self._service.tokenizer, bool(self._request.return_tokens_as_token_ids)
+        return ChatLogprobs(tokenizer, ids) if self.chat else TextLogprobs(tokenizer, top, ids)
 
     def push(self, index: int, chunk: TokenChunk) -> str:
         """Add a chunk to its choice and return its text. Raises ApiError if the choice failed."""
@@ -100,8 +100,8 @@ class Answer:
             metrics.end(time.monotonic(), finish, choice.num_cached_tokens)
 
     def echo(self, index: int) -> str:
-        """Return the prompt that a choice's text begins with if the request sets `echo`; otherwise ""."""
-        if not (isinstance(self._request, CompletionRequest) and self._request.echo):
+        """Return the text that a choice's own text begins with if the request sets `echo`; otherwise ""."""
+        if not self._request.echo:
             return ""
         prompt = self._prompts[index // self._n]
         return self._service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
@@ -126,12 +126,12 @@ class Answer:
         return head | {"choices": choices, "usage": self.usage()}
 
     def _choice(self, index: int, text: str) -> dict[str, Any]:
-        choice = self.choices[index]
+        choice, text = self.choices[index], self.echo(index) + text
         logprobs = choice.logprobs.take() if choice.logprobs else None
         rest = {"logprobs": logprobs, "finish_reason": REASONS[choice.finish]}
         if self.chat:
             return {"index": index, "message": {"role": "assistant", "content": text, "refusal": None}} | rest
-        return {"index": index, "text": self.echo(index) + text} | rest
+        return {"index": index, "text": text} | rest
 
 
 class AnswerWriter:

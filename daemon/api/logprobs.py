@@ -14,6 +14,8 @@ class TokenTexts(Protocol):
 
     def token_bytes(self, token: int) -> bytes: ...
 
+    def token_text(self, token: int) -> str: ...
+
 
 class LogprobsFormat(Protocol):
     """Collects the entries of tokens between two calls of `take`."""
@@ -30,8 +32,10 @@ class LogprobsFormat(Protocol):
 class ChatLogprobs:
     """``{"content": [{"token", "logprob", "bytes", "top_logprobs": [...]}, ...], "refusal": null}``"""
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: TokenTexts, ids: bool = False) -> None:
+        """`ids`: name each token by its id, as ``token_id:7``."""
         self._texts = texts
+        self._name = _token_id if ids else texts.token_text
         self._entries: list[dict[str, Any]] = []
 
     def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
@@ -47,15 +51,16 @@ class ChatLogprobs:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._texts.token_bytes(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": self._name(token), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 class TextLogprobs:
     """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, four lists of one length."""
 
-    def __init__(self, texts: TokenTexts, top: int) -> None:
-        """`top`: number of alternatives per token; if 0, `top_logprobs` is null."""
-        self._texts = texts
+    def __init__(self, texts: TokenTexts, top: int, ids: bool = False) -> None:
+        """`top`: number of alternatives per token; if 0, `top_logprobs` is null. `ids`: name tokens by their ids."""
+        self._text = texts.token_text
+        self._name = _token_id if ids else texts.token_text
         self._top = top
         self._offset = 0  # characters
         self._clear()
@@ -70,12 +75,12 @@ class TextLogprobs:
         for token, found in zip(tokens, logprobs or [None] * len(tokens), strict=False):
             text = self._text(token)
             value = _finite(found.logprob) if found else _FLOOR
-            self._tokens.append(text)
+            self._tokens.append(self._name(token))
             self._values.append(value)
             self._offsets.append(self._offset)
             self._offset += len(text)
             if self._top:
-                self._tops.append(self._alternatives(text, value, found))
+                self._tops.append(self._alternatives(self._tokens[-1], value, found))
 
     def take(self) -> dict[str, Any] | None:
         if not self._tokens:
@@ -89,17 +94,18 @@ class TextLogprobs:
         self._clear()
         return taken
 
-    def _alternatives(self, text: str, value: float, found: TokenLogprobs | None) -> dict[str, float]:
+    def _alternatives(self, name: str, value: float, found: TokenLogprobs | None) -> dict[str, float]:
         """Return the most likely tokens and, as the API requires, the sampled token."""
         pairs = zip(found.top_ids, found.top_logprobs, strict=True) if found else ()
         tops: dict[str, float] = {}
         for top, logprob in pairs:
-            tops.setdefault(self._text(top), _finite(logprob))
-        tops.setdefault(text, value)
+            tops.setdefault(self._name(top), _finite(logprob))
+        tops.setdefault(name, value)
         return tops
 
-    def _text(self, token: int) -> str:
-        return self._texts.token_bytes(token).decode("utf-8", "replace")
+
+def _token_id(token: int) -> str:
+    return f"token_id:{token}"
 
 
 def _finite(logprob: float) -> float:

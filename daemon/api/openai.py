@@ -10,7 +10,6 @@ from aiohttp import web
 
 from daemon.api import schemas, validation
 from daemon.api.answer import Prompt
-from daemon.api.errors import bad_request
 from daemon.api.request_body import read_body
 from daemon.api.respond import CheckedRequest, respond
 from daemon.api.schemas import ChatRequest, CompletionRequest, Message
@@ -35,10 +34,13 @@ class OpenAI:
         service.check_model(body.model)
         validation.check_chat(body, service.limits)
 
+        variables = service.template_variables(body)
+
         def tokenise() -> list[Prompt]:
-            text = service.render(body.messages, body.add_generation_prompt is not False)
+            text = service.render(body.messages, body.add_generation_prompt is not False, variables)
             # The template has written the special tokens, so the default is to add none.
-            return [Prompt(service.tokenizer.encode(text, bool(body.add_special_tokens)), None)]
+            tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
+            return [Prompt(tokens, _last_answer(body.messages))]
 
         size = _num_characters(body.messages)
         request = CheckedRequest(body, num_prompts=1, num_characters=size, tokenise=tokenise)
@@ -77,21 +79,19 @@ class OpenAI:
         service = self._service
         request = await read_body(http, service.config.max_body, _tokenize)
         service.check_model(request.model)
-        if (request.prompt is None) == (request.messages is None):
-            raise bad_request("Send either `prompt` or `messages`.", "prompt")
-        if request.messages is not None:
-            validation.check_messages(request.messages)
+        validation.check_tokenize(request)
+        variables = service.template_variables(request)
         size = len(request.prompt or "") + _num_characters(request.messages or [])
-        tokens = await service.off_loop(lambda: self._tokens(request), size)
+        tokens = await service.off_loop(lambda: self._tokens(request, variables), size)
         texts = [service.tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
         body = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
         return _json(body | {"token_strs": texts})
 
-    def _tokens(self, request: schemas.TokenizeRequest) -> list[int]:
+    def _tokens(self, request: schemas.TokenizeRequest, variables: dict[str, Any]) -> list[int]:
         encode = self._service.tokenizer.encode
         if request.messages is None:
             return encode(request.prompt or "", request.add_special_tokens is not False)
-        text = self._service.render(request.messages, request.add_generation_prompt is not False)
+        text = self._service.render(request.messages, request.add_generation_prompt is not False, variables)
         return encode(text, bool(request.add_special_tokens))
 
     async def detokenize(self, http: web.Request) -> web.Response:
@@ -104,13 +104,17 @@ class OpenAI:
 
 
 def _num_characters(messages: list[Message]) -> int:
-    total = 0
-    for message in messages:
-        if isinstance(message.content, list):
-            total += sum(len(part.text or "") for part in message.content)
-        else:
-            total += len(message.content or "")
-    return total
+    return sum(len(text) for message in messages for text in _texts(message))
+
+
+def _last_answer(messages: list[Message]) -> str:
+    """Return what a chat's `echo` repeats: the last message, if it is the assistant's."""
+    return "".join(_texts(messages[-1])) if messages[-1].role == "assistant" else ""
+
+
+def _texts(message: Message) -> list[str]:
+    content = message.content
+    return [part.text or "" for part in content] if isinstance(content, list) else [content or ""]
 
 
 def _json(body: Any) -> web.Response:

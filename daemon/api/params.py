@@ -21,8 +21,12 @@ def requested_max_tokens(request: SamplingRequest) -> int:
 
 
 def default_max_tokens(request: SamplingRequest, limit: int) -> int:
-    """Return the maximum of output tokens for a request that sets none; `limit` is the server's."""
-    return min(limit, COMPLETION_MAX_TOKENS) if isinstance(request, CompletionRequest) else limit
+    """Return the maximum of output tokens for a request that sets none; `limit` is the server's.
+
+    `min_tokens` is what the client asks for, so it goes over both defaults.
+    """
+    default = min(limit, COMPLETION_MAX_TOKENS) if isinstance(request, CompletionRequest) else limit
+    return max(default, request.min_tokens or 0)
 
 
 def num_logprobs(request: SamplingRequest) -> int:
@@ -43,7 +47,7 @@ def sampling_params(request: SamplingRequest, max_tokens: int, seed: int, choice
         top_k=max(_or_default(request.top_k, 0), 0),
         top_p=_or_default(request.top_p, 1.0),
         min_p=_or_default(request.min_p, 0.0),
-        min_tokens=min(_or_default(request.min_tokens, 0), max_tokens),
+        min_tokens=_or_default(request.min_tokens, 0),
         ignore_eos=bool(request.ignore_eos),
         stop_token_ids=tuple(request.stop_token_ids or ()),
         presence_penalty=_or_default(request.presence_penalty, 0.0),

@@ -98,7 +98,7 @@ def _submit(
     requested, max_model_len = requested_max_tokens(body), service.max_model_len
     param = "messages" if answer.chat else "prompt"
     for prompt in prompts:
-        check_length(len(prompt.tokens), requested, max_model_len, limits, param)
+        check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
     salt = (body.cache_salt or "").encode()
     for prompt in prompts:
         room = max_model_len - len(prompt.tokens)

@@ -1,8 +1,9 @@
 """Request bodies: the fields of each route, their types and their fixed bounds.
 
 msgspec checks types and bounds when it decodes a body. Relations between fields, and bounds that depend on the
-configuration or the model, are in `validation`. Unknown fields are ignored, so new clients continue to work. A field
-of type Any is here only to be refused by `validation`, if its value would change the answer.
+configuration or the model, are in `validation`. A field of type Any is here to be refused if its value would change
+the answer: see `unsupported`. Unknown fields are ignored, so new clients continue to work. docs/fields.md says what
+becomes of each field of OpenAI's and vLLM's schemas; tests/api/test_fields.py compares it with this file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from daemon.api.unsupported import unsupported
 from daemon.control.policy.priority import HIGHEST, LOWEST
 
 MAX_MESSAGES = 8192
@@ -29,6 +31,21 @@ _Bias = Annotated[float, Meta(ge=-100, le=100)]
 _NumTokens = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
 _NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+
+# What several refused fields advise.
+_FORM_ADVICE = "Output is not constrained to a form. Ask for the form in the prompt, and check the answer."
+_FORM = unsupported(_FORM_ADVICE)
+_TOOLS_ADVICE = "Tools are not supported. Describe them in a message, and read the calls from the text."
+_TOOLS = unsupported(_TOOLS_ADVICE)
+_BEAMS = unsupported("Send `n` instead, and choose among the choices.")
+_PROCESSOR = unsupported("Clients cannot send code.")
+_REPETITION = unsupported("Use `repetition_penalty`, or watch the stream and close it.", 0)
+_TRANSFER = unsupported("Engines here move KV among themselves.")
+_OTHER_MAX = unsupported("Its name here is `max_tokens`.", -1)
+_REASONING = unsupported("Reasoning is part of the text. Cut it off yourself.", True)
+_TEMPLATE = unsupported("Clients cannot send code. Write the prompt yourself, and send it to /v1/completions.")
+_CONTINUE = unsupported("Write the prompt yourself, and send it to /v1/completions.")
+_DOCUMENTS = unsupported("Put the documents in a message.")
 
 
 class StreamOptions(Struct):
@@ -58,30 +75,58 @@ class SamplingRequest(Struct, kw_only=True):
     stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     # -- output
     n: Annotated[int, Meta(ge=1)] | None = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     # -- scheduling
     priority: Annotated[int, Meta(ge=LOWEST, le=HIGHEST)] | str | None = None
     cache_salt: Annotated[str, Meta(max_length=MAX_CACHE_SALT)] | None = None
     # -- refused unless neutral
-    best_of: Any = None
-    use_beam_search: Any = None
-    prompt_logprobs: Any = None
-    prompt_embeds: Any = None
-    truncate_prompt_tokens: Any = None
-    include_stop_str_in_output: Any = None
-    return_token_ids: Any = None
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    logits_processors: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    use_beam_search: Annotated[Any, _BEAMS] = None
+    length_penalty: Annotated[Any, unsupported("It is for beam search, which is not supported.", 1)] = None
+    prompt_logprobs: Annotated[Any, unsupported("Only tokens of the output have logprobs.")] = None
+    logprob_token_ids: Annotated[Any, unsupported("Ask for the most likely tokens instead.")] = None
+    prompt_embeds: Annotated[Any, unsupported("Send text or token ids.")] = None
+    truncate_prompt_tokens: Annotated[Any, unsupported("Shorten the prompt before you send it.", -1)] = None
+    include_stop_str_in_output: Annotated[Any, unsupported("Append the stop string yourself.")] = None
+    return_token_ids: Annotated[Any, unsupported("Use /tokenize, or logprobs with `return_tokens_as_token_ids`.")] = (
+        None
+    )
+    allowed_token_ids: Annotated[Any, unsupported("Use `logit_bias`.")] = None
+    bad_words: Annotated[Any, unsupported("Use `logit_bias` with -100 for their tokens.")] = None
+    logits_processors: Annotated[Any, _PROCESSOR] = None
+    custom_logit_processor: Annotated[Any, _PROCESSOR] = None
+    response_format: Annotated[Any, unsupported(_FORM_ADVICE, {"type": "text"})] = None
+    structured_outputs: Annotated[Any, _FORM] = None
+    guided_json: Annotated[Any, _FORM] = None
+    guided_json_object: Annotated[Any, _FORM] = None
+    guided_regex: Annotated[Any, _FORM] = None
+    guided_choice: Annotated[Any, _FORM] = None
+    guided_grammar: Annotated[Any, _FORM] = None
+    regex: Annotated[Any, _FORM] = None
+    ebnf: Annotated[Any, _FORM] = None
+    grammar: Annotated[Any, _FORM] = None
+    json_schema: Annotated[Any, _FORM] = None
+    stop_regex: Annotated[Any, unsupported("Use `stop` with plain strings.")] = None
+    thinking_token_budget: Annotated[Any, unsupported("Use `max_tokens`.", -1)] = None
+    repetition_detection: Annotated[Any, _REPETITION] = None
+    max_repetition_pattern_size: Annotated[Any, _REPETITION] = None
+    min_repetition_pattern_size: Annotated[Any, _REPETITION] = None
+    repetition_min_count: Annotated[Any, _REPETITION] = None
+    watermarking: Annotated[Any, unsupported("Output has no watermark.")] = None
+    kv_transfer_params: Annotated[Any, _TRANSFER] = None
+    ec_transfer_params: Annotated[Any, _TRANSFER] = None
+    vllm_xargs: Annotated[Any, unsupported("This server has no extensions that read it.")] = None
+    lora_path: Annotated[Any, unsupported("Adapters are not supported. Serve the merged model.")] = None
+    return_hidden_states: Annotated[Any, unsupported("An answer has text and logprobs only.")] = None
+    max_new_tokens: Annotated[Any, _OTHER_MAX] = None
+    n_predict: Annotated[Any, _OTHER_MAX] = None
+    repeat_penalty: Annotated[Any, unsupported("Its name here is `repetition_penalty`.", 1)] = None
+    typical_p: Annotated[Any, unsupported("Use `top_p` or `min_p`.", 1)] = None
+    mirostat: Annotated[Any, unsupported("Use `top_p` or `min_p`.", 0)] = None
 
 
 class ContentPart(Struct):
@@ -95,6 +140,12 @@ class Message(Struct):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # an older name of `reasoning`
+    # -- refused unless neutral
+    refusal: Annotated[Any, unsupported("Put its text in `content`.")] = None
+    function_call: Annotated[Any, unsupported("Use `tool_calls`.")] = None
+    audio: Annotated[Any, unsupported("Messages are text.")] = None
 
 
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -108,18 +159,26 @@ class ChatRequest(SamplingRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: _NumLogprobs | None = None
     add_generation_prompt: bool | None = None
+    echo: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     # -- refused unless neutral
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
-    chat_template: Any = None
-    chat_template_kwargs: Any = None
-    continue_final_message: Any = None
-    documents: Any = None
+    tools: Annotated[Any, _TOOLS] = None
+    tool_choice: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
+    functions: Annotated[Any, _TOOLS] = None
+    function_call: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
+    modalities: Annotated[Any, unsupported("Output is text.", ["text"])] = None
+    audio: Annotated[Any, unsupported("Output is text.")] = None
+    web_search_options: Annotated[
+        Any, unsupported("This server does not search. Put what you found in a message.")
+    ] = None
+    moderation: Annotated[Any, unsupported("This server does not moderate. Check input and output yourself.")] = None
+    verbosity: Annotated[Any, unsupported("Say in a message how long the answer is to be.", "medium")] = None
+    include_reasoning: Annotated[Any, _REASONING] = None
+    return_prompt_text: Annotated[Any, unsupported("Use /tokenize, then /detokenize.")] = None
+    chat_template: Annotated[Any, _TEMPLATE] = None
+    continue_final_message: Annotated[Any, _CONTINUE] = None
+    documents: Annotated[Any, _DOCUMENTS] = None
 
 
 # A list holds strings, or token ids, or lists of token ids; `validation.split_prompts` refuses mixtures.
@@ -133,7 +192,7 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     logprobs: _NumLogprobs | None = None
     echo: bool | None = None
     # -- refused unless neutral
-    suffix: Any = None
+    suffix: Annotated[Any, unsupported("Write prefix and suffix into `prompt` in your model's own form.")] = None
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -145,6 +204,15 @@ class TokenizeRequest(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # -- refused unless neutral, as in a chat
+    tools: Annotated[Any, _TOOLS] = None
+    tool_choice: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
+    functions: Annotated[Any, _TOOLS] = None
+    chat_template: Annotated[Any, _TEMPLATE] = None
+    continue_final_message: Annotated[Any, _CONTINUE] = None
+    documents: Annotated[Any, _DOCUMENTS] = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

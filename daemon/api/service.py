@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from daemon.api.errors import bad_request, model_not_found
 from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
-from daemon.api.schemas import Message
+from daemon.api.schemas import ChatRequest, Message, TokenizeRequest
 from daemon.api.validation import Limits
 from daemon.config import Config
 from daemon.models.chat_template import ChatError, ChatTemplate
@@ -72,10 +72,25 @@ class Service:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def template_variables(self, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+        """Return what the request tells the chat template besides its messages.
+
+        Raises ApiError (400) for a variable that the template does not read: it would have no effect.
+        """
+        given, reads = request.chat_template_kwargs or {}, self.chat_template.variables
+        for name in given.keys() - reads:
+            message = f"`chat_template_kwargs` has `{name[:100]}`, which this model's chat template does not read."
+            raise bad_request(message, "chat_template_kwargs", "unsupported_parameter")
+        effort = request.reasoning_effort
+        if effort is None:
+            return given
+        thinking = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return {name: value for name, value in thinking.items() if name in reads} | given
+
+    def render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         """Return the prompt of a conversation. Raises ApiError (400) if the template refuses it."""
         try:
-            return self.chat_template.render([_as_dict(m) for m in messages], add_generation_prompt)
+            return self.chat_template.render([_as_dict(m) for m in messages], add_generation_prompt, **variables)
         except ChatError as e:
             raise bad_request(str(e), "messages") from None
 
@@ -92,5 +107,8 @@ def _as_dict(message: Message) -> dict[str, Any]:
         content = "".join(part.text or "" for part in content)
     # Most templates do not know `developer`, the newer name of `system`.
     role = "system" if message.role == "developer" else message.role
-    given = {"name": message.name, "tool_calls": message.tool_calls, "tool_call_id": message.tool_call_id}
+    given: dict[str, Any] = {"name": message.name, "tool_calls": message.tool_calls}
+    given["tool_call_id"] = message.tool_call_id
+    # Templates know one name or the other.
+    given["reasoning"] = given["reasoning_content"] = message.reasoning or message.reasoning_content
     return {"role": role, "content": content or ""} | {k: v for k, v in given.items() if v is not None}

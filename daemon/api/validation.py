@@ -4,33 +4,25 @@ configuration or the model. Every check is cheap and pure, and runs before the p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from daemon.api.errors import ApiError, bad_request, context_length_exceeded
-from daemon.api.schemas import ChatRequest, CompletionRequest, ContentPart, Message, Prompt, SamplingRequest
+from daemon.api.errors import bad_request, context_length_exceeded
+from daemon.api.params import requested_max_tokens
+from daemon.api.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    Message,
+    Prompt,
+    SamplingRequest,
+    TokenizeRequest,
+)
+from daemon.api.unsupported import refuse_unsupported
 from daemon.control.policy.priority import ALLOWED, PRIORITIES
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Values that are harmless besides null, false and empty, by refused field.
-_HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "response_format": lambda v: v == {"type": "text"},
-    "tool_choice": lambda v: v in ("none", "auto"),
-    "function_call": lambda v: v in ("none", "auto"),
-    "modalities": lambda v: v == ["text"],
-    "truncate_prompt_tokens": lambda v: v == -1,
-}
-_REFUSED = (
-    *("use_beam_search", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens"),
-    *("include_stop_str_in_output", "return_token_ids", "allowed_token_ids", "bad_words", "logits_processors"),
-    *("response_format", "structured_outputs"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-)
-_REFUSED_CHAT = (
-    *("tools", "tool_choice", "functions", "function_call", "modalities", "audio", "web_search_options"),
-    *("chat_template", "chat_template_kwargs", "continue_final_message", "documents"),
-)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class Limits(NamedTuple):
@@ -45,19 +37,18 @@ class Limits(NamedTuple):
 
 def check_chat(request: ChatRequest, limits: Limits) -> None:
     """Raise ApiError (400) that names the field if the request cannot be served."""
-    tools_off = request.tool_choice == "none"
-    for name in _REFUSED_CHAT:
-        if not (tools_off and name == "tools"):
-            _refuse(request, name)
+    check_template_fields(request)
     check_sampling(request, limits)
     check_messages(request.messages)
     if request.top_logprobs and not request.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
+    if request.echo and request.logprobs:
+        raise bad_request("`echo` together with `logprobs` is not supported.", "echo")
 
 
 def check_completion(request: CompletionRequest, limits: Limits) -> None:
     """Raise ApiError (400) that names the field if the request cannot be served."""
-    _refuse(request, "suffix")
+    refuse_unsupported(request)
     check_sampling(request, limits)
     if request.echo and request.logprobs is not None:
         raise bad_request("`echo` together with `logprobs` is not supported.", "echo")
@@ -71,20 +62,39 @@ def check_completion(request: CompletionRequest, limits: Limits) -> None:
         raise bad_request(message, "prompt")
 
 
+def check_tokenize(request: TokenizeRequest) -> None:
+    """Raise ApiError (400) that names the field unless /tokenize can tell what a completion's prompt would be."""
+    if (request.prompt is None) == (request.messages is None):
+        raise bad_request("Send either `prompt` or `messages`.", "prompt")
+    if request.messages is not None:
+        check_messages(request.messages)
+    check_template_fields(request)
+
+
+def check_template_fields(request: ChatRequest | TokenizeRequest) -> None:
+    """Check what a chat and /tokenize say to the chat template besides the messages. `tools` count only if in use."""
+    refuse_unsupported(request, besides=("tools",) if request.tool_choice == "none" else ())
+    if request.reasoning_effort not in (None, *EFFORTS):
+        raise bad_request(f"`reasoning_effort` must be one of {', '.join(EFFORTS)}.", "reasoning_effort")
+
+
 def check_sampling(request: SamplingRequest, limits: Limits) -> None:
     """Check the fields that chat and text completions share."""
-    for name in _REFUSED:
-        _refuse(request, name)
     if request.best_of not in (None, request.n or 1):
-        raise _unsupported("best_of")
+        message = "`best_of` must equal `n`. Send `n` instead, and choose among the choices."
+        raise bad_request(message, "best_of", "unsupported_parameter")
     if request.n is not None and request.n > limits.max_choices:
         raise bad_request(f"`n` must be from 1 to {limits.max_choices}.", "n")
-    if request.min_tokens and request.max_tokens and request.min_tokens > request.max_tokens:
-        raise bad_request("`min_tokens` is larger than `max_tokens`.", "min_tokens")
+    maximum = requested_max_tokens(request)
+    if maximum and (request.min_tokens or 0) > maximum:
+        raise bad_request(f"`min_tokens` is larger than the maximum of output tokens, {maximum}.", "min_tokens")
     _check_logit_bias(request.logit_bias, limits.vocab_size)
     priority_class(request.priority)
     if request.stream_options is not None and not request.stream:
         raise bad_request("`stream_options` needs `stream` to be true.", "stream_options")
+    options = request.stream_options
+    if options is not None and options.continuous_usage_stats and not options.include_usage:
+        raise bad_request("`continuous_usage_stats` needs `include_usage` to be true.", "stream_options")
     if request.stop_token_ids:
         check_tokens(request.stop_token_ids, limits.vocab_size, "stop_token_ids")
 
@@ -97,6 +107,7 @@ def check_messages(messages: list[Message]) -> None:
             raise bad_request(f"`role` must be one of {', '.join(ROLES)}.", f"{where}.role")
         if message.content is None and message.role != "assistant":
             raise bad_request(f"A message of role {message.role} needs `content`.", f"{where}.content")
+        refuse_unsupported(message, f"{where}.")
         if isinstance(message.content, list):
             _check_parts(message.content, f"{where}.content")
 
@@ -162,16 +173,3 @@ def _check_logit_bias(bias: dict[str, float] | None, vocab_size: int) -> None:
     for key in bias or ():
         if not (key.isascii() and key.isdecimal() and len(key) < 16 and int(key) < vocab_size):
             raise bad_request(f"`logit_bias` keys must be token ids from 0 to {vocab_size - 1}.", "logit_bias")
-
-
-def _refuse(request: object, name: str) -> None:
-    """Raise ApiError (400) unless the field has a neutral value."""
-    value = getattr(request, name)
-    # `in` compares with `==` on purpose: 0, 0.0, false, "", [] and {} ask for nothing.
-    if value is None or value in (False, "", [], {}) or (name in _HARMLESS and _HARMLESS[name](value)):
-        return
-    raise _unsupported(name)
-
-
-def _unsupported(name: str) -> ApiError:
-    return bad_request(f"`{name}` with this value is not supported.", name, "unsupported_parameter")

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from daemon.models.files import ModelError, read_json
-from daemon.models.special_tokens import special_tokens
+from daemon.models.special_tokens import NAMES, special_tokens
 
 MAX_OUTPUT = 16 << 20  # characters; twice the default of max_body
 MAX_STEPS = 100_000  # in all `range` calls of one rendering
+_OWN_VARIABLES = frozenset((*NAMES, "messages", "add_generation_prompt", "tools", "documents", "self"))
 
 
 class ChatError(ValueError):
@@ -32,7 +33,8 @@ class ChatError(ValueError):
 class ChatTemplate:
     """The chat template of a model directory, from chat_template.jinja or otherwise from tokenizer_config.json.
 
-    `available` is False if the model has no template. Raises ModelError if the template does not compile.
+    `available` is False if the model has no template. `variables` are the names that the template reads and that a
+    request may set. Raises ModelError if the template does not compile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,10 +42,13 @@ class ChatTemplate:
         source = _source(path, config)
         self.available = source is not None
         self._special = special_tokens(path)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source or "")
+            self._template = environment.from_string(source or "")
+            read = meta.find_undeclared_variables(environment.parse(source or ""))
         except jinja2.TemplateSyntaxError as e:
             raise ModelError(f"{path}: the chat template does not compile, line {e.lineno}: {e.message}") from None
+        self.variables = read - environment.globals.keys() - _OWN_VARIABLES
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return the prompt. `variables` (for example `tools`) are passed to the template.

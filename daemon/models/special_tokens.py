@@ -9,7 +9,7 @@ import msgspec
 
 from daemon.models.files import ModelError, read_json
 
-_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 # Tokens that end a turn in known chat formats. Models are published whose settings name another token than the one
 # that the model emits; these names mean nothing else.
@@ -46,10 +46,10 @@ def special_tokens(path: Path) -> dict[str, str]:
     config = read_json(path / "tokenizer_config.json") or {}
     older = read_json(path / "special_tokens_map.json") or {}
     first, second = (config, older) if "added_tokens_decoder" in config else (older, config)
-    texts_of = {n: (_text(first.get(n)), _text(second.get(n))) for n in _NAMES}
+    texts_of = {n: (_text(first.get(n)), _text(second.get(n))) for n in NAMES}
     named = {n: text for n, (a, b) in texts_of.items() if (text := b if a is None else a) is not None}
     ids = read_json(path / "config.json") or {}
-    unnamed = {n: ids.get(f"{n}_id") for n in _NAMES if n not in named}
+    unnamed = {n: ids.get(f"{n}_id") for n in NAMES if n not in named}
     if any(isinstance(i, int) for i in unnamed.values()):
         texts = {i: text for text, i in _added_tokens(path).items()}
         named |= {n: texts[i] for n, i in unnamed.items() if isinstance(i, int) and i in texts}
