@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from daemon.units import format_value
+
 Row = dict[str, Any]
 
 _ENGINE_HEADINGS = (
@@ -15,18 +17,40 @@ _ENGINE_HEADINGS = (
 
 # -- tables ------------------------------------------------------------------------------------
 
+# Columns that a narrow terminal does not show, the first one first.
+_SPARE_ENGINE = ("RESTARTS", "STEP", "PID", "DEVICE", "UP", "FREENESS", "TOK/S", "WAIT")
+_SPARE_PROCESS = ("RESTARTS", "PID", "UP")
+_ALSO_ARRIVED = (("parking", "parked"), ("parked", "draining"))  # state, desired state
+_SPARE_REQUEST = ("MAX", "PRIORITY", "PROMPT", "PHASE", "AGE", "OUTPUT")
 
-def status_lines(status: Row) -> list[str]:
-    """Return the status of the daemon as lines of text."""
+
+def status_lines(status: Row, width: int = 0) -> list[str]:
+    """Return the status of the daemon as lines of text, of at most `width` characters if it is not 0."""
     head = f"llumd {status['version']}  {status['model']}  {status['address']}"
-    engines = table(_ENGINE_HEADINGS, [_engine_row(e) for e in status["engines"]])
+    engines = table(_ENGINE_HEADINGS, [_engine_row(e) for e in status["engines"]], width, _SPARE_ENGINE)
     others = [
         ["coordinator", status["coordinator"]],
         *([f"frontend {f['frontend']}", f] for f in status["frontends"]),
     ]
     rows = [[name, p["state"], *_pid_and_age(p), p["restarts"], p.get("active", "")] for name, p in others]
-    processes = table(["PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS"], rows)
-    return [head, "", *engines, "", *processes, *_key_lines(status.get("keys"))]
+    headings = ("PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS")
+    processes = table(headings, rows, width, _SPARE_PROCESS)
+    return [head, *_notice(status), "", *engines, "", *processes, *_key_lines(status.get("keys"))]
+
+
+def _notice(status: Row) -> list[str]:
+    """Return a line that says why the daemon serves no new request; none if it does."""
+    shutdown = status.get("shutdown")
+    if shutdown is not None:
+        left = f"{_count(shutdown['requests'], 'request')} left, cut off in {shutdown['seconds_left']:.0f} s"
+        return [f"shutting down: {left}; new requests get 503"]
+    if status.get("state") == "not_serving":
+        return ["not serving: it starts, or no engine or no frontend runs"]
+    return []
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _key_lines(keys: Row | None) -> list[str]:
@@ -37,7 +61,7 @@ def _key_lines(keys: Row | None) -> list[str]:
 
 
 def _engine_row(e: Row) -> list[Any]:
-    row = [e["engine"], e["device"], e["state"], *_pid_and_age(e), e["restarts"]]
+    row = [e["engine"], e["device"], _engine_state(e), *_pid_and_age(e), e["restarts"]]
     if "running" not in e:
         return [*row, "", "", "", "", "", ""]
     free = "max" if e["freeness"] is None else f"{e['freeness']:.0f}"
@@ -45,31 +69,56 @@ def _engine_row(e: Row) -> list[Any]:
     return [*row, *load, f"{e['step_ms']:.1f} ms", free]
 
 
+def _engine_state(e: Row) -> str:
+    """Return the state, with the desired one if the engine is still on its way to it."""
+    state, desired = str(e["state"]), e.get("desired", "serving")
+    if desired == "serving":
+        arrived = state not in ("draining", "parking", "parked")
+    else:
+        arrived = state in (desired, "failed", "stopped") or (state, desired) in _ALSO_ARRIVED
+    return state if arrived else f"{state}, to be {desired}"
+
+
 def _pid_and_age(process: Row) -> tuple[Any, str]:
     """Return the pid and the age of a process, both empty while it is down."""
     return ("", "") if process["pid"] is None else (process["pid"], _duration(process["uptime_seconds"]))
 
 
-def request_lines(requests: list[Row]) -> list[str]:
-    """Return the unfinished requests as lines of text."""
+def request_lines(requests: list[Row], width: int = 0) -> list[str]:
+    """Return the unfinished requests as lines of text, of at most `width` characters if it is not 0."""
     if not requests:
         return ["no unfinished requests"]
     headings = ["REQUEST", "ENGINE", "PHASE", "PROMPT", "OUTPUT", "MAX", "PRIORITY", "AGE"]
     names = ("id", "engine", "phase", "prompt_tokens", "output_tokens", "max_tokens", "priority")
-    return table(headings, [[*(r[n] for n in names), _duration(r["age_seconds"])] for r in requests])
+    rows = [[*(r[n] for n in names), _duration(r["age_seconds"])] for r in requests]
+    return table(headings, rows, width, _SPARE_REQUEST)
 
 
 def option_lines(rows: list[Row]) -> list[str]:
     """Return the options of the daemon, their values and sources as lines of text."""
-    cells = [[o["name"], _value(o["value"]), o["unit"], o["origin"]] for o in rows]
+    cells = [[o["name"], format_value(o["value"], o["unit"]), o["unit"], o["origin"]] for o in rows]
     return table(["OPTION", "VALUE", "UNIT", "SET BY"], cells)
 
 
-def table(headings: Sequence[str], rows: list[list[Any]]) -> list[str]:
-    """Return a table as lines of text. Columns of numbers are aligned right, other columns left."""
+def table(headings: Sequence[str], rows: list[list[Any]], width: int = 0, spare: Sequence[str] = ()) -> list[str]:
+    """Return a table as lines of text. Columns of numbers are aligned right, other columns left.
+
+    A table wider than `width` leaves out the columns in `spare`, one after another, until it fits. 0: no limit.
+    """
+    for name in (*spare, None):
+        lines = _table(headings, rows)
+        if not width or name is None or max(map(len, lines)) <= width:
+            break
+        i = list(headings).index(name)
+        headings = [*headings[:i], *headings[i + 1 :]]
+        rows = [[*row[:i], *row[i + 1 :]] for row in rows]
+    return lines
+
+
+def _table(headings: Sequence[str], rows: list[list[Any]]) -> list[str]:
     cells = [[str(c) for c in row] for row in rows]
     widths = [max(len(h), *(len(r[i]) for r in cells)) if cells else len(h) for i, h in enumerate(headings)]
-    right = [all(isinstance(r[i], int | float) for r in rows) and bool(rows) for i in range(len(headings))]
+    right = [_is_numeric([r[i] for r in rows]) for i in range(len(headings))]
 
     def line(row: list[str]) -> str:
         parts = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
@@ -78,15 +127,17 @@ def table(headings: Sequence[str], rows: list[list[Any]]) -> list[str]:
     return [line(list(headings)), *(line(row) for row in cells)]
 
 
+def _is_numeric(column: list[Any]) -> bool:
+    """Return True if the column has numbers, and nothing else but empty cells."""
+    filled = [cell for cell in column if cell != ""]
+    return bool(filled) and all(isinstance(cell, int | float) for cell in filled)
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def _value(value: Any) -> str:
-    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 # -- events ------------------------------------------------------------------------------------

@@ -1,82 +1,145 @@
 """The `llumctl` command: show and control a running daemon through its admin socket.
 
-Exit codes: 0 success, 1 the daemon refused or failed, 2 usage error, 3 no daemon is running, 4 no answer in time.
+Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 no daemon is running, 4 no answer or no result in time,
+130 interrupted while waiting. With --json an error is an object with `error` and `code` on standard output.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
-from daemon.cli.admin_client import TIMEOUT, NotRunning, Refused, call, stream
+from daemon import __version__
+from daemon.cli import engine_orders
+from daemon.cli.admin_client import TIMEOUT, CtlError, call, read, stream
+from daemon.cli.engine_orders import VERBS
 from daemon.cli.format import concerns, event_line, option_lines, request_lines, status_lines
 from daemon.config import run_dir
 from daemon.enums import MigrationMode
 from daemon.ipc.events import KINDS
 from daemon.units import parse_seconds
 
-EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_TIMEOUT = 1, 3, 4
-
-Run = Callable[[argparse.Namespace], int | None]
+Run = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the `llumctl` command."""
-    args = _parser().parse_args(argv)
-    sys.exit(_run(args))
+    _prepare_output()
+    sys.exit(_run(sys.argv[1:] if argv is None else list(argv)))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _prepare_output() -> None:
+    """Let output work without a standard stream, and in locales that do not know a character."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed the descriptor
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _run(argv: list[str]) -> int:
+    """Run one command and return the exit code. Output that cannot be written is an error of its own."""
     try:
-        return args.run(args) or 0
-    except NotRunning as e:
-        return _fail(str(e), EXIT_NOT_RUNNING)
-    except Refused as e:
-        return _fail(str(e), EXIT_FAILED)
-    except TimeoutError:
-        return _fail(f"llumd did not answer within {TIMEOUT:.0f} s", EXIT_TIMEOUT)
-    except KeyboardInterrupt:
-        return 0
+        code = _run_command(argv)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as e:
+        _discard_output()
+        print(f"llumctl: cannot write the output: {e.strerror}", file=sys.stderr)
+        return CtlError.exit_code
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"llumctl: {message}", file=sys.stderr)
-    return code
+def _run_command(argv: list[str]) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+        return 0
+    except CtlError as e:
+        return _fail(e, as_json="--json" in argv)
+    except SystemExit as e:  # after --help or --version
+        return int(e.code or 0)
+    except KeyboardInterrupt:
+        return 0  # the usual end of `top` and `events --follow`; a wait for an engine raises Interrupted
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    common.add_argument("--run-dir", type=Path, default=argparse.SUPPRESS, help="run directory of the daemon")
-    common.add_argument("--socket", type=Path, default=argparse.SUPPRESS, help="admin socket of the daemon")
-    parser = argparse.ArgumentParser("llumctl", description="Show and control a running llumd.", parents=[common])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+class UsageError(CtlError):
+    """The arguments are wrong. `usage`: the line that shows how to write them."""
 
-    def add(name: str, text: str, run: Run) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, parents=[common])
+    exit_code = 2
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message, "usage")
+        self.usage = usage
+
+
+def _fail(error: CtlError, *, as_json: bool) -> int:
+    """Print the error, as text on standard error or as JSON on standard output. Return the exit code."""
+    if as_json:
+        result = error.result if isinstance(error, engine_orders.TooLate) else {}
+        print(json.dumps(result | {"error": str(error), "code": error.code}), flush=True)
+    else:
+        usage = error.usage if isinstance(error, UsageError) else ""
+        print(f"{usage}llumctl: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere; otherwise Python reports at its end that it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.removeprefix("llumctl").strip()
+        raise UsageError(f"{command}: {message}" if command else message, self.format_usage())
+
+
+def _parser() -> _Parser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, errors too")
+    common.add_argument(
+        "--run-dir", type=_path, default=argparse.SUPPRESS, metavar="DIR", help="run directory of the daemon"
+    )
+    common.add_argument(
+        "--socket", type=_path, default=argparse.SUPPRESS, metavar="PATH", help="admin socket of the daemon"
+    )
+    parser = _Parser("llumctl", description="Show and control a running llumd.", parents=[common])
+    parser.add_argument("--version", action="version", version=f"llumctl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(name: str, text: str, run: Run) -> _Parser:
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, parents=[common])
         command.set_defaults(run=run)
         return command
 
     add("status", "show engines, frontends and their load", _status)
-    top = add("top", "show status and requests, refreshed in place", _top)
-    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="refresh period (default: 1)")
+    top = add("top", "show status and requests, refreshed in place until Ctrl-C", _top)
+    top.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="TIME", help="refresh period, at least 100ms (default: 1s)"
+    )
     _add_request_commands(add)
     _add_engine_commands(add)
     events = add("events", "show what the scheduler did: dispatches, migrations, orders", _events)
-    events.add_argument("--follow", "-f", action="store_true", help="continue with new events")
-    events.add_argument("--request", metavar="ID", help="only events of this request")
-    events.add_argument("--kind", choices=KINDS, help="only events of this kind")
+    events.add_argument("--follow", "-f", action="store_true", help="continue with new events until Ctrl-C")
+    events.add_argument("--request", type=_name, metavar="ID", help="show only events of this request")
+    events.add_argument("--kind", choices=KINDS, metavar="KIND", help=f"show only this kind: {', '.join(KINDS)}")
     rebalance = add("rebalance", "show what the scheduler would migrate now, and why", _rebalance)
     rebalance.add_argument("--dry-run", action="store_true", help="always on: the daemon itself starts migrations")
     add("config", "show every option, its value and its source", _config)
@@ -84,33 +147,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_request_commands(add: Callable[[str, str, Run], argparse.ArgumentParser]) -> None:
-    id_help = "request id from `llumctl requests`"
+def _add_request_commands(add: Callable[[str, str, Run], _Parser]) -> None:
+    def add_id(command: _Parser) -> None:
+        command.add_argument("id", type=_name, metavar="ID", help="request id from `llumctl requests`")
+
     add("requests", "show every unfinished request", _requests)
-    add("cancel", "end a request", _cancel).add_argument("id", help=id_help)
+    add_id(add("cancel", "end a request", _cancel))
     migrate = add("migrate", "move a running request to another engine", _migrate)
-    migrate.add_argument("id", help=id_help)
-    migrate.add_argument("--to", type=int, required=True, metavar="ENGINE", help="destination")
+    add_id(migrate)
+    migrate.add_argument("--to", type=_number, required=True, metavar="ENGINE", help="number of the new engine")
     how = "how the request moves (default: live); the others are for comparison"
-    migrate.add_argument("--how", choices=tuple(MigrationMode), default=MigrationMode.LIVE, help=how)
+    migrate.add_argument("--how", choices=tuple(map(str, MigrationMode)), default=MigrationMode.LIVE, help=how)
     priority = add("priority", "change the priority of an unfinished request", _priority)
-    priority.add_argument("id", help=id_help)
-    priority.add_argument("value", help="high, normal, low or a number; a lower number goes first")
+    add_id(priority)
+    help_text = "high, normal, low or a number from -100 to 100; a lower number goes first"
+    priority.add_argument("value", type=_name, metavar="PRIORITY", help=help_text)
 
 
-def _add_engine_commands(add: Callable[[str, str, Run], argparse.ArgumentParser]) -> None:
-    engines: tuple[tuple[str, str, Run, float], ...] = (
-        ("drain", "move all requests off an engine and keep it empty; auto-scaling does not wake it", _drain, 30.0),
-        ("undrain", "let a drained or parked engine serve again", _wake, 60.0),
-        ("park", "drain an engine, end its process and free its memory; auto-scaling may wake it", _park, 30.0),
-        ("wake", "let a parked or drained engine serve again; auto-scaling may park it", _wake, 60.0),
-    )
-    for verb, text, run, within in engines:
-        command = add(verb, text, run)
-        command.add_argument("engine", type=int, help="number of the engine")
-        wait = f"how long to wait, for example 30s or 2m (default: {within:.0f}s)"
-        command.add_argument("--within", type=_duration, default=within, metavar="TIME", help=wait)
-        command.set_defaults(verb=verb)
+def _add_engine_commands(add: Callable[[str, str, Run], _Parser]) -> None:
+    for name, verb in VERBS.items():
+        command = add(name, verb.help, _order)
+        command.add_argument("engine", type=_number, metavar="ENGINE", help="number of the engine")
+        default = f"{verb.within:.0f}s" if verb.within is not None else "the daemon's load_timeout"
+        text = (
+            f"how long to wait for the effect, for example 30s or 2m (default: {default}); the order stands after it"
+        )
+        wait = command.add_mutually_exclusive_group()
+        wait.add_argument("--within", type=_duration, metavar="TIME", help=text)
+        wait.add_argument("--no-wait", action="store_true", help="give the order and return at once")
+        command.set_defaults(verb=name)
 
 
 def _duration(text: str) -> float:
@@ -118,6 +183,29 @@ def _duration(text: str) -> float:
         return parse_seconds(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _interval(text: str) -> float:
+    return max(0.1, _duration(text))
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of an engine; `llumctl status` lists them")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
+# -- commands ----------------------------------------------------------------------------------
 
 
 def _socket(args: argparse.Namespace) -> Path:
@@ -129,13 +217,13 @@ def _socket(args: argparse.Namespace) -> Path:
 
 
 def _status(args: argparse.Namespace) -> None:
-    status = call(_socket(args), "GET", "/v1/status")
-    _print(args, status, "\n".join(status_lines(status)))
+    status = read(_socket(args), "/v1/status")
+    _print(args, status, "\n".join(status_lines(status, _width())))
 
 
 def _requests(args: argparse.Namespace) -> None:
-    body = call(_socket(args), "GET", "/v1/requests")
-    _print(args, body, "\n".join(request_lines(body["requests"])))
+    body = read(_socket(args), "/v1/requests")
+    _print(args, body, "\n".join(request_lines(body["requests"], _width())))
 
 
 def _cancel(args: argparse.Namespace) -> None:
@@ -154,69 +242,25 @@ def _priority(args: argparse.Namespace) -> None:
     _print(args, body, f"priority {body['priority']} for {', '.join(body['changed'])}")
 
 
-def _drain(args: argparse.Namespace) -> int:
-    """Order the engine to drain, then wait until it is empty."""
-    start = time.monotonic()
-    engine, empty = _order(args, "drain", lambda e: e["state"] in ("draining", "parked") and not _num_requests(e))
-    waited, left = time.monotonic() - start, _num_requests(engine)
-    if empty:
-        body = {"engine": args.engine, "empty": True, "seconds": waited}
-        _print(args, body, f"engine {args.engine} is empty after {waited:.2f} s and takes no new requests")
-        return 0
-    body = {"engine": args.engine, "empty": False, "left": left}
-    _print(args, body, f"engine {args.engine} still has {left} requests; it goes on draining")
-    return EXIT_TIMEOUT
+def _order(args: argparse.Namespace) -> None:
+    """Give an order about an engine. Unless --no-wait is given, wait until the engine has the desired state."""
+    path, name, number = _socket(args), args.verb, args.engine
+    if args.no_wait:
+        desired = engine_orders.order(path, name, number)
+        text = f"engine {number} is to be {desired}; `llumctl status` shows its state"
+        _print(args, {"engine": number, "desired": desired}, text)
+        return
+    write = _no_progress if _wants_json(args) else _print_progress
+    result = engine_orders.carry_out(path, name, number, args.within, write)
+    _print(args, result, VERBS[name].done.format(**result))
 
 
-def _park(args: argparse.Namespace) -> int:
-    """Order the engine to park, then wait until it is empty and its process has ended."""
-    start = time.monotonic()
-    engine, parked = _order(args, "park", lambda e: e["state"] == "parked")
-    waited, left = time.monotonic() - start, _num_requests(engine)
-    body = {"engine": args.engine, "parked": parked, "seconds": waited, "left": left}
-    if parked:
-        _print(args, body, f"engine {args.engine} is parked after {waited:.2f} s; its memory is free")
-        return 0
-    _print(args, body, f"engine {args.engine} still has {left} requests; it parks when it is empty")
-    return EXIT_TIMEOUT
+def _print_progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _wake(args: argparse.Namespace) -> int:
-    """Order the engine to serve, then wait until it does. It may be parked or only drained."""
-    start = time.monotonic()
-    engine, serving = _order(args, args.verb, lambda e: e["state"] == "serving")
-    waited = time.monotonic() - start
-    body = {"engine": args.engine, "serving": serving, "seconds": waited}
-    if serving:
-        _print(args, body, f"engine {args.engine} serves again")
-        return 0
-    _print(args, body, f"engine {args.engine} is {engine['state']} after {waited:.0f} s; it serves as soon as it can")
-    return EXIT_TIMEOUT
-
-
-def _order(
-    args: argparse.Namespace, verb: str, done: Callable[[dict[str, Any]], bool]
-) -> tuple[dict[str, Any], bool]:
-    """Set the desired state of the engine and wait. Return its status and True if `done`, or False after `--within`.
-
-    Raises Refused if the engine cannot reach the state, or if another order changes the desired state meanwhile.
-    """
-    path, start = _socket(args), time.monotonic()
-    desired = call(path, "POST", f"/v1/engines/{args.engine}/{verb}")["desired"]
-    while True:
-        engine: dict[str, Any] = call(path, "GET", "/v1/status")["engines"][args.engine]
-        if done(engine) or time.monotonic() - start > args.within:
-            return engine, done(engine)
-        if engine["desired"] != desired:
-            raise Refused(f"another order changed the desired state of engine {args.engine} to {engine['desired']}")
-        if engine["state"] == "failed":
-            raise Refused(f"engine {args.engine} cannot run; read the log of the daemon for the reason")
-        time.sleep(0.05)
-
-
-def _num_requests(engine: dict[str, Any]) -> int:
-    """Return the number of requests that the engine holds or that are on their way to it."""
-    return sum(engine.get(name, 0) for name in ("running", "waiting", "incoming", "outgoing"))
+def _no_progress(_line: str) -> None:
+    pass
 
 
 def _events(args: argparse.Namespace) -> None:
@@ -238,12 +282,12 @@ def _events(args: argparse.Namespace) -> None:
 
 
 def _rebalance(args: argparse.Namespace) -> None:
-    body = call(_socket(args), "GET", "/v1/rebalance")
+    body = read(_socket(args), "/v1/rebalance")
     _print(args, body, body["explanation"])
 
 
 def _config(args: argparse.Namespace) -> None:
-    body = call(_socket(args), "GET", "/v1/config")
+    body = read(_socket(args), "/v1/config")
     _print(args, body, "\n".join(option_lines(body["options"])))
 
 
@@ -256,23 +300,29 @@ def _reload(args: argparse.Namespace) -> None:
 def _top(args: argparse.Namespace) -> None:
     path = _socket(args)
     while True:
-        status = call(path, "GET", "/v1/status")
-        requests = call(path, "GET", "/v1/requests")["requests"]
+        status = read(path, "/v1/status")
+        requests = read(path, "/v1/requests")["requests"]
+        lines = [*status_lines(status, _width()), "", *request_lines(requests, _width())]
         if _wants_json(args):
             print(json.dumps(status | {"requests": requests}), flush=True)
         elif sys.stdout.isatty():
-            _draw([*status_lines(status), "", *request_lines(requests)])
+            _draw(lines)
         else:
-            print("\n".join([*status_lines(status), "", *request_lines(requests)]), flush=True)
+            print("\n".join(lines), flush=True)
             return
-        time.sleep(max(0.1, args.interval))
+        time.sleep(args.interval)
+
+
+def _width() -> int:
+    """Return the width of the terminal; 0 if the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def _draw(lines: list[str]) -> None:
     """Overwrite the screen from its top left corner. Clear the rest of each line, and below the last line."""
     width, height = shutil.get_terminal_size()
     if len(lines) > height - 1:
-        lines = [*lines[: height - 2], f"... {len(lines) - height + 2} more lines"]
+        lines = [*lines[: max(0, height - 2)], f"... {len(lines) - height + 2} more lines"]
     sys.stdout.write("\x1b[H" + "".join(f"{line[:width]}\x1b[K\n" for line in lines) + "\x1b[J")
     sys.stdout.flush()
 

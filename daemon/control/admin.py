@@ -14,7 +14,7 @@ from daemon.control.event_stream import STATUS, add_events
 from daemon.control.key_order import KeyOrder
 from daemon.control.policy.priority import parse_priority
 from daemon.control.rebalancer import Rebalancer
-from daemon.control.refusal import Refusal
+from daemon.control.refusal import NOT_FOUND, SHUTTING_DOWN, Refusal
 from daemon.control.request_orders import RequestOrders
 from daemon.control.status import StatusReader
 from daemon.enums import MigrationMode
@@ -52,7 +52,7 @@ def build_admin(
     POST /v1/requests/{id}/migrate/{engine}, /v1/requests/{id}/priority/{value},
     /v1/engines/{engine}/drain|undrain|park|wake, /v1/reload.
     """
-    app = web.Application(middlewares=[_refuse_browsers, _answer_refusals])
+    app = web.Application(middlewares=[_refuse_browsers, _answer_errors])
     app[STATUS] = status
     app[_REQUEST_ORDERS] = request_orders
     app[_REBALANCER] = rebalancer
@@ -76,17 +76,27 @@ def build_admin(
 async def _refuse_browsers(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Refuse requests with an Origin header: a web page must not reach this socket through a proxy."""
     if "Origin" in request.headers:
-        return web.json_response({"error": "requests from browsers are refused"}, status=403)
+        return _error(403, "requests from browsers are refused", "forbidden")
     return await handler(request)
 
 
 @web.middleware
-async def _answer_refusals(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Turn a Refusal into a response with status 409."""
+async def _answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Answer every error in JSON: its text, and a code for scripts. A Refusal has status 409."""
     try:
         return await handler(request)
     except Refusal as e:
-        return web.json_response({"error": str(e)}, status=409)
+        return _error(409, str(e), e.code)
+    except web.HTTPException as e:
+        code = NOT_FOUND if e.status == 404 else "bad_request"
+        return _error(e.status, f"{request.method} {request.path}: {e.reason}", code)
+    except Exception:
+        log.exception("unexpected failure of %s %s", request.method, request.path)
+        return _error(500, "internal error; the log of the daemon has the details", "internal")
+
+
+def _error(status: int, text: str, code: str) -> web.Response:
+    return web.json_response({"error": text, "code": code}, status=status)
 
 
 async def _status(request: web.Request) -> web.Response:
@@ -121,13 +131,15 @@ async def _migrate(request: web.Request) -> web.Response:
     name, engine = request.match_info["id"], int(request.match_info["engine"])
     found = status.find(name)
     if not found:
-        raise Refusal(_unknown_text(name))
-    for row in found:
+        raise Refusal(_unknown_text(name), NOT_FOUND)
+    # Of several choices some may be there already; `migrate` refuses if all are.
+    moving = [row for row in found if row["engine"] != engine] or found
+    for row in moving:
         how = request.query.get("how", MigrationMode.LIVE)
         rebalancer.migrate(status.facts(), row["rid"], row["engine"], engine, how)
     log.info("request %s ordered to engine %d by %s", name, engine, operator)
     request.app[_EVENTS].write(Ordered("migrate", name, engine, request.query.get("how", ""), operator))
-    return web.json_response({"ordered": [row["id"] for row in found], "engine": engine})
+    return web.json_response({"ordered": [row["id"] for row in moving], "engine": engine})
 
 
 async def _set_priority(request: web.Request) -> web.Response:
@@ -148,6 +160,8 @@ async def _set_state(request: web.Request) -> web.Response:
     desired_states, operator = request.app[_DESIRED_STATES], _operator(request)
     engine, verb = int(request.match_info["engine"]), request.match_info["verb"]
     state = _STATES[verb]
+    if request.app[STATUS].shutting_down:
+        raise Refusal("llumd is shutting down and takes no orders about engines", SHUTTING_DOWN)
     desired_states.check(request.app[STATUS].facts(), engine, state)
     desired_states.set(engine, state, by=operator, action=verb)
     log.info("engine %d: %s by %s", engine, verb, operator)
@@ -167,7 +181,7 @@ async def _reload(request: web.Request) -> web.Response:
 
 
 def _unknown(name: str) -> web.Response:
-    return web.json_response({"error": _unknown_text(name)}, status=404)
+    return _error(404, _unknown_text(name), NOT_FOUND)
 
 
 def _unknown_text(name: str) -> str:

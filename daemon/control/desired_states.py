@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from daemon.control.refusal import Refusal, running_engine
+from daemon.control.refusal import Refusal, no_engine
 from daemon.ipc.desired_state import DesiredStateWriter, served_without
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Ordered
@@ -43,12 +43,15 @@ class DesiredStates:
     def check(self, facts: Sequence[EngineFacts | None], engine: int, state: EngineState) -> None:
         """Raise Refusal if an operator may not set `engine` to `state`.
 
-        The engine must exist, it must run unless it is to serve, and the last serving engine must go on serving.
+        The engine must exist, and an engine must go on serving. An engine that is down may be drained or parked: that
+        ends the restarts of one that dies again and again.
         """
         if not 0 <= engine < len(facts):
-            raise Refusal(f"there is no engine {engine}")
-        if state == EngineState.SERVING:
+            raise no_engine(engine)
+        if state == EngineState.SERVING or self.of(engine) != EngineState.SERVING:
             return
-        running_engine(facts, engine)
-        if self.of(engine) == EngineState.SERVING and not self.served_without(engine, facts):
-            raise Refusal(f"engine {engine} is the last that serves; no other engine could take its requests")
+        if not self.served_without(engine, facts):
+            last = (
+                f"engine {engine} is the last that serves" if facts[engine] is not None else "no other engine serves"
+            )
+            raise Refusal(f"{last}; no other engine could take its requests")

@@ -37,7 +37,8 @@ async def _events(request: web.Request) -> web.StreamResponse:
     except ValueError:
         since = math.nan
     if not math.isfinite(since):
-        return web.json_response({"error": "`since` must be a number of seconds since 1970"}, status=400)
+        error = {"error": "`since` must be a number of seconds since 1970", "code": "bad_request"}
+        return web.json_response(error, status=400)
     history = request.app[STATUS].event_history()
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)

@@ -6,14 +6,27 @@ from collections.abc import Sequence
 
 from daemon.ipc.messages import EngineFacts
 
+REFUSED, NOT_FOUND, SHUTTING_DOWN = "refused", "not_found", "shutting_down"  # codes for scripts
+
 
 class Refusal(Exception):
-    """An operator's request cannot be carried out; the message says why."""
+    """An operator's request cannot be carried out; the message says why, and `code` is one of those above."""
+
+    def __init__(self, message: str, code: str = REFUSED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def running_engine(facts: Sequence[EngineFacts | None], engine: int) -> EngineFacts:
-    """Return the facts of `engine`. Raises Refusal if no such engine runs."""
-    found = facts[engine] if 0 <= engine < len(facts) else None
+    """Return the facts of `engine`. Raises Refusal if there is no such engine, or if it does not run."""
+    if not 0 <= engine < len(facts):
+        raise no_engine(engine)
+    found = facts[engine]
     if found is None:
-        raise Refusal(f"there is no engine {engine} that runs")
+        raise Refusal(f"engine {engine} does not run now: it starts, or it has died; `llumctl status` shows it")
     return found
+
+
+def no_engine(engine: int) -> Refusal:
+    """Return the error for an engine that does not exist."""
+    return Refusal(f"there is no engine {engine}; `llumctl status` lists them", NOT_FOUND)

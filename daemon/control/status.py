@@ -40,6 +40,7 @@ class StatusReader:
         self._topology = topology
         self._table = fabric.table()
         self._desired_states = DesiredStateReader(fabric.desired_states())
+        self._shutdown = fabric.shutdown()
         self._engines = [fabric.board_of(topology.engine(i)) for i in range(topology.engines)]
         self._frontends = [fabric.board_of(topology.frontend(k)) for k in range(topology.frontends)]
         self._key_outcomes = KeysRequester(fabric.keys_page())
@@ -76,11 +77,35 @@ class StatusReader:
             "model": config.served_name or config.model,
             "address": f"http://{config.host}:{config.port}",
             "supervisor_pid": self._spec.supervisor_pid,
+            "state": self._daemon_state(facts),
+            "shutdown": self._shutdown_facts(),
             "engines": [self._engine(i, f, in_flight[i]) for i, f in enumerate(facts)],
             "frontends": [self._frontend(k, f) for k, f in enumerate(frontends)],
             "coordinator": self._process(0),
             "keys": self._keys(),
         }
+
+    def _daemon_state(self, facts: Sequence[EngineFacts | None]) -> str:
+        """Return "serving", "draining", or "not_serving": no engine or no frontend serves (yet)."""
+        if self.shutting_down:
+            return "draining"
+        frontends = range(self._topology.frontends)
+        answered = any(self._process(self._topology.frontend(k))["state"] == "serving" for k in frontends)
+        served = any(f is not None and f.state == EngineState.SERVING for f in facts)
+        return "serving" if answered and served else "not_serving"
+
+    @property
+    def shutting_down(self) -> bool:
+        """True once the daemon has been told to end."""
+        return self._shutdown.cut_off is not None
+
+    def _shutdown_facts(self) -> dict[str, Any] | None:
+        """Return how many requests still run and after how many seconds they are cut off; None while it serves."""
+        cut_off = self._shutdown.cut_off
+        if cut_off is None:
+            return None
+        running = sum(len(journal.live_slots()) for journal in self._journals)
+        return {"requests": running, "seconds_left": max(0.0, cut_off - time.monotonic())}
 
     def requests(self) -> list[dict[str, Any]]:
         """Return a row for every unfinished request, oldest first."""

@@ -17,6 +17,7 @@ from daemon.ipc.board import BOARD_BYTES, BoardReader, BoardWriter
 from daemon.ipc.keys_page import KEYS_PAGE_BYTES
 from daemon.ipc.process_table import PROGRESS_BYTES, Progress, TableReader, TableWriter
 from daemon.ipc.ring import PAGE, RingReader, RingWriter, ring_bytes
+from daemon.ipc.shutdown import Shutdown
 
 COORDINATOR = 0
 
@@ -76,7 +77,7 @@ class Topology(NamedTuple):
 
 
 class Layout:
-    """Byte offsets in the fabric segment. Page 0 starts with the table's generation word."""
+    """Byte offsets in the fabric segment. Page 0 has the table's generation word and the shutdown word."""
 
     def __init__(self, topology: Topology) -> None:
         n = topology.processes
@@ -165,6 +166,10 @@ class Fabric:
     def keys_page(self) -> memoryview:
         """Return the page of the API keys."""
         return self._at(self._layout.keys_page, KEYS_PAGE_BYTES)
+
+    def shutdown(self) -> Shutdown:
+        """Return the word that says whether the daemon is shutting down."""
+        return Shutdown(self._at(8, 8))
 
     def writer(self, to: int) -> RingWriter:
         """Return the writer of the ring to process `to`."""

@@ -142,6 +142,7 @@ class Supervisor:
         """Stop the frontends, which may finish requests if `drain`, then the rest; a second signal skips the wait."""
         self._notifier.send("STOPPING=1")
         self._signals.clear()
+        self._fabric.shutdown().begin(time.monotonic() + (self._config.drain_timeout if drain else 0.0))
         if drain:
             log.info("draining: running requests have %.0f s to finish", self._config.drain_timeout)
         grace = self._config.drain_timeout + 2.0 if drain else 0.0

@@ -128,20 +128,81 @@ def test_an_order_about_a_request_is_sent_to_its_frontend_or_engine(send: Send, 
 
 
 def test_a_refused_order_writes_no_event(send: Send):
-    assert send("POST", "/v1/engines/7/drain") == (409, {"error": "there is no engine 7"})
-    assert send("POST", "/v1/engines/2/park") == (409, {"error": "there is no engine 2 that runs"})
-    unknown = {"error": "no unfinished request is called 'cmpl-1'"}
+    no_engine = {"error": "there is no engine 7; `llumctl status` lists them", "code": "not_found"}
+    assert send("POST", "/v1/engines/7/drain") == (409, no_engine)
+    unknown = {"error": "no unfinished request is called 'cmpl-1'", "code": "not_found"}
     assert send("DELETE", "/v1/requests/cmpl-1") == (404, unknown)
     assert send("POST", "/v1/requests/cmpl-1/priority/high") == (404, unknown)
     assert send("POST", "/v1/requests/cmpl-1/migrate/1") == (409, unknown)
     status, answer = send("POST", "/v1/requests/cmpl-1/priority/urgent")
     assert status == 409 and "high, normal, low or a whole number" in answer["error"]
+    assert answer["code"] == "refused"
     assert orders(send) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("DELETE", "/v1/requests/", 404, "not_found"),
+        ("POST", f"/v1/engines/{'9' * 20}/drain", 404, "not_found"),
+        ("PUT", "/v1/status", 405, "bad_request"),
+        ("GET", "/v1/events?since=yesterday", 400, "bad_request"),
+    ],
+)
+def test_every_error_is_json_with_a_code(send: Send, method: str, path: str, status: int, code: str):
+    answer = send(method, path)
+    assert (answer[0], answer[1]["code"]) == (status, code)
+    assert answer[1]["error"]
+
+
+def test_an_unexpected_failure_is_json_and_goes_to_the_log(
+    send: Send, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(_: StatusReader) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(StatusReader, "config", broken)
+    answer = send("GET", "/v1/config")
+    assert (answer[0], answer[1]["code"]) == (500, "internal")
+    assert "a fault" in caplog.text and "a fault" not in answer[1]["error"]
+
+
+def test_an_engine_that_is_down_can_be_parked_because_others_serve(send: Send):
+    assert send("POST", "/v1/engines/2/park")[0] == 200
+    assert send("GET", "/v1/status")[1]["engines"][2]["desired"] == "parked"
+
+
+def test_choices_that_are_there_already_do_not_keep_the_others_from_moving(send: Send, handles: FabricHandles):
+    frontend = Fabric(handles, handles.topology.frontend(0), 1)
+    journal = Journal(frontend.journal(0, writable=True))
+    for i in range(2):
+        params = RequestParams(SamplingParams(max_tokens=9, seed=1), time.monotonic(), label=f"cmpl-1-{i}")
+        journal.assign(journal.open(5 + i, params, [1, 2, 3]), 1, i, 1)
+    assert send("POST", "/v1/requests/cmpl-1/migrate/0") == (200, {"ordered": ["cmpl-1-1"], "engine": 0})
+    status, answer = send("POST", "/v1/requests/cmpl-1-0/migrate/0")
+    assert status == 409 and "on engine 0 already" in answer["error"]
+
+
+def test_a_daemon_that_shuts_down_says_so_and_takes_no_orders_about_engines(send: Send, handles: FabricHandles):
+    frontend = Fabric(handles, handles.topology.frontend(0), 1)
+    journal = Journal(frontend.journal(0, writable=True))
+    params = RequestParams(SamplingParams(max_tokens=9, seed=1), time.monotonic(), label="cmpl-1-0")
+    journal.assign(journal.open(5, params, [1, 2, 3]), 1, 0, 1)
+    assert send("GET", "/v1/status")[1]["shutdown"] is None
+    Fabric(handles, -1, 0).shutdown().begin(time.monotonic() + 30.0)
+    status = send("GET", "/v1/status")[1]
+    assert status["state"] == "draining"
+    assert status["shutdown"]["requests"] == 1
+    assert 25 < status["shutdown"]["seconds_left"] <= 30
+    for verb in ("drain", "wake"):
+        assert send("POST", f"/v1/engines/1/{verb}")[1]["code"] == "shutting_down"
+    assert send("DELETE", "/v1/requests/cmpl-1")[0] == 200  # an operator may still end a request
 
 
 def test_a_request_from_a_browser_is_refused(send: Send):
     answer = send("POST", "/v1/engines/1/drain", Origin="http://example.org")
-    assert answer == (403, {"error": "requests from browsers are refused"})
+    assert answer == (403, {"error": "requests from browsers are refused", "code": "forbidden"})
     assert orders(send) == []
 
 
@@ -164,6 +225,9 @@ def test_a_reload_waits_for_the_supervisor(send: Send, handles: FabricHandles):
     assert send("POST", "/v1/reload") == (200, counts)
     assert send("GET", "/v1/status")[1]["keys"] == {"accepted": 3, "tenants": 1, "error": ""}
     page.report(KeysOutcome(3, keys=3, tenants=1, error="api_key_file: line 4"))
-    assert send("POST", "/v1/reload") == (409, {"error": "api_key_file: line 4; the 3 former keys stay accepted"})
+    assert send("POST", "/v1/reload") == (
+        409,
+        {"error": "api_key_file: line 4; the 3 former keys stay accepted", "code": "refused"},
+    )
     assert orders(send) == [("reload", "", -1, "", BY), ("reload", "", -1, "api_key_file: line 4", BY)]
     assert send("GET", "/v1/status")[1]["keys"]["error"] == "api_key_file: line 4"

@@ -44,10 +44,23 @@ def test_the_last_serving_engine_cannot_be_drained_or_parked(handles: FabricHand
     assert coordinator.desired == [PARKED, SERVING, SERVING]
 
 
-def test_orders_for_engines_that_do_not_exist_or_do_not_run_are_refused(handles: FabricHandles):
+def test_orders_for_engines_that_do_not_exist_are_refused(handles: FabricHandles):
     coordinator = Coordinator(handles, Config(), engine_facts(), engine_facts(), None)
-    for engine, state in ((3, SERVING), (-1, SERVING), (3, PARKED), (2, PARKED), (2, DRAINING)):
+    for engine, state in ((3, SERVING), (-1, SERVING), (3, PARKED), (-1, DRAINING)):
         with pytest.raises(Refusal, match=f"no engine {engine}"):
             coordinator.order(engine, state)
     assert coordinator.desired == [SERVING] * 3
     assert coordinator.orders() == []
+
+
+@pytest.mark.parametrize("state", [DRAINING, PARKED])
+def test_an_engine_that_is_down_may_be_drained_or_parked_while_another_serves(
+    handles: FabricHandles, state: EngineState
+):
+    """Otherwise an engine that dies at each start could never be parked."""
+    coordinator = Coordinator(handles, Config(), None, engine_facts(), None)
+    coordinator.order(2, state)
+    assert coordinator.desired == [SERVING, SERVING, state]
+    coordinator.up = [None, None, None]
+    with pytest.raises(Refusal, match="no other engine serves"):
+        coordinator.order(0, state)

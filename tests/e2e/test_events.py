@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from daemon.cli.llumctl import EXIT_NOT_RUNNING
+from daemon.cli.admin_client import NotRunning
 from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import PYTHON, ROOT, Daemon, wait_for
@@ -144,7 +144,7 @@ def test_follower_continues_with_the_next_coordinator_and_ends_with_the_daemon(s
         wait_for("three requests", lambda: len(out.read_text().splitlines()) == 3)
         assert daemon.terminate() == 0
         _, error = follower.communicate(timeout=20)
-        assert follower.returncode == EXIT_NOT_RUNNING
+        assert follower.returncode == NotRunning.exit_code
         assert "not running" in error and len(error.splitlines()) == 1
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from daemon.cli import admin_client, llumctl
+from daemon.cli import admin_client
+from daemon.cli.engine_orders import EXIT_TIMEOUT
 from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import HELD, Daemon, wait_for
@@ -242,8 +243,8 @@ def test_drain_continues_after_its_wait_times_out(two: Daemon) -> None:
     with Clients(two, sent) as clients, Clients(two, ending) as ends:
         wait_for("load on both engines", lambda: even(two))
         done = two.ctl("drain", "1", "--within", "0s")
-        assert done.returncode == llumctl.EXIT_TIMEOUT
-        assert "goes on draining" in done.stdout
+        assert done.returncode == EXIT_TIMEOUT
+        assert "goes on draining" in done.stderr
         wait_for("all requests on engine 0", lambda: {r["engine"] for r in two.requests()} == {0})
         assert all(map(hash_engine.exact, ending, ends.join()))
         assert all(map(hash_engine.exact_so_far, sent, clients.stop()))

@@ -11,6 +11,7 @@ with the freest one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ class _Pairing:
                 yield "absent"
                 continue
             state = EngineState(facts.state).name.lower()
-            load = f"{facts.running} running, {facts.waiting} waiting, freeness {self.freeness[i]:.0f}"
+            load = f"{facts.running} running, {facts.waiting} waiting, freeness {_text(self.freeness[i])}"
             yield f"{state}, {load}: {self._role(i)}"
 
     def _role(self, i: int) -> str:
@@ -204,3 +205,10 @@ class _Pairing:
         assert facts is not None
         shedding = self.rules.policy.sheds_preempted and facts.preempted_waiting
         return facts.state == SERVING and not shedding
+
+
+def _text(freeness: float) -> str:
+    """Return a freeness as text. An empty engine has the greatest, one that only gives has the least."""
+    if math.isinf(freeness):
+        return "max" if freeness > 0 else "min"
+    return f"{freeness:.0f}"

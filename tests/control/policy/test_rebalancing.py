@@ -326,8 +326,8 @@ def test_the_explanation_has_a_line_for_every_engine_and_pair():
         "engine 1: serving, 4 running, 0 waiting, freeness 200: takes",
         "engine 2: absent",
         "engine 3: serving, 4 running, 0 waiting, freeness 56: stays as it is",
-        "engine 4: serving, 0 running, 0 waiting, freeness inf: takes",
-        "engine 5: draining, 4 running, 0 waiting, freeness -inf: gives (draining)",
+        "engine 4: serving, 0 running, 0 waiting, freeness max: takes",
+        "engine 5: draining, 4 running, 0 waiting, freeness min: gives (draining)",
     ]
     assert lines[7:] == [
         "engine 0 goes on moving requests to engine 1: memory",
