@@ -6,22 +6,31 @@ import argparse
 import dataclasses
 import errno
 import fcntl
+import logging
 import os
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from daemon import __version__
 from daemon import config as settings
 from daemon.api.key_file import read_key_file
 from daemon.cli.prepare import Prepared, prepare
 from daemon.config import Config, ConfigError
-from daemon.ipc.child import EXIT_CONFIG, start_logging
-from daemon.ipc.segment import SegmentError
+from daemon.ipc import output
+from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, start_logging
 from daemon.models import store
 from daemon.models.model_config import ModelConfig, ModelError, read_model_config
+from daemon.supervisor.start_error import StartError, explain
 from daemon.units import format_value
+
+if TYPE_CHECKING:
+    from daemon.supervisor.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 4096
 _EXAMPLE = """\
@@ -113,13 +122,28 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    output.tolerate_loss()
+    _await_signals()
     try:
         config = _load(args)
         start_logging(config.log_level, "supervisor")
         return _run(prepare(config, _print_progress))
-    except (ConfigError, ModelError, SegmentError) as e:
+    except (ConfigError, ModelError, StartError) as e:
         print(f"llumd: {e}", file=sys.stderr)
         return EXIT_CONFIG
+    except OSError as e:
+        print(f"llumd: cannot start: {explain(e)}", file=sys.stderr)
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        print("llumd: stopped by a signal before any process was started", file=sys.stderr)
+        return 0
+
+
+def _await_signals() -> None:
+    """Until the supervisor handles signals, let SIGTERM end the start as Ctrl-C does, and a closed terminal not."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -204,7 +228,7 @@ def _print_progress(text: str) -> None:
 
 
 def _run(prepared: Prepared) -> int:
-    """Open the sockets and run the supervisor until it ends. Return the exit code."""
+    """Open the sockets and run the supervisor until it ends. Return the exit code. Raises OSError and StartError."""
     from daemon.supervisor.key_reload import KeySource
     from daemon.supervisor.supervisor import Supervisor
 
@@ -218,11 +242,21 @@ def _run(prepared: Prepared) -> int:
         try:
             key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
             supervisor = Supervisor(config, str(model_dir), pool_bytes, http, admin, key_source)
-            return supervisor.run(lambda: _announce(config, model_config, directory))
+            return _supervise(supervisor, lambda: _announce(config, model_config, directory))
         finally:
             (directory / "admin.sock").unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+def _supervise(supervisor: Supervisor, announce: Callable[[], None]) -> int:
+    try:
+        return supervisor.run(announce)
+    except StartError:
+        raise
+    except Exception:
+        log.exception("the supervisor has failed, so all processes were ended; please report this")
+        return EXIT_FAILED
 
 
 def _announce(config: Config, model_config: ModelConfig, directory: Path) -> None:

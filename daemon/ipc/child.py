@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import setproctitle
 
 from daemon.config import Config
+from daemon.ipc import output
 from daemon.ipc.fabric import Fabric, FabricHandles
 
 PR_SET_PDEATHSIG = 1
@@ -19,6 +20,10 @@ EXIT_FAILED = 1
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_PARKED = 79  # an engine whose desired state is PARKED and which holds no work
 STOP_SIGNAL = signal.SIGUSR1  # from the supervisor: finish and exit
+CUT_SIGNAL = signal.SIGUSR2  # from the supervisor to a frontend that drains: end the running requests now
+# What a terminal, a shell or systemd sends to the whole process group. The supervisor alone handles them. It also
+# blocks them while it starts a child, which inherits that: none can end a child before it ignores them.
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,10 @@ def initialize(spec: ChildSpec) -> Fabric:
     _die_with(spec.supervisor_pid)
     name = spec.handles.topology.name(spec.process)
     setproctitle.setproctitle(f"llumd: {name}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they may go to the whole group; the supervisor handles them
+    for number in (*GROUP_SIGNALS, CUT_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+    output.tolerate_loss()
     start_logging(spec.config.log_level, name)
     return Fabric(spec.handles, spec.process, spec.incarnation)
 

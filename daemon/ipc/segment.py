@@ -6,6 +6,7 @@ to the children. No process opens a segment by name, so no kill -9 leaves a file
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
@@ -23,7 +24,10 @@ def create(size: int) -> int:
     This allocates all the space: a full /dev/shm is a SegmentError here, not a SIGBUS in a child later.
     """
     name = f"/llumd-{os.getpid()}-{secrets.token_hex(8)}"
-    shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
+    try:
+        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=0)
+    except posix_ipc.Error as e:  # not an OSError: /dev/shm is missing or may not be written
+        raise SegmentError(errno.EACCES, f"cannot create shared memory in /dev/shm: {e}") from None
     try:
         shm.unlink()
         os.posix_fallocate(shm.fd, 0, size)

@@ -2,7 +2,7 @@
 
 It spawns children only from the main thread (their death signal depends on that thread), watches them through pidfds
 and restarts them with back-off under a new incarnation. It publishes each start and each death in the process table
-and rings all doorbells.
+and rings all doorbells. No child outlives `Supervisor.run`, however it ends.
 """
 
 from __future__ import annotations
@@ -14,23 +14,33 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import multiprocess
 import setproctitle
+from multiprocess import resource_tracker
 
 from daemon.config import Config
 from daemon.ipc import segment
-from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, EXIT_PARKED, STOP_SIGNAL, ChildSpec
+from daemon.ipc.child import (
+    CUT_SIGNAL,
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_PARKED,
+    GROUP_SIGNALS,
+    STOP_SIGNAL,
+    ChildSpec,
+)
 from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
 from daemon.supervisor.key_reload import KeyReload, KeySource
+from daemon.supervisor.start_error import StartError, explain
 from daemon.supervisor.systemd import Notifier
 
 log = logging.getLogger(__name__)
@@ -40,7 +50,7 @@ LATE_TICK = 2.0  # seconds; after a longer gap the supervisor itself was stopped
 FIRST_BACKOFF = 0.2
 MAX_BACKOFF = 30.0
 HEALTHY_AFTER = 60.0  # seconds of uptime after which the back-off starts again at FIRST_BACKOFF
-STOP_GRACE = 5.0  # seconds between STOP_SIGNAL and SIGKILL for engines and coordinator
+STOP_GRACE = 5.0  # seconds between STOP_SIGNAL, or CUT_SIGNAL, and SIGKILL
 
 
 @dataclass(slots=True)
@@ -98,18 +108,41 @@ class Supervisor:
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
         self._children = [self._new_child(p) for p in range(self._topology.processes)]
-        self._signals: list[int] = []
+        self._signals: list[int] = []  # SIGTERM and SIGINT that have arrived
         self._announced = False
         self._ignore_deadlines_until = 0.0
 
     # -- start and stop -------------------------------------------------------------------------------
 
     def run(self, ready: Callable[[], None]) -> int:
-        """Serve until SIGTERM or SIGINT; return the exit code. Call `ready` once, when the daemon can serve."""
-        setproctitle.setproctitle(f"llumd: supervisor of {self._config.served_name}")
-        self._install_signal_handlers()
-        for child in self._children:
-            self._spawn(child)
+        """Serve until SIGTERM or SIGINT; return the exit code. Call `ready` once, when the daemon can serve.
+
+        Raises StartError if a child cannot be started for the first time. However it ends, all children have ended.
+        """
+        try:
+            setproctitle.setproctitle(f"llumd: supervisor of {self._config.served_name}")
+            self._start()
+            return self._supervise(ready)
+        finally:
+            self._kill_children()
+
+    def _start(self) -> None:
+        """Listen to signals and start every child, until a signal asks for the end. Raises StartError."""
+        what = "the supervisor"
+        try:
+            self._install_signal_handlers()
+            with _group_signals_blocked():
+                resource_tracker.ensure_running()  # of multiprocess: it, too, must outlive a closed terminal
+            for child in self._children:
+                if self._signals:
+                    return
+                what = child.name
+                self._spawn(child)
+        except OSError as e:
+            raise StartError(f"cannot start {what}: {explain(e)}") from e
+
+    def _supervise(self, ready: Callable[[], None]) -> int:
+        """Watch the children until a signal asks for the end, or until the daemon cannot serve."""
         last_tick = time.monotonic()
         while not self._signals:
             self._wait(TICK)
@@ -123,8 +156,7 @@ class Supervisor:
                 log.error("no engine can run; see the errors above")
                 self._stop(drain=False)
                 return EXIT_CONFIG
-        self._stop(drain=True)
-        return 0
+        return self._stop(drain=True)
 
     def _report_status(self, ready: Callable[[], None]) -> None:
         engines, frontends = self._engines(), self._frontends()
@@ -138,29 +170,61 @@ class Supervisor:
         suffix = f", {parked} parked" if parked else ""
         self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving{suffix}", "WATCHDOG=1")
 
-    def _stop(self, *, drain: bool) -> None:
-        """Stop the frontends, which may finish requests if `drain`, then the rest; a second signal skips the wait."""
+    def _stop(self, *, drain: bool) -> int:
+        """Stop the frontends, which may finish requests if `drain`, then the rest. Return the exit code.
+
+        A second signal ends the requests that still run, with an error, and a third one kills what is left.
+        """
         self._notifier.send("STOPPING=1")
         self._signals.clear()
         self._fabric.shutdown().begin(time.monotonic() + (self._config.drain_timeout if drain else 0.0))
         if drain:
             log.info("draining: running requests have %.0f s to finish", self._config.drain_timeout)
-        grace = self._config.drain_timeout + 2.0 if drain else 0.0
-        self._stop_children(self._frontends(), grace)
-        self._stop_children([c for c in self._children if c.alive], STOP_GRACE)
+        frontends = self._frontends()
+        self._request_end(frontends)
+        interrupted = self._await_end(frontends, self._config.drain_timeout + 2.0 if drain else 0.0)
+        if interrupted:
+            log.warning("second signal: the requests that still run are cut off")
+            self._signals.clear()
+            for child in frontends:
+                self._signal(child, CUT_SIGNAL)
+            self._await_end(frontends, STOP_GRACE)
+        self._kill(frontends)
+        others = [c for c in self._children if c.alive]
+        self._request_end(others)
+        self._await_end(others, STOP_GRACE)
+        self._kill(others)
+        return EXIT_FAILED if interrupted else 0
 
-    def _stop_children(self, children: list[Child], grace: float) -> None:
-        """Send STOP_SIGNAL, wait up to `grace` seconds, then send SIGKILL and wait for the end."""
+    def _request_end(self, children: list[Child]) -> None:
+        """Send STOP_SIGNAL, and start none of these children again."""
         for child in children:
             child.start_at = float("inf")
             self._signal(child, STOP_SIGNAL)
+
+    def _await_end(self, children: list[Child], grace: float) -> bool:
+        """Wait up to `grace` seconds until all have ended. Return True if a signal has ended the wait before."""
         end = time.monotonic() + grace
-        while any(c.alive for c in children) and time.monotonic() < end and not self._signals:
+        while any(c.alive for c in children) and time.monotonic() < end:
+            if self._signals:
+                return True
             self._wait(TICK)
+        return False
+
+    def _kill(self, children: list[Child]) -> None:
+        """Send SIGKILL to the children that still run, and wait for their end."""
         for child in children:
             self._signal(child, signal.SIGKILL)
         while any(c.alive for c in children):
             self._wait(TICK)
+
+    def _kill_children(self) -> None:
+        """Kill what still runs, without this object's own records: an exception may have left them half changed."""
+        started = multiprocess.active_children()
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
 
     # -- children -------------------------------------------------------------------------------------
 
@@ -179,9 +243,9 @@ class Supervisor:
             args=(spec, child_entry.Inherited([fd for fd in fds if fd >= 0])),
             name=child.name,
         )
-        child.handle.start()
-        child.pidfd = os.pidfd_open(child.handle.pid)
-        self._epoll.register(child.pidfd, select.EPOLLIN)
+        with _group_signals_blocked():
+            child.handle.start()
+        self._watch(child)
         child.suspected = False
         child.progress.enter(EngineState.STARTING, spec.incarnation, self._config.load_timeout)
         pool = {"pool_fd": child.pool_fd, "pool_bytes": self._pool_bytes} if role == "engine" else {}
@@ -193,6 +257,20 @@ class Supervisor:
             started_at=time.monotonic(),
             **pool,
         )
+
+    def _watch(self, child: Child) -> None:
+        """Have the loop wake up at the child's end. Kill it if that is not possible: it would run unsupervised."""
+        try:
+            child.pidfd = os.pidfd_open(child.handle.pid)
+            self._epoll.register(child.pidfd, select.EPOLLIN)
+        except OSError:
+            child.handle.kill()
+            child.handle.join()
+            child.handle.close()
+            if child.pidfd >= 0:
+                os.close(child.pidfd)
+                child.pidfd = -1
+            raise
 
     def _spec(self, child: Child, role: str) -> ChildSpec:
         """Describe the next incarnation of `child`."""
@@ -306,7 +384,7 @@ class Supervisor:
             self._spawn(child)
         except OSError as e:  # out of memory or descriptors: a later try can succeed
             self._back_off(child, now)
-            log.error("cannot start %s: %s; next attempt in %.1f s", child.name, e, child.start_at - now)
+            log.error("cannot start %s: %s; next attempt in %.1f s", child.name, explain(e), child.start_at - now)
 
     def _check_deadline(self, child: Child, overdue: float) -> None:
         if overdue <= 0:
@@ -333,13 +411,18 @@ class Supervisor:
     # -- waiting --------------------------------------------------------------------------------------
 
     def _install_signal_handlers(self) -> None:
-        """Let signals wake the loop through a pipe: SIGTERM and SIGINT end it, SIGHUP reads the key file again."""
+        """Let signals wake the loop through a pipe: SIGTERM and SIGINT end it, SIGHUP reads the key file again.
+
+        A closed terminal sends SIGHUP too, so it must never end the daemon.
+        """
         self._wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         self._epoll.register(self._wake_read, select.EPOLLIN)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: self._signals.append(n))
         signal.signal(signal.SIGHUP, lambda *_: self._keys.request())
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: None)  # not SIG_IGN: children would inherit it
 
     def _wait(self, timeout: float) -> None:
         """Wait until a child dies, a signal arrives or `timeout` seconds have passed; reap dead children."""
@@ -350,3 +433,13 @@ class Supervisor:
         for child in self._children:
             if child.pidfd in ready:
                 self._reap(child)
+
+
+@contextlib.contextmanager
+def _group_signals_blocked() -> Iterator[None]:
+    """Block GROUP_SIGNALS; a process that starts meanwhile has them blocked too. They arrive here afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -20,6 +20,7 @@ class Notifier:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                sock.setblocking(False)  # the supervisor must not wait for a receiver that does not read
                 sock.sendto("\n".join(lines).encode(), address)
         except OSError:
             return
