@@ -33,12 +33,22 @@ class Answer:
     Times are seconds of CLOCK_MONOTONIC. A context: leaving it ends the metrics of every choice.
     """
 
-    def __init__(self, service: Service, request: Request, prompts: list[Prompt], id: str, arrival: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        prompts: list[Prompt],
+        id: str,
+        arrival: float,
+        deadline: asyncio.Timeout,
+    ) -> None:
+        """`arrival`: of the request. `deadline`: if it expires, it ends the context with CancelledError."""
         self._service = service
         self._request = request
         self._prompts = prompts
         self._n = request.n or 1
         self._arrival = arrival
+        self._deadline = deadline
         self.id = id
         self.chat = isinstance(request, ChatRequest)
         self.created = int(time.time())
@@ -93,9 +103,10 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Count each choice that has not ended: as cancelled after a hang-up or the deadline, otherwise as failed."""
-        gone = isinstance(error, asyncio.CancelledError | ConnectionError)
-        finish = Finish.CANCELLED if gone else Finish.ERROR
+        """Count each choice that has not ended: as cut by the deadline, cancelled after a hang-up, or failed."""
+        finish = Finish.ERROR
+        if isinstance(error, asyncio.CancelledError | ConnectionError):
+            finish = Finish.DEADLINE if self._deadline.expired() else Finish.CANCELLED
         for choice, metrics in zip(self.choices, self._metrics, strict=True):
             metrics.end(time.monotonic(), finish, choice.num_cached_tokens)
 

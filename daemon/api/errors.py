@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from daemon.api.generator import EngineLost, NoEngine, Overloaded, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,9 @@ def _from_exception(error: Exception) -> ApiError | None:
             message = str(error) or "No engine can serve requests now."
             headers = {"Retry-After": "2"}
             known = ApiError(503, message, type="server_error", code="no_engine", headers=headers)
+        case ShuttingDown():
+            headers = {"Retry-After": "2"}
+            known = ApiError(503, str(error), type="server_error", code="shutting_down", headers=headers)
         case TooLong():
             known = bad_request(str(error), code="context_length_exceeded")
         case EngineLost():

@@ -15,7 +15,7 @@ from daemon.api.auth import SharedKeys
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.api.request_tracker import RequestTracker
 from daemon.ipc import child, doorbell
-from daemon.ipc.child import STOP_SIGNAL, ChildSpec
+from daemon.ipc.child import CUT_SIGNAL, STOP_SIGNAL, ChildSpec
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.keys_page import KeysReader
 from daemon.ipc.messages import EngineState
@@ -51,8 +51,9 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
         tracker.on_doorbell()
 
     loop.add_reader(fabric.bell, on_bell)
-    stop = asyncio.Event()
+    stop, cut = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(STOP_SIGNAL, stop.set)
+    loop.add_signal_handler(CUT_SIGNAL, cut.set)
     listener = socket.socket(fileno=spec.listener_fd)
     listener.setblocking(False)
     acceptor = ConnectionAcceptor(listener, runner.server)
@@ -64,7 +65,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     tracker.draining = True
     progress.enter(EngineState.DRAINING, fabric.incarnation, _HEARTBEAT_DEADLINE)
     # Accept connections while requests run: a 503 is a better answer than a connection reset at the end.
-    await _drain(tracker, spec.config.drain_timeout)
+    await _drain(tracker, spec.config.drain_timeout, cut)
     acceptor.stop()
     heartbeat.cancel()
     await runner.cleanup()
@@ -102,15 +103,16 @@ async def _send_heartbeats(progress: Progress) -> None:
         await asyncio.sleep(_HEARTBEAT)
 
 
-async def _drain(tracker: RequestTracker, timeout: float) -> None:
-    """Wait for running requests; end those that still run after `timeout` seconds with an error."""
+async def _drain(tracker: RequestTracker, timeout: float, cut: asyncio.Event) -> None:
+    """Wait for running requests; end those that still run after `timeout` seconds, or once `cut` is set."""
     loop = asyncio.get_running_loop()
-    end = loop.time() + timeout
-    while tracker.active and loop.time() < end:
+    start = loop.time()
+    while tracker.active and loop.time() < start + timeout and not cut.is_set():
         await asyncio.sleep(0.02)
     if tracker.active:
-        log.warning("%d requests were still running after %.0f s and are cut off", tracker.active, timeout)
-        tracker.give_up("the server is shutting down")
+        waited = loop.time() - start
+        log.warning("%d requests were still running after %.0f s and are cut off", tracker.active, waited)
+        tracker.give_up()
 
 
 class ConnectionAcceptor:

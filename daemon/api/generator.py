@@ -35,6 +35,10 @@ class EngineLost(Exception):
         self.retry = retry
 
 
+class ShuttingDown(Exception):
+    """The daemon ends before a running request has finished: 503, and a stream sends an error event and closes."""
+
+
 class TokenChunk(NamedTuple):
     """All output of one choice since the last call."""
 
@@ -50,7 +54,7 @@ class TokenStream(Protocol):
     rid: int
 
     async def next(self) -> TokenChunk:
-        """Wait for output and return all of it. Raises EngineLost."""
+        """Wait for output and return all of it. Raises EngineLost or ShuttingDown."""
         ...
 
     def cancel(self) -> None:

@@ -7,7 +7,13 @@ from daemon.enums import Rejection
 from daemon.ipc.messages import Finish
 from daemon.ipc.metrics_page import MetricsPage
 
-REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length", Finish.CANCELLED: "abort", Finish.ERROR: "error"}
+REASONS = {
+    Finish.STOP: "stop",
+    Finish.LENGTH: "length",
+    Finish.CANCELLED: "abort",
+    Finish.ERROR: "error",
+    Finish.DEADLINE: "deadline",
+}
 _REJECTED = {
     "rate_limit_exceeded": Rejection.OVERLOADED,
     "no_engine": Rejection.NO_ENGINE,

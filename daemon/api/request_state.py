@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from daemon.api.generator import EngineLost, TokenChunk
+from daemon.api.generator import TokenChunk
 from daemon.control.policy.ownership import Ownership
 from daemon.ipc.journal import Journal
 from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
@@ -48,7 +48,7 @@ class RequestState:
         self._logprobs: list[TokenLogprobs | None] | None = None
         self._finish = Finish.NONE
         self.num_cached_tokens = 0  # prompt tokens from the prefix cache
-        self._failure: EngineLost | None = None
+        self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.assign(ownership)
 
@@ -137,9 +137,9 @@ class RequestState:
         self._finish = finish
         self._wake()
 
-    def fail(self, reason: str, *, retry: bool = True) -> None:
-        """End the stream with EngineLost. `retry`: see there."""
-        self._failure = EngineLost(reason, retry=retry)
+    def fail(self, error: Exception) -> None:
+        """End the stream with this error."""
+        self._failure = error
         self._wake()
 
     def _wake(self) -> None:
@@ -154,7 +154,7 @@ class RequestState:
         return self._finish is not Finish.NONE or self._failure is not None
 
     async def next(self) -> TokenChunk:
-        """Wait for output and take all that has arrived. Raises EngineLost."""
+        """Wait for output and take all that has arrived. Raises the error of `fail`."""
         while not self._arrived and not self.done:
             self._waiter = asyncio.get_running_loop().create_future()
             try:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from daemon.api.admission import Admission, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
-from daemon.api.generator import NoEngine, Overloaded, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
 from daemon.api.request_state import RequestState
 from daemon.config import Config
 from daemon.control.policy import ownership
@@ -158,10 +158,14 @@ class RequestTracker:
         self._close(request)
         request.end(Finish.CANCELLED)
 
-    def give_up(self, reason: str) -> None:
-        """End every unfinished request with an error."""
+    def give_up(self) -> None:
+        """End every unfinished request, because the daemon ends."""
         for request in list(self._requests.values()):
-            self._fail(request, reason)
+            self._cut_off(request)
+
+    def _cut_off(self, request: RequestState) -> None:
+        self._close(request)
+        request.fail(ShuttingDown("The server is shutting down and has ended this request; please send it again."))
 
     def _read_outputs(self, link: EngineLink) -> None:
         link.refresh()  # here, because no request waits for a dispatch now
@@ -279,7 +283,10 @@ class RequestTracker:
                     loop = asyncio.get_running_loop()
                     self._redispatch_timer = loop.call_later(_REDISPATCH_PERIOD, self._place_stranded)
                     return
-                self._fail(request, str(e))
+                if self.draining:  # the supervisor starts no engine again
+                    self._cut_off(request)
+                else:
+                    self._fail(request, str(e))
             else:
                 self._restart(request, engine, why)
 
@@ -377,7 +384,7 @@ class RequestTracker:
 
     def _fail(self, request: RequestState, reason: str, *, retry: bool = True) -> None:
         self._close(request)
-        request.fail(reason, retry=retry)
+        request.fail(EngineLost(reason, retry=retry))
 
     def _close(self, request: RequestState) -> None:
         del self._requests[request.rid]

@@ -77,12 +77,12 @@ async def _submitted(service: Service, request: CheckedRequest) -> AsyncIterator
     """
     seconds = service.config.request_deadline
     try:
-        async with asyncio.timeout(seconds if seconds > 0 else None):
+        async with asyncio.timeout(seconds if seconds > 0 else None) as deadline:
             with StreamGroup() as streams:
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
                 with service.generator.admit(request.num_prompts * (request.body.n or 1)):
                     prompts = await service.off_loop(request.tokenise, request.num_characters)
-                    answer = Answer(service, request.body, prompts, request.id, request.arrival)
+                    answer = Answer(service, request.body, prompts, request.id, request.arrival, deadline)
                     _submit(service, request, prompts, answer, streams)
                 with answer:
                     yield answer, streams

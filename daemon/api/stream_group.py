@@ -28,7 +28,10 @@ class StreamGroup:
         self._streams.append(stream)
 
     async def next(self) -> list[tuple[int, TokenChunk]]:
-        """Wait for output and return (stream index, chunk) pairs, at most one for each stream. Raises EngineLost."""
+        """Wait for output and return (stream index, chunk) pairs, at most one for each stream.
+
+        Raises the error of a stream.
+        """
         if len(self._streams) == 1:
             return [(0, await self._streams[0].next())]
         if not self._tasks:

@@ -22,8 +22,9 @@ class Finish(IntEnum):
     NONE = 0
     STOP = 1  # end-of-sequence token, stop token or stop string
     LENGTH = 2  # max_tokens or the model's context
-    CANCELLED = 3  # by the client, an operator or the deadline
+    CANCELLED = 3  # by the client or an operator
     ERROR = 4  # the engine could not continue; see the log
+    DEADLINE = 5  # `request_deadline` has passed
 
 
 class EngineIncarnation(NamedTuple):

@@ -121,7 +121,7 @@ _MIGRATIONS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30
 _PAUSES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
 
 # Label values.
-FINISHED = ("stop", "length", "abort", "error")
+FINISHED = ("stop", "length", "abort", "error", "deadline")
 REJECTED = tuple(Rejection)
 HANDLERS = ("chat", "completions", "models", "tokenize", "detokenize", "health", "metrics", "unknown")
 STATUSES = ("2xx", "4xx", "5xx", "disconnect")

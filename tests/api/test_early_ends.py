@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from daemon.api.generator import NoEngine, Overloaded, TooLong
+from daemon.api.generator import NoEngine, Overloaded, ShuttingDown, TooLong
 from daemon.ipc.messages import Finish
 from tests.api.harness import CHAT, HELLO, TEXT, events, make_api, until, with_client
 
@@ -18,6 +18,7 @@ from tests.api.harness import CHAT, HELLO, TEXT, events, make_api, until, with_c
     [
         (Overloaded("full", 7), 429, "rate_limit_exceeded"),
         (NoEngine("none"), 503, "no_engine"),
+        (ShuttingDown("bye"), 503, "shutting_down"),
         (TooLong("no"), 400, "context_length_exceeded"),
     ],
 )
@@ -29,8 +30,8 @@ def test_refused_submission_has_its_own_status_even_for_a_stream(api, request_bo
         error = (await response.json())["error"]
         assert (response.status, error["code"]) == (status, code)
         assert set(error) == {"message", "type", "param", "code"}
-        if status == 429:
-            assert response.headers["Retry-After"] == "7"
+        if status != 400:
+            assert response.headers["Retry-After"] == ("7" if status == 429 else "2")
 
     with_client(api, body)
     assert api.generator.places == 0
@@ -124,6 +125,7 @@ def test_deadline_ends_the_request(model):
 
     with_client(api, body)
     assert api.generator.running == 0 and all(s.cancelled for s in api.generator.streams)
+    assert (api.counter("request_success", "deadline"), api.counter("request_success", "abort")) == (2, 0)
 
 
 @pytest.mark.parametrize("n", [1, 2])

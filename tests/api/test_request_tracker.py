@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from daemon.api.generator import EngineLost
+from daemon.api.generator import EngineLost, ShuttingDown
 from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
@@ -346,6 +346,27 @@ async def test_request_ends_when_all_engines_have_failed(harness: Harness) -> No
     harness.end_engine(0, 1, ProcessState.FAILED, last_crashed=1)
     harness.end_engine(1, 0, ProcessState.FAILED)
     with pytest.raises(EngineLost, match="no engine is ready"):
+        await request.next()
+
+
+@with_harness
+async def test_a_drain_that_runs_out_ends_requests_as_a_shutdown(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.tracker.draining = True
+    harness.tracker.give_up()
+    with pytest.raises(ShuttingDown):
+        await request.next()
+    assert harness.tracker.active == 0
+
+
+@with_harness
+async def test_a_request_whose_engine_dies_in_a_drain_ends_as_a_shutdown(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.tracker.draining = True
+    harness.end_engine(0, 1, ProcessState.DEAD, last_crashed=1)
+    with pytest.raises(ShuttingDown):
         await request.next()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from daemon.ipc.child import EXIT_FAILED
 from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import Daemon, wait_for
@@ -63,18 +64,19 @@ def test_running_requests_finish_and_new_ones_are_refused(start: Start, terminat
 
 def test_drain_timeout_ends_running_requests(start: Start) -> None:
     daemon = start("--drain-timeout", "300ms", "--stub-step", "10ms")
-    with Clients(daemon, [ENDLESS] * 4) as clients:
+    with Clients(daemon, [ENDLESS] * 4 + [ENDLESS | {"stream": False}]) as clients:
         clients.await_tokens(2)
         daemon.processes()
         assert daemon.terminate() == 0
         outcomes = clients.join()
     assert all(outcome.failed_cleanly for outcome in outcomes)
+    assert (outcomes[-1].status, outcomes[-1].body["error"]["code"]) == (503, "shutting_down")
     assert "cut off" in daemon.log
     assert_nothing_left(daemon)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_second_signal_ends_the_drain_at_once(start: Start, number: signal.Signals) -> None:
+def test_second_signal_cuts_running_requests_off_with_an_error(start: Start, number: signal.Signals) -> None:
     daemon = start("--drain-timeout", "10m", "--stub-step", "10ms")
     with Clients(daemon, [ENDLESS] * 2) as clients:
         clients.await_tokens(2)
@@ -82,8 +84,11 @@ def test_second_signal_ends_the_drain_at_once(start: Start, number: signal.Signa
         daemon.process.send_signal(number)
         await_draining(daemon)
         daemon.process.send_signal(number)
-        assert daemon.wait(5) == 0
-        assert all(outcome.ended for outcome in clients.join())
+        assert daemon.wait(5) == EXIT_FAILED
+        outcomes = clients.join()
+    assert [outcome.errors[0]["code"] for outcome in outcomes] == ["shutting_down"] * 2
+    assert all(outcome.failed_cleanly for outcome in outcomes)
+    assert "second signal" in daemon.log
     assert_nothing_left(daemon)
 
 
