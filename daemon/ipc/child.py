@@ -57,19 +57,28 @@ def initialize(spec: ChildSpec) -> Fabric:
 
 
 def start_logging(level: str, name: str) -> None:
-    """Write log lines to stderr; under systemd with the priority prefix that journald reads."""
-    under_journald = "JOURNAL_STREAM" in os.environ
+    """Write log lines to stderr with date and time; to journald, which adds both, with its priority prefix."""
+    under_journald = _stderr_is_journal()
     form = "%(message)s" if under_journald else "%(asctime)s %(levelname)-7s %(message)s"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(form.replace("%(message)s", f"llumd {name}: %(message)s"), under_journald))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+def _stderr_is_journal() -> bool:
+    """Return True if stderr is the stream that systemd names in $JOURNAL_STREAM as "device:inode"."""
+    try:
+        found = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
 class _Formatter(logging.Formatter):
     _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}  # noqa: RUF012
 
     def __init__(self, form: str, prefixed: bool) -> None:
-        super().__init__(form, "%H:%M:%S")
+        super().__init__(form, "%Y-%m-%d %H:%M:%S")
         self._prefixed = prefixed
 
     def format(self, record: logging.LogRecord) -> str:
