@@ -91,7 +91,7 @@ def _measure(args: argparse.Namespace, daemon: Daemon) -> dict[str, Any]:
             "temperature": 0,
         }
     ).encode()
-    lines = ["POST /v1/completions HTTP/1.1", "Host: bench", "Content-Type: application/json"]
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     readers = [Reader(daemon.address, head.encode() + body) for _ in range(args.connections)]
     selector = selectors.DefaultSelector()

@@ -255,6 +255,38 @@ class Config:
     max_body: int = _option(
         8 << 20, "http", "Maximum size of a request body. A larger one gets status 413.", "bytes", at_least=1024
     )
+    body_memory: int = _option(
+        64 << 20,
+        "http",
+        "Memory of each frontend for request bodies that are not tokenised yet. The first 64 KiB of each do not "
+        "count. A request that finds it full gets status 503.",
+        "bytes",
+        at_least=1024,
+    )
+    max_connections: int = _option(
+        0,
+        "http",
+        "Maximum number of connections of each frontend. At the limit, the one that is idle for longest is closed; "
+        "if none is idle, a new one gets status 503. 0: what the limit of open files allows.",
+        "connections",
+        at_least=0,
+    )
+    keep_alive: float = _option(
+        75.0, "http", "Time after which a connection without a request is closed.", "seconds", above=0
+    )
+    allowed_hosts: list[str] = _option(
+        [],
+        "http",
+        "Host names, separated by commas, under which clients reach this server; any other `Host` gets status 403. "
+        "Empty: a server on a loopback address without API keys accepts only names of this machine, other servers "
+        "accept every name. `*`: every name.",
+    )
+    allowed_origins: list[str] = _option(
+        [],
+        "http",
+        "Origins of web pages that may use this server, for example `https://chat.example.com`, separated by commas. "
+        "Pages of this machine may use a server on a loopback address without API keys in any case. `*`: every page.",
+    )
     max_prompt_tokens: int = _option(
         0, "http", "Maximum length of a prompt. 0: the limit of the model.", "tokens", at_least=0
     )
@@ -285,6 +317,12 @@ class Config:
     )
     heartbeat: float = _option(
         0.0, "http", "Send an SSE comment after this time without output. 0: send none.", "seconds"
+    )
+    access_log: bool = _option(
+        False,
+        "http",
+        "Log a line for each HTTP request: client, method, path, status, duration, tokens and ids; never its text. "
+        "With log level `debug` the line is written in any case.",
     )
     # -- daemon
     run_dir: str = _option(

@@ -66,3 +66,12 @@ class Resource(StrEnum):
 
     MEMORY = "memory"
     COMPUTE = "compute"
+
+
+class ConnectionEnd(StrEnum):
+    """Why a frontend closed a connection before its client did."""
+
+    NO_REQUEST = "no_request"  # no complete request head in time
+    LIMIT = "limit"  # idle for longest when the limit of connections was reached
+    REFUSED = "refused"  # the limit was reached and no connection was idle
+    SLOW_READER = "slow_reader"  # the client did not read its answer

@@ -14,7 +14,7 @@ from daemon import config as config_module
 from daemon.config import Config, ConfigError, allowed, load, options, run_dir
 from daemon.units import format_value, parse_seconds, parse_size, parse_value
 
-UNITS = {"bytes", "seconds", "tokens", "requests", "choices", "engines", ""}
+UNITS = {"bytes", "seconds", "tokens", "requests", "choices", "engines", "connections", ""}
 NO_UNIT = {"threads", "port", "frontends", "memory_share", "max_resumes"}  # numbers whose name is their unit
 
 

@@ -117,10 +117,13 @@ class Answer:
         prompt = self._prompts[index // self._n]
         return self._service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
+    def num_tokens(self) -> tuple[int, int]:
+        """Return the numbers of prompt tokens and of output tokens so far."""
+        return sum(len(p.tokens) for p in self._prompts), sum(c.num_tokens for c in self.choices)
+
     def usage(self) -> dict[str, Any]:
         """Return the token counts of the whole answer so far; a prompt counts once, however many choices it has."""
-        prompt = sum(len(p.tokens) for p in self._prompts)
-        output = sum(c.num_tokens for c in self.choices)
+        prompt, output = self.num_tokens()
         cached = sum(c.num_cached_tokens for c in self.choices[:: self._n])
         return {
             "prompt_tokens": prompt,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
@@ -16,11 +17,14 @@ import msgspec
 from aiohttp import web
 
 from daemon.api import metrics
+from daemon.api.access_log import AccessLog
 from daemon.api.auth import Keys, current_key
 from daemon.api.errors import ApiError, body_too_large, to_api_error
 from daemon.api.generator import Generator
+from daemon.api.loop_clock import LoopClock
 from daemon.api.metrics import FrontendMetrics
 from daemon.api.openai import OpenAI
+from daemon.api.origins import OriginPolicy
 from daemon.api.request_metrics import count_rejection
 from daemon.api.service import Service
 from daemon.config import Config
@@ -31,6 +35,7 @@ from daemon.models.tokenizer import Tokenizer
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
+_REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 _COMPLETION_ROUTES = ("chat", "completions")
 
 
@@ -62,12 +67,19 @@ def build_app(
         metrics=metrics,
     )
     middleware = _Middleware(config, keys, metrics)
+    origins = middleware.origins
     app = web.Application(middlewares=[middleware.handle], client_max_size=config.max_body)
     for route in _routes(service):
         resource = app.router.add_resource(route.path)
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
             middleware.add(resource.add_route(method, route.handler), route)
-    app.on_response_prepare.append(_finish_headers)
+
+    async def finish_headers(http: web.Request, response: web.StreamResponse) -> None:
+        response.headers["x-request-id"] = _request_id(http)
+        response.headers["Server"] = "llumd"
+        response.headers.update(origins.response_headers(http.headers.get("Origin")))
+
+    app.on_response_prepare.append(finish_headers)
 
     async def lifetime(_: web.Application) -> AsyncIterator[None]:
         yield
@@ -110,19 +122,24 @@ class _Health:
 
     async def metrics(self, http: web.Request) -> web.Response:
         snapshot = self._service.metrics.read_all()
-        text = metrics.render(
-            self._service.model_config.name, snapshot.frontends, snapshot.engines, snapshot.facts, snapshot.states
+        name = self._service.model_config.name
+        # In a thread: with many engines the page takes long to write.
+        text = await asyncio.to_thread(
+            metrics.render, name, snapshot.frontends, snapshot.engines, snapshot.facts, snapshot.states
         )
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 class _Middleware:
-    """Checks body size and key of every request, turns exceptions into OpenAI's errors and counts responses."""
+    """Checks names, body size and key of every request, turns exceptions into OpenAI's errors, counts and logs."""
 
     def __init__(self, config: Config, keys: Keys | None, metrics: FrontendMetrics) -> None:
         self._max_body = config.max_body
         self._keys = keys
         self._page = metrics.page
+        self.origins = OriginPolicy(config, keys=keys is not None)
+        self._access_log = AccessLog(config.access_log)
+        self._clock = LoopClock(metrics.page)
         self._names: dict[web.AbstractRoute, str] = {}
         self._public: set[web.AbstractRoute] = set()
 
@@ -134,10 +151,13 @@ class _Middleware:
     @web.middleware
     async def handle(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         name = self._names.get(request.match_info.route, "unknown")
+        start = time.monotonic()
         try:
-            response = await self._check_and_run(request, handler)
+            with self._clock:
+                response = await self._check_and_run(request, handler)
         except asyncio.CancelledError:
             self._page.inc("http_requests", 1, name, "disconnect")
+            self._access_log.write(request, None, time.monotonic() - start, _request_id(request))
             raise
         except Exception as e:
             error = to_api_error(e)
@@ -145,9 +165,14 @@ class _Middleware:
                 count_rejection(self._page, error)
             response = error.response()
         self._page.inc("http_requests", 1, name, f"{response.status // 100}xx")
+        self._access_log.write(request, response.status, time.monotonic() - start, _request_id(request))
         return response
 
     async def _check_and_run(self, http: web.Request, handler: Handler) -> web.StreamResponse:
+        origin = http.headers.get("Origin")
+        self.origins.check(http.headers.get("Host"), origin)
+        if http.method == "OPTIONS" and origin and "Access-Control-Request-Method" in http.headers:
+            return web.Response(status=204, headers=self.origins.response_headers(origin, preflight=True))
         if (http.content_length or 0) > self._max_body:
             raise body_too_large(self._max_body)
         # The matched route decides, never the text of the path: an unknown path needs a key too.
@@ -160,7 +185,10 @@ def _status(word: str) -> web.Response:
     return web.Response(body=msgspec.json.encode({"status": word}), content_type="application/json")
 
 
-async def _finish_headers(http: web.Request, response: web.StreamResponse) -> None:
-    request_id = http.headers.get("x-request-id", "")
-    response.headers["x-request-id"] = request_id if _VALID_REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
-    response.headers["Server"] = "llumd"
+def _request_id(http: web.Request) -> str:
+    """Return the id that the client has given the request, or a new one; the same at each call."""
+    known = http.get(_REQUEST_ID)
+    if known is None:
+        given = http.headers.get("x-request-id", "")
+        known = http[_REQUEST_ID] = given if _VALID_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return known

@@ -14,8 +14,10 @@ import msgspec
 from aiohttp import web
 
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
+from daemon.api.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
+_failures = RateLimitedLog(log, logging.ERROR)
 
 _NO_RETRY = {"x-should-retry": "false"}
 
@@ -77,6 +79,25 @@ def body_too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request body is larger than {limit} bytes.", headers={"Connection": "close"})
 
 
+def bodies_full(limit: int) -> ApiError:
+    message = f"The request bodies that are being received fill the {limit} bytes for them; try again shortly."
+    headers = {"Retry-After": "2", "Connection": "close"}
+    return ApiError(503, message, type="server_error", code="bodies_full", headers=headers)
+
+
+def body_timeout(message: str) -> ApiError:
+    return ApiError(408, message, code="body_timeout", headers={"Connection": "close"})
+
+
+def too_many_connections() -> ApiError:
+    message = "This server has as many connections as it can hold; try again shortly."
+    return ApiError(503, message, type="server_error", code="too_many_connections", headers={"Retry-After": "2"})
+
+
+def forbidden(message: str) -> ApiError:
+    return ApiError(403, message, type="permission_error", code="forbidden")
+
+
 def deadline_exceeded(seconds: float) -> ApiError:
     message = f"The request did not finish within {seconds:g} seconds, so the server ended it."
     return ApiError(504, message, type="timeout_error", code="deadline_exceeded", headers=_NO_RETRY)
@@ -100,7 +121,7 @@ def to_api_error(error: Exception) -> ApiError:
     """Return the error for the client. An unexpected exception goes to the log, never to the client."""
     known = _from_exception(error)
     if known is None:
-        log.error("unexpected failure of a request", exc_info=error)
+        _failures.write("unexpected failure of a request", exc_info=error)
     return known or internal()
 
 

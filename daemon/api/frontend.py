@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from pathlib import Path
@@ -12,7 +13,10 @@ from aiohttp import web
 
 from daemon.api.app import build_app
 from daemon.api.auth import SharedKeys
+from daemon.api.body_memory import keep_large_blocks_apart
+from daemon.api.connections import Connections
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
+from daemon.api.rate_limited_log import RateLimitedLog
 from daemon.api.request_tracker import RequestTracker
 from daemon.ipc import child, doorbell
 from daemon.ipc.child import CUT_SIGNAL, STOP_SIGNAL, ChildSpec
@@ -33,6 +37,7 @@ _HEARTBEAT_DEADLINE = 30.0  # seconds after a heartbeat at which the next one is
 
 def main(spec: ChildSpec) -> None:
     """Run the frontend process."""
+    keep_large_blocks_apart()
     fabric = child.initialize(spec)
     fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _HEARTBEAT_DEADLINE)
     uvloop.run(_serve(spec, fabric))
@@ -45,6 +50,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     assert runner.server is not None
+    connections = Connections(runner.server, spec.config, tracker.metrics)
 
     def on_bell() -> None:
         doorbell.clear(fabric.bell)
@@ -56,19 +62,27 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     loop.add_signal_handler(CUT_SIGNAL, cut.set)
     listener = socket.socket(fileno=spec.listener_fd)
     listener.setblocking(False)
-    acceptor = ConnectionAcceptor(listener, runner.server)
+    acceptor = ConnectionAcceptor(listener, connections)
     acceptor.start()
+    _settle()
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.SERVING, fabric.incarnation, _HEARTBEAT_DEADLINE)
-    heartbeat = asyncio.create_task(_send_heartbeats(progress))
+    tasks = [asyncio.create_task(_send_heartbeats(progress)), asyncio.create_task(connections.sweep())]
     await stop.wait()
     tracker.draining = True
     progress.enter(EngineState.DRAINING, fabric.incarnation, _HEARTBEAT_DEADLINE)
     # Accept connections while requests run: a 503 is a better answer than a connection reset at the end.
     await _drain(tracker, spec.config.drain_timeout, cut)
     acceptor.stop()
-    heartbeat.cancel()
+    for task in tasks:
+        task.cancel()
     await runner.cleanup()
+
+
+def _settle() -> None:
+    """Take what is loaded now out of garbage collection: a full collection would stop all requests to visit it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> web.Application:
@@ -122,11 +136,12 @@ class ConnectionAcceptor:
     every connection of a burst. With one at a time a busy frontend accepts slowly, and its siblings accept the rest.
     """
 
-    def __init__(self, listener: socket.socket, server: web.Server) -> None:
+    def __init__(self, listener: socket.socket, connections: Connections) -> None:
         self._listener = listener
-        self._server = server
+        self._connections = connections
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[object]] = set()
+        self._log = RateLimitedLog(log, logging.ERROR)
 
     def start(self) -> None:
         self._loop.add_reader(self._listener, self._accept)
@@ -139,12 +154,12 @@ class ConnectionAcceptor:
             connection, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return  # another frontend accepted it, or the client hung up
-        except OSError as e:  # out of file descriptors: wait until some are closed
-            log.error("cannot accept a connection: %s", e)
+        except OSError as e:  # out of file descriptors, by this process or by the whole machine
+            self._log.write("cannot accept a connection: %s", e)
             self.stop()
-            self._loop.call_later(1.0, self.start)
+            self._loop.call_later(0.05 if self._connections.close_idle() else 1.0, self.start)
             return
         connection.setblocking(False)
-        task = self._loop.create_task(self._loop.connect_accepted_socket(self._server, connection))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if (task := self._connections.accept(connection)) is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)

@@ -84,6 +84,7 @@ class _Collector:
         yield from self._gauges()
         yield from self._totals(self._snapshot.frontends, _frontend_name)
         yield from self._totals(self._snapshot.engines, _VLLM_ENGINE.get)
+        yield from self._frontend_gauges()
         yield from self._engine_gauges()
         yield from self._engine_counters()
 
@@ -125,6 +126,16 @@ class _Collector:
         for values in counter.series():
             family.add_metric([self._model_name, *values], sum(p.counter(counter.name, *values) for p in pages))
         return family
+
+    # -- one series for each frontend
+
+    def _frontend_gauges(self) -> Iterator[Metric]:
+        pages = self._snapshot.frontends
+        for gauge in pages[0].table.gauges if pages else ():
+            family = GaugeMetricFamily(f"llumd:frontend_{gauge.name}", gauge.help, labels=["frontend"])
+            for k, page in enumerate(pages):
+                family.add_metric([str(k)], page.gauge(gauge.name))
+            yield family
 
     # -- one series for each engine
 

@@ -10,10 +10,13 @@ from aiohttp import web
 
 from daemon.api import schemas, validation
 from daemon.api.answer import Prompt
-from daemon.api.request_body import read_body
+from daemon.api.prompt_length import check_text_length
+from daemon.api.request_body import decode_body
 from daemon.api.respond import CheckedRequest, respond
 from daemon.api.schemas import ChatRequest, CompletionRequest, Message
 from daemon.api.service import Service
+
+MAX_TOKENIZE = 1 << 17  # tokens that /tokenize returns at most, if the model's context is not longer
 
 _chat = msgspec.json.Decoder(ChatRequest)
 _completion = msgspec.json.Decoder(CompletionRequest)
@@ -29,38 +32,48 @@ class OpenAI:
         self._started = int(time.time())
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
-        service = self._service
-        body = await read_body(http, service.config.max_body, _chat)
-        service.check_model(body.model)
-        validation.check_chat(body, service.limits)
+        service, limit = self._service, self._service.max_prompt_len
+        with service.bodies.hold() as held:
+            body, variables = await service.read(http, held, self._parse_chat)
 
-        variables = service.template_variables(body)
+            def tokenise() -> list[Prompt]:
+                text = service.render(body.messages, body.add_generation_prompt is not False, variables)
+                check_text_length(text, service.tokenizer, limit, "messages")
+                # The template has written the special tokens, so the default is to add none.
+                tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
+                return [Prompt(tokens, _last_answer(body.messages) if body.echo else None)]
 
-        def tokenise() -> list[Prompt]:
-            text = service.render(body.messages, body.add_generation_prompt is not False, variables)
-            # The template has written the special tokens, so the default is to add none.
-            tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
-            return [Prompt(tokens, _last_answer(body.messages))]
+            return await respond(service, http, CheckedRequest(body, num_prompts=1, held=held, tokenise=tokenise))
 
-        size = _num_characters(body.messages)
-        request = CheckedRequest(body, num_prompts=1, num_characters=size, tokenise=tokenise)
-        return await respond(service, http, request)
+    def _parse_chat(self, raw: bytes) -> tuple[ChatRequest, dict[str, Any]]:
+        body = decode_body(raw, _chat)
+        self._service.check_model(body.model)
+        validation.check_chat(body, self._service.limits)
+        return body, self._service.template_variables(body)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
-        service = self._service
-        body = await read_body(http, service.config.max_body, _completion)
-        service.check_model(body.model)
-        validation.check_completion(body, service.limits)
-        prompts = validation.split_prompts(body.prompt)
-        special = body.add_special_tokens is not False
+        service, limit = self._service, self._service.max_prompt_len
+        with service.bodies.hold() as held:
+            body, num_prompts = await service.read(http, held, self._parse_completion)
+            special, echo = body.add_special_tokens is not False, body.echo
 
-        def tokenise() -> list[Prompt]:
-            encode = service.tokenizer.encode
-            return [Prompt(encode(p, special), p) if isinstance(p, str) else Prompt(p, None) for p in prompts]
+            def encode(prompt: str | list[int]) -> Prompt:
+                if not isinstance(prompt, str):
+                    return Prompt(prompt, None)
+                check_text_length(prompt, service.tokenizer, limit, "prompt")
+                return Prompt(service.tokenizer.encode(prompt, special), prompt if echo else None)
 
-        size = sum(len(p) for p in prompts if isinstance(p, str))
-        request = CheckedRequest(body, num_prompts=len(prompts), num_characters=size, tokenise=tokenise)
-        return await respond(service, http, request)
+            def tokenise() -> list[Prompt]:
+                return [encode(prompt) for prompt in validation.split_prompts(body.prompt)]
+
+            request = CheckedRequest(body, num_prompts=num_prompts, held=held, tokenise=tokenise)
+            return await respond(service, http, request)
+
+    def _parse_completion(self, raw: bytes) -> tuple[CompletionRequest, int]:
+        body = decode_body(raw, _completion)
+        self._service.check_model(body.model)
+        validation.check_completion(body, self._service.limits)
+        return body, len(validation.split_prompts(body.prompt))
 
     async def models(self, http: web.Request) -> web.Response:
         return _json({"object": "list", "data": [self._model()]})
@@ -76,45 +89,52 @@ class OpenAI:
         return {"id": name, "object": "model", "created": self._started} | owner | length
 
     async def tokenize(self, http: web.Request) -> web.Response:
-        service = self._service
-        request = await read_body(http, service.config.max_body, _tokenize)
-        service.check_model(request.model)
-        validation.check_tokenize(request)
-        variables = service.template_variables(request)
-        size = len(request.prompt or "") + _num_characters(request.messages or [])
-        tokens = await service.off_loop(lambda: self._tokens(request, variables), size)
-        texts = [service.tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
-        body = {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens}
-        return _json(body | {"token_strs": texts})
+        service, length = self._service, self._service.max_model_len
+        with service.bodies.hold() as held:
+            request, variables = await service.read(http, held, self._parse_tokenize)
+            return await service.off_loop(lambda: self._tokenized(request, variables, length), held.size)
 
-    def _tokens(self, request: schemas.TokenizeRequest, variables: dict[str, Any]) -> list[int]:
-        encode = self._service.tokenizer.encode
+    def _parse_tokenize(self, raw: bytes) -> tuple[schemas.TokenizeRequest, dict[str, Any]]:
+        request = decode_body(raw, _tokenize)
+        self._service.check_model(request.model)
+        validation.check_tokenize(request)
+        return request, self._service.template_variables(request)
+
+    def _tokenized(
+        self, request: schemas.TokenizeRequest, variables: dict[str, Any], max_model_len: int
+    ) -> web.Response:
+        service, special = self._service, request.add_special_tokens
         if request.messages is None:
-            return encode(request.prompt or "", request.add_special_tokens is not False)
-        text = self._service.render(request.messages, request.add_generation_prompt is not False, variables)
-        return encode(text, bool(request.add_special_tokens))
+            text, param, special = request.prompt or "", "prompt", special is not False
+        else:
+            text = service.render(request.messages, request.add_generation_prompt is not False, variables)
+            param = "messages"
+        check_text_length(text, service.tokenizer, max(max_model_len, MAX_TOKENIZE), param)
+        tokens = service.tokenizer.encode(text, bool(special))
+        texts = [service.tokenizer.token_text(t) for t in tokens] if request.return_token_strs else None
+        body = {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens}
+        return _json(body | {"token_strs": texts})
 
     async def detokenize(self, http: web.Request) -> web.Response:
         service = self._service
-        request = await read_body(http, service.config.max_body, _detokenize)
-        service.check_model(request.model)
-        validation.check_tokens(request.tokens, service.limits.vocab_size, "tokens")
-        text = await service.off_loop(lambda: service.spell(request.tokens), len(request.tokens))
-        return _json({"prompt": text})
+        with service.bodies.hold() as held:
+            request = await service.read(http, held, self._parse_detokenize)
+            return await service.off_loop(lambda: _json({"prompt": service.spell(request.tokens)}), held.size)
 
-
-def _num_characters(messages: list[Message]) -> int:
-    return sum(len(text) for message in messages for text in _texts(message))
+    def _parse_detokenize(self, raw: bytes) -> schemas.DetokenizeRequest:
+        request = decode_body(raw, _detokenize)
+        self._service.check_model(request.model)
+        validation.check_tokens(request.tokens, self._service.limits.vocab_size, "tokens")
+        return request
 
 
 def _last_answer(messages: list[Message]) -> str:
     """Return what a chat's `echo` repeats: the last message, if it is the assistant's."""
-    return "".join(_texts(messages[-1])) if messages[-1].role == "assistant" else ""
-
-
-def _texts(message: Message) -> list[str]:
+    message = messages[-1]
+    if message.role != "assistant":
+        return ""
     content = message.content
-    return [part.text or "" for part in content] if isinstance(content, list) else [content or ""]
+    return "".join(part.text or "" for part in content) if isinstance(content, list) else content or ""
 
 
 def _json(body: Any) -> web.Response:

@@ -1,8 +1,7 @@
-"""HTTP request bodies: read and decode them, and explain a wrong value in a plain sentence."""
+"""HTTP request bodies: decode them, and explain a wrong value in a plain sentence."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -10,14 +9,17 @@ from typing import TypeVar
 
 import msgspec
 from aiohttp import web
-from aiohttp.http_exceptions import PayloadEncodingError
 from msgspec import inspect
 
-from daemon.api.errors import ApiError, bad_request, body_too_large
+from daemon.api.errors import ApiError, bad_request
 
 T = TypeVar("T")
 
-_BODY_TIMEOUT = 60.0  # seconds for a client to send its body
+MAX_UNCHECKED = 64 << 10  # bytes of a body whose structure cannot take long to decode
+MAX_CONTAINERS = 1 << 16  # lists and objects in a body
+MAX_STRINGS = 1 << 18  # with the names of fields
+MAX_COMMAS = 1 << 19  # outside of strings: list items and fields
+_BACKSLASH = ord("\\")
 _MAX_SHOWN = 40  # bytes of a wrong value that its error message repeats
 
 # Error texts of msgspec. Each may end in " - at `$PATH`", with a path such as `.messages[0].role` or `.stop[...]`.
@@ -41,30 +43,19 @@ _TYPES: dict[str, tuple[type[inspect.Type], ...]] = {
 }
 
 
-async def read_body(http: web.Request, limit: int, decoder: msgspec.json.Decoder[T]) -> T:
-    """Read and decode a JSON body of at most `limit` bytes.
-
-    Raises ApiError: 408, 413, 415, or 400 that names the field with a wrong type or value.
-    """
+def check_media_type(http: web.Request) -> None:
+    """Raise ApiError (415) unless the body is declared as plain JSON."""
     # A web page may send any other type to a local server without a CORS preflight.
     if http.content_type != "application/json":
         raise ApiError(415, "Send the body as JSON, with `Content-Type: application/json`.")
     if http.headers.get("Content-Encoding", "identity") != "identity":
         raise ApiError(415, "A compressed body is not supported.")
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT):
-            body = await http.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise body_too_large(limit) from None
-    except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {_BODY_TIMEOUT:g} seconds.") from None
-    except (web.RequestPayloadError, PayloadEncodingError):
-        raise bad_request("The body is incomplete or has a wrong encoding.") from None
-    return decode_body(body, decoder)
 
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode `body`. Raises ApiError (400)."""
+    if len(body) > MAX_UNCHECKED:
+        check_structure(body)
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as e:
@@ -73,6 +64,43 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise bad_request("The body is not valid JSON in UTF-8.") from None
     except RecursionError:
         raise bad_request("The nesting of the body is too deep.") from None
+
+
+def check_structure(body: bytes) -> None:
+    """Raise ApiError (400) if JSON has so many values that decoding them would stop all other requests for long.
+
+    The decoder holds the interpreter's lock until it is done, in any thread. This check does not: it steps from quote
+    to quote. Text inside of strings costs nothing, so only the structure is limited, not the size.
+    """
+    find, count = body.find, body.count
+    containers = commas = strings = at = 0
+    while True:
+        begin = find(b'"', at)
+        end = begin if begin >= 0 else len(body)
+        if end > at:
+            containers += count(b"[", at, end) + count(b"{", at, end)
+            commas += count(b",", at, end)
+        if containers > MAX_CONTAINERS or strings > MAX_STRINGS or commas > MAX_COMMAS:
+            raise bad_request(
+                f"The body has too many values: at most {MAX_CONTAINERS} lists and objects, {MAX_STRINGS} strings "
+                f"and {MAX_COMMAS} commas between values are allowed. Divide it into several requests."
+            )
+        if begin < 0:
+            return
+        at = _end_of_string(body, begin + 1)
+        strings += 1
+
+
+def _end_of_string(body: bytes, at: int) -> int:
+    """Return the index behind the closing quote of a string whose first character is at index `at`."""
+    while (end := body.find(b'"', at)) >= 0:
+        slash = end
+        while body[slash - 1] == _BACKSLASH and slash > at:
+            slash -= 1
+        if (end - slash) % 2 == 0:
+            return end + 1
+        at = end + 1
+    return len(body)
 
 
 def _refusal(text: str, body: bytes, schema: type) -> ApiError:

@@ -15,8 +15,10 @@ from contextlib import asynccontextmanager
 import msgspec
 from aiohttp import web
 
+from daemon.api.access_log import ANSWER_ID, USAGE
 from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
 from daemon.api.auth import current_key
+from daemon.api.body_memory import HeldBody
 from daemon.api.errors import deadline_exceeded, to_api_error
 from daemon.api.params import default_max_tokens, requested_max_tokens, sampling_params
 from daemon.api.schemas import ChatRequest
@@ -25,24 +27,37 @@ from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup
 from daemon.api.validation import check_length, priority_class
 
+_WORK_OF_SUBMISSION = 2000  # in tokens that are written to the journal in the same time
+_MAX_WORK = 200_000  # tokens; they take a few milliseconds
+
 
 class CheckedRequest:
     """A checked request for a completion, with its id, priority and arrival time.
 
-    `tokenise` returns its `num_prompts` prompts, which have `num_characters` characters in total.
+    `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body.
     """
 
     def __init__(
-        self, body: Request, *, num_prompts: int, num_characters: int, tokenise: Callable[[], list[Prompt]]
+        self, body: Request, *, num_prompts: int, held: HeldBody, tokenise: Callable[[], list[Prompt]]
     ) -> None:
         key = current_key.get()
         self.body = body
         self.priority = priority_class(body.priority, key.priority if key else 0)
         self.num_prompts = num_prompts
-        self.num_characters = num_characters
-        self.tokenise = tokenise
+        self._held = held
+        self._tokenise = tokenise
         self.id = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(16)
         self.arrival = time.monotonic()
+
+    async def tokenise(self, service: Service) -> list[Prompt]:
+        """Return the prompts, and forget their text: an answer may take long, and does not need it."""
+        prompts = await service.off_loop(self._tokenise, self._held.size)
+        if isinstance(self.body, ChatRequest):
+            self.body.messages = []
+        else:
+            self.body.prompt = ""
+        self._held.release()
+        return prompts
 
 
 async def respond(service: Service, http: web.Request, request: CheckedRequest) -> web.StreamResponse:
@@ -52,13 +67,14 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
     stream.
     """
     service.page.observe("request_params_n", request.body.n or 1)
+    http[ANSWER_ID] = request.id
     if not request.body.stream:
-        async with _submitted(service, request) as (answer, streams):
+        async with _submitted(service, http, request) as (answer, streams):
             return await _write_whole(answer, streams)
     events = EventStream(http, service.config.heartbeat)
     async with events:
         try:
-            async with _submitted(service, request) as (answer, streams):
+            async with _submitted(service, http, request) as (answer, streams):
                 await _write_events(_writer(answer, request.body), answer, streams, events)
         except ConnectionError:
             pass  # the client has hung up
@@ -70,7 +86,9 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
 
 
 @asynccontextmanager
-async def _submitted(service: Service, request: CheckedRequest) -> AsyncIterator[tuple[Answer, StreamGroup]]:
+async def _submitted(
+    service: Service, http: web.Request, request: CheckedRequest
+) -> AsyncIterator[tuple[Answer, StreamGroup]]:
     """Submit all choices of the request; leaving the context cancels those that have not ended.
 
     Raises the errors of admission and submission, and ApiError (504) if the body runs past the request's deadline.
@@ -81,31 +99,39 @@ async def _submitted(service: Service, request: CheckedRequest) -> AsyncIterator
             with StreamGroup() as streams:
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
                 with service.generator.admit(request.num_prompts * (request.body.n or 1)):
-                    prompts = await service.off_loop(request.tokenise, request.num_characters)
+                    prompts = await request.tokenise(service)
                     answer = Answer(service, request.body, prompts, request.id, request.arrival, deadline)
-                    _submit(service, request, prompts, answer, streams)
-                with answer:
-                    yield answer, streams
+                    await _submit(service, request, prompts, answer, streams)
+                try:
+                    with answer:
+                        yield answer, streams
+                finally:
+                    http[USAGE] = answer.num_tokens()
     except TimeoutError:
         raise deadline_exceeded(seconds) from None
 
 
-def _submit(
+async def _submit(
     service: Service, request: CheckedRequest, prompts: list[Prompt], answer: Answer, streams: StreamGroup
 ) -> None:
-    """Start every choice of every prompt."""
+    """Start every choice of every prompt. Let the event loop run in between if there are many or long ones."""
     body, limits = request.body, service.limits
     requested, max_model_len = requested_max_tokens(body), service.max_model_len
     param = "messages" if answer.chat else "prompt"
     for prompt in prompts:
         check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
     salt = (body.cache_salt or "").encode()
+    work = 0
     for prompt in prompts:
         room = max_model_len - len(prompt.tokens)
         max_tokens = requested or min(default_max_tokens(body, limits.max_output_tokens), room)
         # If the request sets no seed, each prompt gets its own, so equal prompts get different answers.
         seed = secrets.randbits(64) if body.seed is None else body.seed
         for i in range(body.n or 1):
+            work += _WORK_OF_SUBMISSION + len(prompt.tokens)
+            if work > _MAX_WORK:
+                work = 0
+                await asyncio.sleep(0)
             params = sampling_params(body, max_tokens, seed, i)
             label = f"{answer.id}-{len(answer.choices)}"
             streams.add(

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
+from aiohttp import web
+
+from daemon.api.body_memory import BodyMemory, HeldBody, trim_memory
 from daemon.api.errors import bad_request, model_not_found
 from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
+from daemon.api.request_body import check_media_type
 from daemon.api.schemas import ChatRequest, Message, TokenizeRequest
 from daemon.api.validation import Limits
 from daemon.config import Config
@@ -19,7 +24,9 @@ from daemon.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-_OFF_LOOP = 4096  # characters; a thread tokenises longer text
+PARSE_ON_LOOP = 16 << 10  # bytes of a body; a thread decodes and checks a larger one
+TOKENISE_ON_LOOP = 4096  # characters; a thread tokenises longer text
+_LARGE = 256 << 10  # bytes or characters from which on work waits only for other large work
 
 
 class Service:
@@ -49,11 +56,14 @@ class Service:
             max_prompt_tokens=config.max_prompt_tokens,
             max_output_tokens=config.max_output_tokens,
         )
-        # Only two threads: more tokenising would take the processors from the event loop.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
+        # Only two threads: more would take the processors from the event loop.
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large-text")
+        self.bodies = BodyMemory(max(config.body_memory, config.max_body), metrics.page, trim_memory)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._small, self._large):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def max_model_len(self) -> int:
@@ -66,11 +76,24 @@ class Service:
         if name is not None and name != self.model_config.name:
             raise model_not_found(name[:200], self.model_config.name)
 
-    async def off_loop(self, work: Callable[[], T], size: int) -> T:
-        """Run `work` on the event loop, or in a thread if its `size` is more than 4096 characters."""
-        if size <= _OFF_LOOP:
+    @property
+    def max_prompt_len(self) -> int:
+        """Largest number of tokens in a prompt that leaves room for one token of output."""
+        longest = self.max_model_len - 1
+        return min(longest, self.config.max_prompt_tokens or longest)
+
+    async def read(self, http: web.Request, held: HeldBody, parse: Callable[[bytes], T]) -> T:
+        """Read the body of a request and return `parse` of it. Raises ApiError, and the errors of `parse`."""
+        check_media_type(http)
+        body = await held.read(http, self.config.max_body)
+        return await self.off_loop(partial(parse, body), len(body), PARSE_ON_LOOP)
+
+    async def off_loop(self, work: Callable[[], T], size: int, at_once: int = TOKENISE_ON_LOOP) -> T:
+        """Run `work` on the event loop, or in a thread if its `size` is more than `at_once` characters or bytes."""
+        if size <= at_once:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        threads = self._large if size > _LARGE else self._small
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     def template_variables(self, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
         """Return what the request tells the chat template besides its messages.

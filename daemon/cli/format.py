@@ -19,7 +19,7 @@ _ENGINE_HEADINGS = (
 
 # Columns that a narrow terminal does not show, the first one first.
 _SPARE_ENGINE = ("RESTARTS", "STEP", "PID", "DEVICE", "UP", "FREENESS", "TOK/S", "WAIT")
-_SPARE_PROCESS = ("RESTARTS", "PID", "UP")
+_SPARE_PROCESS = ("RESTARTS", "PID", "UP", "CONNECTIONS")
 _ALSO_ARRIVED = (("parking", "parked"), ("parked", "draining"))  # state, desired state
 _SPARE_REQUEST = ("MAX", "PRIORITY", "PROMPT", "PHASE", "AGE", "OUTPUT")
 
@@ -32,10 +32,14 @@ def status_lines(status: Row, width: int = 0) -> list[str]:
         ["coordinator", status["coordinator"]],
         *([f"frontend {f['frontend']}", f] for f in status["frontends"]),
     ]
-    rows = [[name, p["state"], *_pid_and_age(p), p["restarts"], p.get("active", "")] for name, p in others]
-    headings = ("PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS")
+    rows = [
+        [name, p["state"], *_pid_and_age(p), p["restarts"], p.get("active", ""), _connections(p)]
+        for name, p in others
+    ]
+    headings = ("PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS", "CONNECTIONS")
     processes = table(headings, rows, width, _SPARE_PROCESS)
-    return [head, *_notice(status), "", *engines, "", *processes, *_key_lines(status.get("keys"))]
+    more = [*_connection_warnings(status["frontends"]), *_key_lines(status.get("keys"))]
+    return [head, *_notice(status), "", *engines, "", *processes, *more]
 
 
 def _notice(status: Row) -> list[str]:
@@ -58,6 +62,22 @@ def _key_lines(keys: Row | None) -> list[str]:
         return []
     accepted = f"API keys: {keys['accepted']}; named tenants: {keys['tenants']}"
     return ["", accepted, *([f"the last reload changed nothing: {keys['error']}"] if keys["error"] else [])]
+
+
+def _connections(process: Row) -> str:
+    return f"{process['connections']}/{process['max_connections']}" if process.get("max_connections") else ""
+
+
+def _connection_warnings(frontends: list[Row]) -> list[str]:
+    """Return a line for each frontend that has reached its limit of connections since the start of the daemon."""
+    lines = []
+    for frontend in frontends:
+        cut = frontend.get("connections_cut", {})
+        closed, refused = cut.get("limit", 0), cut.get("refused", 0)
+        if closed or refused:
+            what = f"{closed} idle connections closed, {refused} new ones refused"
+            lines.append(f"frontend {frontend['frontend']} has reached its limit of connections: {what}")
+    return ["", *lines] if lines else []
 
 
 def _engine_row(e: Row) -> list[Any]:

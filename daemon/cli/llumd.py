@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BACKLOG = 4096
+_MAX_DESCRIPTORS = 1 << 17  # no process needs more; the hard limit in a container may be a thousand million
 _EXAMPLE = """\
 llumd serves {name} at {url}
   {engines} engine{s} ready; for example:
@@ -124,6 +126,7 @@ def _load(args: argparse.Namespace) -> Config:
 def _serve(args: argparse.Namespace) -> int:
     output.tolerate_loss()
     _await_signals()
+    _raise_descriptor_limit()
     try:
         config = _load(args)
         start_logging(config.log_level, "supervisor")
@@ -144,6 +147,17 @@ def _await_signals() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def _raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one, for all processes: each HTTP connection needs one.
+
+    The soft limit is low only for programs that use select(), which this one does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from daemon.control.event_history import EventHistory
 from daemon.control.policy.dispatch import count_in_flight
 from daemon.control.policy.freeness import InFlight, policy_of
 from daemon.control.policy.projection import emptied, project
+from daemon.enums import ConnectionEnd
 from daemon.ipc import metrics_page
 from daemon.ipc.child import ChildSpec
 from daemon.ipc.desired_state import DesiredStateReader
@@ -159,7 +160,13 @@ class StatusReader:
         }
 
     def _frontend(self, k: int, facts: FrontendFacts | None) -> dict[str, Any]:
-        row = {"frontend": k, **self._process(self._topology.frontend(k))}
+        process = self._topology.frontend(k)
+        page = metrics_page.snapshot(self._fabric.metrics(process), metrics_page.FRONTEND)
+        row = {"frontend": k, **self._process(process)} | {
+            "connections": int(page.gauge("connections")),
+            "max_connections": int(page.gauge("max_connections")),
+            "connections_cut": {reason: int(page.counter("connections_cut", reason)) for reason in ConnectionEnd},
+        }
         if facts is None:
             return row
         # The board is written at dispatch only, so its own count still includes requests that have ended since.

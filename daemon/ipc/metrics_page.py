@@ -1,4 +1,4 @@
-"""The metrics page: counters and histograms of one process, as float64 cells in shared memory.
+"""The metrics page: counters, gauges and histograms of one process, as float64 cells in shared memory.
 
 One process writes a page, by plain aligned 8-byte stores; every process can read it at any time. The page outlives
 its writer, so a restarted process continues the counts of its predecessor. A `Table` defines the layout; writer and
@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from daemon.enums import DispatchKind, MigrationReason, MigrationResult, Rejection
+from daemon.enums import ConnectionEnd, DispatchKind, MigrationReason, MigrationResult, Rejection
 
 CELL = 8  # bytes
 
@@ -27,6 +27,13 @@ class Counter(NamedTuple):
     def series(self) -> Iterator[tuple[str, ...]]:
         """Yield every combination of label values, in cell order; one empty combination if there are no labels."""
         return itertools.product(*(values for _, values in self.labels))
+
+
+class Gauge(NamedTuple):
+    """A number that its process sets. A restarted process sets it again at its start."""
+
+    name: str
+    help: str
 
 
 class Histogram(NamedTuple):
@@ -45,10 +52,13 @@ class HistogramValue(NamedTuple):
 
 
 class Table:
-    """The layout of one kind of page: the cells of each counter and histogram."""
+    """The layout of one kind of page: the cells of each counter, histogram and gauge."""
 
-    def __init__(self, counters: Sequence[Counter], histograms: Sequence[Histogram]) -> None:
+    def __init__(
+        self, counters: Sequence[Counter], histograms: Sequence[Histogram], gauges: Sequence[Gauge] = ()
+    ) -> None:
         self.counters = tuple(counters)
+        self.gauges = tuple(gauges)
         self.histograms = tuple(histograms)
         self.counter_cells: dict[tuple[str, ...], int] = {}  # (name, *label values) -> cell
         self.histogram_cells: dict[str, tuple[int, tuple[float, ...]]] = {}  # name -> first cell, buckets
@@ -60,6 +70,8 @@ class Table:
         for histogram in self.histograms:
             self.histogram_cells[histogram.name] = (cell, histogram.buckets)
             cell += len(histogram.buckets) + 2
+        self.gauge_cells = {gauge.name: cell + i for i, gauge in enumerate(self.gauges)}
+        cell += len(self.gauges)
         self.nbytes = cell * CELL
 
 
@@ -69,17 +81,22 @@ class MetricsPage:
     `view` is writable, 8-byte aligned, at least `table.nbytes` long and was zeroed when it was created.
     """
 
-    __slots__ = ("_cells", "_counters", "_histograms")
+    __slots__ = ("_cells", "_counters", "_gauges", "_histograms")
 
     def __init__(self, view: memoryview, table: Table) -> None:
         self._cells = view[: table.nbytes].cast("d")
         self._counters = table.counter_cells
         self._histograms = table.histogram_cells
+        self._gauges = table.gauge_cells
 
     def inc(self, counter: str, amount: float = 1.0, *values: str) -> None:
         """Add `amount` to the counter with these label values. Raises KeyError if the table has no such series."""
         cell = self._counters[counter, *values]
         self._cells[cell] += amount
+
+    def set(self, gauge: str, value: float) -> None:
+        """Set a gauge. Raises KeyError if the table has no such gauge."""
+        self._cells[self._gauges[gauge]] = value
 
     def observe(self, histogram: str, value: float, times: int = 1) -> None:
         """Add `times` observations of `value`. Raises KeyError if the table has no such histogram."""
@@ -99,6 +116,9 @@ class Snapshot:
 
     def counter(self, name: str, *values: str) -> float:
         return self._cells[self.table.counter_cells[name, *values]]
+
+    def gauge(self, name: str) -> float:
+        return self._cells[self.table.gauge_cells[name]]
 
     def histogram(self, name: str) -> HistogramValue:
         first, buckets = self.table.histogram_cells[name]
@@ -120,6 +140,8 @@ _BATCH = tuple(float(1 << k) for k in range(15))
 _MIGRATIONS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PAUSES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5)
 
+_TURNS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
+
 # Label values.
 FINISHED = ("stop", "length", "abort", "error", "deadline")
 REJECTED = tuple(Rejection)
@@ -128,6 +150,7 @@ STATUSES = ("2xx", "4xx", "5xx", "disconnect")
 DISPATCHES = tuple(DispatchKind)
 MOVE_REASONS = tuple(MigrationReason)
 MOVE_RESULTS = tuple(MigrationResult)
+CLOSED = tuple(ConnectionEnd)
 
 FRONTEND = Table(
     counters=(
@@ -141,6 +164,9 @@ FRONTEND = Table(
         Counter("takeovers", "Requests continued on another engine after a migration."),
         Counter("stale_tokens", "Output tokens dropped: duplicates, or from a former owner."),
         Counter("http_requests", "HTTP requests answered.", (("handler", HANDLERS), ("status", STATUSES))),
+        Counter("connections_accepted", "HTTP connections accepted."),
+        Counter("connections_cut", "HTTP connections that the server closed, by reason.", (("reason", CLOSED),)),
+        Counter("malformed_requests", "Requests that are not valid HTTP."),
     ),
     histograms=(
         Histogram("time_to_first_token_seconds", "From arrival to the first output token.", _SECONDS),
@@ -153,6 +179,13 @@ FRONTEND = Table(
         Histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS),
         Histogram("request_params_n", "n of an HTTP request.", (1.0, 2.0, 5.0, 10.0, 20.0)),
         Histogram("migration_pause_seconds", "Between the outputs before and after a takeover.", _PAUSES),
+        Histogram("event_loop_cpu_seconds", "CPU time of the event loop between two ticks, 10 ms apart.", _TURNS),
+        Histogram("event_loop_delay_seconds", "How late a tick of the event loop was.", _TURNS),
+    ),
+    gauges=(
+        Gauge("connections", "HTTP connections that are open."),
+        Gauge("max_connections", "Maximum number of open HTTP connections."),
+        Gauge("request_body_bytes", "Bytes of request bodies in memory that count against body_memory."),
     ),
 )
 

@@ -157,6 +157,9 @@ class ApiUnderTest:
     page: bytearray
     client: TestClient | None = None
 
+    def gauge(self, name: str) -> float:
+        return snapshot(memoryview(self.page), FRONTEND).gauge(name)
+
     def counter(self, name: str, *values: str) -> float:
         return snapshot(memoryview(self.page), FRONTEND).counter(name, *values)
 

@@ -176,7 +176,7 @@ def test_connection_of_a_client_that_does_not_read_is_aborted(model):
     async def body(client):
         reader, writer = await asyncio.open_connection(client.host, client.port, limit=1024)
         request = json.dumps(HELLO | {"stream": True, "max_tokens": 4_000_000}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(request)}\r\n\r\n".encode() + request)
         await until(lambda: api.generator.running == 1)
         await until(lambda: api.generator.running == 0)

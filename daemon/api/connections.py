@@ -1,0 +1,240 @@
+"""The HTTP connections of one frontend: how many, how long they may be silent, and what is not valid HTTP.
+
+A connection costs a descriptor, so a client that opens connections and sends nothing could keep all others out.
+Therefore each one must send a whole request head in time, and the one that has been idle for longest is closed when
+the limit is reached. A connection with a request in progress is closed only if its client does not read the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import socket
+import uuid
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from daemon.api.errors import ApiError, bad_request, internal, too_many_connections
+from daemon.api.rate_limited_log import RateLimitedLog
+from daemon.config import Config
+from daemon.enums import ConnectionEnd
+from daemon.ipc.metrics_page import MetricsPage
+
+if TYPE_CHECKING:
+    from aiohttp.web_request import BaseRequest
+
+log = logging.getLogger(__name__)
+
+HEAD_TIMEOUT = 10.0  # seconds from the first byte of a request, or from the connect, to the end of its head
+_SWEEP = 1.0  # seconds between two looks for connections that are too slow
+_OTHER_DESCRIPTORS = 64  # that a frontend may open beside those of its start and its connections
+_MAX_CONNECTIONS = 65_536  # of one frontend, if no option says so
+_MAX_REASON = 120  # characters of the parser's explanation that an answer repeats
+
+
+def max_connections(config: Config) -> int:
+    """Return the maximum number of connections: the option, or what the descriptor limit of this process allows."""
+    if config.max_connections:
+        return config.max_connections
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    used = len(os.listdir("/proc/self/fd"))
+    return max(1, min(_MAX_CONNECTIONS, limit - used - _OTHER_DESCRIPTORS))
+
+
+class Connections:
+    """All connections of one frontend. Used on the event loop's thread only."""
+
+    def __init__(self, server: web.Server, config: Config, page: MetricsPage) -> None:
+        self._server = server
+        self._keep_alive = config.keep_alive
+        self._write_timeout = config.request_deadline
+        self._page = page
+        self._loop = asyncio.get_running_loop()
+        self._open: dict[Connection, None] = {}  # the one whose last request is oldest comes first
+        self._limit = max_connections(config)
+        self._limit_log = RateLimitedLog(log, logging.WARNING)
+        self.malformed_log = RateLimitedLog(log, logging.WARNING)
+        self.failure_log = RateLimitedLog(log, logging.ERROR)
+        page.set("max_connections", self._limit)
+        page.set("connections", 0)
+
+    def __call__(self) -> Connection:
+        """Return the protocol of a new connection."""
+        return Connection(self, self._server, self._loop, self._keep_alive)
+
+    def accept(self, sock: socket.socket) -> asyncio.Task[object] | None:
+        """Serve a new connection. At the limit, close the longest idle one first, or refuse the new one."""
+        self._page.inc("connections_accepted")
+        if len(self._open) >= self._limit:
+            self._limit_log.write("the limit of %d connections is reached", self._limit)
+            if not self.close_idle():
+                self._refuse(sock)
+                return None
+        return self._loop.create_task(self._loop.connect_accepted_socket(self, sock))
+
+    def close_idle(self) -> bool:
+        """Close the connection that has waited for a request for longest. Return False if none waits."""
+        found = next((c for c in self._open if c.waiting), None)
+        if found is None:
+            return False
+        self.cut(found, ConnectionEnd.LIMIT)
+        return True
+
+    def _refuse(self, sock: socket.socket) -> None:
+        self._page.inc("connections_cut", 1, ConnectionEnd.REFUSED)
+        with contextlib.suppress(OSError):  # the client has hung up, or takes no byte now
+            sock.send(_raw_response(too_many_connections()))
+        sock.close()
+
+    def cut(self, connection: Connection, reason: ConnectionEnd) -> None:
+        """Close a connection and count it."""
+        self._open.pop(connection, None)
+        self._page.inc("connections_cut", 1, reason)
+        if connection.transport is None:
+            return
+        if reason is ConnectionEnd.SLOW_READER:
+            connection.transport.abort()
+        else:
+            connection.force_close()
+
+    def opened(self, connection: Connection) -> None:
+        """Count a new connection, or record that a request has arrived on an open one."""
+        self._open.pop(connection, None)
+        self._open[connection] = None
+
+    def closed(self, connection: Connection) -> None:
+        self._open.pop(connection, None)
+
+    def count_malformed(self, reason: str) -> None:
+        self._page.inc("malformed_requests")
+        self.malformed_log.write("a request is not valid HTTP: %s", reason)
+
+    async def sweep(self) -> None:
+        """Close connections that are too slow, for ever."""
+        while True:
+            now = self._loop.time()
+            for connection in list(self._open):
+                if connection.head_overdue(now):
+                    if connection.has_partial_head and connection.transport is not None:
+                        connection.transport.write(_raw_response(_head_timeout()))
+                    self.cut(connection, ConnectionEnd.NO_REQUEST)
+                elif 0 < self._write_timeout < connection.blocked_for(now):
+                    self.cut(connection, ConnectionEnd.SLOW_READER)
+            self._page.set("connections", len(self._open))
+            await asyncio.sleep(_SWEEP)
+
+
+class Connection(RequestHandler):
+    """One connection: aiohttp's protocol, with a deadline for request heads and OpenAI's error bodies."""
+
+    __slots__ = ("_blocked_since", "_connections", "_head_since", "has_partial_head")
+
+    def __init__(
+        self, connections: Connections, server: web.Server, loop: asyncio.AbstractEventLoop, keep_alive: float
+    ) -> None:
+        super().__init__(server, loop=loop, keepalive_timeout=keep_alive, access_log=None, logger=log)  # type: ignore[arg-type]
+        self._connections = connections
+        self._head_since = 0.0  # time from which a request head is due; 0: none is due
+        self._blocked_since = 0.0  # time from which the client has not read its answer; 0: it reads
+        self.has_partial_head = False
+
+    @property
+    def waiting(self) -> bool:
+        """True if no request is in progress, so that closing the connection interrupts none."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def head_overdue(self, now: float) -> bool:
+        """Return True if the head of a request should have been complete at `now`."""
+        return self.waiting and 0 < self._head_since < now - HEAD_TIMEOUT
+
+    def blocked_for(self, now: float) -> float:
+        """Return the seconds in which the client has not read its answer."""
+        return now - self._blocked_since if self._blocked_since else 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._head_since = self._loop.time()
+        self._connections.opened(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.closed(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        count = self._request_count
+        super().data_received(data)
+        if self._request_count != count:
+            self._head_since, self.has_partial_head = 0.0, False
+            self._connections.opened(self)
+        elif data and self.waiting:
+            self.has_partial_head = True
+            self._head_since = self._head_since or self._loop.time()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._blocked_since = self._loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._blocked_since = 0.0
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request that aiohttp cannot parse or the application has failed on, and close the connection."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun already")
+        if status < 500:
+            reason = _reason(message)
+            self._connections.count_malformed(reason)
+            error = bad_request(f"The request is not valid HTTP: {reason}.")
+        else:
+            self.log_exception("a request has failed outside of its handler", exc_info=exc)
+            error = internal()
+        response = error.response()
+        response.headers.update(_common_headers())
+        response.force_close()
+        return response
+
+    def log_exception(self, *args: object, **more: object) -> None:
+        error = more.get("exc_info")
+        self._connections.failure_log.write(
+            str(args[0]) if args else "failure", exc_info=error if isinstance(error, BaseException) else None
+        )
+
+
+def _reason(message: str | None) -> str:
+    """Return the first line of the parser's explanation, without control characters and without a full stop."""
+    first = (message or "").strip().partition("\n")[0]
+    text = "".join(c if c.isprintable() else "?" for c in first[:_MAX_REASON])
+    return text.strip().rstrip(":.") or "it cannot be parsed"
+
+
+def _head_timeout() -> ApiError:
+    return ApiError(408, f"The head of the request did not arrive within {HEAD_TIMEOUT:g} seconds.")
+
+
+def _common_headers() -> dict[str, str]:
+    return {"Server": "llumd", "x-request-id": uuid.uuid4().hex}
+
+
+def _raw_response(error: ApiError) -> bytes:
+    """Return the bytes of a whole HTTP response, for a connection that has no request."""
+    response = error.response()
+    body = response.body
+    assert isinstance(body, bytes)
+    fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+    head = [f"HTTP/1.1 {error.status} {response.reason}"]
+    head += [f"{name}: {value}" for name, value in (fields | error.headers | _common_headers()).items()]
+    return "\r\n".join([*head, "", ""]).encode() + body
