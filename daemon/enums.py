@@ -61,6 +61,16 @@ class Rejection(StrEnum):
     INVALID = "invalid"
 
 
+class EarlyEnd(StrEnum):
+    """Why a request has ended before its output was complete."""
+
+    CLIENT = "client"  # it closed the connection
+    DEADLINE = "deadline"  # `request_deadline`
+    OPERATOR = "operator"
+    SHUTDOWN = "shutdown"  # the daemon ends
+    ENGINE = "engine"  # its engine died or could not continue it
+
+
 class Resource(StrEnum):
     """The resources that an engine can be short of."""
 

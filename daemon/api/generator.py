@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
+from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
 
 
@@ -57,8 +58,8 @@ class TokenStream(Protocol):
         """Wait for output and return all of it. Raises EngineLost or ShuttingDown."""
         ...
 
-    def cancel(self) -> None:
-        """Stop the request and free its blocks. No-op if it has finished."""
+    def cancel(self, why: EarlyEnd | None = None) -> None:
+        """Stop the request and free its blocks. No-op if it has finished. `why`: None if its output is complete."""
         ...
 
 

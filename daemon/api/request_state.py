@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from daemon.api.generator import TokenChunk
 from daemon.control.policy.ownership import Ownership
+from daemon.enums import EarlyEnd
 from daemon.ipc.journal import Journal
 from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
 
@@ -30,7 +31,7 @@ class RequestState:
         slot: int,
         ownership: Ownership,
         prefix_keys: list[int],
-        on_cancel: Callable[[RequestState], None],
+        on_cancel: Callable[[RequestState, EarlyEnd | None], None],
     ) -> None:
         """`slot`: opened in `journal` for this request. `on_cancel`: called when the reader cancels it."""
         self._journal = journal
@@ -168,7 +169,7 @@ class RequestState:
         self._arrived, self._logprobs = [], None
         return chunk
 
-    def cancel(self) -> None:
-        """Cancel the request. No effect once it has ended."""
+    def cancel(self, why: EarlyEnd | None = None) -> None:
+        """Cancel the request. No effect once it has ended. `why`: None if its output is complete."""
         if not self.done:
-            self._on_cancel(self)
+            self._on_cancel(self, why)

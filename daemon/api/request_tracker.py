@@ -20,9 +20,9 @@ from daemon.api.request_state import RequestState
 from daemon.config import Config
 from daemon.control.policy import ownership
 from daemon.control.policy.ownership import Decision, Order, Ownership
-from daemon.enums import DispatchKind
+from daemon.enums import DispatchKind, EarlyEnd
 from daemon.ipc.event_ring import EventWriter
-from daemon.ipc.events import Dispatched, TakenOver
+from daemon.ipc.events import Dispatched, EndedEarly, TakenOver
 from daemon.ipc.fabric import COORDINATOR, Fabric
 from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall
 from daemon.ipc.messages import (
@@ -47,6 +47,7 @@ from daemon.ipc.process_table import ProcessState
 
 log = logging.getLogger(__name__)
 
+_MAX_DETAIL = 100  # bytes of an event's detail: more may not fit the event ring
 _REDISPATCH_PERIOD = 0.1  # seconds between two attempts to dispatch stranded requests
 _MAX_FAILURES = 1  # engines that may end by an exception of their own while they run a request
 
@@ -151,11 +152,14 @@ class RequestTracker:
         if changed:
             self._handle_table_change()
 
-    def cancel(self, request: RequestState) -> None:
-        """Cancel a request: its engine frees its blocks, its stream ends with `Finish.CANCELLED`."""
+    def cancel(self, request: RequestState, why: EarlyEnd | None) -> None:
+        """Cancel a request: its engine frees its blocks, its stream ends with `Finish.CANCELLED`.
+
+        `why`: None if its output is complete.
+        """
         for order in ownership.cancel(request.ownership):
             self._send(order)
-        self._close(request)
+        self._close(request, why)
         request.end(Finish.CANCELLED)
 
     def give_up(self) -> None:
@@ -164,7 +168,7 @@ class RequestTracker:
             self._cut_off(request)
 
     def _cut_off(self, request: RequestState) -> None:
-        self._close(request)
+        self._close(request, EarlyEnd.SHUTDOWN)
         request.fail(ShuttingDown("The server is shutting down and has ended this request; please send it again."))
 
     def _read_outputs(self, link: EngineLink) -> None:
@@ -207,7 +211,7 @@ class RequestTracker:
                 self.metrics.observe("migration_pause_seconds", now - request.paused_since)
                 request.paused_since = 0.0
             if finish:
-                self._close(request)
+                self._close(request, EarlyEnd.ENGINE if finish == Finish.ERROR else None)
 
     def _disown(self, request: RequestState) -> None:
         """End a request whose output does not continue what is journaled; its engine must not go on with it."""
@@ -310,7 +314,7 @@ class RequestTracker:
             return
         match message:
             case CancelRequest():
-                self.cancel(request)
+                self.cancel(request, EarlyEnd.OPERATOR)
             case SetPriority(priority=priority):
                 self._reprioritise(request, priority)
 
@@ -383,12 +387,17 @@ class RequestTracker:
         self.engines.send(owner, OwnedRequests([r.rid for r in owned], [r.epoch for r in owned]))
 
     def _fail(self, request: RequestState, reason: str, *, retry: bool = True) -> None:
-        self._close(request)
+        self._close(request, EarlyEnd.ENGINE, reason)
         request.fail(EngineLost(reason, retry=retry))
 
-    def _close(self, request: RequestState) -> None:
+    def _close(self, request: RequestState, why: EarlyEnd | None, detail: str = "") -> None:
+        """Forget an ended request. `why`: None if its output is complete; otherwise record it with `detail`."""
         del self._requests[request.rid]
         self._stranded.pop(request.rid, None)
+        if why is not None:
+            name = self._journal.params(request.slot).label or f"{request.rid:x}"
+            short = detail.encode()[:_MAX_DETAIL].decode(errors="ignore")
+            self._events.write(EndedEarly(request.rid, name, request.engine, why, short, request.accepted))
         self._journal.close(request.slot)
 
     # -- limits -------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ async def _submitted(
     seconds = service.config.request_deadline
     try:
         async with asyncio.timeout(seconds if seconds > 0 else None) as deadline:
-            with StreamGroup() as streams:
+            with StreamGroup(deadline) as streams:
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
                 with service.generator.admit(request.num_prompts * (request.body.n or 1)):
                     prompts = await request.tokenise(service)

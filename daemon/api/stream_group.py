@@ -6,6 +6,7 @@ import asyncio
 from types import TracebackType
 
 from daemon.api.generator import TokenChunk, TokenStream
+from daemon.enums import EarlyEnd
 
 
 class StreamGroup:
@@ -15,7 +16,9 @@ class StreamGroup:
     A task waits until its last chunk was taken, so output that a slow reader has not taken stays in the journal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: asyncio.Timeout | None = None) -> None:
+        """`deadline`: if it expires, it ends the context with CancelledError."""
+        self._deadline = deadline
         self._streams: list[TokenStream] = []
         self._ready: list[tuple[int, TokenChunk]] = []
         self._error: BaseException | None = None
@@ -73,7 +76,10 @@ class StreamGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        why = None
+        if isinstance(error, asyncio.CancelledError | ConnectionError):
+            why = EarlyEnd.DEADLINE if self._deadline and self._deadline.expired() else EarlyEnd.CLIENT
         for stream in self._streams:
-            stream.cancel()
+            stream.cancel(why)
         for task in self._tasks:
             task.cancel()

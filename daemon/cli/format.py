@@ -196,6 +196,11 @@ def _taken_over(row: Row) -> str:
     return f"{row['request']} from engine {row['engine']} to engine {row['to']} after {row['output_tokens']} tokens"
 
 
+def _ended_early(row: Row) -> str:
+    detail = f" ({row['detail']})" if row["detail"] else ""
+    return f"{row['request']} on engine {row['engine']} after {row['output_tokens']} tokens: {row['reason']}{detail}"
+
+
 def _move_ended(row: Row) -> str:
     detail = f" ({row['detail']})" if row["detail"] else ""
     head = f"{row['request']} to engine {row['to']}, reason {row['reason']}: {row['result']}{detail}"
@@ -235,6 +240,7 @@ def _unknown_kind(row: Row) -> str:
 _DESCRIPTIONS = {
     "dispatched": _dispatched,
     "taken_over": _taken_over,
+    "ended_early": _ended_early,
     "move_ended": _move_ended,
     "handed_back": _handed_back,
     "preempted": _preempted,

@@ -35,6 +35,17 @@ class TakenOver(msgspec.Struct, tag="taken_over", array_like=True, frozen=True):
     output_tokens: int
 
 
+class EndedEarly(msgspec.Struct, tag="ended_early", array_like=True, frozen=True):
+    """A request has ended before its output was complete. Requests that finish write no event."""
+
+    rid: int
+    request: str
+    engine: int  # its last owner
+    reason: str  # `enums.EarlyEnd`
+    detail: str
+    output_tokens: int
+
+
 # -- engine ------------------------------------------------------------------------------------
 
 
@@ -91,7 +102,7 @@ class Ordered(msgspec.Struct, tag="ordered", array_like=True, frozen=True):
     by: str
 
 
-Event = Dispatched | TakenOver | MoveEnded | HandedBack | Preempted | EngineChanged | Ordered
+Event = Dispatched | TakenOver | EndedEarly | MoveEnded | HandedBack | Preempted | EngineChanged | Ordered
 
 MISSED = "missed"  # stands for events that were overwritten before they were read
 KINDS = (*(kind.__struct_config__.tag for kind in get_args(Event)), MISSED)

@@ -19,6 +19,7 @@ from daemon.api.generator import EngineLost, NoEngine, Overloaded, TokenChunk, T
 from daemon.api.key_file import parse_key
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.config import Config
+from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, MetricsPage, snapshot
 from daemon.models.chat_template import ChatTemplate
@@ -53,7 +54,7 @@ class ScriptedStream:
 
     def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
         self.rid = rid
-        self.cancelled = False
+        self.cancelled, self.why = False, None
         self._generator = generator
         self._params = params
         self._tokens = tokens[: params.max_tokens]
@@ -81,9 +82,9 @@ class ScriptedStream:
             return None
         return [TokenLogprobs(-0.5, list(range(10, 10 + k)), [-1.0 - i for i in range(k)]) for _ in tokens]
 
-    def cancel(self) -> None:
+    def cancel(self, why: EarlyEnd | None = None) -> None:
         if not self.cancelled and self._at < len(self._tokens):
-            self.cancelled = True
+            self.cancelled, self.why = True, why
             self._generator.running -= 1
 
 

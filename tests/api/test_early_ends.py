@@ -8,6 +8,7 @@ import json
 import pytest
 
 from daemon.api.generator import NoEngine, Overloaded, ShuttingDown, TooLong
+from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish
 from tests.api.harness import CHAT, HELLO, TEXT, events, make_api, until, with_client
 
@@ -126,6 +127,7 @@ def test_deadline_ends_the_request(model):
     with_client(api, body)
     assert api.generator.running == 0 and all(s.cancelled for s in api.generator.streams)
     assert (api.counter("request_success", "deadline"), api.counter("request_success", "abort")) == (2, 0)
+    assert {s.why for s in api.generator.streams} == {EarlyEnd.DEADLINE}
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -147,6 +149,7 @@ def test_disconnect_cancels_the_request(api, streaming, n, hang_after):
         await until(lambda: api.counter("http_requests", "chat", "disconnect") == 1)
         assert all(s.cancelled for s in api.generator.streams)
         assert api.counter("request_success", "abort") == n
+        assert {s.why for s in api.generator.streams} == {EarlyEnd.CLIENT}
 
     with_client(api, body)
     assert api.generator.places == 0

@@ -26,7 +26,7 @@ class CountingStream:
             raise EngineLost("gone")
         return TokenChunk([self.delivered], None, Finish.LENGTH if self.delivered == self._end else Finish.NONE, 0)
 
-    def cancel(self) -> None:
+    def cancel(self, why: object = None) -> None:
         self.cancelled = True
 
 

@@ -12,6 +12,7 @@ from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import (
     KINDS,
     Dispatched,
+    EndedEarly,
     EngineChanged,
     Event,
     HandedBack,
@@ -29,6 +30,9 @@ LINES: dict[Event, str] = {
     TakenOver(
         rid=255, request="cmpl-a-0", engine=0, to=1, epoch=2, output_tokens=7
     ): "taken_over  cmpl-a-0 from engine 0 to engine 1 after 7 tokens",
+    EndedEarly(
+        rid=255, request="cmpl-a-0", engine=1, reason="engine", detail="out of memory", output_tokens=7
+    ): "ended_early cmpl-a-0 on engine 1 after 7 tokens: engine (out of memory)",
     MoveEnded(
         rid=255,
         request="cmpl-a-0",
