@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from bench import gpu
 from bench.sections import Figure, Outcome, run_section, table
@@ -38,7 +38,6 @@ _COMMANDS = (
 )
 _TEST_BUDGET = 90.0  # seconds for a file of tests/gpu
 _MOST_TIME_FOR_TESTS = 0.5  # share of the limit
-_COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 
 
 def facts() -> dict[str, str]:
@@ -61,15 +60,23 @@ def test_file(file: Path, out: Path, budget: float, *, early_launch: bool = True
     name = file.stem.removeprefix("test_gpu_") + ("" if early_launch else ", no early launch")
     log = out / f"test_{file.stem}{'' if early_launch else '_late'}.log"
     command = [sys.executable, "-m", "pytest", str(file), "-q", "-rfEs", "--tb=short", "--timeout=60"]
-    command += ["-p", "no:cacheprovider", "--durations=3"]
+    xml = log.with_suffix(".xml")
+    command += ["-p", "no:cacheprovider", "--durations=3", f"--junit-xml={xml}"]
     environment = () if early_launch else ("env", "LLUMD_EARLY_LAUNCH=off")
     outcome = run_section("tests", [*environment, *command], budget, out / "tests.figures", log)
-    output = log.read_text(errors="replace")
-    counts = {kind: int(n) for n, kind in _COUNTS.findall(output.rpartition("\n=")[2] or output[-200:])}
-    failed = counts.get("failed", 0) + counts.get("error", 0)
-    passed = Figure("tests", name, float(counts.get("passed", 0)), "passed", more={"failed": failed, **counts})
-    error = outcome.error and (_failures(output) or outcome.error)
-    return Outcome("tests", outcome.seconds, error, [passed])
+    error = outcome.error and (_failures(log.read_text(errors="replace")) or outcome.error)
+    return Outcome("tests", outcome.seconds, error, [_counts(name, xml)])
+
+
+def _counts(name: str, xml: Path) -> Figure:
+    """Return how many tests passed, failed and were skipped. A run that was cut short has no report."""
+    if not xml.exists():
+        return Figure("tests", name, 0.0, "passed", more={"report": "none"})
+    suites = list(ElementTree.parse(xml).getroot().iter("testsuite"))
+    counts = {kind: sum(int(s.get(kind, 0)) for s in suites) for kind in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    return Figure("tests", name, float(passed), "passed", more={"failed": failed, "skipped": counts["skipped"]})
 
 
 def _failures(output: str) -> str:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from bench.gpu_kernels import AttentionCase
     from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own
 
-BARS = {1: 240.0, 64: 9500.0, 256: 17500.0}  # tokens/s of decodes, by batch, at a context of 1024
+DECODE_BAR = 0.80  # share of the least time of a step, at the measured bandwidth and matmul rate
+BARRED_BATCHES = (1, 64, 256)
 PREFILL_BAR = 0.70  # share of the measured matmul rate, at 2048 tokens
 IDLE_BAR = 0.05  # share of a step
 PAUSE_BAR = 2.0  # decode steps
@@ -178,7 +179,7 @@ def _decode(c: Context, runner: Any, made: Any, peaks: Peaks, batch: int, *, ove
         name,
         batch / steps.step,
         "tok/s",
-        BARS.get(batch) if best else None,
+        DECODE_BAR * batch / least if best and batch in BARRED_BATCHES else None,
         ms=steps.step * 1e3,
         roofline=least / steps.step,
         device_ms=steps.busy * 1e3,
@@ -315,6 +316,9 @@ def copies(c: Context) -> None:
     block = 16 * roofline.kv_bytes(c.model_config)
     for there in [c.scale.device, *_gpus()[1:2]]:
         for found in copy_rates(c.scale.device, there, block, c.scale.pushes):
+            if "open_seconds" in found:
+                c.figure(f"map a pool of {found['gib']:.0f} GiB on {there}", found["open_seconds"] * 1e3, "ms")
+                continue
             c.figure(
                 f"{found['blocks']} {found['how']} blocks to {there}",
                 found["gb_per_second"],

@@ -37,7 +37,7 @@ def hold_pool(device: str, nbytes: int) -> None:
 
 
 def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Measure the GB/s of pushes of adjacent and scattered blocks from this process into another process's pool.
+    """Measure the seconds to map another process's pool, and the GB/s of pushes of adjacent and scattered blocks.
 
     `blocks`: numbers of blocks to push.
     """
@@ -65,7 +65,9 @@ def copy_rates(source: str, destination: str, block_bytes: int, blocks: Sequence
         runtime.set_device(device)
         own = cuda_pools.OwnPool(memory.data_ptr(), nbytes, runtime.pci_address(device))
         peer_pool = cuda_pools.decode_pool_handle(bytes.fromhex(handle))
+        began = time.perf_counter()
         base = runtime.open_ipc(peer_pool.handle)
+        yield {"gib": nbytes / 2**30, "open_seconds": time.perf_counter() - began}
         pool = cuda_pools.CudaPool(1, 1, base, base + peer_pool.offset, peer_pool.nbytes, peer_pool.device)
         transport = cuda_transport.CudaTransport(runtime, own, device, doorbell.create())
         for count in blocks:

@@ -1,7 +1,8 @@
 """Lower bounds for the time of a Llama step on a device: what it must read and compute. Pure.
 
-A decode step reads every matrix and all KV of its batch once: ``max((W + B ctx kv) / bandwidth,
-B (2 P + 4 L H D ctx) / rate)`` with W bytes of weights, B sequences of ctx tokens, kv bytes a token, P parameters in
+A decode step reads every matrix and all KV of its batch once. Products and attention run one after the other, and
+each is bound by memory or by arithmetic: ``max(W / bandwidth, 2 B P / rate) + max(B ctx kv / bandwidth,
+4 B L H D ctx / rate)`` with W bytes of weights, B sequences of ctx tokens, kv bytes a token, P parameters in
 matrices, L layers, H heads of width D.
 """
 
@@ -37,9 +38,10 @@ def decode_seconds(
     `bandwidth`: in bytes/s. `rate`: in FLOP/s.
     """
     params = layer_params(config) + head_params(config)
-    read = params * BF16 + batch * context * kv_bytes(config, kv_item_bytes)
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
-    return max(read / bandwidth, batch * (2 * params + attention) / rate)
+    products = max(params * BF16 / bandwidth, 2 * batch * params / rate)
+    kv = batch * context * kv_bytes(config, kv_item_bytes)
+    attention = 4 * batch * config.num_layers * config.num_heads * config.head_dim * context
+    return products + max(kv / bandwidth, attention / rate)
 
 
 def prefill_flop(config: ModelConfig, tokens: int) -> float:

@@ -1,5 +1,7 @@
 """FlashInfer's attention against the slow reference, over one blocks-first pool."""
 
+import random
+
 import pytest
 import torch
 
@@ -80,6 +82,26 @@ def test_decodes(heads, lengths, kv_dtype):
     driver.prepare(attentions[0], 8)
     inputs = driver.plan_decodes(attentions[0], driver.rows(sequences, blocks), 8)
     compare(attentions, both, heads, inputs, decode=True, real=len(sequences))
+
+
+@pytest.mark.parametrize("heads", [SHAPES[0], SHAPES[3]], ids=lambda h: "-".join(map(str, h)))
+def test_long_decodes_among_many_short_ones(heads, kv_dtype):
+    """More decodes than FlashInfer splits by itself: the long ones are split into the spare parts of the graph."""
+    bucket, rng = 200, random.Random(0)
+    sequences = [Span(rng.randint(1, 60)) for _ in range(bucket - 3)]
+    for place, length in ((0, 6000), (77, 3001), (190, 1500)):
+        sequences.insert(place, Span(length))
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = engines(heads, kv_dtype), pools(heads, blocks, kv_dtype)
+    driver = PassDriver(heads, rows=bucket, max_len=MAX_LEN, tokens=512)
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.use_pool(pool)
+    driver.prepare(attentions[0], bucket)
+    rows = driver.rows(sequences, blocks)
+    inputs = driver.plan_decodes(attentions[0], rows, bucket)
+    longest = -(-6000 // heads.block_size)
+    assert attentions[0]._part_pages(driver.current.decodes.tensors, bucket) < longest / 2
+    compare(attentions, both, heads, inputs, decode=True, real=bucket)
 
 
 @pytest.mark.parametrize("parts", CHUNKS, ids=str)

@@ -34,6 +34,7 @@ def test_the_plan_of_a_bucket_does_not_depend_on_lengths(heads, kv_dtype):
             [MAX_LEN] * bucket,
             [1024] * (1 + bucket // 2),
             [MAX_LEN],
+            [*[16] * (bucket - 1), MAX_LEN],
             [],
             [rng.randint(1, MAX_LEN) for _ in range(bucket)],
         ):

@@ -11,12 +11,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size
+from daemon.engine.cuda.split_kv import part_pages
 
 FLOAT_WORKSPACE = 256 << 20
 """Bytes for the partial results of split sequences. 512 decode rows of an 8B model need 167 MB."""
 
 INT_WORKSPACE = 8 << 20
 """Bytes for one schedule."""
+
+
+_PARTS = 0
+"""Index in a plan of the number of parts that it has room for."""
+
+_LEAST_PART = 128
+"""Tokens of the smallest part of a sequence that FlashInfer gives to a thread block."""
+
+_BLOCKS_PER_MULTIPROCESSOR = 2
+"""Thread blocks that FlashInfer's plan puts on a multiprocessor."""
 
 
 class HeadShape(NamedTuple):
@@ -140,6 +151,7 @@ class FlashInferAttention:
         self._decode_wrappers: dict[int, Any] = {}
         self._plans: dict[int, list[int]] = {}  # the plan info with which the graph of a bucket was captured
         self._prefill_wrapper: Any = None
+        self._largest_split_by_plan = _blocks_at_once(device) // shape.kv_heads
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def use_pool(self, pool: torch.Tensor) -> None:
@@ -194,12 +206,23 @@ class FlashInferAttention:
 
     def _plan_decode(self, host: Inputs, bucket: int, staging_index: int) -> None:
         wrapper = self._decode_wrappers[bucket]
-        info = self._native_plan(wrapper, self._decode, host, bucket, bucket, staging_index, graph=True, causal=False)
+        part = self._part_pages(host, bucket)
+        info = self._native_plan(
+            wrapper, self._decode, host, bucket, bucket, staging_index, graph=True, causal=False, part_pages=part
+        )
         if [int(x) for x in info] != self._plans[bucket]:
             raise RuntimeError(
                 f"FlashInfer plans {bucket} rows differently from when their graph was captured: "
                 "its version does not suit this engine"
             )
+
+    def _part_pages(self, host: Inputs, bucket: int) -> int | None:
+        """Return the size of the parts into which long sequences are split; None: FlashInfer's plan decides."""
+        if bucket < self._largest_split_by_plan:
+            return None
+        indptr = host.kv_indptr[: bucket + 1].numpy()
+        least = max(1, _LEAST_PART // self._shape.block_size)
+        return part_pages(indptr[1:] - indptr[:-1], self._plans[bucket][_PARTS], least=least)
 
     def _plan_prefill(self, host: Inputs, device: Inputs, size: Size, staging_index: int) -> None:
         if self._prefill_wrapper is None:
@@ -240,6 +263,7 @@ class FlashInferAttention:
         *,
         graph: bool,
         causal: bool,
+        part_pages: int | None = None,
     ) -> Any:
         heads, kv_heads, head_dim, block_size = self._shape
         arguments = [
@@ -261,8 +285,15 @@ class FlashInferAttention:
             -1,  # no sliding window
         ]
         if wrapper._backend == "fa2":
-            arguments += [-1, False, 0]  # no fixed split size, split KV on, no blocks reserved
+            arguments += [part_pages or -1, False, 0]  # -1: no fixed split size; split KV on, no blocks reserved
         return wrapper._cached_module.plan(*arguments)
+
+
+def _blocks_at_once(device: torch.device) -> int:
+    """Return how many thread blocks FlashInfer's plan counts on the device."""
+    if device.type != "cuda":
+        return 0
+    return _BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _PlanBuffers:

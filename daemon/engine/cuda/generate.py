@@ -28,12 +28,6 @@ def _attention(_name: str, backend: str, q: str, kv: str, head_dim: int) -> Any:
     )  # fmt: skip
 
 
-def _activation(_name: str, function: str) -> Any:
-    from flashinfer.jit.activation import gen_act_and_mul_module
-
-    return gen_act_and_mul_module(function)
-
-
 def _norm(_name: str) -> Any:
     from flashinfer.jit.norm import gen_norm_module
 
@@ -59,7 +53,6 @@ def _own(name: str, source: str, *flags: str) -> Any:
 
 GENERATORS: dict[str, Callable[..., Any]] = {
     "attention": _attention,
-    "activation": _activation,
     "norm": _norm,
     "own": _own,
 }

@@ -104,8 +104,8 @@ def to_pool_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class FlashInferOps:
     """FlashInfer's kernels, for bfloat16 on CUDA.
 
-    Two are our own. The append replaces two kernels of FlashInfer, with e4m3 six. FlashInfer's SiLU computes part of each
-    row twice.
+    Two are our own. The append replaces two kernels of FlashInfer, with e4m3 six. FlashInfer's SiLU computes part of
+    each row twice.
 
     All of them can be captured in a graph. Raises KernelError if our kernels are not built.
     """

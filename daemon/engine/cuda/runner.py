@@ -137,6 +137,9 @@ class CudaRunner:
             self._synchronize()
             if isinstance(self._stream, CudaStream):
                 self._capture(self._stream)
+                # A capture empties the allocator's cache. Take the memory of the largest chunk again now: a prompt
+                # must not wait for it, and must not find it taken.
+                self.execute(_dummy_plan(self._largest_chunks(), decode=False))
         self.execute(_dummy_plan([2], decode=True))
         self.execute(_dummy_plan([2], decode=False))
         self._host_sampler.warm_up()

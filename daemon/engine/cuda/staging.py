@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 _ALIGNMENT = 16
+_HIGH_PRIORITY = -1
 _TORCH_DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -52,10 +53,10 @@ class _DoneEvent:
 
 
 class CudaStream:
-    """One CUDA stream, in which `work` launches."""
+    """One CUDA stream, in which `work` launches. It has priority over the streams that copy between pools."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device, priority=_HIGH_PRIORITY)
 
     def submit(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self.stream):

@@ -25,7 +25,7 @@ from tests.models.tiny_model import make_tiny_llama
 
 pytestmark = pytest.mark.integration
 
-SILU = KernelSpec("silu_and_mul", "SiLU and product", "activation", ("silu",))
+NORM = KernelSpec("norm", "RMSNorm", "norm")
 
 # Replaces nvcc: answers queries, and compiles everything to an empty object. FAKE selects an error.
 NVCC = r"""#!/usr/bin/env bash
@@ -36,7 +36,7 @@ case "$*" in
 esac
 echo "$*" >>"$CALLS"
 case "$FAKE" in
-broken) echo "silu_and_mul.cu(7): error: identifier \"silo\" is undefined"; exit 2 ;;
+broken) echo "norm.cu(7): error: identifier \"norn\" is undefined"; exit 2 ;;
 full) echo "fatal error: error writing to /tmp/x: No space left on device"; exit 1 ;;
 killed) echo "sh: line 1: 99 Killed  cicc"; exit 137 ;;
 blocked) read -r <"$GATE" ;;
@@ -68,13 +68,13 @@ def toolkit(tmp_path, monkeypatch):
     return calls
 
 
-def build(where, specs=(SILU,), arch="9.0a"):
+def build(where, specs=(NORM,), arch="9.0a"):
     messages = []
     made = compiler.build(specs, arch, where, messages.append, jobs=1)
     return [spec.name for spec in made], "\n".join(messages)
 
 
-def put(where, name="silu_and_mul", nvcc="13.0"):
+def put(where, name="norm", nvcc="13.0"):
     """Write a complete module, as after a build."""
     (where / name).mkdir(parents=True)
     (where / name / f"{name}.so").write_bytes(b"library")
@@ -180,28 +180,28 @@ def test_an_invalid_architecture_is_rejected(text):
 def test_a_kernel_is_compiled_once(toolkit, tmp_path):
     where = tmp_path / "kernels"
     made, output = build(where)
-    assert made == ["silu_and_mul"] and "[1/1] SiLU and product" in output and "MiB" in output
-    assert kernels.missing([SILU], where) == []
+    assert made == ["norm"] and "[1/1] RMSNorm" in output and "MiB" in output
+    assert kernels.missing([NORM], where) == []
     assert "code=sm_90a" in toolkit.read_text()
     toolkit.write_text("")
     assert build(where)[0] == [] and toolkit.read_text() == ""
-    assert sorted(f.name for f in where.iterdir()) == [".lock", "silu_and_mul"]
+    assert sorted(f.name for f in where.iterdir()) == [".lock", "norm"]
 
 
 def test_another_nvcc_compiles_again(toolkit, tmp_path, monkeypatch):
     put(tmp_path / "kernels")
     assert build(tmp_path / "kernels")[0] == []
     monkeypatch.setenv("NVCC_VERSION", "13.1")
-    assert build(tmp_path / "kernels")[0] == ["silu_and_mul"]
-    assert kernels.find(tmp_path / "kernels", "silu_and_mul").nvcc == "13.1"
+    assert build(tmp_path / "kernels")[0] == ["norm"]
+    assert kernels.find(tmp_path / "kernels", "norm").nvcc == "13.1"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no record", "broken record", "old record", "no library"])
 def test_an_incomplete_module_is_missing(tmp_path, damage):
     where = tmp_path / "kernels"
     put(where)
-    assert kernels.missing([SILU], where) == []
-    library, record = where / "silu_and_mul" / "silu_and_mul.so", where / "silu_and_mul" / kernels.RECORD
+    assert kernels.missing([NORM], where) == []
+    library, record = where / "norm" / "norm.so", where / "norm" / kernels.RECORD
     match damage:
         case "truncated":
             os.truncate(library, 6)
@@ -213,14 +213,14 @@ def test_an_incomplete_module_is_missing(tmp_path, damage):
             record.write_text('{"size": 7}')
         case "no library":
             library.unlink()
-    assert kernels.missing([SILU], where) == [SILU]
+    assert kernels.missing([NORM], where) == [NORM]
 
 
 def test_a_damaged_module_is_compiled_again(toolkit, tmp_path):
     where = tmp_path / "kernels"
     put(where)
-    (where / "silu_and_mul" / kernels.RECORD).unlink()
-    assert build(where)[0] == ["silu_and_mul"] and kernels.missing([SILU], where) == []
+    (where / "norm" / kernels.RECORD).unlink()
+    assert build(where)[0] == ["norm"] and kernels.missing([NORM], where) == []
 
 
 def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(toolkit, tmp_path, monkeypatch):
@@ -228,14 +228,14 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(t
     os.mkfifo(gate)
     program = (
         "import sys; from pathlib import Path; from daemon.engine.cuda import compile, kernels\n"
-        f"compile.build([kernels.{SILU}], '9.0a', Path(sys.argv[1]), print)"
+        f"compile.build([kernels.{NORM}], '9.0a', Path(sys.argv[1]), print)"
     )
     env = os.environ | {"FAKE": "blocked", "GATE": str(gate)}
     first = subprocess.Popen([sys.executable, "-c", program, where], env=env, stdout=subprocess.DEVNULL)
     release = gate.open("w")  # returns when the compiler reads
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert kernels.missing([SILU], where) == [SILU]
+    assert kernels.missing([NORM], where) == [NORM]
     messages = []
 
     def on_message(text):
@@ -243,24 +243,24 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(t
         if "waiting for another build" in text:
             release.close()
 
-    compiler.build([SILU], "9.0a", where, on_message, jobs=1)
+    compiler.build([NORM], "9.0a", where, on_message, jobs=1)
     assert "waiting for another build" in messages[0]
-    assert kernels.missing([SILU], where) == []
+    assert kernels.missing([NORM], where) == []
 
 
 @pytest.mark.parametrize(
     ("fake", "words"),
-    [("broken", 'error: identifier "silo" is undefined'), ("full", "is full"), ("killed", "try --jobs 1")],
+    [("broken", 'error: identifier "norn" is undefined'), ("full", "is full"), ("killed", "try --jobs 1")],
 )
 def test_the_error_of_a_failed_compilation_names_the_cause(toolkit, tmp_path, monkeypatch, fake, words):
     monkeypatch.setenv("FAKE", fake)
     where = tmp_path / "kernels"
     with pytest.raises(KernelError, match=words) as caught:
         build(where)
-    assert kernels.missing([SILU], where) == [SILU] and not (where / ".unfinished").exists()
+    assert kernels.missing([NORM], where) == [NORM] and not (where / ".unfinished").exists()
     if fake == "broken":
-        assert str(where / "silu_and_mul.log") in str(caught.value)
-        assert "silo" in (where / "silu_and_mul.log").read_text()
+        assert str(where / "norm.log") in str(caught.value)
+        assert "norn" in (where / "norm.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_full_disk_during_installation_is_reported(toolkit, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "copyfile", no_room)
     with pytest.raises(KernelError, match=r"is full .* another directory"):
         build(tmp_path / "kernels")
-    assert kernels.missing([SILU], tmp_path / "kernels") == [SILU]
+    assert kernels.missing([NORM], tmp_path / "kernels") == [NORM]
 
 
 # -- the command
@@ -356,15 +356,16 @@ from pathlib import Path
 from daemon.engine.cuda import kernels
 kernels.use(Path(sys.argv[1]))
 from flashinfer.jit.activation import gen_act_and_mul_module
+from flashinfer.jit.norm import gen_norm_module
 from flashinfer.jit.core import MissingJITCacheError
-spec = gen_act_and_mul_module("silu")
+spec = gen_norm_module()
 print(spec.is_aot, spec.get_library_path())
 try:
     gen_act_and_mul_module("gelu").build_and_load()
 except MissingJITCacheError:
     print("not compiled")
 if "load" in sys.argv:
-    print("loaded", callable(spec.build_and_load().silu_and_mul))
+    print("loaded", callable(kernels.load_silu().silu_mul))
 """
 
 
@@ -380,7 +381,7 @@ def test_flashinfer_loads_compiled_modules_and_compiles_nothing(tmp_path):
     pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
     where = tmp_path / "kernels"
     put(where)
-    assert load(where, tmp_path) == [f"True {where}/silu_and_mul/silu_and_mul.so", "not compiled"]
+    assert load(where, tmp_path) == [f"True {where}/norm/norm.so", "not compiled"]
 
 
 def test_kernels_for_another_cuda_version_are_rejected(tmp_path, monkeypatch):
@@ -401,10 +402,10 @@ def has_nvcc():
 @pytest.mark.skipif(not has_nvcc(), reason="no nvcc")
 def test_a_real_kernel_is_compiled_without_a_gpu_and_loaded(tmp_path):
     pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
-    where = tmp_path / "kernels"
-    build(where)
-    library = where / "silu_and_mul" / "silu_and_mul.so"
-    assert b"act_and_mul_kernel" in library.read_bytes() and b"sm_90a" in library.read_bytes()
+    where, spec = tmp_path / "kernels", kernels.silu()
+    build(where, [spec])
+    library = where / spec.name / f"{spec.name}.so"
+    assert b"silu_mul_kernel" in library.read_bytes() and b"sm_90a" in library.read_bytes()
     missing_runtime = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
     if "libcudart.so.13 => not found" not in missing_runtime:
         assert load(where, tmp_path, "load")[-1] == "loaded True"
