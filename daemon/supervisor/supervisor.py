@@ -50,6 +50,8 @@ LATE_TICK = 2.0  # seconds; after a longer gap the supervisor itself was stopped
 FIRST_BACKOFF = 0.2
 MAX_BACKOFF = 30.0
 HEALTHY_AFTER = 60.0  # seconds of uptime after which the back-off starts again at FIRST_BACKOFF
+START_ATTEMPTS = 5  # deaths of every engine, or every frontend, after which a daemon that never served gives up
+SAME_SIGNAL = 0.5  # seconds; `timeout` and others send one signal twice, to this process and to its group
 STOP_GRACE = 5.0  # seconds between STOP_SIGNAL, or CUT_SIGNAL, and SIGKILL
 
 
@@ -108,7 +110,8 @@ class Supervisor:
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
         self._children = [self._new_child(p) for p in range(self._topology.processes)]
-        self._signals: list[int] = []  # SIGTERM and SIGINT that have arrived
+        self._signals: list[int] = []  # SIGTERM and SIGINT that have arrived, repeated ones counted once
+        self._signalled_at = float("-inf")  # when the last one was counted
         self._announced = False
         self._ignore_deadlines_until = 0.0
 
@@ -150,6 +153,10 @@ class Supervisor:
             if now - last_tick > LATE_TICK:
                 self._ignore_deadlines_until = now + self._config.hang_timeout
             last_tick = now
+            if role := self._crash_looping_role():
+                log.error("no %s could be started in %d attempts; see the errors above", role, START_ATTEMPTS)
+                self._stop(drain=False)
+                return EXIT_FAILED
             self._tick(now)
             self._report_status(ready)
             if all(c.facts.state == ProcessState.FAILED for c in self._engines()):
@@ -157,6 +164,15 @@ class Supervisor:
                 self._stop(drain=False)
                 return EXIT_CONFIG
         return self._stop(drain=True)
+
+    def _crash_looping_role(self) -> str:
+        """Return "engine" or "frontend" if the daemon never served and each of them died too often, otherwise ""."""
+        if self._announced:
+            return ""
+        for children in (self._engines(), self._frontends()):
+            if all(c.facts.restarts >= START_ATTEMPTS for c in children):
+                return self._topology.role(children[0].process)[0]
+        return ""
 
     def _report_status(self, ready: Callable[[], None]) -> None:
         engines, frontends = self._engines(), self._frontends()
@@ -419,10 +435,16 @@ class Supervisor:
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         self._epoll.register(self._wake_read, select.EPOLLIN)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: self._signals.append(n))
+            signal.signal(number, lambda n, _: self._count_signal(n))
         signal.signal(signal.SIGHUP, lambda *_: self._keys.request())
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)  # not SIG_IGN: children would inherit it
+
+    def _count_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if now - self._signalled_at >= SAME_SIGNAL:
+            self._signalled_at = now
+            self._signals.append(number)
 
     def _wait(self, timeout: float) -> None:
         """Wait until a child dies, a signal arrives or `timeout` seconds have passed; reap dead children."""

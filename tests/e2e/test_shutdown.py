@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from daemon.ipc.child import EXIT_FAILED
+from daemon.supervisor.supervisor import SAME_SIGNAL
 from tests.e2e import hash_engine
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import Daemon, wait_for
@@ -28,6 +30,13 @@ def to_group(daemon: Daemon) -> None:
     os.killpg(daemon.process.pid, signal.SIGTERM)
 
 
+def to_both(daemon: Daemon) -> None:
+    """Send the signal as coreutils' `timeout` does: it is one signal, which arrives twice."""
+    to_supervisor(daemon)
+    time.sleep(0.05)
+    to_group(daemon)
+
+
 def await_draining(daemon: Daemon) -> None:
     """Wait until no frontend serves; a frontend without requests has ended already."""
     wait_for("draining", lambda: all(f["state"] != "serving" for f in daemon.status()["frontends"]))
@@ -40,7 +49,7 @@ def assert_nothing_left(daemon: Daemon) -> None:
     assert not (daemon.run_dir / "admin.sock").exists()
 
 
-@pytest.mark.parametrize("terminate", [to_supervisor, to_group])
+@pytest.mark.parametrize("terminate", [to_supervisor, to_both])
 def test_running_requests_finish_and_new_ones_are_refused(start: Start, terminate: Callable[[Daemon], None]) -> None:
     daemon = start("--frontends", "2", "--stub-step", "20ms", engine="hash")
     sent = [hash_engine.request(i, output=200, stream=i % 3 != 0) for i in range(8)]
@@ -83,6 +92,7 @@ def test_second_signal_cuts_running_requests_off_with_an_error(start: Start, num
         daemon.processes()
         daemon.process.send_signal(number)
         await_draining(daemon)
+        time.sleep(SAME_SIGNAL)
         daemon.process.send_signal(number)
         assert daemon.wait(5) == EXIT_FAILED
         outcomes = clients.join()

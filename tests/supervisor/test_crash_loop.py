@@ -1,0 +1,47 @@
+"""A child that dies again and again: the daemon gives up if it has never served."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon.config import Config
+from daemon.ipc.child import EXIT_FAILED
+from daemon.supervisor import supervisor
+from daemon.supervisor.supervisor import START_ATTEMPTS, Supervisor
+
+
+@pytest.fixture
+def restored_signals() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    wakeup = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def die(*_: object) -> None:
+    """Stand in for a child that fails before it says anything."""
+    os._exit(1)
+
+
+@pytest.mark.integration
+def test_a_daemon_whose_children_die_at_once_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_signals: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor.child_entry, "run", die)
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF", 0.001)
+    config = Config(devices=["cpu"], journal_memory=1 << 20, served_name="none")
+    with socket.socket() as http, socket.socket() as admin:
+        daemon = Supervisor(config, str(tmp_path), 1 << 20, http, admin)
+        assert daemon.run(lambda: pytest.fail("ready")) == EXIT_FAILED
+    deaths = [record for record in caplog.records if "died" in record.getMessage()]
+    assert "could be started" in caplog.text
+    assert len(deaths) >= START_ATTEMPTS
