@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from daemon.ipc import doorbell
 from daemon.ipc.fabric import Fabric
 from daemon.kvpool.cuda_pools import CudaPool, CudaPools, OwnPool, export
-from daemon.kvpool.cudart import CudaError, CudaRuntime
+from daemon.kvpool.cudart import Copy, CudaError, CudaRuntime
 from daemon.kvpool.link import KvLink
 from daemon.kvpool.transport import MAX_PUSHES, Completion, Outcome, Run, check_bounds, merge
 
@@ -155,8 +155,9 @@ class _PeerStream:
         After a CudaError some of the slice's copies may be on the stream, with no event behind them.
         """
         copies = next(push.slices)
-        for copy in copies:
-            self._runtime.copy(destination + copy.destination, source + copy.source, copy.nbytes, self.stream)
+        self._runtime.copy_all(
+            [Copy(destination + copy.destination, source + copy.source, copy.nbytes) for copy in copies], self.stream
+        )
         event = self._new_event()
         self._runtime.record(event, self.stream)
         issued = _Slice(push, sum(copy.nbytes for copy in copies), event)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: not ordered with the legacy default stream
 _BLOCKING_SYNC = 1  # cudaEventBlockingSync: a waiting thread blocks and does not spin
 _NO_TIMING = 2  # cudaEventDisableTiming
+_IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
+_BATCH_VERSION = 13000  # of the runtime; cudaMemcpyBatchAsync has other arguments in 12.8
+_BATCH_UNKNOWN = (36, 801)  # the driver is older than the runtime; not supported
 _BY_ADDRESS = 4  # cudaMemcpyDefault: the addresses tell host and device memory apart
 
 
@@ -42,8 +46,22 @@ class Allocation(NamedTuple):
     nbytes: int
 
 
+class Copy(NamedTuple):
+    """One copy between two addresses."""
+
+    destination: int
+    source: int
+    nbytes: int
+
+
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", c_ubyte * HANDLE_BYTES),)
+
+
+class _CopyAttributes(ctypes.Structure):
+    """cudaMemcpyAttributes. Its hints of locations are for managed memory only."""
+
+    _fields_ = (("source_order", c_int), ("hints", c_int * 4), ("flags", c_uint))
 
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -63,7 +81,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaEventSynchronize": (c_void_p,),
     "cudaEventDestroy": (c_void_p,),
     "cudaGetLastError": (),
+    "cudaRuntimeGetVersion": (POINTER(c_int),),
 }
+_BATCH = "cudaMemcpyBatchAsync"
+_BATCH_SIGNATURE = (
+    POINTER(c_void_p), POINTER(c_void_p), POINTER(c_size_t), c_size_t,
+    POINTER(_CopyAttributes), POINTER(c_size_t), c_size_t, c_void_p,
+)  # fmt: skip
 
 
 class CudaRuntime:
@@ -77,9 +101,10 @@ class CudaRuntime:
         self._lib = ctypes.CDLL(library) if library else _load()
         self._driver = driver
         for name, arguments in _SIGNATURES.items():
-            function = getattr(self._lib, name)
-            function.argtypes = arguments
-            function.restype = c_int
+            self._declare(name, arguments)
+        self._batches = self._version() >= _BATCH_VERSION and hasattr(self._lib, _BATCH)
+        if self._batches:
+            self._declare(_BATCH, _BATCH_SIGNATURE)
         self._lib.cudaGetErrorString.argtypes = (c_int,)
         self._lib.cudaGetErrorString.restype = c_char_p
 
@@ -148,6 +173,38 @@ class CudaRuntime:
         """Start a copy between any two addresses, host memory included. Both must stay valid until it has ended."""
         self._call("cudaMemcpyAsync", destination, source, nbytes, _BY_ADDRESS, stream)
 
+    def copy_all(self, copies: Sequence[Copy], stream: int) -> None:
+        """Start copies between device memory, in one call if runtime and driver can. See `copy`.
+
+        A call of its own for each copy takes as long as 2 MiB take over NVLink. The copies of one call may run in any
+        order. After a CudaError some of them may be on the stream.
+        """
+        if len(copies) > 1 and self._batches:
+            try:
+                return self._copy_batch(copies, stream)
+            except CudaError as e:
+                if e.code not in _BATCH_UNKNOWN:
+                    raise
+                self._batches = False
+        for copy in copies:
+            self.copy(*copy, stream)
+
+    def _copy_batch(self, copies: Sequence[Copy], stream: int) -> None:
+        count = len(copies)
+        destinations, sources, sizes = zip(*copies, strict=True)
+        attributes = _CopyAttributes(source_order=_IN_STREAM_ORDER)
+        self._call(
+            _BATCH,
+            (c_void_p * count)(*destinations),
+            (c_void_p * count)(*sources),
+            (c_size_t * count)(*sizes),
+            count,
+            byref(attributes),
+            byref(c_size_t(0)),  # the attributes hold from the first copy on
+            1,
+            stream,
+        )
+
     # -- events
 
     def create_event(self) -> int:
@@ -170,6 +227,16 @@ class CudaRuntime:
 
     def destroy_event(self, event: int) -> None:
         self._call("cudaEventDestroy", event)
+
+    def _declare(self, name: str, arguments: tuple[Any, ...]) -> None:
+        function = getattr(self._lib, name)
+        function.argtypes = arguments
+        function.restype = c_int
+
+    def _version(self) -> int:
+        version = c_int()
+        self._call("cudaRuntimeGetVersion", byref(version))
+        return version.value
 
     def _call(self, name: str, *arguments: Any) -> int:
         code: int = getattr(self._lib, name)(*arguments)

@@ -68,6 +68,51 @@ def test_adjacent_blocks_are_one_copy(harness):
     assert harness.num_calls("cudaMemcpyAsync") == before + 1
 
 
+@pytest.fixture
+def batching(harness):
+    """A harness whose runtime copies in batches."""
+    harness.fake.fake_version(13000)
+    harness.replace_transport()
+    return harness
+
+
+SCATTERED = [(2 * i, 2 * i + 1) for i in range(12)]
+
+
+def test_scattered_blocks_are_one_call(batching):
+    peer = batching.start_peer()
+    pool = batching.probed_pool()
+    before = batching.num_calls("cudaMemcpyBatchAsync")
+    batching.transport.push("move", pool, SCATTERED, BLOCK)
+    [end] = batching.wait_for_completions()
+    assert (end.outcome, end.nbytes) == (Outcome.DONE, len(SCATTERED) * BLOCK)
+    assert batching.num_calls("cudaMemcpyBatchAsync") == before + 1
+    there = peer.read_pool()
+    assert all(there[b * BLOCK : (b + 1) * BLOCK] == block(batching.own_pool, a) for a, b in SCATTERED)
+
+
+def test_a_driver_without_batches_gets_single_copies_from_then_on(batching):
+    batching.start_peer()
+    pool = batching.probed_pool()
+    batching.fail_call("cudaMemcpyBatchAsync", 36)
+    for key in ("first", "second"):
+        batching.transport.push(key, pool, SCATTERED, BLOCK)
+        [end] = batching.wait_for_completions()
+        assert (end.key, end.outcome, end.nbytes) == (key, Outcome.DONE, len(SCATTERED) * BLOCK)
+    assert batching.num_calls("cudaMemcpyBatchAsync") == 1
+
+
+def test_a_batch_that_fails_ends_its_push_and_no_other(batching):
+    batching.start_peer()
+    pool = batching.probed_pool()
+    batching.fail_call("cudaMemcpyBatchAsync", INVALID)
+    batching.transport.push("failing", pool, SCATTERED, BLOCK)
+    batching.transport.push("good", pool, SCATTERED, BLOCK)
+    ended = {end.key: end for end in batching.wait_for_completions(2)}
+    assert ended["failing"].outcome is Outcome.FAILED and "cudaMemcpyBatchAsync" in ended["failing"].reason
+    assert ended["good"].outcome is Outcome.DONE
+
+
 def test_the_bell_rings_for_a_completion_without_polling(harness):
     harness.start_peer()
     pool = harness.probed_pool()

@@ -513,6 +513,17 @@ EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum
     return OK;
 }
 
+EXPORT cudaError_t cudaMemcpyBatchAsync(void *const *to, const void *const *from, const size_t *sizes, size_t count,
+                                        struct cudaMemcpyAttributes *attributes, size_t *first, size_t kinds,
+                                        cudaStream_t stream) {
+    if (!stream) return refuse(cudaErrorInvalidValue, "batch of copies on the default stream");
+    if (kinds != 1 || *first || attributes->srcAccessOrder != cudaMemcpySrcAccessOrderStream)
+        return refuse(cudaErrorInvalidValue, "batch of copies with several attributes");
+    cudaError_t code = OK;
+    for (size_t i = 0; i < count && !code; i++) code = cudaMemcpyAsync(to[i], from[i], sizes[i], cudaMemcpyDefault, stream);
+    return code;
+}
+
 EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, int a, const void *from, int b, size_t size, cudaStream_t stream) {
     return cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToDevice, stream);
 }
