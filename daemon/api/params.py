@@ -58,6 +58,16 @@ def sampling_params(request: SamplingRequest, max_tokens: int, seed: int, choice
     )
 
 
+def prefix_salt(tenant: str, salt: str | None) -> bytes:
+    """Return the salt of a request's prefix blocks, from its tenant (ASCII; "": none) and its own `cache_salt`.
+
+    Different pairs give different salts, because UTF-8 never contains the byte 0xff. Without a tenant it is the
+    request's own.
+    """
+    own = (salt or "").encode()
+    return b"\xff" + tenant.encode() + b"\xff" + own if tenant else own
+
+
 def choice_seed(seed: int, choice: int) -> int:
     """Return H(seed, choice): the sampling seed of choice `choice` (0, 1, ...) of a request, in [0, 2^64).
 

@@ -20,7 +20,7 @@ from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
 from daemon.api.auth import current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import deadline_exceeded, to_api_error
-from daemon.api.params import default_max_tokens, requested_max_tokens, sampling_params
+from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
 from daemon.api.schemas import ChatRequest
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
@@ -32,9 +32,10 @@ _MAX_WORK = 200_000  # tokens; they take a few milliseconds
 
 
 class CheckedRequest:
-    """A checked request for a completion, with its id, priority and arrival time.
+    """A checked request for a completion, with its id and arrival time.
 
-    `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body.
+    `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body. Key and body together decide its
+    `priority` and `cache_salt`, the salt of its prefix blocks.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class CheckedRequest:
     ) -> None:
         key = current_key.get()
         self.body = body
-        self.priority = priority_class(body.priority, key.priority if key else 0)
+        self.priority = (
+            priority_class(body.priority, key.priority, key.max_priority) if key else priority_class(body.priority)
+        )
+        self.cache_salt = prefix_salt(key.tenant if key else "", body.cache_salt)
         self.num_prompts = num_prompts
         self._held = held
         self._tokenise = tokenise
@@ -120,7 +124,6 @@ async def _submit(
     param = "messages" if answer.chat else "prompt"
     for prompt in prompts:
         check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
-    salt = (body.cache_salt or "").encode()
     work = 0
     for prompt in prompts:
         room = max_model_len - len(prompt.tokens)
@@ -136,7 +139,11 @@ async def _submit(
             label = f"{answer.id}-{len(answer.choices)}"
             streams.add(
                 service.generator.submit(
-                    prompt.tokens, params, label=label, priority=request.priority, cache_salt=salt
+                    prompt.tokens,
+                    params,
+                    label=label,
+                    priority=request.priority,
+                    cache_salt=request.cache_salt,
                 )
             )
             answer.add(params)

@@ -18,7 +18,7 @@ from daemon.api.schemas import (
     TokenizeRequest,
 )
 from daemon.api.unsupported import refuse_unsupported
-from daemon.control.policy.priority import ALLOWED, PRIORITIES
+from daemon.control.policy.priority import ALLOWED, LOWEST, PRIORITIES
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -152,15 +152,18 @@ def stop_strings(stop: str | list[str] | None) -> list[str]:
     return [stop] if isinstance(stop, str) else list(stop or ())
 
 
-def priority_class(priority: int | str | None, default: int = 0) -> int:
-    """Return the scheduling class of a number or a word; a lower class goes first. Raises ApiError (400)."""
+def priority_class(priority: int | str | None, default: int = 0, most_urgent: int = LOWEST) -> int:
+    """Return the scheduling class of a number or a word; a lower class goes first. Raises ApiError (400).
+
+    `most_urgent`: a more urgent class becomes this one.
+    """
     if priority is None:
         return default
     if isinstance(priority, int):
-        return priority
+        return max(priority, most_urgent)
     if priority not in PRIORITIES:
         raise bad_request(f"`priority` must be {ALLOWED}.", "priority")
-    return PRIORITIES[priority]
+    return max(PRIORITIES[priority], most_urgent)
 
 
 def _check_parts(parts: list[ContentPart], where: str) -> None:

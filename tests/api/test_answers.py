@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from daemon.api.params import choice_seed
+from daemon.api.params import choice_seed, prefix_salt
 from tests.api.harness import ANSWER, CHAT, HELLO, TEXT, make_api, stream, with_client
 
 
@@ -201,17 +203,54 @@ def test_parameters_reach_the_engine(api):
 
 
 @pytest.mark.parametrize(
+    ("line", "fields", "salt"),
+    [
+        ("k", {}, b""),
+        ("k", {"cache_salt": "mine"}, b"mine"),
+        ("k tenant=a", {}, b"\xffa\xff"),
+        ("k tenant=a", {"cache_salt": "mine"}, b"\xffa\xffmine"),
+        ("k tenant=a priority=low", {"cache_salt": None}, b"\xffa\xff"),
+    ],
+)
+def test_tenant_and_cache_salt_together_salt_the_prefix(model, line, fields, salt):
+    api = make_api(model, keys=["other tenant=b", line])
+
+    async def body(client):
+        for path, prompt in ((CHAT, HELLO), (TEXT, {"prompt": "x"})):
+            headers = {"Authorization": "Bearer k"}
+            assert (await client.post(path, json=prompt | fields, headers=headers)).status == 200
+        assert [s.cache_salt for s in api.generator.submissions] == [salt, salt]
+
+    with_client(api, body)
+
+
+SALTS = st.tuples(st.sampled_from(["", "a", "b", "aa"]), st.none() | st.text("ab\xff\x00\u00ff", max_size=3))
+
+
+@given(SALTS, SALTS)
+def test_only_one_tenant_and_one_cache_salt_give_a_salt(one, other):
+    same = (one[0], one[1] or "") == (other[0], other[1] or "")
+    assert (prefix_salt(*one) == prefix_salt(*other)) == same
+
+
+@pytest.mark.parametrize(
     ("line", "fields", "priority"),
     [
         ("k", {}, 0),
         ("k priority=high", {}, -1),
         ("k priority=low", {"priority": None}, 1),
         ("k\tpriority=-7", {}, -7),
-        ("k priority=low", {"priority": "high"}, -1),
+        ("k priority=low", {"priority": "high"}, 1),
+        ("k priority=low", {"priority": -100}, 1),
+        ("k priority=low", {"priority": 100}, 100),
+        ("k", {"priority": "high"}, 0),
+        ("k max-priority=high", {}, 0),
+        ("k max-priority=high", {"priority": -100}, -1),
+        ("k priority=low max-priority=-5", {"priority": -4}, -4),
         ("k priority=high", {"priority": 0}, 0),
     ],
 )
-def test_priority_of_a_key_applies_to_requests_without_one(model, line, fields, priority):
+def test_the_key_sets_the_priority_and_its_maximum(model, line, fields, priority):
     api = make_api(model, keys=["other priority=100", line])
 
     async def body(client):

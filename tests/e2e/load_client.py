@@ -54,12 +54,18 @@ class Clients:
     """Clients that send one request each, on a thread of their own. On exit of the context all hang up."""
 
     def __init__(
-        self, daemon: Daemon, bodies: Sequence[dict[str, Any]], path: str = "/v1/completions", concurrency: int = 1000
+        self,
+        daemon: Daemon,
+        bodies: Sequence[dict[str, Any]],
+        path: str = "/v1/completions",
+        concurrency: int = 1000,
+        key: str = "",
     ) -> None:
-        """`concurrency`: number of requests in flight; further requests are sent as these end."""
+        """`concurrency`: number of requests in flight; further requests are sent as these end. `key`: API key."""
         self.outcomes = [Outcome() for _ in bodies]
         self._slots = asyncio.Semaphore(concurrency)
         self._url = daemon.url + path
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._bodies = bodies
         self._loop = asyncio.new_event_loop()
         self._tasks: list[asyncio.Task[None]] = []
@@ -76,7 +82,7 @@ class Clients:
 
     async def _request(self, session: aiohttp.ClientSession, body: dict[str, Any], outcome: Outcome) -> None:
         try:
-            async with self._slots, session.post(self._url, json=body) as response:
+            async with self._slots, session.post(self._url, json=body, headers=self._headers) as response:
                 outcome.status = response.status
                 if response.content_type == "text/event-stream":
                     async for line in response.content:

@@ -20,6 +20,7 @@ class Blocks(RuleBasedStateMachine):
     def start(self, num_blocks: int):
         self.blocks = BlockManager(num_blocks, SIZE)
         self.tables: list[list[int]] = []
+        self.salts: dict[int, bytes] = {}  # of the content of a block
         self.hashes: dict[int, bytes] = {}
         self.free = list(range(1, num_blocks))
 
@@ -51,6 +52,8 @@ class Blocks(RuleBasedStateMachine):
         for block in taken:
             self.hashes.pop(block, None)
         table = matched + taken
+        assert all(self.salts[block] == salt for block in matched)
+        self.salts |= dict.fromkeys(taken, salt)
         self.tables.append(table)
         full = len(tokens) // SIZE
         self.blocks.register(table[:full], hashes)

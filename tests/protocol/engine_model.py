@@ -1,9 +1,9 @@
 """The model of an engine: the real scheduler, block manager and llumlet, with modelled KV, copies and journals.
 
-KV is modelled: the cell of a position is a number for all tokens up to that position. It is computed from the cells
-that the engine *reads*. A token stands for the engine incarnation that drew it and the cells that it was drawn
-from. So an engine that reads KV that is lost, stale or overwritten draws a token that does not follow from the
-client's text.
+KV is modelled: the cell of a position is a number for the request's salt and all tokens up to that position. It is
+computed from the cells that the engine *reads*. A token stands for the engine incarnation that drew it and the cells
+that it was drawn from. So an engine that reads KV that is lost, stale, overwritten or of another salt draws a token
+that does not follow from the client's text.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def fact_of(number: int) -> tuple[Any, ...]:
     return _facts[number]
 
 
-def cell_of(tokens: list[int]) -> int:
-    """Return the cell of the last of `tokens`, as a correct engine computes it."""
-    cell = fact_id("begin")
+def cell_of(tokens: list[int], salt: bytes) -> int:
+    """Return the cell of the last of `tokens`, as a correct engine computes it for a request with this salt."""
+    cell = fact_id("begin", salt)
     for token in tokens:
         cell = fact_id("kv", cell, token)
     return cell
@@ -91,9 +91,10 @@ class Record(NamedTuple):
 class Entry:
     """One request at the frontend, and its journal slot."""
 
-    def __init__(self, rid: int, prompt: list[int], max_tokens: int) -> None:
+    def __init__(self, rid: int, prompt: list[int], max_tokens: int, salt: bytes = b"") -> None:
         self.prompt = prompt
         self.max_tokens = max_tokens
+        self.salt = salt
         self.ownership = Ownership(rid, 0, None, 0)
         self.output: list[int] = []
         self.open = True
@@ -109,11 +110,15 @@ class Journals:
         entry = self.entries[request.slot]
         return len(entry.output) if entry.open else -1
 
+    def salt_of(self, entry: Entry) -> bytes:
+        return entry.salt
+
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         entry = self.entries[slot]
         if not entry.open or entry.ownership.epoch != epoch:
             return None
-        params = RequestParams(SamplingParams(entry.max_tokens, 0), float(rid), entry.ownership.priority)
+        sampling, priority = SamplingParams(entry.max_tokens, 0), entry.ownership.priority
+        params = RequestParams(sampling, float(rid), priority, self.salt_of(entry))
         return Request(rid, epoch, frontend, params, entry.prompt + entry.output, len(entry.prompt), slot=slot)
 
 
@@ -127,6 +132,7 @@ class Engine:
         self.frontend = world.incarnation  # incarnation of the frontend, as this engine knows it
         self.memory: list[list[int]] = [[GARBAGE] * BLOCK_SIZE for _ in range(world.pool + 1)]
         self.copies: list[Copy] = []
+        self.entries = world.entries
         self.reports = 0  # number of moves reported
         self.step_in_flight: StepInFlight | None = None
         self.scheduler = Scheduler(
@@ -169,7 +175,7 @@ class Engine:
 
     def _read(self, active: ActiveRow, count: int) -> int:
         """Attend to the first `count` positions. Return the cell of the last, or garbage if any cell is wrong."""
-        cell = fact_id("begin")
+        cell = fact_id("begin", self.entries[active.row.request.rid].salt)
         for i in range(count):
             cell = fact_id("kv", cell, active.tokens[i])
             if self.memory[active.table[i // BLOCK_SIZE]][i % BLOCK_SIZE] != cell:

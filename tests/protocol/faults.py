@@ -14,7 +14,7 @@ from daemon.engine.migration.source import Outgoing, Phase, Source
 from daemon.engine.request import Request
 from daemon.enums import MigrationResult
 from daemon.ipc.messages import EngineIncarnation, Release, Reprioritise, Reserve, Reserved
-from tests.protocol.engine_model import Journals
+from tests.protocol.engine_model import Entry, Journals
 from tests.protocol.world import Action, World
 
 
@@ -244,3 +244,15 @@ class SameEpoch(World):
     """A request is started again at the epoch at which its former owner may still run it."""
 
     rules = broken_rules(started=_at_same_epoch)
+
+
+class LosesSalts(Journals):
+    def salt_of(self, entry: Entry) -> bytes:
+        return b""
+
+
+class LostSalt(World):
+    """Engines hash the blocks of all tenants alike."""
+
+    def make_journals(self) -> Journals:
+        return LosesSalts(self.entries)

@@ -23,6 +23,7 @@ EQUAL_PROMPTS = [
     ([1, 2, 3], 3),
     ([1, 2, 3], 2),
 ]  # equal prompts, so that one request may find the blocks of the other
+TWO_TENANTS = [([1, 2, 3], 3, b"a"), ([1, 2, 3], 2, b"b")]  # neither may find the blocks of the other
 TWO_PROMPTS = [([1, 2, 3], 3), ([4, 5, 6], 3)]
 
 MOVED = {"Reserve", "Reserved", "Handover", "Takeover", "Release", "Grant 2"}
@@ -57,6 +58,7 @@ SCENES = {
     "the frontend restarts": (MOVED | {"HandBack", "Declined"}, dict(budget=Budget(moves=1, restarts=1))),
     "the frontend is lost": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, losses=1, crashes=1))),
     "two with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=EQUAL_PROMPTS, homes=[0, 1])),
+    "two tenants with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=TWO_TENANTS, homes=[0, 1])),
     "two in a pool too small": (
         MOVED | {"Declined", "HandBack"}, dict(budget=Budget(moves=1), requests=TWO_PROMPTS, homes=[0, 1], pool=3)
     ),
@@ -82,6 +84,7 @@ FAULTS = {
     faults.AbortBeforeDrain: ("free and writable", "a cancel"),
     faults.LeakedReservation: ("stuck", "a crash"),
     faults.EarlyHashes: (r"drawn from \('garbage'", "two with one prompt"),
+    faults.LostSalt: (r"drawn from \('garbage'", "two tenants with one prompt"),
     faults.UnseenPreemption: (r"drawn from \('garbage'", "a preemption without a prefix cache"),
     faults.StaleStart: ("stuck", "a false suspicion"),
     faults.LostFrozen: ("leaked|not held|holders", "a crash and a copy that fails"),

@@ -81,7 +81,7 @@ class World:
         budget: Budget,
         *,
         engines: int = 2,
-        requests: Sequence[tuple[list[int], int]] = (([1, 2, 3], 3),),
+        requests: Sequence[tuple[list[int], int] | tuple[list[int], int, bytes]] = (([1, 2, 3], 3),),
         homes: Sequence[int] = (0,),
         pool: int = 5,
         batch_tokens: int = 8,
@@ -91,9 +91,9 @@ class World:
     ) -> None:
         """Build a world whose requests have been dispatched.
 
-        `requests`: (prompt, max_tokens) each; `homes`: the engines that they start on; `pool`: blocks of an engine;
-        `how`: the `MigrationMode` of all moves; `overlap`: a step is launched before the results of the previous step
-        are applied.
+        `requests`: (prompt, max_tokens) or (prompt, max_tokens, salt) each; `homes`: the engines that they start on;
+        `pool`: blocks of an engine; `how`: the `MigrationMode` of all moves; `overlap`: a step is launched before the
+        results of the previous step are applied.
         """
         self.overlap = overlap
         self.prefix_caching = prefix_caching
@@ -358,7 +358,7 @@ class World:
 
     def _append(self, entry: Entry, tokens: list[int]) -> None:
         for token in tokens:
-            context = cell_of(entry.prompt + entry.output)
+            context = cell_of(entry.prompt + entry.output, entry.salt)
             fact = fact_of(token)
             if fact[0] != "token" or fact[3] != context:
                 raise Violation(f"incoherent: a token drawn from {fact}, the client has {context}")
