@@ -250,7 +250,11 @@ class Config:
     frontends: int = _option(
         1, "http", "Number of HTTP processes. They share one listening socket.", at_least=1, at_most=16
     )
-    api_key_file: str = _option("", "http", "File with one API key per line. Empty: clients need no key.")
+    api_key_file: str = _option(
+        "",
+        "http",
+        "File with one API key per line. Empty: clients need no key. `llumctl reload` reads it again.",
+    )
     allow_unauthenticated: bool = _option(False, "http", "Allow a `host` other than loopback without API keys.")
     max_body: int = _option(
         8 << 20, "http", "Maximum size of a request body. A larger one gets status 413.", "bytes", at_least=1024
@@ -296,7 +300,8 @@ class Config:
     max_queued: int = _option(
         512,
         "http",
-        "Maximum number of unfinished requests in each frontend. Further requests get status 429.",
+        "Maximum number of unfinished requests in each frontend; those of high priority may be an eighth more. "
+        "Further requests get status 429.",
         "requests",
         at_least=1,
     )

@@ -37,6 +37,7 @@ PURE = [
     "daemon.engine.migration.source",
     "daemon.engine.migration.destination",
     "daemon.api.prefix_affinity",
+    "daemon.api.admission",
     "daemon.ipc.messages",
     "daemon.ipc.events",
     "daemon.control.policy.freeness",

@@ -1,50 +1,134 @@
-"""Admission: at most `max_queued` unfinished requests in one frontend; further requests get status 429."""
+"""Admission: places for unfinished requests, and room in the journal, divided between a frontend's clients. Pure.
+
+Requests beyond the limits get status 429. Two rules keep the burst of one client from refusing all others:
+
+- A reserve, a part of both, is for urgent requests only: those of high priority, below 0.
+- A client that is told apart from others may hold at most three times as much as stays free, so there is always room
+  for another one. A client without competition gets three quarters, two greedy ones get three sevenths each. What a
+  client holds for its urgent requests counts apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from types import TracebackType
+from typing import NamedTuple
 
-from daemon.api.generator import Overloaded
+from daemon.api.generator import Overloaded, TooMany
+
+_RESERVE = 8  # the reserve is one such part
+_SHARE = 3  # a client may hold so many times what stays free
+
+
+class Holder(NamedTuple):
+    """What a request's place counts for: its client ("": not told apart from others) and whether it is urgent."""
+
+    client: str
+    urgent: bool
+
+
+class Shares:
+    """One resource: how much each holder has, and whether it may take more."""
+
+    def __init__(self, capacity: int, reserve: int) -> None:
+        """`capacity`: all there is. `reserve`: the part of it for urgent requests only."""
+        self._capacity = capacity
+        self._reserve = reserve
+        self._held: Counter[Holder] = Counter()
+        self.used = 0
+
+    def largest(self, holder: Holder) -> int:
+        """Return the most that `holder` can take at once."""
+        room = self._room(holder)
+        return max(1, room * _SHARE // (_SHARE + 1)) if holder.client else room
+
+    def fits(self, holder: Holder, amount: int) -> bool:
+        """Return True if `holder` may take `amount` now. If nothing is held, it may take anything there is."""
+        if not self.used:
+            return amount <= self._capacity
+        free = self._room(holder) - self.used
+        if amount > free:
+            return False
+        # At least 1: a client that holds nothing may take the last one.
+        return not holder.client or self._held[holder] + amount <= max(_SHARE * (free - amount), 1)
+
+    def add(self, holder: Holder, amount: int) -> None:
+        """Record that `holder` has taken `amount`; a negative amount gives it back."""
+        self.used += amount
+        self._held[holder] += amount
+        if not self._held[holder]:
+            del self._held[holder]
+
+    def held(self, holder: Holder) -> int:
+        return self._held[holder]
+
+    def _room(self, holder: Holder) -> int:
+        return self._capacity - (0 if holder.urgent else self._reserve)
 
 
 class Admission:
-    """The queue limit of one frontend.
+    """The limits of one frontend.
 
     A place is taken before any work for a request, so that a burst is not tokenised only to be refused. It is held
-    until the request is submitted; from then on the request itself counts.
+    until the request is submitted; from then on the request itself holds one, and its reservation in the journal.
     """
 
-    def __init__(self, limit: int, num_unfinished: Callable[[], int]) -> None:
-        """`num_unfinished`: returns the number of submitted requests that have not ended."""
-        self._limit = limit
-        self._num_unfinished = num_unfinished
-        self._reserved = 0  # places of requests that are admitted and not submitted yet
+    def __init__(self, max_queued: int, journal_bytes: int, journal_slots: int) -> None:
+        """`max_queued`: places, besides a reserve of an eighth as many. Each needs a slot of the journal."""
+        places = min(max_queued, max(1, journal_slots * _RESERVE // (_RESERVE + 1) - 1))
+        reserve = max(1, places // _RESERVE)
+        self._places = Shares(places + reserve, reserve)
+        self._journal = Shares(journal_bytes, journal_bytes // _RESERVE)
 
-    def take(self, count: int) -> Places:
-        """Take `count` places, released on exit. Raises Overloaded if fewer are left."""
-        unfinished = self._num_unfinished()
-        if unfinished + self._reserved + count > self._limit:
-            raise Overloaded(f"{unfinished} requests are queued or running; try again shortly")
-        return Places(self, count)
+    def take(self, count: int, holder: Holder) -> Places:
+        """Take `count` places; those that are not submitted are released on exit.
 
-    def reserve(self, count: int) -> None:
-        """Reserve places; a negative `count` releases them."""
-        self._reserved += count
+        Raises Overloaded if fewer are left, TooMany if there never are as many.
+        """
+        most = self._places.largest(holder)
+        if count > most:
+            raise TooMany(
+                f"A request may have at most {most} choices here, this one has {count}. Send several requests."
+            )
+        if not self._places.fits(holder, count):
+            raise Overloaded(self._reason(holder))
+        return Places(self._places, holder, count)
+
+    def open(self, holder: Holder, journal_bytes: int) -> None:
+        """Record a submitted request and its reservation in the journal. Raises Overloaded if there is no room."""
+        if not self._journal.fits(holder, journal_bytes):
+            raise Overloaded("the journal has no room for another request; try again shortly")
+        self._places.add(holder, 1)
+        self._journal.add(holder, journal_bytes)
+
+    def close(self, holder: Holder, journal_bytes: int) -> None:
+        """Undo `open`: the request has ended."""
+        self._places.add(holder, -1)
+        self._journal.add(holder, -journal_bytes)
+
+    def _reason(self, holder: Holder) -> str:
+        own = f", {self._places.held(holder)} of this client" if holder.client else ""
+        return f"{self._places.used} requests are queued or running{own}; try again shortly"
 
 
 class Places:
-    """Places in the queue limit. A context: they are held inside it."""
+    """Places of requests that are admitted and not submitted yet. A context: they are held inside it."""
 
-    def __init__(self, admission: Admission, count: int) -> None:
-        self._admission = admission
+    def __init__(self, places: Shares, holder: Holder, count: int) -> None:
+        self._places = places
+        self._holder = holder
         self._count = count
 
     def __enter__(self) -> Places:
-        self._admission.reserve(self._count)
+        self._places.add(self._holder, self._count)
         return self
+
+    def submitted(self) -> None:
+        """Release one place: the request that was just submitted holds one itself."""
+        self._places.add(self._holder, -1)
+        self._count -= 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._admission.reserve(-self._count)
+        self._places.add(self._holder, -self._count)

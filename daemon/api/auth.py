@@ -14,6 +14,18 @@ from daemon.ipc.keys_page import Key, KeysReader
 current_key: ContextVar[Key | None] = ContextVar("current_key", default=None)
 
 
+def client_name(key: Key | None, address: str | None) -> str:
+    """Return a name of the client that a request counts for: its tenant, else its key, without keys its address.
+
+    The name is empty, which tells it from no other, for an address of this machine: a proxy for many may run here.
+    """
+    if key is not None:
+        return f"tenant {key.tenant}" if key.tenant else f"key {key.digest.hex()}"
+    if address is None or address.startswith("127.") or address == "::1":
+        return ""
+    return f"address {address}"
+
+
 class Keys(Protocol):
     """The accepted keys."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong, TooMany
 from daemon.api.rate_limited_log import RateLimitedLog
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,8 @@ def _from_exception(error: Exception) -> ApiError | None:
         case ShuttingDown():
             headers = {"Retry-After": "2"}
             known = ApiError(503, str(error), type="server_error", code="shutting_down", headers=headers)
+        case TooMany():
+            known = bad_request(str(error))
         case TooLong():
             known = bad_request(str(error), code="context_length_exceeded")
         case EngineLost():

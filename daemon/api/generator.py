@@ -17,6 +17,10 @@ class Overloaded(Exception):
         self.retry_after = retry_after
 
 
+class TooMany(Exception):
+    """The request asks for more choices than one request ever may: 400."""
+
+
 class NoEngine(Exception):
     """No engine can serve now: 503."""
 
@@ -63,6 +67,14 @@ class TokenStream(Protocol):
         ...
 
 
+class Admitted(Protocol):
+    """Places of a request whose choices are not submitted yet."""
+
+    def submitted(self) -> None:
+        """Release one place: the choice that was just submitted holds one itself."""
+        ...
+
+
 class Generator(Protocol):
     """The part of the request tracker that the routes use."""
 
@@ -71,17 +83,24 @@ class Generator(Protocol):
         """Longest prompt plus output of the engines, tokens; 0 until an engine is ready."""
         ...
 
-    def admit(self, count: int) -> AbstractContextManager[object]:
-        """Take `count` places in the queue limit, before tokenising; released on exit.
+    def admit(self, count: int, *, client: str = "", priority: int = 0) -> AbstractContextManager[Admitted]:
+        """Take `count` places in the queue limit, before tokenising; the rest is released on exit.
 
-        Raises Overloaded or NoEngine.
+        `client`: the one that they count for; "": not told apart from others. Raises Overloaded, TooMany or NoEngine.
         """
         ...
 
     def submit(
-        self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0, cache_salt: bytes = b""
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        label: str,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+        client: str = "",
     ) -> TokenStream:
-        """Write the request to the journal and start it on the freest engine.
+        """Write the request to the journal and start it on the freest engine. `client` as in `admit`.
 
         Raises Overloaded, NoEngine or TooLong.
         """

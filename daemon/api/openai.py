@@ -43,7 +43,9 @@ class OpenAI:
                 tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
                 return [Prompt(tokens, _last_answer(body.messages) if body.echo else None)]
 
-            return await respond(service, http, CheckedRequest(body, num_prompts=1, held=held, tokenise=tokenise))
+            return await respond(
+                service, http, CheckedRequest(http, body, num_prompts=1, held=held, tokenise=tokenise)
+            )
 
     def _parse_chat(self, raw: bytes) -> tuple[ChatRequest, dict[str, Any]]:
         body = decode_body(raw, _chat)
@@ -66,7 +68,7 @@ class OpenAI:
             def tokenise() -> list[Prompt]:
                 return [encode(prompt) for prompt in validation.split_prompts(body.prompt)]
 
-            request = CheckedRequest(body, num_prompts=num_prompts, held=held, tokenise=tokenise)
+            request = CheckedRequest(http, body, num_prompts=num_prompts, held=held, tokenise=tokenise)
             return await respond(service, http, request)
 
     def _parse_completion(self, raw: bytes) -> tuple[CompletionRequest, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from daemon.api.admission import Holder
 from daemon.api.generator import TokenChunk
 from daemon.control.policy.ownership import Ownership
 from daemon.enums import EarlyEnd
@@ -21,7 +22,7 @@ class RequestState:
 
     __slots__ = (
         "_arrived", "_failure", "_finish", "_journal", "_logprobs", "_on_cancel", "_ownership", "_waiter",
-        "accepted", "crashes", "epoch", "failures", "last_output_at", "num_cached_tokens", "paused_since",
+        "accepted", "crashes", "epoch", "failures", "holder", "last_output_at", "num_cached_tokens", "paused_since",
         "prefix_keys", "rid", "slot",
     )  # fmt: skip
 
@@ -31,6 +32,7 @@ class RequestState:
         slot: int,
         ownership: Ownership,
         prefix_keys: list[int],
+        holder: Holder,
         on_cancel: Callable[[RequestState, EarlyEnd | None], None],
     ) -> None:
         """`slot`: opened in `journal` for this request. `on_cancel`: called when the reader cancels it."""
@@ -39,6 +41,7 @@ class RequestState:
         self.rid = ownership.rid
         self.slot = slot
         self.prefix_keys = prefix_keys  # of its prompt, see `PrefixAffinity`
+        self.holder = holder  # as at admission; a later priority does not change it
         self._ownership = ownership
         self.accepted = ownership.accepted  # output tokens journaled
         self.crashes = 0  # engines that crashed while they owned it

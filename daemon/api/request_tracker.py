@@ -13,7 +13,7 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from daemon.api.admission import Admission, Places
+from daemon.api.admission import Admission, Holder, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
 from daemon.api.request_state import RequestState
@@ -67,7 +67,7 @@ class RequestTracker:
         self._requests: dict[int, RequestState] = {}
         self._stranded: dict[int, str] = {}  # rid -> why no engine runs the request now
         self._redispatch_timer: asyncio.TimerHandle | None = None
-        self._admission = Admission(config.max_queued, lambda: len(self._requests))
+        self._admission = Admission(config.max_queued, self._journal.free_bytes, self._journal.num_slots)
         self._next_rid = index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self.draining = False
         self.on_doorbell()
@@ -89,11 +89,11 @@ class RequestTracker:
         """Number of unfinished requests."""
         return len(self._requests)
 
-    def admit(self, count: int) -> Places:
-        """Take `count` places in the queue limit, released on exit. Raises Overloaded or NoEngine."""
+    def admit(self, count: int, *, client: str = "", priority: int = 0) -> Places:
+        """Take `count` places in the queue limit, released on exit. Raises Overloaded, TooMany or NoEngine."""
         if not self.ready:
             raise NoEngine("shutting down" if self.draining else "no engine is ready")
-        return self._admission.take(count)
+        return self._admission.take(count, Holder(client, priority < 0))
 
     def submit(
         self,
@@ -103,6 +103,7 @@ class RequestTracker:
         label: str,
         priority: int = 0,
         cache_salt: bytes = b"",
+        client: str = "",
     ) -> RequestState:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
         if self.draining:
@@ -113,10 +114,10 @@ class RequestTracker:
         self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
         record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
-        slot = self._open(rid, record, prompt)
+        slot = self._open(rid, record, prompt, holder := Holder(client, priority < 0))
         self._next_rid += 1
         owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=priority)
-        request = self._requests[rid] = RequestState(self._journal, slot, owned, prefix_keys, self.cancel)
+        request = self._requests[rid] = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel)
         self._start(request, len(prompt))
         self._record_dispatch(request, len(prompt), label)
         return request
@@ -398,6 +399,7 @@ class RequestTracker:
             name = self._journal.params(request.slot).label or f"{request.rid:x}"
             short = detail.encode()[:_MAX_DETAIL].decode(errors="ignore")
             self._events.write(EndedEarly(request.rid, name, request.engine, why, short, request.accepted))
+        self._admission.close(request.holder, self._journal.reserved_bytes(request.slot))
         self._journal.close(request.slot)
 
     # -- limits -------------------------------------------------------------------------------------
@@ -409,14 +411,20 @@ class RequestTracker:
         if prompt_len >= limit:
             raise TooLong(f"the prompt has {prompt_len} tokens; prompt and answer together may have {limit}")
 
-    def _open(self, rid: int, record: RequestParams, prompt: Sequence[int]) -> int:
-        """Open a journal slot. Raises Overloaded or TooLong."""
+    def _open(self, rid: int, record: RequestParams, prompt: Sequence[int], holder: Holder) -> int:
+        """Open a journal slot that counts for `holder`. Raises Overloaded or TooLong."""
         try:
-            return self._journal.open(rid, record, prompt)
+            slot = self._journal.open(rid, record, prompt)
         except JournalFull as e:
             raise Overloaded(str(e)) from None
         except JournalTooSmall as e:
             raise TooLong(str(e)) from None
+        try:
+            self._admission.open(holder, self._journal.reserved_bytes(slot))
+        except Overloaded:
+            self._journal.close(slot)
+            raise
+        return slot
 
     def _publish(self) -> None:
         self.engines.publish(len(self._requests), taking=not self.draining)

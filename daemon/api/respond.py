@@ -17,9 +17,10 @@ from aiohttp import web
 
 from daemon.api.access_log import ANSWER_ID, USAGE
 from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
-from daemon.api.auth import current_key
+from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import deadline_exceeded, to_api_error
+from daemon.api.generator import Admitted
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
 from daemon.api.schemas import ChatRequest
 from daemon.api.service import Service
@@ -34,15 +35,22 @@ _MAX_WORK = 200_000  # tokens; they take a few milliseconds
 class CheckedRequest:
     """A checked request for a completion, with its id and arrival time.
 
-    `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body. Key and body together decide its
-    `priority` and `cache_salt`, the salt of its prefix blocks.
+    `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body. `client`: the one that it counts
+    for in admission. Key and body together decide its `priority` and `cache_salt`, the salt of its prefix blocks.
     """
 
     def __init__(
-        self, body: Request, *, num_prompts: int, held: HeldBody, tokenise: Callable[[], list[Prompt]]
+        self,
+        http: web.Request,
+        body: Request,
+        *,
+        num_prompts: int,
+        held: HeldBody,
+        tokenise: Callable[[], list[Prompt]],
     ) -> None:
         key = current_key.get()
         self.body = body
+        self.client = client_name(key, http.remote)
         self.priority = (
             priority_class(body.priority, key.priority, key.max_priority) if key else priority_class(body.priority)
         )
@@ -102,10 +110,11 @@ async def _submitted(
         async with asyncio.timeout(seconds if seconds > 0 else None) as deadline:
             with StreamGroup(deadline) as streams:
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
-                with service.generator.admit(request.num_prompts * (request.body.n or 1)):
+                count = request.num_prompts * (request.body.n or 1)
+                with service.generator.admit(count, client=request.client, priority=request.priority) as places:
                     prompts = await request.tokenise(service)
                     answer = Answer(service, request.body, prompts, request.id, request.arrival, deadline)
-                    await _submit(service, request, prompts, answer, streams)
+                    await _submit(service, request, places, prompts, answer, streams)
                 try:
                     with answer:
                         yield answer, streams
@@ -116,7 +125,12 @@ async def _submitted(
 
 
 async def _submit(
-    service: Service, request: CheckedRequest, prompts: list[Prompt], answer: Answer, streams: StreamGroup
+    service: Service,
+    request: CheckedRequest,
+    places: Admitted,
+    prompts: list[Prompt],
+    answer: Answer,
+    streams: StreamGroup,
 ) -> None:
     """Start every choice of every prompt. Let the event loop run in between if there are many or long ones."""
     body, limits = request.body, service.limits
@@ -144,8 +158,10 @@ async def _submit(
                     label=label,
                     priority=request.priority,
                     cache_salt=request.cache_salt,
+                    client=request.client,
                 )
             )
+            places.submitted()
             answer.add(params)
 
 

@@ -205,6 +205,10 @@ class Journal(JournalView):
     def free_bytes(self) -> int:
         return self._arena.free_bytes
 
+    def reserved_bytes(self, slot: int) -> int:
+        """Return how much of `free_bytes` the request in the slot has taken."""
+        return rounded(self._reserved[slot][1])
+
     def _reserve(self, size: int) -> tuple[int, int]:
         if size > self._capacity:
             raise JournalTooSmall(f"the request needs {size} bytes of journal, journal_memory has {self._capacity}")

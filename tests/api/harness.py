@@ -47,6 +47,7 @@ class Submission:
     label: str
     priority: int
     cache_salt: bytes
+    client: str
 
 
 class ScriptedStream:
@@ -96,6 +97,10 @@ class _Admission:
         self._generator.places += self._count
         return self
 
+    def submitted(self) -> None:
+        self._generator.places -= 1
+        self._count -= 1
+
     def __exit__(self, *exc: object) -> None:
         self._generator.places -= self._count
 
@@ -123,24 +128,33 @@ class ScriptedGenerator:
     retry_after: int = 3
     running: int = 0
     places: int = 0
+    admitted: list[tuple[int, str, int]] = field(default_factory=list)
     submissions: list[Submission] = field(default_factory=list)
     streams: list[ScriptedStream] = field(default_factory=list)
 
-    def admit(self, count: int) -> _Admission:
+    def admit(self, count: int, *, client: str = "", priority: int = 0) -> _Admission:
         if not self.ready:
             raise NoEngine("no engine is ready")
         if self.running + self.places + count > self.limit:
             raise Overloaded("full", self.retry_after)
+        self.admitted.append((count, client, priority))
         return _Admission(self, count)
 
     def submit(
-        self, prompt: list[int], params: SamplingParams, *, label: str, priority: int = 0, cache_salt: bytes = b""
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        label: str,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+        client: str = "",
     ) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise TooLong("too long")
-        self.submissions.append(Submission(list(prompt), params, label, priority, cache_salt))
+        self.submissions.append(Submission(list(prompt), params, label, priority, cache_salt, client))
         stream = ScriptedStream(self, len(self.streams), self.reply(prompt, params), params)
         self.streams.append(stream)
         self.running += 1

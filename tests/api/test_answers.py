@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daemon.api.auth import client_name
+from daemon.api.key_file import digest, parse_key
 from daemon.api.params import choice_seed, prefix_salt
 from tests.api.harness import ANSWER, CHAT, HELLO, TEXT, make_api, stream, with_client
 
@@ -220,6 +222,29 @@ def test_tenant_and_cache_salt_together_salt_the_prefix(model, line, fields, sal
             headers = {"Authorization": "Bearer k"}
             assert (await client.post(path, json=prompt | fields, headers=headers)).status == 200
         assert [s.cache_salt for s in api.generator.submissions] == [salt, salt]
+
+    with_client(api, body)
+
+
+@pytest.mark.parametrize(
+    ("line", "address", "client"),
+    [
+        ("k tenant=a", "10.0.0.1", "tenant a"), ("k", "10.0.0.1", f"key {digest('k').hex()}"),
+        ("", "10.0.0.1", "address 10.0.0.1"), ("", "fe80::1", "address fe80::1"),
+        ("", "127.0.0.1", ""), ("", "127.1.2.3", ""), ("", "::1", ""), ("", None, ""),
+    ],
+)  # fmt: skip
+def test_admission_tells_tenants_keys_and_addresses_apart(line, address, client):
+    assert client_name(parse_key(line), address) == client
+
+
+def test_the_client_reaches_admission(model):
+    api = make_api(model, keys=["k tenant=a"])
+
+    async def body(client):
+        assert (await client.post(CHAT, json=HELLO, headers={"Authorization": "Bearer k"})).status == 200
+        assert api.generator.submissions[0].client == "tenant a"
+        assert api.generator.admitted == [(1, "tenant a", 0)]
 
     with_client(api, body)
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from daemon.api.generator import NoEngine, Overloaded, ShuttingDown, TooLong
+from daemon.api.generator import NoEngine, Overloaded, ShuttingDown, TooLong, TooMany
 from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish
 from tests.api.harness import CHAT, HELLO, TEXT, events, make_api, until, with_client
@@ -18,6 +18,7 @@ from tests.api.harness import CHAT, HELLO, TEXT, events, make_api, until, with_c
     ("refusal", "status", "code"),
     [
         (Overloaded("full", 7), 429, "rate_limit_exceeded"),
+        (TooMany("send several requests"), 400, None),
         (NoEngine("none"), 503, "no_engine"),
         (ShuttingDown("bye"), 503, "shutting_down"),
         (TooLong("no"), 400, "context_length_exceeded"),

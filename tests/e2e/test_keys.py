@@ -167,3 +167,28 @@ def test_a_migration_uses_no_block_of_another_tenant(daemon: Daemon, file: KeyFi
         assert daemon.ctl("drain", "1").returncode == 0
     assert daemon.ctl("undrain", "1").returncode == 0
     assert skipped == {"blue": 0, "red": 8}
+
+
+# -- shares
+
+
+def test_the_flood_of_one_key_refuses_neither_another_key_nor_an_urgent_request(start: Start, tmp_path: Path) -> None:
+    keys = KeyFile(tmp_path / "keys")
+    keys.write("batch\nother\nboss priority=high\n")
+    flags = ("--devices", "cpu", "--stub-step", "200ms", "--api-key-file", str(keys.path))
+    daemon = start(*flags, key="observer")
+    body = {"prompt": [5] * 20, "max_tokens": 4000, "n": 8, "stream": True}
+
+    def active() -> int:
+        return daemon.status()["frontends"][0]["active"]
+
+    with Clients(daemon, [body] * 66, key="batch") as flood:
+        wait_for("an answer to the rest", lambda: sum(o.ended for o in flood.outcomes) == 18)
+        assert active() == 48 * 8
+        assert {outcome.status for outcome in flood.outcomes if outcome.ended} == {429}
+        with Clients(daemon, [body] * 2, key="other") as other:
+            wait_for("their places", lambda: active() == 50 * 8)
+            assert len(complete(daemon, "boss", [5] * 20, n=8)["choices"]) == 8
+            other.hang_up()
+        flood.hang_up()
+    daemon.await_idle()

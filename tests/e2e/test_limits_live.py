@@ -33,6 +33,7 @@ def test_full_queue_is_429_with_retry_after(daemon: Daemon) -> None:
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
         assert error(answer)["type"] == "rate_limit_error"
+        assert daemon.complete(max_tokens=1, priority="high").status_code == 200  # from the reserve
         clients.hang_up()
     daemon.await_idle()
     assert daemon.complete(max_tokens=1).status_code == 200
