@@ -152,6 +152,8 @@ class StatusReader:
             "tokens_per_second": facts.tokens_per_second,
             "step_ms": facts.step_seconds * 1e3,
             "steps": facts.step,
+            "knee": facts.knee or None,
+            "ideal_tokens": facts.ideal_tokens or None,
             "freeness": freeness if math.isfinite(freeness) else None,
             "preemptions": int(page.counter("preemptions")),
             "incoming": facts.incoming,

@@ -2,8 +2,12 @@
 
 Each row is a separate request that writes only the dummy block and reads blocks that no request holds yet. Steps run
 in rounds, smallest first: a step that was slow because it ran for the first time, or because other work disturbed
-it, is faster in the next round. Rounds continue, even past the budget, until one brings no improvement: an engine
-often starts while other processes use the machine.
+it, is faster in the next round. Rounds continue, even past the budget, until one brings no improvement and each time
+is confirmed by a second run: an engine often starts while other processes use the machine.
+
+A CPU engine is timed by the CPU time of its main thread, which computes its part of every parallel loop. On a quiet
+machine that is the time on the wall. On a busy one the time on the wall contains what other processes compute, and
+long steps contain more of it than short ones, so even the fastest of many runs would be wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from daemon.engine.cost import Observation, StepCost, fit
+from daemon.engine.cost import INDISPENSABLE, StepTime
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, Runner, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
@@ -24,9 +28,9 @@ per token than the steps that only wait for the weights."""
 PATIENCE = 5  # times the budget, on a machine where each round differs from the one before
 _ROUNDS = 5  # at most, once a round brings no improvement
 _BETTER = 0.95  # of a step's earlier time: a step this fast or faster shows that the earlier run was disturbed
-_INDISPENSABLE = 3  # steps: the minimum that separates the three terms of the cost
+_MIN_ROUNDS = 2  # a time that no second run confirms is not used
 _BATCH, _GROWTH = 16, 4  # rows of the first batch larger than 1, and the factor from one batch to the next
-_SHORT, _LONG = 8, 256  # tokens of context of a decode row
+_SHORT, _LONG = 8, 512  # tokens of context of a decode row
 _CHUNK = 64  # tokens of a prefill row: few enough that the cost of attention is negligible
 
 
@@ -39,44 +43,47 @@ def calibrate(
     max_batch_tokens: int,
     budget: float = BUDGET,
     clock: Callable[[], float] = time.perf_counter,
-) -> StepCost:
-    """Return what a step of `runner` costs. Call it before the first request: of the pool's `num_blocks` blocks it
-    writes the dummy and reads any.
+) -> list[StepTime]:
+    """Return how long steps of several sizes take. Call it before the first request: of the pool's `num_blocks`
+    blocks it writes the dummy and reads any.
 
-    It takes at most `budget` seconds and one round more, to see whether it was disturbed; PATIENCE times as many if
-    it is disturbed again and again. It takes longer only if the runner is so slow that the indispensable steps do.
+    It takes at most `budget` seconds of `clock` and one round more, to see whether it was disturbed; PATIENCE times
+    as many if it is disturbed again and again. It takes longer only if the runner is so slow that two rounds of the
+    indispensable steps do.
     """
     end = clock() + budget
     steps: list[_Step] = []
     for step in _steps(runner.max_model_len, num_blocks, block_size, max_num_seqs, max_batch_tokens):
         step.time(runner, clock)
         steps.append(step)
-        if len(steps) >= _INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for more rounds
+        if len(steps) >= INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for more rounds
             break
     rounds, disturbed = 1, True
     while disturbed or rounds < _ROUNDS:
         last = end + (PATIENCE - 1) * budget if disturbed else end
+        if rounds < _MIN_ROUNDS:
+            last = math.inf
         better = [step.time(runner, clock) for step in steps if clock() < last]
         if len(better) < len(steps):
             break
-        rounds, disturbed = rounds + 1, any(better)
-    return fit(step.fastest for step in steps)
+        rounds, disturbed = rounds + 1, any(better) or not all(step.times.confirmed for step in steps)
+    return [step.times for step in steps]
 
 
 class _Step:
-    """A plan and its fastest run."""
+    """A plan and its fastest runs."""
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan = plan
         kv = sum(row.start + row.count for row in plan.rows)
-        self.fastest = Observation(plan.num_tokens, kv, math.inf)
+        self.times = StepTime(plan.num_tokens, kv, math.inf)
 
     def time(self, runner: Runner, clock: Callable[[], float]) -> bool:
         """Run the step; return True if it was clearly faster than every earlier run."""
         start = clock()
         runner.execute(self._plan)
-        seconds, before = clock() - start, self.fastest.seconds
-        self.fastest = self.fastest._replace(seconds=min(seconds, before))
+        seconds, before = clock() - start, self.times.fastest
+        self.times = self.times.run(seconds)
         return seconds < _BETTER * before
 
 

@@ -4,13 +4,16 @@
 
 The ideal time is that of a step with one token and no KV: it reads the model's weights once and uses them least.
 
-Policies use two limits of this cost (`StepLimits`). What an engine measures at its start is noisy if other engines
-start beside it. Two equal engines with different limits would get unequal load for as long as they live, so equal
-engines use the median of their measurements.
+Policies use two limits of this cost (`StepLimits`). What an engine measures is noisy if other work runs beside it,
+and two equal engines with different limits would get unequal load for as long as they live. So equal engines publish
+their measured times, and each fits the model to the fastest times of all of them. A time that no second run confirms
+is not used; without enough others there are no limits, and policies use their own.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -23,6 +26,8 @@ NEAR_IDEAL = 1.2
 """Times the ideal time that still count as nearly ideal. The rule that "the load at which a decode step is still near
 its best" sets the headroom is from Llumnix (section 6.4); the factor is ours."""
 
+INDISPENSABLE = 3  # steps: the minimum that separates the three terms of the cost
+_CONFIRMS = 1.2  # times the fastest run that a second run may take to confirm it
 _NOTICEABLE = 0.05  # share of the ideal time below which a term, at its largest, is noise
 _SINGULAR = 1e-9
 _DIGITS = 9  # of a squared relative error: a difference beyond them is rounding
@@ -36,24 +41,80 @@ class Observation(NamedTuple):
     seconds: float
 
 
+class StepTime(NamedTuple):
+    """The two fastest runs of one measured step, in seconds."""
+
+    tokens: int  # computed
+    kv: int  # tokens of KV read, summed over the rows
+    fastest: float
+    second: float = math.inf
+
+    @property
+    def confirmed(self) -> bool:
+        """True if a second run took about as long: it is unlikely that other work delayed both equally."""
+        return self.second <= _CONFIRMS * self.fastest
+
+    def run(self, seconds: float) -> StepTime:
+        """Return the times after one more run."""
+        fastest, second, _ = sorted((self.fastest, self.second, seconds))
+        return self._replace(fastest=fastest, second=second)
+
+
 class StepLimits(NamedTuple):
     """The fields of the same name in `EngineFacts`; 0: no limit."""
 
-    knee: int
-    ideal_tokens: int
+    knee: int = 0
+    ideal_tokens: int = 0
 
 
-def median_limits(own: StepLimits, cost_group: str, others: Iterable[EngineFacts]) -> StepLimits:
-    """Return the limits that an engine of `cost_group` publishes: the lower medians of its own measurement and those
-    of the other engines of the group. No limit counts as the largest one."""
-    group = (f for f in others if f.cost_group == cost_group)
-    measured = [own, *(StepLimits(f.measured_knee, f.measured_ideal_tokens) for f in group)]
-    return StepLimits(_lower_median(m.knee for m in measured), _lower_median(m.ideal_tokens for m in measured))
+_STEP_TIME = struct.Struct("<IIff")
 
 
-def _lower_median(values: Iterable[int]) -> int:
-    ordered = sorted(values, key=lambda v: (v == 0, v))
-    return ordered[(len(ordered) - 1) // 2]
+def pack_times(times: Iterable[StepTime]) -> bytes:
+    """Return the times as `EngineFacts.step_times`."""
+    return b"".join(_STEP_TIME.pack(*time) for time in times)
+
+
+def unpack_times(packed: bytes) -> list[StepTime]:
+    """Return the times of `EngineFacts.step_times`."""
+    return [StepTime(*fields) for fields in _STEP_TIME.iter_unpack(packed)]
+
+
+def merge_times(times: Iterable[StepTime]) -> list[StepTime]:
+    """Return one entry for each step, by size, with its two fastest runs on any of the engines."""
+    merged: dict[tuple[int, int], StepTime] = {}
+    for time in times:
+        size = time.tokens, time.kv
+        merged[size] = merged[size].run(time.fastest).run(time.second) if size in merged else time
+    return [merged[size] for size in sorted(merged)]
+
+
+class SharedCost:
+    """The limits that equal engines compute from the times of all of them; the fit is kept until a time changes."""
+
+    def __init__(self, cost_group: str, own: Iterable[StepTime], ideal_tokens: int = 0) -> None:
+        """`own`: measured on this engine; none: it has no limits. `ideal_tokens`: of the operator; 0: measured."""
+        self._cost_group = cost_group
+        self._ideal_tokens = ideal_tokens
+        self._key: tuple[bytes, ...] = (b"",)  # no times
+        self.packed = pack_times(own)
+        self.limits = StepLimits(0, ideal_tokens)
+        self.trusted = True  # False: too few times are confirmed, so there are no limits
+
+    def update(self, others: Iterable[EngineFacts]) -> bool:
+        """Take the times that the `others` publish; those of another group do not count. Return True if a time has
+        changed since the last call."""
+        group = [self.packed, *(f.step_times for f in others if f.cost_group == self._cost_group)]
+        key = tuple(sorted(set(group)))
+        if key == self._key:
+            return False
+        self._key = key
+        times = merge_times(time for packed in key for time in unpack_times(packed))
+        confirmed = [time for time in times if time.confirmed]
+        self.trusted = len(confirmed) >= min(INDISPENSABLE, len(times))
+        cost = fit_times(confirmed) if self.trusted else StepCost()
+        self.limits = StepLimits(cost.knee, self._ideal_tokens or cost.ideal_tokens)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +154,16 @@ class StepCost:
         return max(1, int((NEAR_IDEAL - 1.0) * self.ideal / self.per_kv)) if self.per_kv else 0
 
 
+def fit_times(times: Iterable[StepTime]) -> StepCost:
+    """Return the model that fits the fastest runs."""
+    return fit(Observation(time.tokens, time.kv, time.fastest) for time in times)
+
+
 def fit(observations: Iterable[Observation]) -> StepCost:
     """Return the model with the least squares of relative errors and no negative coefficient.
 
-    Of steps of equal size the fastest counts: a delay is not a property of the step. A term that stays below a
+    Of steps of equal size the fastest counts: a delay is not a property of the step. For the same reason no step
+    counts as slower than one that computes and reads at least as much. A term that stays below a
     twentieth of the ideal time even in the largest steps counts as noise. Without observations all terms are zero.
     """
     fastest: dict[tuple[int, int], float] = {}
@@ -105,6 +172,7 @@ def fit(observations: Iterable[Observation]) -> StepCost:
     seen = [Observation(tokens, kv, seconds) for (tokens, kv), seconds in sorted(fastest.items()) if seconds > 0]
     if not seen:
         return StepCost()
+    seen = [o._replace(seconds=min(p.seconds for p in seen if p.tokens >= o.tokens and p.kv >= o.kv)) for o in seen]
     cost = _least_squares(seen, (0, 1, 2))
     shows = [1]
     shows += [2] if cost.per_kv * max(o.kv for o in seen) >= _NOTICEABLE * cost.ideal else []

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn, cast
 from daemon.config import Config
 from daemon.engine.build_runner import build_runner
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
-from daemon.engine.cost import StepCost, StepLimits
+from daemon.engine.cost import StepTime, fit_times
 from daemon.engine.runner import DeviceRunner, Runner
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc import segment
@@ -33,7 +33,8 @@ class LoadedEngine(NamedTuple):
     runner: Runner
     scheduler: Scheduler
     kv: KvLink
-    limits: StepLimits  # measured on this engine
+    step_times: list[StepTime]  # measured on this engine
+    ideal_tokens: int = 0  # set by the operator; 0: measured
 
 
 def load_or_exit(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
@@ -63,14 +64,14 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
         kv = _load_on_device(fabric, cast(DeviceRunner, runner))
     else:
         kv = _load_on_host(spec, fabric, runner)
-    cost = _measure(config, runner, kv.num_blocks)
+    times = _measure(config, runner, kv.num_blocks)
     scheduler = Scheduler(
         BlockManager(kv.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         max_model_len=runner.max_model_len,
         eos_token_ids=runner.eos_token_ids,
-        max_mixed_tokens=cost.tokens_within(config.itl_target) if config.itl_target else 0,
+        max_mixed_tokens=fit_times(times).tokens_within(config.itl_target) if config.itl_target else 0,
     )
     log.info(
         "ready after %.1f s: %d KV blocks of %d tokens",
@@ -78,7 +79,7 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
         kv.num_blocks - 1,
         config.block_size,
     )
-    return LoadedEngine(runner, scheduler, kv, StepLimits(cost.knee, config.ideal_tokens or cost.ideal_tokens))
+    return LoadedEngine(runner, scheduler, kv, times, config.ideal_tokens)
 
 
 def _load_on_host(spec: ChildSpec, fabric: Fabric, runner: Runner) -> KvLink:
@@ -99,25 +100,24 @@ def _load_on_device(fabric: Fabric, runner: DeviceRunner) -> KvLink:
     return cuda_transport.connect(fabric, runner.pool_memory, runner.num_blocks)
 
 
-def _measure(config: Config, runner: Runner, num_blocks: int) -> StepCost:
-    """Measure the cost of steps. It is all zero for the engines without a model: their step time is an option."""
+def _measure(config: Config, runner: Runner, num_blocks: int) -> list[StepTime]:
+    """Measure steps; none for the engines without a model: their step time is an option."""
     if config.engine != "model":
-        return StepCost()
-    cost = calibrate(
+        return []
+    times = calibrate(
         runner,
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         budget=DEVICE_BUDGET if config.on_gpus else BUDGET,
+        clock=time.perf_counter if config.on_gpus else time.thread_time,
     )
+    cost = fit_times(times)
     log.info(
-        "a step takes %.3g ms, %.3g us per token and %.3g ns per token of KV: "
-        "twice its ideal at %d tokens, near it up to %d of KV (0: no limit)",
+        "a step takes %.3g ms, %.3g us per token and %.3g ns per token of KV",
         cost.base * 1e3,
         cost.per_token * 1e6,
         cost.per_kv * 1e9,
-        cost.knee,
-        cost.ideal_tokens,
     )
-    return cost
+    return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import time
 
 from daemon.control.policy.freeness import Policy, policy_of
 from daemon.engine import startup
-from daemon.engine.cost import median_limits
+from daemon.engine.cost import SharedCost
 from daemon.engine.frontend_inbox import FrontendInbox
 from daemon.engine.frontend_outbox import FrontendOutbox
 from daemon.engine.journal_reader import JournalReader
@@ -30,6 +31,8 @@ from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.journal import JournalView
 from daemon.ipc.messages import EngineFacts, EngineIncarnation, EngineState, encode
+
+log = logging.getLogger(__name__)
 
 IDLE_BEAT = 0.25  # seconds between signs of life without work
 MOVING_BEAT = 0.02  # the same while a move is in progress
@@ -79,8 +82,8 @@ class Worker:
         pool_spec = engine.runner.pool_spec(1)
         self._kv_format = _kv_format(pool_spec)
         self._cost_group = f"{engine.runner.device} {self._kv_format}"
-        self._measured_limits = self._limits = engine.limits
-        self._limits_interval = -1  # of the step statistics, in which `_limits` was computed
+        self._cost = SharedCost(self._cost_group, engine.step_times, engine.ideal_tokens)
+        self._cost_interval = -1  # of the step statistics, in which `_cost` was updated
         self._pools = engine.kv.pools
         self._pool_handle = engine.kv.handle
         self._telemetry = Telemetry(EventWriter(fabric.events(fabric.process)), self._metrics, pool_spec.block_bytes)
@@ -235,11 +238,21 @@ class Worker:
     # -- the board -----------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        if self._limits_interval != self._step_stats.num_intervals:
-            self._limits_interval = self._step_stats.num_intervals
-            self._limits = median_limits(self._measured_limits, self._cost_group, self._peer_inbox.alive())
+        if self._cost_interval != self._step_stats.num_intervals:
+            self._cost_interval = self._step_stats.num_intervals
+            self._update_cost()
         self._telemetry.state(self.state)
         self._board.publish(encode(self._facts()))
+
+    def _update_cost(self) -> None:
+        """Take the step times that equal engines have measured meanwhile, and log what follows from them."""
+        if not self._cost.update(self._peer_inbox.alive()):
+            return
+        if self._cost.trusted:
+            text = "a step takes twice its ideal time at %d tokens, nearly its ideal up to %d of KV (0: no limit)"
+            log.info(text, *self._cost.limits)
+        else:
+            log.warning("step times differed from run to run, so they set no limits: other work uses this machine")
 
     def _is_busier_than(self, peer: EngineIncarnation) -> bool:
         """Return True if a move to `peer` still reduces the imbalance; False if its facts are unknown."""
@@ -273,10 +286,9 @@ class Worker:
             outgoing=len(self.llumlet.outgoing),
             kv_format=self._kv_format,
             pool_handle=self._pool_handle,
-            knee=self._limits.knee,
-            ideal_tokens=self._limits.ideal_tokens,
-            measured_knee=self._measured_limits.knee,
-            measured_ideal_tokens=self._measured_limits.ideal_tokens,
+            knee=self._cost.limits.knee,
+            ideal_tokens=self._cost.limits.ideal_tokens,
+            step_times=self._cost.packed,
             cost_group=self._cost_group,
         )
 

@@ -354,8 +354,7 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     outgoing: int = 0  # requests that are migrating away; `running` includes them
     knee: int = 0  # number of tokens at which a step takes twice its ideal time; 0: not measured
     ideal_tokens: int = 0  # tokens of KV up to which a decode step takes nearly its ideal time; 0: not measured
-    measured_knee: int = 0  # by this engine; `knee` is the value that its `cost_group` agrees on
-    measured_ideal_tokens: int = 0
+    step_times: bytes = b""  # measured by this engine, see `engine.cost`; `knee` is what its `cost_group` agrees on
     cost_group: str = ""  # device and model: engines of one cost group take equally long for a step
     kv_format: str = ""  # shape and dtype of a KV block; requests migrate only between engines with equal formats
     pool_handle: bytes = b""  # how to open a KV pool in GPU memory: see kvpool/cuda_pools.py

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, PATIENCE, calibrate
-from daemon.engine.cost import Observation, StepCost, fit
+from daemon.engine.cost import Observation, SharedCost, StepCost, StepLimits, StepTime, fit, fit_times
 from daemon.engine.runner import PoolSpec, StepPlan, StepResult
 
 CPU = StepCost(base=0.012, per_token=0.75e-3, per_kv=3e-6)
@@ -44,6 +44,14 @@ def test_no_cost_is_negative_for_any_observations(rows: list[tuple[int, int, flo
 def test_a_disturbed_repeat_changes_nothing(disturbed: list[tuple[int, int]], factor: float):
     late = [Observation(tokens, kv, factor * CPU.seconds(tokens, kv)) for tokens, kv in disturbed]
     assert fit(late + observed(CPU)) == fit(observed(CPU) + late) == fit(observed(CPU))
+
+
+def test_no_step_counts_as_slower_than_a_larger_one():
+    """The delay of every run of one step shows in the time of a larger step."""
+    delayed = [o._replace(seconds=o.seconds * 8) if o.tokens == 1 else o for o in observed(CPU)]
+    assert fit(observed(CPU) + delayed) == fit(observed(CPU))
+    first = fit(delayed).ideal
+    assert first < 8 * CPU.ideal / 2
 
 
 def test_constant_steps_have_no_limit():
@@ -113,9 +121,12 @@ class TimedRunner:
         self.plans.append(plan)
         return StepResult([0] * len(plan.rows))
 
-    def calibrate(self, budget: float = BUDGET, **limits: int) -> StepCost:
+    def measure(self, budget: float = BUDGET, **limits: int) -> list[StepTime]:
         usual = {"num_blocks": 1000, "block_size": 16, "max_num_seqs": 64, "max_batch_tokens": 256}
         return calibrate(self, **(usual | limits), budget=budget, clock=lambda: self.now)
+
+    def calibrate(self, budget: float = BUDGET, **limits: int) -> StepCost:
+        return fit_times(self.measure(budget, **limits))
 
 
 limits = st.fixed_dictionaries({
@@ -151,8 +162,8 @@ def test_calibration_finds_the_cost_within_its_budget(base: float):
     assert found.knee == pytest.approx(cost.knee, abs=1)
     assert found.ideal_tokens == pytest.approx(cost.ideal_tokens, rel=0.01)
     largest = cost.seconds(256, 256)
-    indispensable = cost.seconds(1, 8) + cost.seconds(16, 128) + cost.seconds(16, 4096)
-    assert runner.now <= max(BUDGET + largest, indispensable + 1e-9)
+    indispensable = cost.seconds(1, 8) + cost.seconds(16, 128) + cost.seconds(16, 8192)
+    assert runner.now <= max(BUDGET + largest, 2 * indispensable + 1e-9)  # the second round confirms the first
 
 
 class RooflineCost(StepCost):
@@ -187,6 +198,33 @@ class DisturbedRunner(TimedRunner):
         if self._rng.random() < 0.5:
             self.now += (self.now - began) * self._rng.uniform(0.0, 2.0)
         return result
+
+
+class BurstyRunner(TimedRunner):
+    """A runner on a machine where three steps of ten take up to ten times as long."""
+
+    def __init__(self, cost: StepCost, seed: int) -> None:
+        super().__init__(cost)
+        self._rng = random.Random(seed)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        began = self.now
+        result = super().execute(plan)
+        if self._rng.random() < 0.3:
+            self.now += (self.now - began) * self._rng.uniform(0.0, 9.0)
+        return result
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_equal_engines_on_a_bursty_machine_find_the_cost(seed: int):
+    first, second = (BurstyRunner(CPU, 2 * seed + i).measure() for i in (0, 1))
+    merged = SharedCost("cpu", [*first, *second])
+    merged.update(())
+    if merged.trusted:
+        assert merged.limits.knee == pytest.approx(CPU.knee, rel=0.15)
+        assert merged.limits.ideal_tokens == pytest.approx(CPU.ideal_tokens, rel=0.3)
+    else:
+        assert merged.limits == StepLimits()
 
 
 def test_a_disturbed_engine_measures_longer_and_still_finds_its_cost():

@@ -8,7 +8,6 @@ from typing import cast
 import pytest
 
 from daemon.control.policy.freeness import policy_of
-from daemon.engine.cost import StepLimits
 from daemon.engine.fake.hash import expected_stream
 from daemon.engine.startup import LoadedEngine
 from daemon.engine.worker import Worker
@@ -42,7 +41,7 @@ def make_worker(loopback: Loopback, incarnation: int = ENGINE_INCARNATION) -> Wo
     """Return the worker of engine 0."""
     fabric = Fabric(loopback.handles, loopback.engine_process, incarnation)
     kv = KvLink(NUM_BLOCKS, cast(PeerPools, NoPeers()), cast(Transport, NoPeers()))
-    engine = LoadedEngine(loopback.runner, loopback.scheduler, kv, StepLimits(0, 0))
+    engine = LoadedEngine(loopback.runner, loopback.scheduler, kv, [])
     return Worker(fabric, engine, policy_of("llumd"), overlap=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from time import thread_time
 from typing import Literal
 
 import torch
@@ -71,7 +71,10 @@ def _has_bf16() -> bool:
 
 
 def _layer_seconds(config: ModelConfig, arithmetic: Arithmetic, budget: float = 0.04) -> float:
-    """Return the shortest time of a layer's two widest products at 1 and 16 rows. `budget`: seconds of timing."""
+    """Return the shortest CPU time of a layer's two widest products at 1 and 16 rows, see `engine.calibrate`.
+
+    `budget`: seconds of timing.
+    """
     dtype = DTYPES[arithmetic]
     hidden, inner = min(config.hidden_size, 2048), min(config.intermediate_size, 3072)
     with torch.inference_mode():
@@ -80,15 +83,15 @@ def _layer_seconds(config: ModelConfig, arithmetic: Arithmetic, budget: float = 
         inputs = [(torch.ones(rows, hidden, dtype=dtype), torch.ones(rows, inner, dtype=dtype)) for rows in (1, 16)]
 
         def once() -> float:
-            start = perf_counter()
+            start = thread_time()
             for wide, narrow in inputs:
                 gate_up(wide)
                 down(narrow)
-            return perf_counter() - start
+            return thread_time() - start
 
-        end = perf_counter() + budget
+        end = thread_time() + budget
         once()
         best = once()
-        while perf_counter() < end:
+        while thread_time() < end:
             best = min(best, once())
     return best
