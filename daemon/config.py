@@ -346,9 +346,10 @@ class Config:
         "seconds",
     )
     hang_timeout: float = _option(
-        60.0,
+        30.0,
         "daemon",
-        "A process that misses its own deadline by this time is killed and started again.",
+        "A process that misses its own deadline by this time is killed and started again. An engine that misses it "
+        "gets no new requests at once, and soon its requests continue on other engines.",
         "seconds",
     )
     log_level: str = _option(

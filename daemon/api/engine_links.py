@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from daemon.ipc.messages import (
 )
 from daemon.ipc.process_table import ProcessFacts, ProcessState, engine_state
 
+HUNG_AFTER = 5.0  # seconds overdue
 _FULL_RETRY = 0.05  # seconds until a command that found its ring full is sent again
 
 
@@ -40,6 +42,7 @@ class EngineLink:
         self.commands = fabric.writer(self.process)
         self.outputs = fabric.reader(self.process)
         self.board = fabric.board_of(self.process)
+        self._progress = fabric.progress(self.process)
         self.incarnation = 0  # of the engine that is alive now; 0: none
         self.facts: EngineFacts | None = None  # of that incarnation
         self.backlog: deque[tuple[int, bytes]] = deque()  # (receiver, command): found the ring full
@@ -51,6 +54,10 @@ class EngineLink:
         self.incarnation = incarnation
         self.facts = None
         self.submitted = Demand(incarnation, 0, 0)
+
+    def overdue(self, now: float) -> float:
+        """Return the seconds since the sign of life that the engine has promised; negative if none is due."""
+        return self._progress.overdue(now) if self._progress.incarnation == self.incarnation else -1.0
 
     def refresh(self) -> EngineFacts | None:
         """Return the latest facts of the current incarnation; None if it has published none."""
@@ -144,6 +151,12 @@ class EngineLinks:
         """Return the facts of the engines that serve."""
         return [f for f in self.facts() if _serves(f)]
 
+    def hung(self, now: float) -> list[EngineLink]:
+        """Return the engines that are overdue by so much that their requests should continue elsewhere; none unless
+        another engine serves and is on time."""
+        punctual = [link for link in self.links if _serves(link.refresh()) and link.overdue(now) <= 0]
+        return [link for link in self.links if link.overdue(now) > HUNG_AFTER] if punctual else []
+
     def states(self) -> list[str]:
         """Return each engine's state, one of `process_table.ENGINE_STATES`."""
         found = []
@@ -167,14 +180,13 @@ class EngineLinks:
     def choose(self, avoid: int = -1, high: bool = False, prefix_keys: Sequence[int] = ()) -> int:
         """Return the index of the freest engine, or of one about as free that probably holds a prefix of the prompt.
 
-        `avoid`: an engine that is returned only if no other serves. `high`: the request is of high priority.
-        `prefix_keys`: of the prompt. Raises NoEngine.
+        `avoid`: an engine that is returned only if no other serves. An engine that is overdue is avoided, too.
+        `high`: the request is of high priority. `prefix_keys`: of the prompt. Raises NoEngine.
         """
+        now = time.monotonic()
         facts = self.facts()
-        if avoid >= 0:
-            others = [f if i != avoid else None for i, f in enumerate(facts)]
-            if any(map(_serves, others)):
-                facts = others
+        facts = _without(facts, {link.index for link in self.links if link.overdue(now) > 0})
+        facts = _without(facts, {avoid})
         frontends = [self._own_facts if peer is None else peer.refresh() for peer in self._peers]
         matched = self._affinity.matched(prefix_keys) if self._affinity is not None else None
         self._turn += 1
@@ -223,3 +235,9 @@ class EngineLinks:
 
 def _serves(facts: EngineFacts | None) -> TypeGuard[EngineFacts]:
     return facts is not None and facts.state == EngineState.SERVING
+
+
+def _without(facts: list[EngineFacts | None], avoided: set[int]) -> list[EngineFacts | None]:
+    """Return `facts` with None for the avoided engines, if another one serves."""
+    others = [f if i not in avoided else None for i, f in enumerate(facts)]
+    return others if any(map(_serves, others)) else facts

@@ -32,6 +32,7 @@ from daemon.models.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _HEARTBEAT = 1.0  # seconds between two heartbeats
+_LATE = 0.5  # seconds by which a heartbeat may be late without a reason to distrust this process's own clock
 _HEARTBEAT_DEADLINE = 30.0  # seconds after a heartbeat at which the next one is overdue
 
 
@@ -67,7 +68,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     _settle()
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.SERVING, fabric.incarnation, _HEARTBEAT_DEADLINE)
-    tasks = [asyncio.create_task(_send_heartbeats(progress)), asyncio.create_task(connections.sweep())]
+    tasks = [asyncio.create_task(_send_heartbeats(progress, tracker)), asyncio.create_task(connections.sweep())]
     await stop.wait()
     tracker.draining = True
     progress.enter(EngineState.DRAINING, fabric.incarnation, _HEARTBEAT_DEADLINE)
@@ -111,10 +112,14 @@ def _read_all(fabric: Fabric, tracker: RequestTracker) -> DaemonSnapshot:
     )
 
 
-async def _send_heartbeats(progress: Progress) -> None:
+async def _send_heartbeats(progress: Progress, tracker: RequestTracker) -> None:
+    loop = asyncio.get_running_loop()
     while True:
         progress.beat(_HEARTBEAT_DEADLINE)
+        due = loop.time() + _HEARTBEAT
         await asyncio.sleep(_HEARTBEAT)
+        if loop.time() < due + _LATE:  # otherwise this process was stopped itself: the engines may have been, too
+            tracker.check_engines()
 
 
 async def _drain(tracker: RequestTracker, timeout: float, cut: asyncio.Event) -> None:

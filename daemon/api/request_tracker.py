@@ -204,7 +204,7 @@ class RequestTracker:
                 log.exception("the output of request %d cannot be journaled", rid)
                 new = -1
             if new < 0:
-                self._disown(request)
+                self._end_broken(request)
                 continue
             if new < count:
                 self.metrics.inc("stale_tokens", count - new)
@@ -214,7 +214,7 @@ class RequestTracker:
             if finish:
                 self._close(request, EarlyEnd.ENGINE if finish == Finish.ERROR else None)
 
-    def _disown(self, request: RequestState) -> None:
+    def _end_broken(self, request: RequestState) -> None:
         """End a request whose output does not continue what is journaled; its engine must not go on with it."""
         for order in ownership.cancel(request.ownership):
             self._send(order)
@@ -370,6 +370,23 @@ class RequestTracker:
         for request in orphaned:
             if not self._may_be_the_cause(request):
                 self._resume(request, crashed=request.owner.incarnation <= row.last_crashed)
+
+    def check_engines(self) -> None:
+        """Take their requests from engines that hang, and dispatch them again. Call it about once a second.
+
+        It is safe even if the engine only was slow: what it still sends is of an older epoch and is dropped. The
+        request may be the cause, so this counts as a crash; after `max_resumes` of them it stays where it is.
+        """
+        for link in self.engines.hung(time.monotonic()):
+            owner = self.engines.current(link.index)
+            held = [r for r in self._requests.values() if r.owner == owner and r.rid not in self._stranded]
+            moved = [r for r in held if r.crashes < self._config.max_resumes]
+            if moved:
+                log.warning("engine %d hangs: %d of its requests continue on other engines", link.index, len(moved))
+            for request in moved:
+                request.crashes += 1
+                self.metrics.inc("resumes")
+                self._apply(request, ownership.disown(request.ownership), "its engine hangs")
 
     def _may_be_the_cause(self, request: RequestState) -> bool:
         """Return True if the request has been through too many crashes to be tried on another engine."""

@@ -33,8 +33,7 @@ def status_lines(status: Row, width: int = 0) -> list[str]:
         *([f"frontend {f['frontend']}", f] for f in status["frontends"]),
     ]
     rows = [
-        [name, p["state"], *_pid_and_age(p), p["restarts"], p.get("active", ""), _connections(p)]
-        for name, p in others
+        [name, _state(p), *_pid_and_age(p), p["restarts"], p.get("active", ""), _connections(p)] for name, p in others
     ]
     headings = ("PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS", "CONNECTIONS")
     processes = table(headings, rows, width, _SPARE_PROCESS)
@@ -96,7 +95,14 @@ def _engine_state(e: Row) -> str:
         arrived = state not in ("draining", "parking", "parked")
     else:
         arrived = state in (desired, "failed", "stopped") or (state, desired) in _ALSO_ARRIVED
+    state = _state(e)
     return state if arrived else f"{state}, to be {desired}"
+
+
+def _state(process: Row) -> str:
+    """Return the state of a process, and by how much its next sign of life is late."""
+    late = process.get("overdue_seconds", 0.0)
+    return f"{process['state']}, {_duration(late)} late" if late else str(process["state"])
 
 
 def _pid_and_age(process: Row) -> tuple[Any, str]:

@@ -184,11 +184,13 @@ class StatusReader:
     def _process(self, process: int) -> dict[str, Any]:
         row: ProcessFacts = self._table.rows[process]
         progress = self._fabric.progress(process)
+        now = time.monotonic()
         return {
             "state": engine_state(row.state, progress.state),
             "pid": row.pid if row.state == ProcessState.UP else None,
             "incarnation": row.incarnation,
-            "uptime_seconds": time.monotonic() - row.started_at if row.state == ProcessState.UP else 0.0,
+            "uptime_seconds": now - row.started_at if row.state == ProcessState.UP else 0.0,
+            "overdue_seconds": max(0.0, progress.overdue(now)) if row.state == ProcessState.UP else 0.0,
             "restarts": row.restarts,
             "last_exit": row.last_exit,
         }

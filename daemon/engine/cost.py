@@ -27,7 +27,7 @@ NEAR_IDEAL = 1.2
 its best" sets the headroom is from Llumnix (section 6.4); the factor is ours."""
 
 INDISPENSABLE = 3  # steps: the minimum that separates the three terms of the cost
-_CONFIRMS = 1.2  # times the fastest run that a second run may take to confirm it
+_CONFIRMS = 1.4  # times the fastest run that a second run may take to confirm it
 _NOTICEABLE = 0.05  # share of the ideal time below which a term, at its largest, is noise
 _SINGULAR = 1e-9
 _DIGITS = 9  # of a squared relative error: a difference beyond them is rounding

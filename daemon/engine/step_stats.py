@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _WEIGHT = 0.1  # of the newest step
-_MIN_DEADLINE = 10.0  # seconds that a step may always take
-_DEADLINE_FACTOR = 50  # times the average step
+_MIN_DEADLINE = 5.0  # seconds that a step may always take
+_DEADLINE_FACTOR = 10  # times the average step, or what this step should cost if that is more
 
 
 class StepStats:
@@ -30,7 +30,6 @@ class StepStats:
             self._interval_began, self._tokens = now, 0
             self.num_intervals += 1
 
-    @property
-    def step_deadline(self) -> float:
-        """Seconds after which a step is suspiciously late."""
-        return max(_MIN_DEADLINE, _DEADLINE_FACTOR * self.step_seconds)
+    def deadline(self, expected: float = 0.0) -> float:
+        """Return the seconds after which a step is late; `expected`: its cost as measured at the start."""
+        return max(_MIN_DEADLINE, _DEADLINE_FACTOR * max(self.step_seconds, expected))

@@ -10,7 +10,7 @@ import time
 
 from daemon.control.policy.freeness import Policy, policy_of
 from daemon.engine import startup
-from daemon.engine.cost import SharedCost
+from daemon.engine.cost import SharedCost, fit_times
 from daemon.engine.frontend_inbox import FrontendInbox
 from daemon.engine.frontend_outbox import FrontendOutbox
 from daemon.engine.journal_reader import JournalReader
@@ -76,6 +76,8 @@ class Worker:
         self._board = fabric.board()
         self._metrics = metrics_page.MetricsPage(fabric.metrics(fabric.process), metrics_page.ENGINE)
         self._step_stats = StepStats(time.monotonic())
+        self._own_cost = fit_times(engine.step_times)
+        self._step_deadline = self._step_stats.deadline()
         self._num_steps = 0
         self._checked = True  # `Scheduler.check` has run since the last step
         self._counted = dict.fromkeys(("preemptions", "prefix_cache_queries", "prefix_cache_hits"), 0)
@@ -171,12 +173,13 @@ class Worker:
 
     def _launch(self, plan: StepPlan) -> None:
         self._checked = False
-        self._progress.beat(self._step_stats.step_deadline)
+        self._step_deadline = self._step_stats.deadline(self._own_cost.seconds(plan.num_tokens, 0))
+        self._progress.beat(self._step_deadline)
         self._pipeline.launch(plan)
 
     def _apply_result(self, step: Step) -> None:
         """Apply the result of a step that has ended."""
-        self._progress.beat(self._step_stats.step_deadline)
+        self._progress.beat(self._step_deadline)  # of the step launched last, which may still run
         now = time.monotonic()
         emissions = self._scheduler.apply_result(step.plan, step.result, now)
         for emission in emissions:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from daemon.api.engine_links import HUNG_AFTER
 from daemon.api.generator import EngineLost, ShuttingDown
 from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
@@ -22,6 +23,7 @@ from daemon.ipc.messages import (
     EngineState,
     Finish,
     Refused,
+    Release,
     SamplingParams,
     Start,
     StepOutput,
@@ -333,6 +335,56 @@ async def test_refused_request_is_not_to_be_sent_again(harness: Harness) -> None
     with pytest.raises(EngineLost, match="could not be started") as lost:
         await request.next()
     assert not lost.value.retry
+
+
+def due(harness: Harness, i: int, incarnation: int, seconds: float) -> None:
+    """Let engine i promise its next sign of life for `seconds` from now (negative: it is overdue)."""
+    fabric = harness.engine(i, incarnation)
+    fabric.progress(fabric.process).enter(EngineState.SERVING, incarnation, seconds)
+
+
+@with_harness
+async def test_no_new_request_goes_to_an_overdue_engine(harness: Harness) -> None:
+    for i in (0, 1):
+        harness.start_engine(i, 1)
+        due(harness, i, 1, 60.0)
+    due(harness, 0, 1, -0.1)
+    assert [harness.submit().engine for _ in range(4)] == [1] * 4
+    due(harness, 1, 1, -0.1)  # every engine is late, as on a busy machine
+    assert {harness.submit().engine for _ in range(4)} <= {0, 1}
+
+
+@with_harness
+async def test_requests_of_a_hanging_engine_continue_on_another(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7]))
+    due(harness, 1, 1, 60.0)
+    due(harness, 0, 1, 1 - HUNG_AFTER)
+    harness.tracker.check_engines()
+    assert request.engine == 0  # late, but not yet for long
+    due(harness, 0, 1, -1 - HUNG_AFTER)
+    harness.tracker.check_engines()
+    assert harness.received_starts(1, 1) == [(request.rid, 2)]
+    assert Release(request.rid, 1) in harness.received(0, 1)
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=1, tokens=[9]))  # it was only slow
+    assert harness.journal.output(request.slot) == [7]
+    due(harness, 0, 1, 60.0)
+    due(harness, 1, 1, -1 - HUNG_AFTER)
+    harness.tracker.check_engines()
+    assert request.engine == 1  # `max_resumes` is 1: the request may be the cause
+
+
+@with_harness
+async def test_requests_stay_if_every_engine_is_late(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.start_engine(1, 1)
+    due(harness, 0, 1, -1 - HUNG_AFTER)
+    due(harness, 1, 1, -0.1)
+    harness.tracker.check_engines()
+    assert (request.engine, request.epoch) == (0, 1)
 
 
 @with_harness

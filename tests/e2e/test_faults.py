@@ -203,6 +203,23 @@ def test_stopped_engine_is_killed_and_restarted(start: Start) -> None:
     assert all_exact(daemon)
 
 
+def test_requests_of_a_stopped_engine_continue_long_before_it_is_killed(daemon: Daemon) -> None:
+    """At the defaults. The engine goes on later, and what it still sends is dropped."""
+    sent = bodies(8, LONG)
+    with Clients(daemon, sent) as clients:
+        clients.await_tokens(2)
+        before = daemon.kill("engine", 1, signal.SIGSTOP)
+        try:
+            outcomes = clients.join()
+            assert daemon.child("engine", 1)["overdue_seconds"] > 0
+            assert all_exact(daemon)
+        finally:
+            os.kill(before["pid"], signal.SIGCONT)
+    assert all(map(hash_engine.exact, sent, outcomes))
+    daemon.await_idle()
+    assert daemon.child("engine", 1)["incarnation"] == before["incarnation"]
+
+
 def test_all_processes_die_with_the_supervisor(home: Path, start: Start) -> None:
     first = Daemon(home).await_ready()
     try:

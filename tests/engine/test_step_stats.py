@@ -40,9 +40,17 @@ def test_tokens_per_second_are_those_of_the_last_full_second():
 
 def test_the_deadline_has_a_minimum_and_follows_slow_steps():
     stats = StepStats(0.0)
-    assert stats.step_deadline == 10
+    assert stats.deadline() == 5
     stats.step(0.01, 1, 0.0)
-    assert stats.step_deadline == 10
+    assert stats.deadline() == 5
     slow_stats = StepStats(0.0)
     slow_stats.step(2.0, 1, 2.0)
-    assert slow_stats.step_deadline == 100
+    assert slow_stats.deadline() == 20
+
+
+def test_a_step_that_should_take_long_may_take_longer():
+    """A long prefill after many short decodes, or the first step of an engine."""
+    stats = StepStats(0.0)
+    assert stats.deadline(expected=3.0) == 30
+    stats.step(0.01, 1, 0.0)
+    assert stats.deadline(expected=3.0) == 30
