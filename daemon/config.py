@@ -86,6 +86,12 @@ class Config:
     max_model_len: int = _option(
         0, "model", "Maximum length of prompt plus output. 0: the limit of the model.", "tokens", at_least=0
     )
+    sanitize_control_tokens: bool = _option(
+        True,
+        "model",
+        "Encode control tokens (`<|im_start|>`) that stand in chat messages as text, so that a message cannot end "
+        "its turn and write another. `false`: they become the tokens.",
+    )
     # -- engines
     engine: str = _option(
         "model",

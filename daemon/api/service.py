@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from daemon.api.body_memory import BodyMemory, HeldBody, trim_memory
+from daemon.api.chat_messages import for_template, track_messages
 from daemon.api.errors import bad_request, model_not_found
 from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
@@ -21,6 +22,7 @@ from daemon.config import Config
 from daemon.models.chat_template import ChatError, ChatTemplate
 from daemon.models.model_config import ModelConfig
 from daemon.models.tokenizer import Tokenizer
+from daemon.models.tracked_text import track
 
 T = TypeVar("T")
 
@@ -113,7 +115,10 @@ class Service:
     def render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         """Return the prompt of a conversation. Raises ApiError (400) if the template refuses it."""
         try:
-            return self.chat_template.render([_as_dict(m) for m in messages], add_generation_prompt, **variables)
+            given = for_template(messages, self.chat_template.forms)
+            if self.config.sanitize_control_tokens:
+                given, variables = track_messages(given), {name: track(v) for name, v in variables.items()}
+            return self.chat_template.render(given, add_generation_prompt, **variables)
         except ChatError as e:
             raise bad_request(str(e), "messages") from None
 
@@ -122,16 +127,3 @@ class Service:
         if self.tokenizer.special_ids.isdisjoint(tokens):
             return self.tokenizer.decode(tokens)
         return b"".join(map(self.tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part.text or "" for part in content)
-    # Most templates do not know `developer`, the newer name of `system`.
-    role = "system" if message.role == "developer" else message.role
-    given: dict[str, Any] = {"name": message.name, "tool_calls": message.tool_calls}
-    given["tool_call_id"] = message.tool_call_id
-    # Templates know one name or the other.
-    given["reasoning"] = given["reasoning_content"] = message.reasoning or message.reasoning_content
-    return {"role": role, "content": content or ""} | {k: v for k, v in given.items() if v is not None}

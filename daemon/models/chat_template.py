@@ -6,35 +6,29 @@ of its output, the steps of its loops over ranges and the size of its products a
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
 
 from daemon.models.files import ModelError, read_json
+from daemon.models.message_forms import MessageForms
 from daemon.models.special_tokens import NAMES, special_tokens
+from daemon.models.template_sandbox import MAX_STEPS, new_environment
+from daemon.models.template_sandbox import ChatError as ChatError  # noqa: PLC0414  part of this module's interface
+from daemon.models.tracked_text import concat
 
 MAX_OUTPUT = 16 << 20  # characters; twice the default of max_body
-MAX_STEPS = 100_000  # in all `range` calls of one rendering
 _OWN_VARIABLES = frozenset((*NAMES, "messages", "add_generation_prompt", "tools", "documents", "self"))
-
-
-class ChatError(ValueError):
-    """The messages cannot be rendered. The text of the error is for the client."""
 
 
 class ChatTemplate:
     """The chat template of a model directory, from chat_template.jinja or otherwise from tokenizer_config.json.
 
-    `available` is False if the model has no template. `variables` are the names that the template reads and that a
-    request may set. Raises ModelError if the template does not compile.
+    `available` is False if the model has no template. `forms` are the forms of messages that it takes. `variables`
+    are the names that it reads and that a request may set. Raises ModelError if the template does not compile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,19 +36,21 @@ class ChatTemplate:
         source = _source(path, config)
         self.available = source is not None
         self._special = special_tokens(path)
-        environment = _environment()
+        environment = new_environment()
         try:
             self._template = environment.from_string(source or "")
             read = meta.find_undeclared_variables(environment.parse(source or ""))
         except jinja2.TemplateSyntaxError as e:
             raise ModelError(f"{path}: the chat template does not compile, line {e.lineno}: {e.message}") from None
         self.variables = read - environment.globals.keys() - _OWN_VARIABLES
+        self.forms = MessageForms(self.render)
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return the prompt. `variables` (for example `tools`) are passed to the template.
 
         They cannot replace the built-in variables: `messages`, `add_generation_prompt`, `range` and special tokens.
-        The prompt contains its special tokens: encode it with add_special=False. Raises ChatError.
+        The prompt contains its special tokens: encode it with add_special=False. If strings in `messages` are
+        tracked, the prompt is a TrackedText too. Raises ChatError.
         """
         if not self.available:
             raise ChatError("this model has no chat template; use /v1/completions")
@@ -84,7 +80,7 @@ def _source(path: Path, config: dict[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _collect(chunks: Any) -> str:
+def _collect(chunks: Iterable[str]) -> str:
     out: list[str] = []
     size = 0
     for chunk in chunks:
@@ -94,7 +90,7 @@ def _collect(chunks: Any) -> str:
                 f"the chat template makes more text from these messages than the limit of {MAX_OUTPUT} characters"
             )
         out.append(chunk)
-    return "".join(out)
+    return concat(out)
 
 
 def _bounded_range() -> Callable[..., range]:
@@ -110,58 +106,3 @@ def _bounded_range() -> Callable[..., range]:
         return steps
 
     return bounded
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja environment as in Transformers, with a limit on products.
-
-    The sandbox of Jinja prevents access to Python objects, but not `'a' * 10**12`.
-    """
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        numbers = all(isinstance(v, int | float) for v in (left, right))
-        if operator == "**" and not (numbers and abs(left) <= MAX_STEPS and abs(right) <= 64):
-            raise ChatError("the chat template computes a value that is too large")
-        if operator == "*" and not numbers and _extent(left) * _extent(right) > MAX_STEPS:
-            raise ChatError("the chat template computes a value that is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _extent(value: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else int(value)
-
-
-class _Generation(Extension):
-    """The tag `{% generation %}`, which marks assistant text for training. Here it has no effect."""
-
-    tags = {"generation"}  # noqa: RUF012  declared like this in jinja
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _environment() -> jinja2.Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    del environment.globals["lipsum"]  # it makes text of any length
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # The `tojson` of Jinja escapes HTML. Models are trained on plain JSON.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

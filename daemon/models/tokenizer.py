@@ -9,15 +9,17 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from daemon.models.encoding import TrackedEncoder, encode_text
 from daemon.models.files import ModelError, read_json
 from daemon.models.model_config import check_tokenizer
 from daemon.models.special_tokens import end_token_ids
+from daemon.models.tracked_text import TrackedText
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -52,6 +54,8 @@ class Tokenizer:
             raise ModelError(
                 f"{file} has token ids up to {self.vocab_size - 1}, but the model has only {model_vocab} embeddings"
             )
+        control = self.special_ids.union(self.eos_ids)
+        self._tracked = TrackedEncoder(self._tokenizer, control, _unknown_id(state["model"], vocab))
         to_bytes, self._strip_space = _decoder_rules(state.get("decoder"), file)
         self.max_token_chars = _max_token_chars(state, vocab)
         self._bytes = [b""] * self.vocab_size
@@ -68,21 +72,16 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool) -> list[int]:
         """Return the token ids of `text`. With `add_special` the tokenizer adds its own tokens, such as BOS.
 
-        A special token that is written in `text` becomes this token. Unpaired surrogates become U+FFFD.
+        A special token that is written in `text` becomes this token, unless `text` is a TrackedText and a client has
+        written it. Unpaired surrogates become U+FFFD.
         """
-        return self._encode(text, add_special).ids
+        if isinstance(text, TrackedText):
+            return self._tracked.encode(text, add_special)
+        return encode_text(self._tokenizer, text, add_special).ids
 
     def count(self, text: str) -> int:
         """Return the number of tokens of `text` without those that the tokenizer adds itself."""
-        return len(self._encode(text, False))
-
-    def _encode(self, text: str, add_special: bool) -> tokenizers.Encoding:
-        # `encode` holds the interpreter's lock until it returns, so all threads stand still; `encode_batch` does not.
-        try:
-            return self._tokenizer.encode_batch([text], add_special_tokens=add_special)[0]
-        except (UnicodeEncodeError, TypeError):
-            clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._tokenizer.encode_batch([clean], add_special_tokens=add_special)[0]
+        return len(encode_text(self._tokenizer, text, False))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens, as a new `detokenizer` does.
@@ -183,6 +182,12 @@ def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable
         f"{file}: decoder {' + '.join(kinds) or 'none'} is not supported; "
         "supported are byte-level and sentencepiece with byte fallback"
     )
+
+
+def _unknown_id(model: dict[str, Any], vocab: Mapping[str, int]) -> int | None:
+    """Return the id of the unknown token of `model`, a part of tokenizer.json; None if it has none."""
+    named = vocab.get(model.get("unk_token") or "")
+    return model.get("unk_id") if named is None else named
 
 
 def _max_token_chars(state: dict[str, Any], vocab: Iterable[str]) -> int:

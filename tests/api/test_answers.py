@@ -306,7 +306,7 @@ def test_chat_template_renders_the_messages(api):
         ]
         assert (await client.post(CHAT, json={"messages": messages, "unknown": {"deep": []}})).status == 200
         prompt = api.generator.submissions[0].prompt
-        turns = [("system", "be brief"), ("user", "ab"), ("assistant", ""), ("tool", "42")]
+        turns = [("system", "be brief"), ("user", "a\nb"), ("assistant", ""), ("tool", "42")]
         expected = "".join(f"<|im_start|>{r}\n{t}<|im_end|>\n" for r, t in turns) + "<|im_start|>assistant\n"
         assert prompt == api.model.tokenizer.encode(expected, False)
 

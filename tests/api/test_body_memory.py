@@ -13,6 +13,7 @@ from daemon.api import body_memory, request_body
 from daemon.api.errors import ApiError
 from daemon.api.prompt_length import check_text_length
 from daemon.api.request_body import check_structure
+from daemon.models import encoding
 from tests.api.harness import CHAT, HELLO, TEXT, make_api, until, with_client
 
 LONG = {"prompt": "the quick brown fox " * 20_000}
@@ -135,12 +136,12 @@ def test_body_with_too_many_values_is_refused_before_it_is_decoded(model, body):
 def test_text_too_long_for_the_context_is_refused_before_it_is_tokenised(model, monkeypatch):
     tokenizer, api = model.tokenizer, make_api(model)
     encoded: list[int] = []
-    encode = type(tokenizer)._encode
-    monkeypatch.setattr(
-        type(tokenizer),
-        "_encode",
-        lambda self, text, special: encoded.append(len(text)) or encode(self, text, special),
-    )
+    encode = encoding.encode_text
+    for module in ("encoding", "tokenizer"):
+        monkeypatch.setattr(
+            f"daemon.models.{module}.encode_text",
+            lambda t, text, *a: encoded.append(len(text)) or encode(t, text, *a),
+        )
     too_long = "a" * (tokenizer.max_token_chars * 256 + 1)
 
     async def body(client):

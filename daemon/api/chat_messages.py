@@ -1,0 +1,55 @@
+"""From the messages of a request to what a chat template gets."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from daemon.api.errors import bad_request
+from daemon.api.schemas import Message
+from daemon.models.message_forms import MessageForms
+from daemon.models.tracked_text import track
+
+
+def for_template(messages: list[Message], forms: MessageForms) -> list[dict[str, Any]]:
+    """Return the messages as dicts, in the forms that the template takes.
+
+    Raises ApiError (400) for arguments of a tool call that are no JSON object.
+    """
+    return [forms.adapt(_as_dict(message, i)) for i, message in enumerate(messages)]
+
+
+def track_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with their strings as TrackedText. Not their roles: `validation` has checked these."""
+    return [{k: v if k == "role" else track(v) for k, v in message.items()} for message in messages]
+
+
+def _as_dict(message: Message, i: int) -> dict[str, Any]:
+    content: Any = message.content
+    if isinstance(content, list):
+        content = [{"type": "text", "text": part.text or ""} for part in content]
+    # Most templates do not know `developer`, the newer name of `system`.
+    role = "system" if message.role == "developer" else message.role
+    calls = message.tool_calls and [
+        _with_object(call, f"messages.[{i}].tool_calls.[{j}].function.arguments")
+        for j, call in enumerate(message.tool_calls)
+    ]
+    given: dict[str, Any] = {"name": message.name, "tool_calls": calls, "tool_call_id": message.tool_call_id}
+    # Templates know one name or the other.
+    given["reasoning"] = given["reasoning_content"] = message.reasoning or message.reasoning_content
+    return {"role": role, "content": content} | {k: v for k, v in given.items() if v is not None}
+
+
+def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a tool call with the JSON text of its arguments as the object that it stands for."""
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    try:
+        value = json.loads(arguments) if arguments and isinstance(arguments, str) else arguments or {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise bad_request("The `arguments` of a tool call must be a JSON object, or the text of one.", where)
+    return call | {"function": function | {"arguments": value}}
