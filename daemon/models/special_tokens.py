@@ -56,6 +56,23 @@ def special_tokens(path: Path) -> dict[str, str]:
     return named
 
 
+def marked_special(path: Path) -> set[str]:
+    """Return the texts that tokenizer_config.json and special_tokens_map.json mark as special.
+
+    Transformers makes these tokens special, whatever tokenizer.json says.
+    """
+    files = [read_json(path / name) or {} for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    marked: list[Any] = list(special_tokens(path).values())
+    for file in files:
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            value = file.get(name)
+            marked += value if isinstance(value, list) else value.values() if isinstance(value, dict) else []
+        decoder = file.get("added_tokens_decoder")
+        tokens = decoder.values() if isinstance(decoder, dict) else []
+        marked += [token for token in tokens if isinstance(token, dict) and token.get("special") is True]
+    return {text for token in marked if (text := _text(token)) is not None}
+
+
 def end_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Return the ids that end an answer: what config.json (`config`) and generation_config.json name as
     `eos_token_id`, the tokenizer's `eos_token`, and added tokens with a known name of an end of turn. If there are

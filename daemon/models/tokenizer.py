@@ -18,7 +18,7 @@ import tokenizers
 from daemon.models.encoding import TrackedEncoder, encode_text
 from daemon.models.files import ModelError, read_json
 from daemon.models.model_config import check_tokenizer
-from daemon.models.special_tokens import end_token_ids
+from daemon.models.special_tokens import end_token_ids, marked_special
 from daemon.models.tracked_text import TrackedText
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -54,7 +54,8 @@ class Tokenizer:
             raise ModelError(
                 f"{file} has token ids up to {self.vocab_size - 1}, but the model has only {model_vocab} embeddings"
             )
-        control = self.special_ids.union(self.eos_ids)
+        marked = marked_special(path)
+        control = self.special_ids.union(self.eos_ids, (i for i, t in added.items() if t["content"] in marked))
         self._tracked = TrackedEncoder(self._tokenizer, control, _unknown_id(state["model"], vocab))
         to_bytes, self._strip_space = _decoder_rules(state.get("decoder"), file)
         self.max_token_chars = _max_token_chars(state, vocab)

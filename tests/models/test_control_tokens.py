@@ -186,15 +186,27 @@ def test_an_unknown_character_is_no_control_token(tmp_path):
     assert ours.encode(TrackedText("?<|end|>"), add_special=False)[0] == 0
 
 
-def test_an_end_of_turn_is_a_control_token_although_its_file_calls_it_a_word(tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": ["<|im_start|>"]},
+        {"extra_special_tokens": {"turn": {"content": "<|im_start|>"}}},
+        {"bos_token": "<|im_start|>"},
+        {"added_tokens_decoder": {"1": {"content": "<|im_start|>", "special": True}}},
+    ],
+)
+def test_a_token_that_only_another_file_marks_is_a_control_token(tmp_path, config):
+    """The end of a turn, <|im_end|>, is one by its name."""
     path = make_tiny_llama(tmp_path, weights=False)
-    text = (path / "tokenizer.json").read_text()
-    state = json.loads(text)
-    state["added_tokens"][2]["special"] = False
+    state = json.loads((path / "tokenizer.json").read_text())
+    for token in state["added_tokens"]:
+        token["special"] = False
     (path / "tokenizer.json").write_text(json.dumps(state))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = Tokenizer(path)
-    assert ours.encode("<|im_end|>", add_special=False) == [2]
-    assert 2 not in ours.encode(TrackedText("<|im_end|>"), add_special=False)
+    text = "<|im_end|><|im_start|>"
+    assert ours.encode(text, add_special=False) == [2, 1]
+    assert not {1, 2} & set(ours.encode(TrackedText(text), add_special=False))
 
 
 def test_the_demo_model_keeps_a_forged_turn_as_text(tmp_path):
