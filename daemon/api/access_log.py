@@ -6,9 +6,10 @@ import logging
 
 from aiohttp import web
 
+from daemon.api.request_id import ANSWER_ID
+
 log = logging.getLogger("daemon.api.access")
 
-ANSWER_ID: web.RequestKey[str] = web.RequestKey("answer_id", str)
 USAGE: web.RequestKey[tuple[int, int]] = web.RequestKey("usage", tuple)  # prompt tokens, output tokens
 _MAX_PATH = 200  # characters
 

@@ -7,9 +7,7 @@ a request that does not stream.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ from daemon.api.loop_clock import LoopClock
 from daemon.api.metrics import FrontendMetrics
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
+from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
 from daemon.api.service import Service
 from daemon.config import Config
@@ -34,8 +33,6 @@ from daemon.models.tokenizer import Tokenizer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
-_REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 _COMPLETION_ROUTES = ("chat", "completions")
 
 
@@ -75,7 +72,7 @@ def build_app(
             middleware.add(resource.add_route(method, route.handler), route)
 
     async def finish_headers(http: web.Request, response: web.StreamResponse) -> None:
-        response.headers["x-request-id"] = _request_id(http)
+        response.headers["x-request-id"] = request_id(http)
         response.headers["Server"] = "llumd"
         response.headers.update(origins.response_headers(http.headers.get("Origin")))
 
@@ -157,7 +154,7 @@ class _Middleware:
                 response = await self._check_and_run(request, handler)
         except asyncio.CancelledError:
             self._page.inc("http_requests", 1, name, "disconnect")
-            self._access_log.write(request, None, time.monotonic() - start, _request_id(request))
+            self._access_log.write(request, None, time.monotonic() - start, request_id(request))
             raise
         except Exception as e:
             error = to_api_error(e)
@@ -165,7 +162,7 @@ class _Middleware:
                 count_rejection(self._page, error)
             response = error.response()
         self._page.inc("http_requests", 1, name, f"{response.status // 100}xx")
-        self._access_log.write(request, response.status, time.monotonic() - start, _request_id(request))
+        self._access_log.write(request, response.status, time.monotonic() - start, request_id(request))
         return response
 
     async def _check_and_run(self, http: web.Request, handler: Handler) -> web.StreamResponse:
@@ -183,12 +180,3 @@ class _Middleware:
 
 def _status(word: str) -> web.Response:
     return web.Response(body=msgspec.json.encode({"status": word}), content_type="application/json")
-
-
-def _request_id(http: web.Request) -> str:
-    """Return the id that the client has given the request, or a new one; the same at each call."""
-    known = http.get(_REQUEST_ID)
-    if known is None:
-        given = http.headers.get("x-request-id", "")
-        known = http[_REQUEST_ID] = given if _VALID_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    return known

@@ -99,10 +99,11 @@ class Generator(Protocol):
         priority: int = 0,
         cache_salt: bytes = b"",
         client: str = "",
+        x_request_id: str = "",
     ) -> TokenStream:
         """Write the request to the journal and start it on the freest engine. `client` as in `admit`.
 
-        Raises Overloaded, NoEngine or TooLong.
+        `label`: its public id. `x_request_id`: that its client has sent. Raises Overloaded, NoEngine or TooLong.
         """
         ...
 

@@ -22,7 +22,7 @@ from daemon.control.policy import ownership
 from daemon.control.policy.ownership import Decision, Order, Ownership
 from daemon.enums import DispatchKind, EarlyEnd
 from daemon.ipc.event_ring import EventWriter
-from daemon.ipc.events import Dispatched, EndedEarly, TakenOver
+from daemon.ipc.events import Dispatched, Finished, TakenOver, clipped
 from daemon.ipc.fabric import COORDINATOR, Fabric
 from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall
 from daemon.ipc.messages import (
@@ -47,7 +47,6 @@ from daemon.ipc.process_table import ProcessState
 
 log = logging.getLogger(__name__)
 
-_MAX_DETAIL = 100  # bytes of an event's detail: more may not fit the event ring
 _REDISPATCH_PERIOD = 0.1  # seconds between two attempts to dispatch stranded requests
 _MAX_FAILURES = 1  # engines that may end by an exception of their own while they run a request
 
@@ -104,6 +103,7 @@ class RequestTracker:
         priority: int = 0,
         cache_salt: bytes = b"",
         client: str = "",
+        x_request_id: str = "",
     ) -> RequestState:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
         if self.draining:
@@ -113,13 +113,13 @@ class RequestTracker:
         engine = self.engines.choose(high=priority < 0, prefix_keys=prefix_keys)
         self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
-        record = RequestParams(params, time.monotonic(), priority, cache_salt, label)
+        record = RequestParams(params, time.monotonic(), priority, cache_salt, label, x_request_id)
         slot = self._open(rid, record, prompt, holder := Holder(client, priority < 0))
         self._next_rid += 1
         owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=priority)
         request = self._requests[rid] = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel)
         self._start(request, len(prompt))
-        self._record_dispatch(request, len(prompt), label)
+        self._record_dispatch(request, len(prompt), record)
         return request
 
     def _start(self, request: RequestState, prompt_len: int) -> None:
@@ -127,12 +127,16 @@ class RequestTracker:
         self.engines.start(request.owner, Start(request.rid, request.epoch, request.slot, prompt_len))
         self._publish()
 
-    def _record_dispatch(self, request: RequestState, prompt_len: int, label: str, again: str = "") -> None:
+    def _record_dispatch(
+        self, request: RequestState, prompt_len: int, record: RequestParams, again: str = ""
+    ) -> None:
         """Record the dispatch in prefix affinity, metrics and events: after the Start, which need not wait for it."""
         self.engines.record_prefixes(request.prefix_keys, request.engine)
         self.metrics.inc("dispatches", 1.0, DispatchKind.AGAIN if again else DispatchKind.FIRST)
-        name = label or f"{request.rid:x}"
-        self._events.write(Dispatched(request.rid, name, request.engine, prompt_len, request.priority, again))
+        name, client_name = record.label or f"{request.rid:x}", clipped(record.x_request_id)
+        self._events.write(
+            Dispatched(request.rid, name, request.engine, prompt_len, request.priority, again, client_name)
+        )
 
     # -- input ------------------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class RequestTracker:
         """
         for order in ownership.cancel(request.ownership):
             self._send(order)
-        self._close(request, why)
+        self._close(request, why or _result(Finish.STOP))
         request.end(Finish.CANCELLED)
 
     def give_up(self) -> None:
@@ -212,7 +216,7 @@ class RequestTracker:
                 self.metrics.observe("migration_pause_seconds", now - request.paused_since)
                 request.paused_since = 0.0
             if finish:
-                self._close(request, EarlyEnd.ENGINE if finish == Finish.ERROR else None)
+                self._close(request, _result(Finish(finish)))
 
     def _end_broken(self, request: RequestState) -> None:
         """End a request whose output does not continue what is journaled; its engine must not go on with it."""
@@ -299,7 +303,7 @@ class RequestTracker:
         self._assign(request, ownership.started(request.ownership, self.engines.current(engine)))
         prompt_len = self._journal.prompt_len(request.slot)
         self._start(request, prompt_len)
-        self._record_dispatch(request, prompt_len, self._journal.params(request.slot).label, why)
+        self._record_dispatch(request, prompt_len, self._journal.params(request.slot), why)
 
     def _assign(self, request: RequestState, new: Ownership) -> None:
         self._stranded.pop(request.rid, None)
@@ -408,16 +412,24 @@ class RequestTracker:
         self._close(request, EarlyEnd.ENGINE, reason)
         request.fail(EngineLost(reason, retry=retry))
 
-    def _close(self, request: RequestState, why: EarlyEnd | None, detail: str = "") -> None:
-        """Forget an ended request. `why`: None if its output is complete; otherwise record it with `detail`."""
+    def _close(self, request: RequestState, result: str, detail: str = "") -> None:
+        """Forget a request that has ended, and write its last event."""
         del self._requests[request.rid]
         self._stranded.pop(request.rid, None)
-        if why is not None:
-            name = self._journal.params(request.slot).label or f"{request.rid:x}"
-            short = detail.encode()[:_MAX_DETAIL].decode(errors="ignore")
-            self._events.write(EndedEarly(request.rid, name, request.engine, why, short, request.accepted))
         self._admission.close(request.holder, self._journal.reserved_bytes(request.slot))
+        record = self._journal.params(request.slot)
         self._journal.close(request.slot)
+        event = Finished(
+            rid=request.rid,
+            request=record.label or f"{request.rid:x}",
+            engine=request.engine,
+            result=result,
+            output_tokens=request.accepted,
+            seconds=time.monotonic() - record.arrival,
+            detail=clipped(detail),
+            x_request_id=clipped(record.x_request_id),
+        )
+        self._events.write(event)
 
     # -- limits -------------------------------------------------------------------------------------
 
@@ -445,3 +457,8 @@ class RequestTracker:
 
     def _publish(self) -> None:
         self.engines.publish(len(self._requests), taking=not self.draining)
+
+
+def _result(finish: Finish) -> str:
+    """Return how a request has ended, for its last event, if its engine or a stop string has ended it."""
+    return EarlyEnd.ENGINE if finish is Finish.ERROR else finish.name.lower()

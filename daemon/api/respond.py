@@ -15,13 +15,14 @@ from contextlib import asynccontextmanager
 import msgspec
 from aiohttp import web
 
-from daemon.api.access_log import ANSWER_ID, USAGE
+from daemon.api.access_log import USAGE
 from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
 from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
+from daemon.api.request_id import ANSWER_ID, sent_request_id
 from daemon.api.schemas import ChatRequest
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
@@ -59,6 +60,7 @@ class CheckedRequest:
         self._held = held
         self._tokenise = tokenise
         self.id = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(16)
+        self.x_request_id = ""  # that the client has sent
         self.arrival = time.monotonic()
 
     async def tokenise(self, service: Service) -> list[Prompt]:
@@ -79,7 +81,7 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
     stream.
     """
     service.page.observe("request_params_n", request.body.n or 1)
-    http[ANSWER_ID] = request.id
+    http[ANSWER_ID], request.x_request_id = request.id, sent_request_id(http)
     if not request.body.stream:
         async with _submitted(service, http, request) as (answer, streams):
             return await _write_whole(answer, streams)
@@ -159,6 +161,7 @@ async def _submit(
                     priority=request.priority,
                     cache_salt=request.cache_salt,
                     client=request.client,
+                    x_request_id=request.x_request_id,
                 )
             )
             places.submitted()

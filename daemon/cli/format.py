@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from daemon.ipc.events import clipped
 from daemon.units import format_value
 
 Row = dict[str, Any]
@@ -169,14 +170,30 @@ def _duration(seconds: float) -> str:
 # -- events ------------------------------------------------------------------------------------
 
 
-def concerns(row: Row, name: str) -> bool:
-    """Return True if the event is about the request `name`: its id, the id of its answer, or its number in hex.
+class RequestFilter:
+    """Selects the events of one request. `name`: its id, the id of its answer, its number in hex or its x-request-id.
 
-    The id of one choice is `<id of the answer>-<number>`. An order may name either of them.
+    The id of one choice is `<id of the answer>-<number>`; an order may name either. Only the first and the last event
+    of a request have its x-request-id, so the filter learns the ids from these.
     """
-    request = row.get("request", "")
-    number = f"{row['rid']:x}" if "rid" in row else ""
-    return bool(request) and (name in (request, number) or _is_choice(request, name) or _is_choice(name, request))
+
+    def __init__(self, name: str) -> None:
+        self._x_request_id = clipped(name)
+        self._names = {name}
+
+    def learn(self, row: Row) -> None:
+        """Take note of the request's id if this event has the x-request-id."""
+        if self._x_request_id and row.get("x_request_id") == self._x_request_id:
+            self._names.add(row["request"])
+
+    def concerns(self, row: Row) -> bool:
+        """Return True if the event is about the request."""
+        request = row.get("request", "")
+        number = f"{row['rid']:x}" if "rid" in row else ""
+        return bool(request) and any(
+            name in (request, number) or _is_choice(request, name) or _is_choice(name, request)
+            for name in self._names
+        )
 
 
 def _is_choice(request: str, answer: str) -> bool:
@@ -195,16 +212,26 @@ def event_line(row: Row) -> str:
 def _dispatched(row: Row) -> str:
     priority = f", priority {row['priority']}" if row["priority"] else ""
     again = f", again: {row['again']}" if row["again"] else ""
-    return f"{row['request']} to engine {row['engine']}, {row['prompt_tokens']} prompt tokens{priority}{again}"
+    prompt = _count(row["prompt_tokens"], "prompt token")
+    return f"{row['request']} to engine {row['engine']}, {prompt}{priority}{again}{_sent_as(row)}"
+
+
+def _finished(row: Row) -> str:
+    early = row["result"] not in ("stop", "length")
+    result = f"ended early by {row['result']}" if early else row["result"]
+    detail = f" ({row['detail']})" if row["detail"] else ""
+    end = f"{result}{detail}, {_count(row['output_tokens'], 'output token')}, {row['seconds']:.2f} s"
+    return f"{row['request']} on engine {row['engine']}: {end}{_sent_as(row)}"
+
+
+def _sent_as(row: Row) -> str:
+    """Return the x-request-id of the client, if it has sent one."""
+    name = row.get("x_request_id")
+    return f", x-request-id {name}" if name else ""
 
 
 def _taken_over(row: Row) -> str:
     return f"{row['request']} from engine {row['engine']} to engine {row['to']} after {row['output_tokens']} tokens"
-
-
-def _ended_early(row: Row) -> str:
-    detail = f" ({row['detail']})" if row["detail"] else ""
-    return f"{row['request']} on engine {row['engine']} after {row['output_tokens']} tokens: {row['reason']}{detail}"
 
 
 def _move_ended(row: Row) -> str:
@@ -245,8 +272,8 @@ def _unknown_kind(row: Row) -> str:
 
 _DESCRIPTIONS = {
     "dispatched": _dispatched,
+    "finished": _finished,
     "taken_over": _taken_over,
-    "ended_early": _ended_early,
     "move_ended": _move_ended,
     "handed_back": _handed_back,
     "preempted": _preempted,

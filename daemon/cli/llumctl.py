@@ -23,7 +23,7 @@ from daemon import __version__
 from daemon.cli import engine_orders
 from daemon.cli.admin_client import TIMEOUT, CtlError, call, read, stream
 from daemon.cli.engine_orders import VERBS
-from daemon.cli.format import concerns, event_line, option_lines, request_lines, status_lines
+from daemon.cli.format import RequestFilter, event_line, option_lines, request_lines, status_lines
 from daemon.config import run_dir
 from daemon.enums import MigrationMode
 from daemon.ipc.events import KINDS
@@ -138,7 +138,9 @@ def _parser() -> _Parser:
     _add_engine_commands(add)
     events = add("events", "show what the scheduler did: dispatches, migrations, orders", _events)
     events.add_argument("--follow", "-f", action="store_true", help="continue with new events until Ctrl-C")
-    events.add_argument("--request", type=_name, metavar="ID", help="show only events of this request")
+    events.add_argument(
+        "--request", type=_name, metavar="ID", help="show only events of this request; its id, or its x-request-id"
+    )
     events.add_argument("--kind", choices=KINDS, metavar="KIND", help=f"show only this kind: {', '.join(KINDS)}")
     rebalance = add("rebalance", "show what the scheduler would migrate now, and why", _rebalance)
     rebalance.add_argument("--dry-run", action="store_true", help="always on: the daemon itself starts migrations")
@@ -149,7 +151,9 @@ def _parser() -> _Parser:
 
 def _add_request_commands(add: Callable[[str, str, Run], _Parser]) -> None:
     def add_id(command: _Parser) -> None:
-        command.add_argument("id", type=_name, metavar="ID", help="request id from `llumctl requests`")
+        command.add_argument(
+            "id", type=_name, metavar="ID", help="request id from `llumctl requests`, or its x-request-id"
+        )
 
     add("requests", "show every unfinished request", _requests)
     add_id(add("cancel", "end a request", _cancel))
@@ -268,17 +272,33 @@ def _events(args: argparse.Namespace) -> None:
 
     The event rings outlive coordinators.
     """
-    path, since = _socket(args), 0.0
+    path = _socket(args)
+    wanted = RequestFilter(args.request) if args.request else None
+    if not args.follow:
+        rows = list(stream(path, "/v1/events"))
+        for row in rows:
+            if wanted is not None:
+                wanted.learn(row)
+        shown = [row for row in rows if _print_event(args, row, wanted)]
+        if wanted is not None and not shown and not _wants_json(args):
+            print(f"no event of {args.request} is kept; each process keeps its latest events only", file=sys.stderr)
+        return
+    since = 0.0
     while True:
-        follow = f"?follow=1&since={since!r}" if args.follow else ""
-        for row in stream(path, f"/v1/events{follow}", None if since else TIMEOUT):
+        for row in stream(path, f"/v1/events?follow=1&since={since!r}", None if since else TIMEOUT):
             since = max(since, row["time"])
-            wanted = not args.request or concerns(row, args.request)
-            if wanted and args.kind in (None, row["kind"]):
-                print(json.dumps(row) if _wants_json(args) else event_line(row), flush=True)
-        if not args.follow:
-            return
+            if wanted is not None:
+                wanted.learn(row)
+            _print_event(args, row, wanted)
         time.sleep(0.2)
+
+
+def _print_event(args: argparse.Namespace, row: dict[str, Any], wanted: RequestFilter | None) -> bool:
+    """Print the event if it is wanted. Return True if it is."""
+    if args.kind not in (None, row["kind"]) or (wanted is not None and not wanted.concerns(row)):
+        return False
+    print(json.dumps(row) if _wants_json(args) else event_line(row), flush=True)
+    return True
 
 
 def _rebalance(args: argparse.Namespace) -> None:

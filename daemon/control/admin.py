@@ -19,7 +19,7 @@ from daemon.control.request_orders import RequestOrders
 from daemon.control.status import StatusReader
 from daemon.enums import MigrationMode
 from daemon.ipc.event_ring import EventWriter
-from daemon.ipc.events import Ordered
+from daemon.ipc.events import Ordered, clipped
 from daemon.ipc.messages import EngineState
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ async def _reload(request: web.Request) -> web.Response:
     operator = _operator(request)
     log.info("the key file is to be read again, by %s", operator)
     outcome = await request.app[_KEY_ORDER].reload()
-    request.app[_EVENTS].write(Ordered("reload", "", -1, outcome.error, operator))
+    request.app[_EVENTS].write(Ordered("reload", "", -1, clipped(outcome.error, 120), operator))
     if outcome.error:
         raise Refusal(f"{outcome.error}; the {outcome.keys} former keys stay accepted")
     counts = ("keys", "tenants", "added", "removed", "changed")

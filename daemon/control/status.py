@@ -64,8 +64,15 @@ class StatusReader:
         return EventHistory(self._fabric)
 
     def find(self, name: str) -> list[dict[str, Any]]:
-        """Return the unfinished requests called `name`: all choices of a response, or one by its own id."""
-        return [r for r in self.requests() if name in (r["id"], r["id"].rsplit("-", 1)[0], f"{r['rid']:x}")]
+        """Return the unfinished requests called `name`: all choices of a response, or one by its own id.
+
+        All choices have the id of the response, and the `x-request-id` that the client has sent.
+        """
+
+        def names(row: dict[str, Any]) -> tuple[str, ...]:
+            return row["id"], row["id"].rsplit("-", 1)[0], f"{row['rid']:x}", row["x_request_id"]
+
+        return [row for row in self.requests() if name and name in names(row)]
 
     def status(self) -> dict[str, Any]:
         """Return the state of the daemon, its engines and its frontends."""
@@ -207,6 +214,7 @@ class StatusReader:
             return None  # the request ended during the read
         return {
             "id": params.label or f"{rid:x}",
+            "x_request_id": params.x_request_id,
             "rid": rid,
             "frontend": k,
             "engine": engine,

@@ -1,7 +1,8 @@
 """The events that operators can read: what frontends, engines and coordinator did. Pure.
 
-An event names a request twice: by its number and by its public id, which `llumctl requests` shows. `EventWriter` adds
-the time.
+An event names a request twice: by its number and by its public id, which is the `id` in the client's answer and the
+number of the choice. The first and the last event also have the `x-request-id` that the client has sent.
+`EventWriter` adds the time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Dispatched(msgspec.Struct, tag="dispatched", array_like=True, frozen=True)
     prompt_tokens: int
     priority: int
     again: str = ""
+    x_request_id: str = ""  # `clipped`; empty if the client has sent none
 
 
 class TakenOver(msgspec.Struct, tag="taken_over", array_like=True, frozen=True):
@@ -35,15 +37,17 @@ class TakenOver(msgspec.Struct, tag="taken_over", array_like=True, frozen=True):
     output_tokens: int
 
 
-class EndedEarly(msgspec.Struct, tag="ended_early", array_like=True, frozen=True):
-    """A request has ended before its output was complete. Requests that finish write no event."""
+class Finished(msgspec.Struct, tag="finished", array_like=True, frozen=True):
+    """A request has ended, with or without an error."""
 
     rid: int
     request: str
     engine: int  # its last owner
-    reason: str  # `enums.EarlyEnd`
-    detail: str
+    result: str  # "stop" or "length" if its output is complete, otherwise `enums.EarlyEnd`
     output_tokens: int
+    seconds: float  # since its arrival
+    detail: str = ""  # the error; `clipped`
+    x_request_id: str = ""
 
 
 # -- engine ------------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ class Ordered(msgspec.Struct, tag="ordered", array_like=True, frozen=True):
     by: str
 
 
-Event = Dispatched | TakenOver | EndedEarly | MoveEnded | HandedBack | Preempted | EngineChanged | Ordered
+Event = Dispatched | TakenOver | Finished | MoveEnded | HandedBack | Preempted | EngineChanged | Ordered
 
 MISSED = "missed"  # stands for events that were overwritten before they were read
 KINDS = (*(kind.__struct_config__.tag for kind in get_args(Event)), MISSED)
@@ -118,3 +122,8 @@ def kind_of(event: Event) -> str:
 def fields_of(event: Event) -> dict[str, Any]:
     """Return the fields by name, ready for JSON."""
     return msgspec.structs.asdict(event)
+
+
+def clipped(text: str, nbytes: int = 64) -> str:
+    """Return `text` with at most `nbytes` bytes of UTF-8: an event of a ring has little room."""
+    return text.encode()[:nbytes].decode(errors="ignore")

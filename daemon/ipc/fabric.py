@@ -26,7 +26,7 @@ OUTPUT_RING = 1 << 20  # engine -> frontend: a step's tokens and logprobs
 ORDER_RING = 64 << 10  # coordinator -> frontend and engine
 PEER_RING = 256 << 10  # engine -> engine: a reservation names a block for each 16 tokens
 METRICS_BYTES = 16 << 10  # metrics page of one process
-EVENT_BYTES = 64 << 10  # event ring of one process
+EVENT_BYTES = 128 << 10  # event ring of one process
 
 
 class Topology(NamedTuple):

@@ -68,6 +68,7 @@ class RequestParams(Struct, array_like=True, frozen=True):
     priority: int = 0  # scheduling class; lower is more urgent, as in vLLM
     cache_salt: bytes = b""  # requests share prefix blocks only with the same salt
     label: str = ""  # public id, for operators
+    x_request_id: str = ""  # that its client has sent, for operators
 
 
 class TokenLogprobs(Struct, array_like=True, frozen=True):

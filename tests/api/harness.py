@@ -48,6 +48,7 @@ class Submission:
     priority: int
     cache_salt: bytes
     client: str
+    x_request_id: str
 
 
 class ScriptedStream:
@@ -149,12 +150,13 @@ class ScriptedGenerator:
         priority: int = 0,
         cache_salt: bytes = b"",
         client: str = "",
+        x_request_id: str = "",
     ) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise TooLong("too long")
-        self.submissions.append(Submission(list(prompt), params, label, priority, cache_salt, client))
+        self.submissions.append(Submission(list(prompt), params, label, priority, cache_salt, client, x_request_id))
         stream = ScriptedStream(self, len(self.streams), self.reply(prompt, params), params)
         self.streams.append(stream)
         self.running += 1

@@ -238,6 +238,23 @@ def test_valid_request_id_is_returned(api):
             returned = response.headers["x-request-id"]
             assert (returned == request_id) is valid and returned
             await response.read()
+            # Operators find the request by either id.
+            submitted = api.generator.submissions[-1]
+            assert submitted.x_request_id == (request_id if valid else "")
+            assert submitted.label == f"{returned}-0" or valid
+
+    with_client(api, body)
+
+
+def test_without_a_request_id_the_header_has_the_id_of_the_answer(api):
+    async def body(client):
+        response = await client.post(CHAT, json=HELLO)
+        assert response.headers["x-request-id"] == (await response.json())["id"]
+        api.generator.ready = False
+        response = await client.post(CHAT, json=HELLO)
+        assert response.status == 503 and response.headers["x-request-id"].startswith("chatcmpl-")
+        response = await client.get("/health")
+        assert len(response.headers["x-request-id"]) == 32
 
     with_client(api, body)
 

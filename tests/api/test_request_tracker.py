@@ -15,7 +15,7 @@ from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
 from daemon.enums import EarlyEnd
 from daemon.ipc.event_ring import EventReader
-from daemon.ipc.events import EndedEarly
+from daemon.ipc.events import Finished
 from daemon.ipc.fabric import Fabric, FabricHandles
 from daemon.ipc.journal import JournalView
 from daemon.ipc.messages import (
@@ -79,11 +79,11 @@ class Harness:
         self.engine(i, incarnation).board().publish(encode(engine_facts(incarnation=incarnation, state=state)))
         self.tracker.on_doorbell()
 
-    def early_ends(self) -> list[tuple[int, str, int]]:
-        """Return rid, reason and number of output tokens of the requests whose early end was recorded."""
+    def ends(self) -> list[tuple[int, str, int]]:
+        """Return rid, result and number of output tokens of the requests whose end was recorded."""
         reader = EventReader(Fabric(self.handles, -1, 0).events(self.topology.frontend(0)))
         events = [event for _, event in reader.read()[0]]
-        return [(e.rid, e.reason, e.output_tokens) for e in events if isinstance(e, EndedEarly)]
+        return [(e.rid, e.result, e.output_tokens) for e in events if isinstance(e, Finished)]
 
     def counter(self, name: str) -> float:
         """Return a counter of the frontend's metrics page."""
@@ -411,12 +411,13 @@ async def test_request_ends_when_all_engines_have_failed(harness: Harness) -> No
 
 
 @with_harness
-async def test_why_a_request_ended_early_is_an_event(harness: Harness) -> None:
+async def test_how_a_request_has_ended_is_an_event(harness: Harness) -> None:
     harness.start_engine(0, 1)
     complete, stopped, gone, late, failed, cut = (harness.submit() for _ in range(6))
     harness.send(0, 1, step_output(complete.rid, epoch=1, start=0, tokens=[7], finish=Finish.STOP))
     harness.send(0, 1, step_output(gone.rid, epoch=1, start=0, tokens=[7, 8]))
     stopped.cancel()  # by a stop string
+    stopped.cancel(EarlyEnd.CLIENT)  # it has ended already
     gone.cancel(EarlyEnd.CLIENT)
     late.cancel(EarlyEnd.DEADLINE)
     harness.send(0, 1, step_output(failed.rid, epoch=1, start=0, tokens=[], finish=Finish.ERROR))
@@ -425,13 +426,15 @@ async def test_why_a_request_ended_early_is_an_event(harness: Harness) -> None:
     harness.send(0, 1, Refused(refused.rid, 1, reason))
     harness.tracker.give_up()
     ends = [
+        (complete, "stop", 1),
+        (stopped, "stop", 0),
         (gone, "client", 2),
         (late, "deadline", 0),
         (failed, "engine", 0),
         (refused, "engine", 0),
         (cut, "shutdown", 0),
     ]
-    assert harness.early_ends() == [(request.rid, why, tokens) for request, why, tokens in ends]
+    assert harness.ends() == [(request.rid, why, tokens) for request, why, tokens in ends]
 
 
 @with_harness

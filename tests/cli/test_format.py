@@ -6,33 +6,37 @@ from typing import get_args
 
 import pytest
 
-from daemon.cli.format import concerns, event_line
+from daemon.cli.format import RequestFilter, event_line
 from daemon.control.event_history import EventHistory
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import (
     KINDS,
     Dispatched,
-    EndedEarly,
     EngineChanged,
     Event,
+    Finished,
     HandedBack,
     MoveEnded,
     Ordered,
     Preempted,
     TakenOver,
+    clipped,
 )
 from daemon.ipc.fabric import COORDINATOR, Fabric, Topology
 
 LINES: dict[Event, str] = {
     Dispatched(
-        rid=255, request="cmpl-a-0", engine=1, prompt_tokens=9, priority=-1, again="handed back"
-    ): "dispatched  cmpl-a-0 to engine 1, 9 prompt tokens, priority -1, again: handed back",
+        rid=255, request="cmpl-a-0", engine=1, prompt_tokens=9, priority=-1, again="handed back", x_request_id="7f"
+    ): "dispatched  cmpl-a-0 to engine 1, 9 prompt tokens, priority -1, again: handed back, x-request-id 7f",
+    Finished(
+        rid=255, request="cmpl-a-0", engine=1, result="engine", output_tokens=1, seconds=2.5, detail="no memory"
+    ): "finished    cmpl-a-0 on engine 1: ended early by engine (no memory), 1 output token, 2.50 s",
+    Finished(
+        rid=255, request="cmpl-a-0", engine=1, result="stop", output_tokens=7, seconds=2.5, x_request_id="7f"
+    ): "finished    cmpl-a-0 on engine 1: stop, 7 output tokens, 2.50 s, x-request-id 7f",
     TakenOver(
         rid=255, request="cmpl-a-0", engine=0, to=1, epoch=2, output_tokens=7
     ): "taken_over  cmpl-a-0 from engine 0 to engine 1 after 7 tokens",
-    EndedEarly(
-        rid=255, request="cmpl-a-0", engine=1, reason="engine", detail="out of memory", output_tokens=7
-    ): "ended_early cmpl-a-0 on engine 1 after 7 tokens: engine (out of memory)",
     MoveEnded(
         rid=255,
         request="cmpl-a-0",
@@ -72,10 +76,26 @@ def test_every_kind_has_a_line(fabric: Fabric):
     rows = event_history.read()
     assert [event_line(row)[14:] for row in rows] == [f"engine 0     {line}" for line in LINES.values()]
     assert {*KINDS} == {row["kind"] for row in rows} | {"missed"}
-    assert [concerns(row, "cmpl-a") for row in rows] == [row["kind"] != "engine" for row in rows]
-    assert [concerns(row, "ff") for row in rows] == ["rid" in row for row in rows]
-    assert [concerns(row, "cmpl-a-0") for row in rows] == [row["kind"] != "engine" for row in rows]
-    assert not any(concerns(row, other) for row in rows for other in ("cmpl", "cmpl-a-1-0", "cmpl-b"))
+    about = [row["kind"] != "engine" for row in rows]
+    assert [RequestFilter("cmpl-a").concerns(row) for row in rows] == about
+    assert [RequestFilter("ff").concerns(row) for row in rows] == ["rid" in row for row in rows]
+    assert [RequestFilter("cmpl-a-0").concerns(row) for row in rows] == about
+    assert not any(RequestFilter(other).concerns(row) for row in rows for other in ("cmpl", "cmpl-a-1-0", "cmpl-b"))
+
+
+def test_the_events_of_an_x_request_id_are_those_of_its_choices():
+    """Only the first and the last event of a request have it, and the first may be overwritten already."""
+    name = "a" * 80
+    ends = [{"rid": i, "request": f"cmpl-a-{i}", "x_request_id": clipped(name)} for i in range(2)]
+    others = [{"rid": 0, "request": "cmpl-a-0"}, {"request": "cmpl-a-1"}, {"rid": 7, "request": "cmpl-b-0"}]
+    wanted = RequestFilter(name)
+    assert not any(map(wanted.concerns, [*ends, *others]))
+    for row in [*others, *ends]:
+        wanted.learn(row)
+    assert [*map(wanted.concerns, [*ends, *others])] == [True, True, True, True, False]
+    nameless = RequestFilter("cmpl-c")
+    nameless.learn({"rid": 1, "request": "cmpl-a-0", "x_request_id": ""})
+    assert not any(map(nameless.concerns, others))
 
 
 def test_logs_are_merged_by_time_and_gaps_are_reported(fabric: Fabric):
@@ -87,10 +107,10 @@ def test_logs_are_merged_by_time_and_gaps_are_reported(fabric: Fabric):
     assert [row["rid"] for row in rows] == list(range(30))
     assert event_history.read() == []
     assert [row["rid"] for row in EventHistory(fabric).read(since=rows[9]["time"])] == list(range(10, 30))
-    for _ in range(300):
+    for _ in range(600):
         writers[1].write(EngineChanged("serving"))
     first, *rest = event_history.read()
-    assert (first["kind"], first["process"]) == ("missed", "frontend 0") and first["count"] + len(rest) == 300
+    assert (first["kind"], first["process"]) == ("missed", "frontend 0") and first["count"] + len(rest) == 600
     assert event_line(first).endswith(f"{first['count']} events were overwritten before they could be read")
 
 

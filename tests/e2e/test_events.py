@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from daemon.cli.admin_client import NotRunning
@@ -116,6 +117,58 @@ def test_failed_migration_is_reported_with_its_reason(start: Start) -> None:
         assert events(daemon, "--kind", "handed_back")[0]["detail"] == "its KV is to be recomputed"
         assert "declined (the batch is full)" in daemon.ctl("events", "--request", name).stdout
         clients.hang_up()
+
+
+def test_one_request_is_followed_by_the_id_that_its_client_knows(daemon: Daemon) -> None:
+    body = hash_engine.request(0, length=16, output=20, stream=False)
+    name = "trace-" + "0" * 80
+
+    def send(**headers: str) -> tuple[str, str]:
+        """Return the ids in the header and in the body of the answer."""
+        answer = httpx.post(f"{daemon.url}/v1/completions", json=body, headers=headers, timeout=20)
+        return answer.headers["x-request-id"], answer.json()["id"]
+
+    header, own = send()
+    assert header == own
+    for asked in (header, f"{own}-0"):
+        rows = events(daemon, "--request", asked)
+        assert [row["kind"] for row in rows] == ["dispatched", "finished"]
+        assert (rows[1]["result"], rows[1]["output_tokens"]) == ("length", 20)
+    header, own = send(**{"x-request-id": name})
+    assert header == name != own
+    assert events(daemon, "--request", name) == events(daemon, "--request", own)
+    text = daemon.ctl("events", "--request", name).stdout
+    assert f"{own}-0 to engine" in text and "length, 20 output tokens" in text
+    unknown = daemon.ctl("events", "--request", "cmpl-unknown")
+    assert (unknown.returncode, unknown.stdout) == (0, "")
+    assert "no event of cmpl-unknown is kept" in unknown.stderr
+
+
+def test_the_end_of_a_cancelled_request_says_what_cancelled_it(daemon: Daemon) -> None:
+    def result(name: str) -> str:
+        rows = wait_for("the last event", lambda: events(daemon, "--request", name, "--kind", "finished"))
+        return str(rows[0]["result"])
+
+    with Clients(daemon, [BODY] * 2) as clients:
+        clients.await_tokens(5)
+        left, ordered = (outcome.id for outcome in clients.outcomes)
+        clients.hang_up(0)
+        assert daemon.ctl("cancel", ordered).returncode == 0
+        assert result(left) == "client"
+        assert result(ordered) == "operator"
+    daemon.await_idle()
+
+
+def test_an_order_may_name_the_x_request_id(daemon: Daemon) -> None:
+    with httpx.stream(
+        "POST", f"{daemon.url}/v1/completions", json=BODY, headers={"x-request-id": "my-trace"}, timeout=20
+    ) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert [row["x_request_id"] for row in daemon.requests()] == ["my-trace"]
+        assert daemon.ctl("cancel", "my-trace").returncode == 0
+        assert any("cancelled" in line for line in lines)
+    daemon.await_idle()
 
 
 def test_orders_and_engine_states_are_reported(daemon: Daemon) -> None:

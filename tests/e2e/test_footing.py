@@ -60,7 +60,7 @@ def test_frontends_share_a_burst_of_connections(daemon: Daemon) -> None:
 
 
 def _shares(daemon: Daemon, outcomes: list[Outcome]) -> list[int]:
-    """Return how many of these requests each frontend has dispatched, by its event log (the latest 255 events)."""
+    """Return how many of these requests each frontend has dispatched, by its event log (the latest 511 events)."""
     requests = {f"{outcome.id}-0" for outcome in outcomes}
     done = daemon.ctl("events", "--json", "--kind", "dispatched")
     assert (done.returncode, done.stderr) == (0, "")

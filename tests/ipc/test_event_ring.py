@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from daemon.ipc import segment
 from daemon.ipc.event_ring import ENTRY_BYTES, MAX_EVENT, EventReader, EventWriter
-from daemon.ipc.events import EngineChanged, MoveEnded, Preempted
+from daemon.ipc.events import Dispatched, EngineChanged, Finished, MoveEnded, Ordered, Preempted, clipped
 from daemon.ipc.fabric import EVENT_BYTES
 from tests.ipc.child_programs import start_program
 from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
@@ -52,6 +52,19 @@ def test_readers_count_every_event_that_they_miss(script: list[str]):
                 first = max(upto[i], written - ENTRIES)
                 assert read_numbers(readers[i]) == (list(range(first, written)), first - upto[i])
                 upto[i] = written
+
+
+def test_the_longest_names_of_a_request_fit():
+    """An event that does not fit would end the request's frontend."""
+    shared, label, huge = page(), f"chatcmpl-{'f' * 32}-9999", 1 << 63
+    writer, reader = EventWriter(shared), EventReader(shared)
+    name, text = clipped("i" * 128), clipped("\N{SNOWMAN}" * 99)
+    first = Dispatched(huge, label, 1 << 15, 1 << 31, -100, "its engine was parked", name)
+    last = Finished(huge, label, 1 << 15, "deadline", 1 << 31, 1e9, text, name)
+    order = Ordered("priority", "i" * 128, -1, "-100", f"uid {1 << 32} (pid {1 << 22})")
+    for event in (first, last, order):
+        writer.write(event)
+    assert [entry.event for entry in reader.read()[0]] == [first, last, order]
 
 
 def test_the_largest_event_fits_and_a_larger_one_is_refused():

@@ -1,0 +1,26 @@
+"""The id by which client and operator name an HTTP request: the header `x-request-id`."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from aiohttp import web
+
+ANSWER_ID: web.RequestKey[str] = web.RequestKey("answer_id", str)  # `id` in the answer of a completion
+_REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+_VALID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
+
+
+def sent_request_id(http: web.Request) -> str:
+    """Return the id that the client has sent; empty if it has sent none, or one that is not valid."""
+    given = http.headers.get("x-request-id", "")
+    return given if _VALID.fullmatch(given) else ""
+
+
+def request_id(http: web.Request) -> str:
+    """Return the id for the response: the client's own, else the answer's, else a new one; the same at each call."""
+    known = http.get(_REQUEST_ID)
+    if known is None:
+        known = http[_REQUEST_ID] = sent_request_id(http) or http.get(ANSWER_ID) or uuid.uuid4().hex
+    return known
