@@ -47,6 +47,12 @@ def test_a_request_that_raises_ends_alone(daemon: Daemon) -> None:
     daemon.await_idle()
 
 
+@pytest.mark.parametrize("penalty", [1e-46, 1e-300])
+def test_a_number_that_is_zero_as_float32_is_refused(daemon: Daemon, penalty: float) -> None:
+    answer = daemon.complete(max_tokens=2, repetition_penalty=penalty)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "repetition_penalty")
+
+
 def test_a_request_that_breaks_engines_is_not_tried_on_a_third(daemon: Daemon) -> None:
     """Though `max_resumes` allows it. Both engines come back, and serve."""
     before = [daemon.child("engine", i) for i in (0, 1)]

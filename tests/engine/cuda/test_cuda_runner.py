@@ -10,6 +10,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from daemon.engine.cuda import runner as runner_module
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
@@ -270,6 +271,36 @@ def test_a_slot_is_reused_only_when_no_step_in_flight_uses_it(runner):
     for i in range(0, len(again), 24):
         generate(runner, again[i : i + 24], 2, budget=96)
     assert [r.tokens for group in groups for r in group] == [r.tokens for r in again]
+
+
+def test_a_request_whose_parameters_cannot_be_read_ends_alone(model_dir, monkeypatch):
+    """The launch raises after slots were assigned: the others must not compute with what these slots held before."""
+    runner = make_cuda_runner(model_dir, blocks=300)
+    healthy = batch(random.Random(12), 8, 10)
+    scheduled(runner, healthy, 100)
+    requests = batch(random.Random(12), 8, 10)
+    slot_sampling = runner_module._slot_sampling
+
+    def raises(sampling):
+        if sampling is requests[3].sampling:
+            raise OverflowError("too large for int32")
+        return slot_sampling(sampling)
+
+    monkeypatch.setattr(runner_module, "_slot_sampling", raises)
+    scheduler = Scheduler(
+        BlockManager(100, 16), max_num_seqs=24, max_batch_tokens=96, max_model_len=512, eos_token_ids=()
+    )
+    for r in requests:
+        scheduler.add(r)
+    pipeline = Pipeline(runner)
+    while scheduler.running or scheduler.waiting:
+        plan = None if pipeline.closed else scheduler.plan(0.0)
+        if plan is not None:
+            pipeline.launch(plan)
+        if ended := pipeline.collect(leave=1 if plan is not None else 0):
+            scheduler.apply_result(ended.plan, ended.result, 0.0)
+    assert (requests[3].finish, requests[3].num_output) == (Finish.ERROR, 0)
+    assert [r.tokens for r in requests if r is not requests[3]] == [r.tokens for r in healthy if r.rid != 3]
 
 
 def append(runner, ticket, group):
