@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import socket
+import sys
 from pathlib import Path
 
 import uvloop
@@ -18,16 +19,16 @@ from daemon.api.connections import Connections
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.api.rate_limited_log import RateLimitedLog
 from daemon.api.request_tracker import RequestTracker
+from daemon.config import ConfigError
 from daemon.ipc import child, doorbell
-from daemon.ipc.child import CUT_SIGNAL, STOP_SIGNAL, ChildSpec
+from daemon.ipc.child import CUT_SIGNAL, EXIT_CONFIG, STOP_SIGNAL, ChildSpec
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.keys_page import KeysReader
 from daemon.ipc.messages import EngineState
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
 from daemon.ipc.process_table import Progress
-from daemon.models.chat_template import ChatTemplate
-from daemon.models.model_config import read_model_config
-from daemon.models.tokenizer import Tokenizer
+from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.text_files import load_text_files
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ def main(spec: ChildSpec) -> None:
     keep_large_blocks_apart()
     fabric = child.initialize(spec)
     fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _HEARTBEAT_DEADLINE)
-    uvloop.run(_serve(spec, fabric))
+    try:
+        uvloop.run(_serve(spec, fabric))
+    except (ConfigError, ModelError) as e:  # the files were good when the daemon started; a restart would not help
+        log.error("%s", e)
+        sys.exit(EXIT_CONFIG)
 
 
 async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
@@ -88,11 +93,12 @@ def _settle() -> None:
 
 def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> web.Application:
     config, model_dir = spec.config, Path(spec.model_dir)
+    tokenizer, chat_template = load_text_files(model_dir)
     return build_app(
         config=config,
         generator=tracker,
-        tokenizer=Tokenizer(model_dir),
-        chat_template=ChatTemplate(model_dir),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
         model_config=read_model_config(model_dir, config.served_name),
         keys=SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None,
         metrics=FrontendMetrics(tracker.metrics, lambda: _read_all(fabric, tracker)),

@@ -126,7 +126,8 @@ class OpenAI:
     def _parse_detokenize(self, raw: bytes) -> schemas.DetokenizeRequest:
         request = decode_body(raw, _detokenize)
         self._service.check_model(request.model)
-        validation.check_tokens(request.tokens, self._service.limits.vocab_size, "tokens")
+        known = max(self._service.tokenizer.vocab_size, self._service.limits.vocab_size)
+        validation.check_tokens(request.tokens, known, "tokens")
         return request
 
 

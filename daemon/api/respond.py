@@ -140,6 +140,7 @@ async def _submit(
     param = "messages" if answer.chat else "prompt"
     for prompt in prompts:
         check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
+        service.check_embedded(prompt.tokens, param)
     work = 0
     for prompt in prompts:
         room = max_model_len - len(prompt.tokens)

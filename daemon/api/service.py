@@ -53,7 +53,7 @@ class Service:
         self.page = metrics.page
         self.limits = Limits(
             vocab_size=model_config.vocab_size,
-            max_choices=config.max_choices,
+            max_choices=min(config.max_choices, config.max_queued),
             max_queued=config.max_queued,
             max_prompt_tokens=config.max_prompt_tokens,
             max_output_tokens=config.max_output_tokens,
@@ -83,6 +83,14 @@ class Service:
         """Largest number of tokens in a prompt that leaves room for one token of output."""
         longest = self.max_model_len - 1
         return min(longest, self.config.max_prompt_tokens or longest)
+
+    def check_embedded(self, tokens: list[int], param: str) -> None:
+        """Raise ApiError (400) for a token that the tokenizer has, and for which the model has no embedding."""
+        size = self.model_config.vocab_size
+        if self.tokenizer.vocab_size > size and (largest := max(tokens, default=0)) >= size:
+            text = self.tokenizer.token_text(largest)
+            message = f"`{param}` has the token {text!r} (id {largest}), which this model cannot compute; remove it."
+            raise bad_request(message, param)
 
     async def read(self, http: web.Request, held: HeldBody, parse: Callable[[bytes], T]) -> T:
         """Read the body of a request and return `parse` of it. Raises ApiError, and the errors of `parse`."""

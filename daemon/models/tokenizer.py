@@ -27,9 +27,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """The tokenizer of a Hugging Face model directory.
 
-    `vocab_size` is the largest id + 1, with added tokens. The vocabulary of the model may be larger (padding), not
-    smaller. `decode` skips the tokens in `special_ids`. `max_token_chars` is the largest number of characters of a
-    text that one token can stand for; 0 if there is no bound. Raises ModelError if the tokenizer cannot be used.
+    `vocab_size` is the largest id + 1, with added tokens. The vocabulary of the model may be larger (padding). It may
+    be smaller only by added tokens, as the `[PAD]` of Llama 2: text that contains one cannot be computed. `decode`
+    skips the tokens in `special_ids`. `max_token_chars` is the largest number of characters of a text that one token
+    can stand for; 0 if there is no bound. Raises ModelError if the tokenizer cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,10 +51,9 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, t in added.items() if t["special"])
         self.eos_ids = end_token_ids(path, config)
         model_vocab = config.get("vocab_size")
-        if isinstance(model_vocab, int) and model_vocab < self.vocab_size:
-            raise ModelError(
-                f"{file} has token ids up to {self.vocab_size - 1}, but the model has only {model_vocab} embeddings"
-            )
+        largest = max((i for i in vocab.values() if i not in added), default=-1)
+        if isinstance(model_vocab, int) and model_vocab <= largest:
+            raise ModelError(f"{file} has token ids up to {largest}, but the model has only {model_vocab} embeddings")
         marked = marked_special(path)
         control = self.special_ids.union(self.eos_ids, (i for i, t in added.items() if t["content"] in marked))
         self._tracked = TrackedEncoder(self._tokenizer, control, _unknown_id(state["model"], vocab))

@@ -159,8 +159,8 @@ class Supervisor:
                 return EXIT_FAILED
             self._tick(now)
             self._report_status(ready)
-            if all(c.facts.state == ProcessState.FAILED for c in self._engines()):
-                log.error("no engine can run; see the errors above")
+            if failed := self._failed_role():
+                log.error("no %s can run; see the errors above", failed)
                 self._stop(drain=False)
                 return EXIT_CONFIG
         return self._stop(drain=True)
@@ -417,6 +417,13 @@ class Supervisor:
         if child.alive:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(child.pidfd, number)
+
+    def _failed_role(self) -> str:
+        """Return "engine", "frontend" or "coordinator" if none of them can ever run, otherwise ""."""
+        for children in (self._engines(), self._frontends(), self._children[:1]):
+            if all(c.facts.state == ProcessState.FAILED for c in children):
+                return self._topology.role(children[0].process)[0]
+        return ""
 
     def _engines(self) -> list[Child]:
         return self._children[self._topology.engine(0) :]

@@ -182,7 +182,11 @@ class ApiUnderTest:
 
 
 def make_model(directory: Path) -> Model:
-    path = make_tiny_llama(directory, weights=False, vocab=384)
+    return model_of(make_tiny_llama(directory, weights=False, vocab=384))
+
+
+def model_of(path: Path) -> Model:
+    """Load what a frontend loads from a model directory."""
     return Model(read_model_config(path, "tiny"), Tokenizer(path), ChatTemplate(path))
 
 

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.api.harness import CHAT, HELLO, TEXT, make_api, with_client
+from tests.api.harness import CHAT, HELLO, TEXT, make_api, model_of, with_client
+from tests.models.test_text_files import add_token
+from tests.models.tiny_model import make_tiny_llama
 
 
 async def refused(client, path: str, body: dict, status: int = 400) -> dict:
@@ -438,3 +440,25 @@ def test_streaming_response_is_not_buffered_by_proxies(api):
         await response.read()
 
     with_client(api, body)
+
+
+def test_a_token_without_an_embedding_is_refused_alone(tmp_path):
+    """An added token may have an id of `vocab_size` or above. Text can contain it; the model cannot compute it."""
+    add_token(make_tiny_llama(tmp_path, weights=False), "[PAD]", 384)
+    api = make_api(model_of(tmp_path))
+
+    async def check(client):
+        for path, body in (
+            (TEXT, {"prompt": "a[PAD]"}),
+            (CHAT, {"messages": [{"role": "user", "content": "[PAD]"}]}),
+        ):
+            error = await refused(client, path, body)
+            assert "'[PAD]' (id 384)" in error["message"]
+            assert error["param"] == next(iter(body))
+        await refused(client, TEXT, {"prompt": [384]})
+        tokens = (await (await client.post("/tokenize", json={"prompt": "[PAD]"})).json())["tokens"]
+        assert tokens == [384]
+        assert (await (await client.post("/detokenize", json={"tokens": tokens})).json())["prompt"] == "[PAD]"
+
+    with_client(api, check)
+    assert api.generator.submissions == []
