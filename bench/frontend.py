@@ -49,7 +49,7 @@ def _flags(args: argparse.Namespace) -> list[str]:
         "frontends": "1",
         "devices": ",".join(["cpu"] * args.engines),
         "stub-step": str(args.step),
-        "max-num-seqs": "512",
+        "max-num-seqs": "256",
         "max-queued": "4096",
         "journal-memory": "256MiB",
     }

@@ -7,58 +7,23 @@ each value; `llumctl config` shows it. llumctl imports this module, so it import
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 import os
-import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from daemon.enums import MigrationChoice
-from daemon.units import format_value, parse_value
+from daemon.option import ConfigError, Option, check_limits, parse
+from daemon.option import declare as _option
+from daemon.relations import MAX_ENGINES, check_relations, require
+from daemon.units import quoted
+
+__all__ = ["MAX_ENGINES", "Config", "ConfigError", "Option", "cache_dir", "load", "options", "run_dir"]
 
 ENV_PREFIX = "LLUMD_"
-MAX_ENGINES = 64
-
-Option = dataclasses.Field[Any]
-
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "at_least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "at_most": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used. The message names the option, its source and what the user can do."""
-
-
-def _option(
-    default: Any,
-    group: str,
-    meaning: str,
-    unit: str = "",
-    *,
-    choices: tuple[Any, ...] = (),
-    gpu: Any = None,
-    **limits: float,
-) -> Any:
-    """Declare an option.
-
-    `gpu`: the default for engines on GPUs, if it differs. `limits`: `at_least`, `above`, `at_most` and `below`.
-    A duration is always finite and at least 0.
-    """
-    if unit == "seconds":
-        limits = {"at_least": 0, "below": math.inf} | limits
-    assert limits.keys() <= _LIMITS.keys()
-    meta = {"group": group, "meaning": meaning, "unit": unit, "choices": choices, "gpu": gpu, "limits": limits}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta)
-    return field(default=default, metadata=meta)
+_MAX_TOKENS = 1 << 24  # above the context length of every known model
 
 
 @dataclass(slots=True)
@@ -84,7 +49,13 @@ class Config:
         choices=("auto", "dummy"),
     )
     max_model_len: int = _option(
-        0, "model", "Maximum length of prompt plus output. 0: the limit of the model.", "tokens", at_least=0
+        0,
+        "model",
+        "Maximum length of prompt plus output, at most the limit of the model. 0: the limit of the model.",
+        "tokens",
+        at_least=2,
+        at_most=_MAX_TOKENS,
+        or_zero=True,
     )
     sanitize_control_tokens: bool = _option(
         True,
@@ -109,8 +80,10 @@ class Config:
     threads: int = _option(
         0,
         "engine",
-        "Compute threads of each CPU engine. 0: the CPU cores are divided evenly between the engines.",
+        "Compute threads of each CPU engine, at most the CPUs that the daemon may use. 0: these CPUs are divided "
+        "evenly between the engines.",
         at_least=0,
+        at_most=4096,
     )
     dtype: str = _option(
         "auto",
@@ -130,7 +103,9 @@ class Config:
         "KV cache of each engine. 0: on the CPU, a quarter of the free memory divided between the engines, at most "
         "2 GiB each; on a GPU, what `memory_share` leaves after weights and activations.",
         "bytes",
-        at_least=0,
+        at_least=4 << 10,
+        at_most=16 << 40,
+        or_zero=True,
     )
     kv_dtype: str = _option(
         "auto",
@@ -148,7 +123,13 @@ class Config:
     )
     block_size: int = _option(16, "engine", "Tokens in one KV block.", "tokens", choices=(8, 16, 32, 64, 128))
     max_num_seqs: int = _option(
-        64, "engine", "Maximum number of requests in one batch of an engine.", "requests", gpu=256, at_least=1
+        64,
+        "engine",
+        "Maximum number of requests in one batch of an engine. It is also never above `max_batch_tokens`.",
+        "requests",
+        gpu=256,
+        at_least=1,
+        at_most=8192,
     )
     max_batch_tokens: int = _option(
         256,
@@ -157,6 +138,7 @@ class Config:
         "tokens",
         gpu=8192,
         at_least=1,
+        at_most=1 << 20,
     )
     itl_target: float = _option(
         0.0,
@@ -165,6 +147,7 @@ class Config:
         "Prefill chunks shrink to meet it. 0: no target.",
         "seconds",
         gpu=0.05,
+        at_most=60,
     )
     prefix_caching: bool = _option(
         True, "engine", "Reuse KV blocks between requests whose prompts begin with the same tokens."
@@ -174,7 +157,9 @@ class Config:
         "engine",
         "Launch the next step before the tokens of the current step are known. GPUs only; no effect on the CPU.",
     )
-    stub_step: float = _option(0.02, "engine", "Time of one step of the `stub` and `hash` engines.", "seconds")
+    stub_step: float = _option(
+        0.02, "engine", "Time of one step of the `stub` and `hash` engines.", "seconds", at_most=10
+    )
     # -- scheduling
     policy: str = _option(
         "llumd",
@@ -189,7 +174,12 @@ class Config:
         "Move running requests between engines automatically. Draining an engine moves its requests even if false.",
     )
     rebalance_period: float = _option(
-        0.2, "scheduling", "Time between two rounds of rebalancing and auto-scaling.", "seconds"
+        0.2,
+        "scheduling",
+        "Time between two rounds of rebalancing and auto-scaling.",
+        "seconds",
+        at_least=0.01,
+        at_most=10,
     )
     migrate_choice: str = _option(
         MigrationChoice.SHORTEST.value,
@@ -217,6 +207,7 @@ class Config:
         "0: measured when the engine starts.",
         "tokens",
         at_least=0,
+        at_most=1 << 30,
     )
     min_engines: int = _option(
         0,
@@ -225,6 +216,7 @@ class Config:
         "0: auto-scaling is off.",
         "engines",
         at_least=0,
+        at_most=MAX_ENGINES,
     )
     max_engines: int = _option(
         0,
@@ -232,6 +224,7 @@ class Config:
         "Maximum number of engines that auto-scaling lets serve. 0: all engines.",
         "engines",
         at_least=0,
+        at_most=MAX_ENGINES,
     )
     max_resumes: int = _option(
         1,
@@ -239,6 +232,7 @@ class Config:
         "Number of engine crashes after which a request continues on another engine. After one more crash it ends "
         "with an error, because the request itself may be the cause.",
         at_least=0,
+        at_most=100,
     )
     scale_period: float = _option(
         10.0,
@@ -263,7 +257,12 @@ class Config:
     )
     allow_unauthenticated: bool = _option(False, "http", "Allow a `host` other than loopback without API keys.")
     max_body: int = _option(
-        8 << 20, "http", "Maximum size of a request body. A larger one gets status 413.", "bytes", at_least=1024
+        8 << 20,
+        "http",
+        "Maximum size of a request body. A larger one gets status 413.",
+        "bytes",
+        at_least=1 << 10,
+        at_most=1 << 30,
     )
     body_memory: int = _option(
         64 << 20,
@@ -271,7 +270,8 @@ class Config:
         "Memory of each frontend for request bodies that are not tokenised yet. The first 64 KiB of each do not "
         "count. A request that finds it full gets status 503.",
         "bytes",
-        at_least=1024,
+        at_least=1 << 10,
+        at_most=1 << 40,
     )
     max_connections: int = _option(
         0,
@@ -280,9 +280,10 @@ class Config:
         "if none is idle, a new one gets status 503. 0: what the limit of open files allows.",
         "connections",
         at_least=0,
+        at_most=1 << 17,
     )
     keep_alive: float = _option(
-        75.0, "http", "Time after which a connection without a request is closed.", "seconds", above=0
+        75.0, "http", "Time after which a connection without a request is closed.", "seconds", at_least=1
     )
     allowed_hosts: list[str] = _option(
         [],
@@ -298,10 +299,20 @@ class Config:
         "Pages of this machine may use a server on a loopback address without API keys in any case. `*`: every page.",
     )
     max_prompt_tokens: int = _option(
-        0, "http", "Maximum length of a prompt. 0: the limit of the model.", "tokens", at_least=0
+        0,
+        "http",
+        "Maximum length of a prompt, below `max_model_len`. 0: the limit of the model.",
+        "tokens",
+        at_least=0,
+        at_most=_MAX_TOKENS,
     )
     max_output_tokens: int = _option(
-        4096, "http", "Maximum length of the output of a request that sets no limit itself.", "tokens", at_least=1
+        4096,
+        "http",
+        "Maximum length of the output of a request that sets no limit itself.",
+        "tokens",
+        at_least=1,
+        at_most=_MAX_TOKENS,
     )
     max_queued: int = _option(
         512,
@@ -310,12 +321,23 @@ class Config:
         "Further requests get status 429.",
         "requests",
         at_least=1,
+        at_most=1 << 16,
     )
     max_choices: int = _option(
-        8, "http", "Maximum of the request parameter `n` (choices for one request).", "choices", at_least=1
+        8,
+        "http",
+        "Maximum of the request parameter `n` (choices for one request). It is also never above `max_queued`.",
+        "choices",
+        at_least=1,
+        at_most=1024,
     )
     request_deadline: float = _option(
-        600.0, "http", "Maximum time from the arrival of a request to its end. Then it ends with an error.", "seconds"
+        600.0,
+        "http",
+        "Maximum time from the arrival of a request to its end. Then it ends with an error. 0: no limit.",
+        "seconds",
+        at_least=0.1,
+        or_zero=True,
     )
     journal_memory: int = _option(
         64 << 20,
@@ -327,7 +349,12 @@ class Config:
         below=4 << 30,
     )
     heartbeat: float = _option(
-        0.0, "http", "Send an SSE comment after this time without output. 0: send none.", "seconds"
+        0.0,
+        "http",
+        "Send an SSE comment after this time without output. 0: send none.",
+        "seconds",
+        at_least=0.01,
+        or_zero=True,
     )
     access_log: bool = _option(
         False,
@@ -350,6 +377,7 @@ class Config:
         "daemon",
         "Time that an engine has to load its model. `hang_timeout` later it is killed and started again.",
         "seconds",
+        at_least=1,
     )
     hang_timeout: float = _option(
         30.0,
@@ -357,6 +385,7 @@ class Config:
         "A process that misses its own deadline by this time is killed and started again. An engine that misses it "
         "gets no new requests at once, and soon its requests continue on other engines.",
         "seconds",
+        at_least=0.1,
     )
     log_level: str = _option(
         "info", "daemon", "Lowest level of log messages.", choices=("debug", "info", "warning", "error")
@@ -374,9 +403,10 @@ class Config:
         for raw_name, raw in values.items():
             name = raw_name.replace("-", "_")
             if name not in known:
-                raise ConfigError(f"unknown option {raw_name!r} ({origin}); `llumd serve --help` lists all options")
+                why = f"unknown option {quoted(raw_name)} ({origin}); `llumd serve --help` lists all options"
+                raise ConfigError(why)
             try:
-                parsed[name] = _parse(known[name], raw)
+                parsed[name] = parse(known[name], _TYPES[name], raw)
             except ValueError as e:
                 raise ConfigError(f"{name} ({origin}): {e}") from None
         return dataclasses.replace(self, **parsed, origin=self.origin | dict.fromkeys(parsed, origin))
@@ -394,90 +424,16 @@ class Config:
     def check(self) -> None:
         """Check the limits of each option, then the options that depend on each other. Raises ConfigError."""
         for option in options():
-            value = getattr(self, option.name)
-            if not _within_limits(option, value):
-                raise self._error(
-                    option.name, f"{_quoted(option, value)} is not allowed; it must be {allowed(option)}"
-                )
-        self._check_devices()
-        self._check_scaling()
-        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key_file:
-            self._require(
-                self.allow_unauthenticated,
-                "host",
-                f"other machines can reach {self.host}; set api_key_file, or set allow_unauthenticated to true "
-                "if every client that can connect may use the model",
-            )
-
-    def _check_devices(self) -> None:
-        for d in self.devices:
-            known = bool(re.fullmatch(r"cpu|cuda:\d+", d))
-            self._require(known, "devices", f"{d!r} is not a device; write `cpu` or `cuda:N`")
-        most = f"lists {len(self.devices)} engines; it may list at most {MAX_ENGINES}"
-        self._require(len(self.devices) <= MAX_ENGINES, "devices", most)
-        mixed = "cpu" in self.devices and any(d != "cpu" for d in self.devices)
-        why = "lists both `cpu` and `cuda:N`; choose one of them, because requests cannot move between them"
-        self._require(not mixed, "devices", why)
-        if self.on_gpus:
-            self._require(self.dtype != "fp32", "dtype", "GPUs compute in bf16; choose auto or bf16")
-            why = "is for the CPU only, because the rounding of a GPU depends on the batch; set it to false"
-            self._require(not self.deterministic, "deterministic", why)
-        elif self.devices and self.engine == "model":
-            self._require(self.kv_dtype == "auto", "kv_dtype", "fp8 is for GPUs only; on the CPU choose auto")
-
-    def _check_scaling(self) -> None:
-        """Check the auto-scaling limits. While `devices` is still empty, the number of engines is not checked."""
-        if self.devices:
-            for name in ("min_engines", "max_engines"):
-                why = f"must be at most {len(self.devices)}, the number of engines in `devices`"
-                self._require(getattr(self, name) <= len(self.devices), name, why)
-        if self.max_engines:
-            why = f"must be at most {self.max_engines}, the value of max_engines"
-            self._require(self.min_engines <= self.max_engines, "min_engines", why)
-
-    def _require(self, condition: bool, name: str, why: str) -> None:
-        if not condition:
-            raise self._error(name, why)
-
-    def _error(self, name: str, why: str) -> ConfigError:
-        source = f" ({self.origin[name]})" if name in self.origin else ""
-        return ConfigError(f"{name}{source}: {why}")
+            try:
+                check_limits(option, getattr(self, option.name))
+            except ValueError as e:
+                require(self, False, option.name, str(e))
+        check_relations(self)
 
 
 def options() -> list[Option]:
     """Return all options in the order of their declaration."""
     return [f for f in dataclasses.fields(Config) if f.name != "origin"]
-
-
-def allowed(option: Option) -> str:
-    """Describe the values that an option allows: its choices or its limits. Empty if it allows every value."""
-    if choices := option.metadata["choices"]:
-        return "one of " + ", ".join(map(str, choices))
-    limits: dict[str, float] = option.metadata["limits"]
-    unit = option.metadata["unit"]
-    if limits.keys() == {"at_least", "at_most"}:
-        return f"from {format_value(limits['at_least'], unit)} to {format_value(limits['at_most'], unit)}"
-    texts = [f"{_LIMITS[kind][0]} {format_value(bound, unit)}" for kind, bound in limits.items() if bound < math.inf]
-    return " and ".join([*texts, "finite"] if math.inf in limits.values() else texts)
-
-
-def _within_limits(option: Option, value: Any) -> bool:
-    """Return True if an option allows `value`. NaN is outside every limit."""
-    choices, limits = option.metadata["choices"], option.metadata["limits"]
-    return all(_LIMITS[kind][1](value, bound) for kind, bound in limits.items()) and (not choices or value in choices)
-
-
-def _quoted(option: Option, value: Any) -> str:
-    return repr(value) if isinstance(value, str) else format_value(value, option.metadata["unit"])
-
-
-def _parse(option: Option, raw: Any) -> Any:
-    """Return `raw`, a string or a TOML value, as the value of an option. Raises ValueError."""
-    value = parse_value(_TYPES[option.name], option.metadata["unit"], raw)
-    choices = option.metadata["choices"]
-    if choices and value not in choices:
-        raise ValueError(f"{raw!r} is not {allowed(option)}")
-    return value
 
 
 _TYPES: dict[str, Any] = get_type_hints(Config)
@@ -506,8 +462,12 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text())
     except OSError as e:
         raise ConfigError(f"cannot read {file}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not valid TOML: it is not UTF-8") from None
+    except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{file} is not valid TOML: {e}") from None
+    except (ValueError, RecursionError):  # tomllib gives up on numbers of thousands of digits and on deep nesting
+        raise ConfigError(f"{file} is not valid TOML: it has a value that is too long or too deeply nested") from None
 
 
 def cache_dir() -> Path:

@@ -8,6 +8,9 @@ from typing import Any
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SECONDS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_MAX_DIGITS = 30  # float() makes no infinity of them, and int() no error of its own
+_DECIMAL = rf"[0-9]{{0,{_MAX_DIGITS}}}\.?[0-9]{{1,{_MAX_DIGITS}}}"
+_SHOWN = 40  # characters of a wrong value that an error message repeats
 _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -18,9 +21,9 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*((?:[kmgt]i?)?)b?\s*", str(text).lower())
+    m = re.fullmatch(rf"\s*({_DECIMAL})\s*((?:[kmgt]i?)?)b?\s*", str(text).lower())
     if not m:
-        raise ValueError(f"{text!r} is not a size; write for example 512MiB, 2GiB or a number of bytes")
+        raise ValueError(f"{quoted(text)} is not a size; write for example 512MiB, 2GiB or a number of bytes")
     return int(float(m[1]) * _BYTES[m[2]])
 
 
@@ -28,10 +31,27 @@ def parse_seconds(text: str | float) -> float:
     """Return a number of seconds from `30`, `30s`, `250ms`, `5m` or `1h`. Raises ValueError."""
     if isinstance(text, int | float):
         return float(text)
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min|h|)\s*", str(text).lower())
+    m = re.fullmatch(rf"\s*({_DECIMAL})\s*(ms|s|m|min|h|)\s*", str(text).lower())
     if not m:
-        raise ValueError(f"{text!r} is not a duration; write for example 30s, 250ms or 5m")
+        raise ValueError(f"{quoted(text)} is not a duration; write for example 30s, 250ms or 5m")
     return float(m[1]) * _SECONDS[m[2]]
+
+
+def parse_whole(text: str | int) -> int:
+    """Return a whole number from its decimal digits, with a sign or without. Raises ValueError."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    # int() would also take `1_000` and digits of other scripts.
+    if not isinstance(text, str) or not re.fullmatch(rf"\s*[+-]?[0-9]{{1,{_MAX_DIGITS}}}\s*", text):
+        raise ValueError(f"{quoted(text)} is not a whole number")
+    return int(text)
+
+
+def quoted(raw: object) -> str:
+    """Return a value as the user has written it, for an error message: text in quotes, and at most 40 characters."""
+    text = str(raw).lower() if isinstance(raw, bool) else str(raw)
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return repr(text) if isinstance(raw, str) else text
 
 
 def format_value(value: object, unit: str) -> str:
@@ -41,7 +61,7 @@ def format_value(value: object, unit: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if unit == "bytes" and isinstance(value, int):
-        suffix = next((s for s in ("gi", "mi", "ki") if value and value % _BYTES[s] == 0), "")
+        suffix = next((s for s in ("ti", "gi", "mi", "ki") if value and value % _BYTES[s] == 0), "")
         return f"{value // _BYTES[suffix]}{suffix.capitalize()}B" if suffix else str(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -52,23 +72,32 @@ def parse_value(kind: Any, unit: str, raw: Any) -> Any:
     The units "bytes" and "seconds" allow sizes and durations. Raises ValueError with a text for the user.
     """
     if kind is str:
-        return str(raw)
+        return _parse_text(raw)
     if kind is bool:
         return parse_bool(raw)
     if kind == list[str]:
         return parse_list(raw)
-    if isinstance(raw, bool):
-        raise ValueError(f"{str(raw).lower()} is not a number")
+    if not isinstance(raw, str | int | float) or isinstance(raw, bool):
+        raise ValueError(f"{quoted(raw)} is not a number")
     if unit == "bytes":
-        return parse_size(raw)
+        return parse_size(raw)  # type: ignore[arg-type]  # it refuses a float
     if unit == "seconds":
         return parse_seconds(raw)
-    try:
-        if kind is int and isinstance(raw, float):
-            raise ValueError
-        return kind(raw)
-    except (ValueError, TypeError):
-        raise ValueError(f"{raw!r} is not a {'whole ' if kind is int else ''}number") from None
+    return parse_whole(raw) if kind is int else _parse_number(raw)  # type: ignore[arg-type]
+
+
+def _parse_text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError(f"{quoted(raw)} is not text; put it in quotes")
+    if any(ord(c) < 0x20 or ord(c) == 0x7F for c in raw):
+        raise ValueError(f"{quoted(raw)} has a control character")
+    return raw
+
+
+def _parse_number(raw: str | float) -> float:
+    if isinstance(raw, str) and not re.fullmatch(rf"\s*[+-]?{_DECIMAL}(e[+-]?[0-9]{{1,3}})?\s*", raw.lower()):
+        raise ValueError(f"{quoted(raw)} is not a number")
+    return float(raw)
 
 
 def parse_bool(raw: Any) -> bool:
@@ -76,7 +105,7 @@ def parse_bool(raw: Any) -> bool:
     if isinstance(raw, bool):
         return raw
     if str(raw).lower() not in _BOOLS:
-        raise ValueError(f"{raw!r} is neither true nor false; write one of {', '.join(_BOOLS)}")
+        raise ValueError(f"{quoted(raw)} is neither true nor false; write one of {', '.join(_BOOLS)}")
     return _BOOLS[str(raw).lower()]
 
 
@@ -84,6 +113,6 @@ def parse_list(raw: Any) -> list[str]:
     """Return a list of strings from a list or from text with commas. Raises ValueError."""
     if isinstance(raw, str):
         return [part.strip() for part in raw.split(",") if part.strip()]
-    if not isinstance(raw, list | tuple):
-        raise ValueError(f"{raw!r} is not a list; separate its entries by commas")
-    return [str(part) for part in raw]
+    if not isinstance(raw, list | tuple) or not all(isinstance(part, str) for part in raw):
+        raise ValueError(f"{quoted(raw)} is not a list of texts; separate its entries by commas")
+    return list(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon import config as config_module
-from daemon.config import Config, ConfigError, allowed, load, options, run_dir
+from daemon.config import Config, ConfigError, load, options, run_dir
+from daemon.option import allowed
 from daemon.units import format_value, parse_seconds, parse_size, parse_value
 
 UNITS = {"bytes", "seconds", "tokens", "requests", "choices", "engines", "connections", ""}
@@ -40,6 +42,14 @@ def test_every_option_is_described(option):
         assert default in option.metadata["choices"]
     if isinstance(default, int | float) and not isinstance(default, bool):
         assert allowed(option)
+
+
+@pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
+def test_every_number_is_limited_on_both_sides(option):
+    default, limits = getattr(Config(), option.name), option.metadata["limits"]
+    if isinstance(default, int | float) and not isinstance(default, bool) and not option.metadata["choices"]:
+        assert limits.keys() & {"at_least", "above"} and limits.keys() & {"at_most", "below"}
+        assert all(math.isfinite(bound) for bound in limits.values())
 
 
 def test_the_defaults_pass_the_check():
@@ -158,6 +168,21 @@ REFUSED = [
     ("min_engines", "-1"), ("max_engines", "some"), ("scale_period", -1),
     ("memory_share", 0), ("memory_share", "1.1"), ("memory_share", "nan"), ("kv_dtype", "int8"),
     ("itl_target", -0.1),
+    # beyond every sense: years, zero periods, counts and sizes that no machine has
+    ("max_model_len", "1"), ("max_model_len", 2**40), ("threads", "99999"), ("kv_memory", "1"),
+    ("kv_memory", "99TiB"), ("max_num_seqs", 10**6), ("max_batch_tokens", 10**9), ("itl_target", "1h"),
+    ("stub_step", "5m"),
+    ("rebalance_period", "0"), ("rebalance_period", "1h"), ("ideal_tokens", 10**12), ("min_engines", 65),
+    ("max_resumes", 10**9), ("scale_period", "999h"), ("max_body", "2GiB"), ("max_queued", 10**7),
+    ("max_choices", 10**5), ("request_deadline", "1ms"), ("request_deadline", 3e7), ("heartbeat", "1ms"),
+    ("drain_timeout", 3e7), ("load_timeout", "0"), ("hang_timeout", "0"), ("hang_timeout", 1e300),
+    # numbers that only Python writes so
+    ("port", "8_000"), ("port", "\uff18\uff10"), ("port", "0x10"), ("port", "1e3"), ("port", "9" * 5000),
+    ("port", [1]),
+    ("memory_share", "0_1"), ("memory_share", "9" * 5000), ("kv_memory", "9" * 5000), ("drain_timeout", "9" * 5000),
+    ("devices", f"cuda:{'9' * 5000}"), ("devices", "cuda:\uff11"), ("devices", [0, 1]),
+    # text that is none
+    ("model", 5), ("model", ["demo"]), ("model", "a\0b"), ("served_name", True), ("host", "a\nb"), ("run_dir", {}),
 ]  # fmt: skip
 
 
@@ -166,6 +191,7 @@ def test_errors_name_option_and_source_in_plain_words(name: str, value: object):
     with pytest.raises(ConfigError, match=rf"^{name} \(command line\): ") as error:
         load({name: value}, None, {})
     assert "invalid literal" not in str(error.value) and "could not convert" not in str(error.value)
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize(
@@ -173,14 +199,17 @@ def test_errors_name_option_and_source_in_plain_words(name: str, value: object):
     [
         ("port", "many", "'many' is not a whole number"),
         ("port", "70000", "70000 is not allowed; it must be from 0 to 65535"),
-        ("max_num_seqs", 0, "0 is not allowed; it must be at least 1"),
+        ("max_num_seqs", 0, "0 is not allowed; it must be from 1 to 8192"),
         ("block_size", "17", "'17' is not one of 8, 16, 32, 64, 128"),
         ("dtype", "int3", "'int3' is not one of auto, bf16, fp32"),
         ("journal_memory", "4GiB", "4GiB is not allowed; it must be at least 1MiB and below 4GiB"),
         ("memory_share", "1.5", "1.5 is not allowed; it must be above 0 and at most 1"),
         ("kv_memory", "lots", "'lots' is not a size; write for example 512MiB, 2GiB or a number of bytes"),
         ("drain_timeout", "soon", "'soon' is not a duration; write for example 30s, 250ms or 5m"),
-        ("load_timeout", float("inf"), "inf is not allowed; it must be at least 0 and finite"),
+        ("max_model_len", "1", "1 is not allowed; it must be 0 or from 2 to 16777216"),
+        ("port", "9" * 5000, f"'{'9' * 40}...' is not a whole number"),
+        ("served_name", ["a"], "['a'] is not text; put it in quotes"),
+        ("load_timeout", float("inf"), "inf is not allowed; it must be from 1 to 86400"),
     ],
 )
 def test_error_messages(name: str, value: object, message: str):
@@ -247,6 +276,34 @@ def test_errors_name_the_source(tmp_path: Path):
         load({"dtype": "int3"}, None, {})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deterministic": True, "dtype": "bf16"}, r"deterministic \(command line\): needs fp32"),
+        (
+            {"prefix_affinity": True, "prefix_caching": False},
+            r"prefix_affinity \(command line\): needs prefix_caching",
+        ),
+        ({"max_choices": 8, "max_queued": 4}, r"max_choices \(command line\): must be at most 4, the value of max_q"),
+        (
+            {"max_num_seqs": 300, "devices": "cpu"},
+            r"max_num_seqs \(command line\): must be at most 256, the value of max_batch_tokens",
+        ),
+        ({"body_memory": "1MiB"}, r"body_memory \(command line\): must be at least 8388608, the value of max_body"),
+        ({"max_engines": 2}, r"max_engines \(command line\): has no effect while min_engines is 0"),
+        ({"max_prompt_tokens": 64, "max_model_len": 64}, r"max_prompt_tokens \(command line\): must be below 64"),
+        ({"max_output_tokens": 99, "max_model_len": 64}, r"max_output_tokens \(command line\): must be below 64"),
+    ],
+)
+def test_options_that_contradict_each_other(settings: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        load(settings, None, {})
+
+
+def test_a_default_gives_way_to_an_option_that_is_set():
+    load({"max_queued": 2, "max_batch_tokens": 8, "max_model_len": 64, "prefix_caching": False}, None, {})
+
+
 @pytest.mark.parametrize("name", ["prot", "origin", "Config", "replace", ""])
 def test_unknown_options_are_refused(name: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
@@ -260,12 +317,16 @@ def test_a_table_in_the_file_is_refused(tmp_path: Path):
         load({}, toml(tmp_path, "[http]\nport = 1"), {})
 
 
-@pytest.mark.parametrize("content", [b"port = ", b"port 1", b"port = 1\nport = 2", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"port = ", b"port 1", b"port = 1\nport = 2", b"\xff\xfe", b"port = " + b"9" * 5000, b"port = " + b"[" * 9999],
+)
 def test_a_file_that_is_not_toml(content: bytes, tmp_path: Path):
     file = tmp_path / "llumd.toml"
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"{file} is not valid TOML"):
+    with pytest.raises(ConfigError, match=f"{file} is not valid TOML") as error:
         load({}, file, {})
+    assert "limit (4300 digits)" not in str(error.value) and "recursion" not in str(error.value)
 
 
 def test_a_file_that_does_not_exist(tmp_path: Path):

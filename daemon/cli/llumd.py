@@ -25,6 +25,7 @@ from daemon.ipc import output
 from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, start_logging
 from daemon.models import store
 from daemon.models.model_config import ModelConfig, ModelError, read_model_config
+from daemon.option import allowed
 from daemon.supervisor.start_error import StartError, explain
 from daemon.units import format_value
 
@@ -187,7 +188,7 @@ def option_table() -> str:
         default = f"`{text}`" if text else ""
         default += f"; on GPUs `{format_value(gpu, unit)}`" if gpu is not None else ""
         meaning = option.metadata["meaning"].replace("|", "\\|")
-        lines.append(f"| `{option.name}` | {default} | {unit} | {settings.allowed(option)} | {meaning} |")
+        lines.append(f"| `{option.name}` | {default} | {unit} | {allowed(option)} | {meaning} |")
     return "\n".join(lines)
 
 

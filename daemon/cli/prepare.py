@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from daemon.api.key_file import read_key_file
 from daemon.cli import devices
+from daemon.cli.limits import check_machine_limits, check_model_limits
 from daemon.cli.memory_budget import kv_pool_bytes
-from daemon.config import Config
+from daemon.config import Config, ConfigError
 from daemon.ipc.keys_page import Key
+from daemon.machine import measure
 from daemon.models import store
 from daemon.models.loader import open_model
-from daemon.models.model_config import ModelConfig, check_tokenizer
+from daemon.models.model_config import ModelConfig
+from daemon.models.text_files import checked
 
 
 class Prepared(NamedTuple):
@@ -38,25 +40,29 @@ def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
     config.check()
     keys = read_key_file(Path(config.api_key_file)) if config.api_key_file else None
     model_dir = store.resolve(config.model, config.load_format, progress)
+    with checked(model_dir):  # at the same time as the other checks
+        model_config = _open_model(config, model_dir, progress)
+        config = dataclasses.replace(config, served_name=model_config.name)
+        check_model_limits(config, model_config)
+        if config.on_gpus:
+            devices.check_gpus(config, model_config)
+        machine = measure()
+        pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), machine.memory)
+        check_machine_limits(config, machine, pool_bytes)
+    return Prepared(config, model_config, model_dir, pool_bytes, keys)
+
+
+def _open_model(config: Config, model_dir: Path, progress: Callable[[str], None]) -> ModelConfig:
     # The stub and hash engines do not use the weights, but the frontends use the tokenizer.
     load_format = config.load_format if config.engine == "model" else "dummy"
     model_config = open_model(model_dir, config.served_name, load_format)
-    check_tokenizer(model_dir)
+    try:
+        model_config.name.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the name of {model_dir} is not UTF-8; set another name with --served-name") from None
     if config.engine == "model" and not model_config.eos_token_ids:
         progress(
             f"warning: {model_config.name} has no known end token, so an answer ends only at max_tokens or a stop "
             "string; set eos_token_id in its config.json"
         )
-    if config.on_gpus:
-        devices.check_gpus(config, model_config)
-    config = dataclasses.replace(config, served_name=model_config.name)
-    pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), _available_memory())
-    return Prepared(config, model_config, model_dir, pool_bytes, keys)
-
-
-def _available_memory() -> int:
-    """Return the free memory of the machine in bytes, with the page cache that the kernel can drop."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return model_config

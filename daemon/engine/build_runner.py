@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from daemon.config import Config
 from daemon.engine.runner import DeviceRunner, Runner, RunnerSettings
+from daemon.machine import cpus
 from daemon.models.model_config import ModelConfig
 
 
@@ -14,7 +13,7 @@ def build_runner(config: Config, model_config: ModelConfig, device: str = "cpu")
 
     Raises ModelError for a model that cannot run here.
     """
-    length = min(config.max_model_len or model_config.max_position, model_config.max_position)
+    length = config.max_model_len or model_config.max_position  # checked before the start
     if config.engine == "stub":
         from daemon.engine.fake.stub import StubRunner
 
@@ -42,7 +41,7 @@ def _settings(config: Config, max_model_len: int, device: str) -> RunnerSettings
         dtype=config.dtype,
         kv_dtype=config.kv_dtype,
         deterministic=config.deterministic,
-        threads=config.threads or max(1, cores() // max(1, len(config.devices))),
+        threads=config.threads or max(1, cpus() // max(1, len(config.devices))),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
@@ -62,8 +61,3 @@ def _build_cuda(model_config: ModelConfig, settings: RunnerSettings, device: str
         runner.device += f", shared by {sharing}"  # the other engines on the device slow its steps
     numa.stay_near(CudaRuntime().pci_address(int(device.removeprefix("cuda:"))))  # before memory is allocated
     return runner
-
-
-def cores() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from daemon.config import cache_dir
 from daemon.models.model_config import ModelError
+from daemon.units import quoted
 
 Progress = Callable[[str], None]
 
@@ -39,10 +40,14 @@ def resolve(model: str, load_format: str, progress: Progress) -> Path:
     """
     if model == "demo":
         return _demo_model(progress)
-    path = Path(model).expanduser().absolute()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser().absolute()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as e:  # RuntimeError: `~name` of an unknown user
+        raise ModelError(f"{quoted(model)} cannot be a model: {getattr(e, 'strerror', None) or e}") from None
+    if is_directory:
         return _directory(path)
-    if path.is_file():
+    if is_file:
         return _gguf_model(path, progress)
     raise ModelError(_not_found(model))
 

@@ -186,7 +186,6 @@ def test_prepare_applies_the_defaults_for_gpus(
 ):
     machine("9.0", "9.0")
     monkeypatch.setattr(devices, "check_gpus", lambda config, model_config: None)
-    monkeypatch.setattr(prepare, "check_tokenizer", lambda path: None)
     config = Config(model=str(model_config.path), load_format="dummy").replace({"max_num_seqs": 9}, "test")
     config = prepare.prepare(config, print).config
     assert config.devices == ["cuda:0", "cuda:1"]
