@@ -385,7 +385,6 @@ class Config:
         "A process that misses its own deadline by this time is killed and started again. An engine that misses it "
         "gets no new requests at once, and soon its requests continue on other engines.",
         "seconds",
-        at_least=0.1,
     )
     log_level: str = _option(
         "info", "daemon", "Lowest level of log messages.", choices=("debug", "info", "warning", "error")

@@ -175,7 +175,7 @@ REFUSED = [
     ("rebalance_period", "0"), ("rebalance_period", "1h"), ("ideal_tokens", 10**12), ("min_engines", 65),
     ("max_resumes", 10**9), ("scale_period", "999h"), ("max_body", "2GiB"), ("max_queued", 10**7),
     ("max_choices", 10**5), ("request_deadline", "1ms"), ("request_deadline", 3e7), ("heartbeat", "1ms"),
-    ("drain_timeout", 3e7), ("load_timeout", "0"), ("hang_timeout", "0"), ("hang_timeout", 1e300),
+    ("drain_timeout", 3e7), ("load_timeout", "0"), ("hang_timeout", 1e300),
     # numbers that only Python writes so
     ("port", "8_000"), ("port", "\uff18\uff10"), ("port", "0x10"), ("port", "1e3"), ("port", "9" * 5000),
     ("port", [1]),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from daemon.cli.commands import command
 from daemon.config import MAX_ENGINES, Config, ConfigError
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.kernels import KernelError, KvDtype
@@ -113,4 +114,4 @@ def _check_torch() -> None:
 
 def _build_command(config: Config) -> str:
     model = "" if config.model == "demo" else " " + shlex.quote(config.model)
-    return f"llumd kernels build{model}" + (" --kv-dtype fp8" if config.kv_dtype == "fp8" else "")
+    return f"{command('llumd')} kernels build{model}" + (" --kv-dtype fp8" if config.kv_dtype == "fp8" else "")

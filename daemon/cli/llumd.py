@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
-import fcntl
 import logging
-import os
-import resource
+import shlex
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,23 +15,28 @@ from typing import TYPE_CHECKING
 from daemon import __version__
 from daemon import config as settings
 from daemon.api.key_file import read_key_file
+from daemon.cli.claims import Claims, claimed
+from daemon.cli.commands import command
 from daemon.cli.prepare import Prepared, prepare
 from daemon.config import Config, ConfigError
 from daemon.ipc import output
 from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, start_logging
+from daemon.machine import raise_descriptor_limit
 from daemon.models import store
 from daemon.models.model_config import ModelConfig, ModelError, read_model_config
 from daemon.option import allowed
 from daemon.supervisor.start_error import StartError, explain
-from daemon.units import format_value
+from daemon.units import format_value, parse_whole, quoted
 
 if TYPE_CHECKING:
     from daemon.supervisor.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
+_REFUSALS = (ConfigError, ModelError, StartError, OSError)
 _BACKLOG = 4096
-_MAX_DESCRIPTORS = 1 << 17  # no process needs more; the hard limit in a container may be a thousand million
+_ADMIN_BACKLOG = 64
+_MAX_JOBS = 1024
 _EXAMPLE = """\
 llumd serves {name} at {url}
   {engines} engine{s} ready; for example:
@@ -44,7 +45,7 @@ llumd serves {name} at {url}
     "model": "{name}", "temperature": 0,
     "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
-  llumctl{ctl} top"""
+  {ctl} top"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +86,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--prefill", choices=("fa2", "fa3"), default="fa2", help="prefill kernel (default: fa2)")
     build.add_argument(
         "--jobs",
-        type=int,
+        type=_jobs,
         default=0,
         metavar="N",
         help="compilers that run at the same time (default: as many as fit)",
@@ -93,6 +94,16 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     build.set_defaults(run=_build_kernels)
     listing = commands.add_parser("list", help="list compiled kernels")
     listing.set_defaults(run=_list_kernels)
+
+
+def _jobs(text: str) -> int:
+    try:
+        jobs = parse_whole(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    if not 0 <= jobs <= _MAX_JOBS:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not allowed; it must be from 0 to {_MAX_JOBS}")
+    return jobs
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -118,8 +129,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace) -> Config:
     flags = {o.name: getattr(args, o.name) for o in settings.options() if getattr(args, o.name) is not None}
-    if args.model_ is not None:
-        flags["model"] = args.model_
+    if args.model_ is not None and flags.setdefault("model", args.model_) != args.model_:
+        both = f"{quoted(args.model_)} and --model {quoted(flags['model'])}"
+        raise ConfigError(f"model (command line): {both} differ; give one of them")
     file = args.config or (Path("/etc/llumd/config.toml") if Path("/etc/llumd/config.toml").exists() else None)
     return settings.load(flags, file)
 
@@ -127,20 +139,24 @@ def _load(args: argparse.Namespace) -> Config:
 def _serve(args: argparse.Namespace) -> int:
     output.tolerate_loss()
     _await_signals()
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     try:
         config = _load(args)
         start_logging(config.log_level, "supervisor")
-        return _run(prepare(config, _print_progress))
-    except (ConfigError, ModelError, StartError) as e:
-        print(f"llumd: {e}", file=sys.stderr)
-        return EXIT_CONFIG
-    except OSError as e:
-        print(f"llumd: cannot start: {explain(e)}", file=sys.stderr)
-        return EXIT_CONFIG
+        with claimed(config) as claims:
+            return _run(claims, prepare(config, _print_progress))
+    except _REFUSALS as e:
+        return _refuse(e)
     except KeyboardInterrupt:
         print("llumd: stopped by a signal before any process was started", file=sys.stderr)
         return 0
+
+
+def _refuse(error: Exception) -> int:
+    """Say why there is no start, in the same words in `serve` and `check`. Return the exit code."""
+    why = f"cannot start: {explain(error)}" if isinstance(error, OSError) else error
+    print(f"llumd: {why}", file=sys.stderr)
+    return EXIT_CONFIG
 
 
 def _await_signals() -> None:
@@ -150,23 +166,14 @@ def _await_signals() -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-def _raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard one, for all processes: each HTTP connection needs one.
-
-    The soft limit is low only for programs that use select(), which this one does not.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def _check(args: argparse.Namespace) -> int:
     try:
-        config, model_config, _, pool_bytes, _ = prepare(_load(args), _print_progress)
-    except (ConfigError, ModelError) as e:
-        print(f"llumd: {e}", file=sys.stderr)
-        return EXIT_CONFIG
+        config = _load(args)
+        with claimed(config, on_trial=True):
+            pass  # held for a moment only: a daemon may start while the model is checked
+        config, model_config, _, pool_bytes, _ = prepare(config, _print_progress)
+    except _REFUSALS as e:
+        return _refuse(e)
     n = len(config.devices)
     kv = "KV cache in the free memory of the GPUs" if config.on_gpus else f"{pool_bytes >> 20} MiB of KV cache each"
     print(f"{model_config.name}: {n} engine{'s' if n > 1 else ''}, {kv}; the settings are valid")
@@ -230,7 +237,7 @@ def _list_kernels(_args: argparse.Namespace) -> int:
     root = kernels.kernels_dir()
     found = kernels.listing(root)
     if not found:
-        print(f"no compiled kernels in {root}; `llumd kernels build` compiles them")
+        print(f"no compiled kernels in {root}; `{command('llumd')} kernels build` compiles them")
     for where, modules in found.items():
         print(where)
         for built in modules:
@@ -242,26 +249,28 @@ def _print_progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run(prepared: Prepared) -> int:
-    """Open the sockets and run the supervisor until it ends. Return the exit code. Raises OSError and StartError."""
+def _run(claims: Claims, prepared: Prepared) -> int:
+    """Run the supervisor until it ends. Return the exit code. Raises OSError and StartError."""
     from daemon.supervisor.key_reload import KeySource
     from daemon.supervisor.supervisor import Supervisor
 
     config, model_config, model_dir, pool_bytes, keys = prepared
-    directory = settings.run_dir(config)
-    lock = _lock(directory)
+    config = dataclasses.replace(config, port=claims.http.getsockname()[1])
+    _listen(claims, config)
+    key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
+    supervisor = Supervisor(config, str(model_dir), pool_bytes, claims.http, claims.admin, key_source)
+    return _supervise(supervisor, lambda: _announce(config, model_config, claims.directory))
+
+
+def _listen(claims: Claims, config: Config) -> None:
+    """Listen on both sockets. From now on clients can connect; they wait until a frontend accepts."""
     try:
-        http = _listen(config)
-        config = dataclasses.replace(config, port=http.getsockname()[1])
-        admin = _listen_admin(directory / "admin.sock")
-        try:
-            key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
-            supervisor = Supervisor(config, str(model_dir), pool_bytes, http, admin, key_source)
-            return _supervise(supervisor, lambda: _announce(config, model_config, directory))
-        finally:
-            (directory / "admin.sock").unlink(missing_ok=True)
-    finally:
-        os.close(lock)
+        claims.http.listen(_BACKLOG)
+        claims.admin.listen(_ADMIN_BACKLOG)
+    except OSError as e:  # another process has bound the same port and was the first to listen
+        raise ConfigError(
+            f"port: cannot listen on {config.host}:{config.port}: {e.strerror}; choose another port with --port"
+        ) from None
 
 
 def _supervise(supervisor: Supervisor, announce: Callable[[], None]) -> int:
@@ -277,62 +286,11 @@ def _supervise(supervisor: Supervisor, announce: Callable[[], None]) -> int:
 def _announce(config: Config, model_config: ModelConfig, directory: Path) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     n = len(config.devices)
-    ctl = f" --run-dir {directory}" if config.run_dir else ""
+    ctl = f" --run-dir {shlex.quote(str(directory))}" if config.run_dir else ""
     url = f"http://{host}:{config.port}"
+    ctl = command("llumctl") + ctl
     text = _EXAMPLE.format(name=model_config.name, url=url, engines=n, s="s" if n > 1 else "", ctl=ctl)
     print(text, flush=True)
-
-
-def _lock(directory: Path) -> int:
-    """Lock the run directory and return the descriptor of the lock. The kernel releases it when the process ends."""
-    try:
-        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        raise ConfigError(
-            f"run_dir: cannot use {directory}: {e.strerror}; choose another directory with --run-dir"
-        ) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise ConfigError(
-            f"run_dir: another llumd uses {directory}; stop it, or choose another directory with --run-dir"
-        ) from None
-    return fd
-
-
-def _listen(config: Config) -> socket.socket:
-    """Open the listening socket that all frontends share, so that a killed frontend loses no queued connection."""
-    try:
-        info = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(info[0], socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(info[4])
-        sock.listen(_BACKLOG)
-    except OSError as e:
-        if e.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port: {config.port} on {config.host} is in use; choose another port with --port"
-            ) from None
-        raise ConfigError(
-            f"host: cannot listen on {config.host}:{config.port}: {e.strerror}; choose another address with --host"
-        ) from None
-    return sock
-
-
-def _listen_admin(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)  # We hold the lock, so the socket is from a daemon that was killed.
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o117)
-    try:
-        sock.bind(str(path))
-    except OSError as e:
-        raise ConfigError(f"run_dir: cannot create {path}: {e.strerror or e}") from None
-    finally:
-        os.umask(before)
-    sock.listen(64)
-    return sock
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def checked(path: Path) -> Iterator[None]:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        start_new_session=True,  # signals to the group of this process are for this process to handle
     ) as check:
         try:
             yield

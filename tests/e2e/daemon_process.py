@@ -277,3 +277,10 @@ def refused(home: Path, *arguments: str) -> tuple[int, str]:
     command = serve_command("--run-dir", str(home / "run"), *arguments)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stderr
+
+
+def checked(home: Path, *arguments: str) -> tuple[int, str]:
+    """Run `llumd check`. Return exit code and stderr."""
+    command = [*PYTHON, "daemon.cli.llumd", "check", "--run-dir", str(home / "run"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    return done.returncode, done.stderr

@@ -6,14 +6,14 @@ from pathlib import Path
 
 SCRIPT = """
 import resource
-from daemon.cli import llumd
+from daemon.machine import raise_descriptor_limit
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-llumd._raise_descriptor_limit()
+raise_descriptor_limit()
 soft, after = resource.getrlimit(resource.RLIMIT_NOFILE)
 assert after == hard and soft == (min(hard, 1 << 17) if hard != resource.RLIM_INFINITY else 1 << 17), (soft, hard)
 """
 
 
 def test_soft_limit_is_raised_to_the_hard_one():
-    subprocess.run([sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[1], check=True)
