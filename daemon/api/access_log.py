@@ -27,7 +27,7 @@ class AccessLog:
         # The path as the client has sent it, without its query, which may be anything.
         path = http.rel_url.raw_path[:_MAX_PATH]
         ids = f"id {request_id}" if request_id else "no id"
-        if answer := http.get(ANSWER_ID):
+        if (answer := http.get(ANSWER_ID)) and answer != request_id:
             ids += f", {answer}"
         if usage := http.get(USAGE):
             ids += f", tokens {usage[0]}+{usage[1]}"

@@ -37,6 +37,17 @@ def test_access_log_has_a_line_for_each_request_and_no_text(model, caplog, optio
         assert "hello" not in "".join(found)
 
 
+def test_access_log_names_the_answer_once_if_the_client_has_sent_no_id(model, caplog):
+    api = make_api(model, access_log=True)
+
+    async def body(client):
+        answer = await (await client.post(CHAT, json=HELLO)).json()
+        assert caplog.messages[-1].count(answer["id"]) == 1
+
+    with caplog.at_level("INFO", "daemon.api.access"):
+        with_client(api, body)
+
+
 def test_rate_limited_log_counts_what_it_leaves_out(caplog):
     times = [0.0, 1.0, 9.9, 10.0, 12.0, 20.0]
     clock = iter(times)

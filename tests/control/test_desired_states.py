@@ -62,5 +62,5 @@ def test_an_engine_that_is_down_may_be_drained_or_parked_while_another_serves(
     coordinator.order(2, state)
     assert coordinator.desired == [SERVING, SERVING, state]
     coordinator.up = [None, None, None]
-    with pytest.raises(Refusal, match="no other engine serves"):
+    with pytest.raises(Refusal, match="no engine serves"):
         coordinator.order(0, state)
