@@ -19,6 +19,7 @@ from daemon.models import checkpoint
 from daemon.models.gguf.tokenizer import write_tokenizer
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig, ModelError, read_model_config
+from daemon.units import quoted
 
 _LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -40,6 +41,24 @@ class GGUF:
     def get(self, key: str, default: Any = None) -> Any:
         """Return a metadata value of the section of the architecture, such as `context_length`."""
         return self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}", default)
+
+    def number(self, key: str, default: float | None = None) -> int | float:
+        """Return a metadata value of that section that is a finite number. Raises ModelError for any other value."""
+        value = self.get(key, default)
+        if value is None:
+            raise ModelError(f"{self.path} has no value for {key}")
+        if isinstance(value, list):
+            raise ModelError(f"{self.path}: {key} differs from layer to layer, which is not supported")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ModelError(f"{self.path}: {key} is {quoted(value)}, which is not a number; download the file again")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """Return a metadata value of that section that is a whole number above 0. Raises ModelError."""
+        value = self.number(key, default)
+        if not isinstance(value, int) or value <= 0:
+            raise ModelError(f"{self.path}: {key} is {value}, which is not a whole number above 0")
+        return value
 
     @property
     def dtype(self) -> str:
@@ -68,7 +87,7 @@ def open_gguf(file: Path) -> GGUF:
     except Exception as e:  # the reader fails in many ways on a truncated file
         raise ModelError(f"{file} is not a complete GGUF file: {e}") from None
     opened = GGUF(file, metadata, tensors)
-    _check(opened)
+    check(opened)
     return opened
 
 
@@ -92,26 +111,25 @@ def config_of(source: GGUF) -> dict[str, Any]:
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{source.path} lacks token_embd.weight")
-    heads = int(_need(source, "attention.head_count"))
-    hidden = int(_need(source, "embedding_length"))
-    head_dim = int(source.get("attention.key_length") or hidden // heads)
+    heads, hidden = source.count("attention.head_count"), source.count("embedding_length")
+    head_dim = source.count("attention.key_length", hidden // heads)
     eos = [source.metadata.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom")]
-    eos_ids = list(dict.fromkeys(int(i) for i in eos if i is not None))
+    eos_ids = [token for i, token in enumerate(eos) if token is not None and token not in eos[:i]]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "vocab_size": int(embedding.shape[1]),
         "hidden_size": hidden,
-        "intermediate_size": int(_need(source, "feed_forward_length")),
-        "num_hidden_layers": int(_need(source, "block_count")),
+        "intermediate_size": source.count("feed_forward_length"),
+        "num_hidden_layers": source.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(source.get("attention.head_count_kv") or heads),
+        "num_key_value_heads": source.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": int(_need(source, "context_length")),
+        "max_position_embeddings": source.count("context_length"),
         # Metadata has float32 values. Their shortest decimal is the value that the author of the model wrote.
-        "rms_norm_eps": float(str(np.float32(_need(source, "attention.layer_norm_rms_epsilon")))),
-        "rope_theta": float(str(np.float32(source.get("rope.freq_base", 10000.0)))),
+        "rms_norm_eps": float(str(np.float32(source.number("attention.layer_norm_rms_epsilon")))),
+        "rope_theta": float(str(np.float32(source.number("rope.freq_base", 10000.0)))),
         "rope_scaling": _rope_scaling(source, head_dim),
         "tie_word_embeddings": "output.weight" not in source.tensors,
         "attention_bias": "blk.0.attn_q.bias" in source.tensors,
@@ -165,19 +183,12 @@ def _to_halves(values: np.ndarray, heads: int) -> np.ndarray:
     return paired.swapaxes(1, 2).reshape(values.shape)
 
 
-def _need(source: GGUF, key: str) -> Any:
-    if (value := source.get(key)) is None:
-        raise ModelError(f"{source.path} has no value for {key}")
-    if not isinstance(value, int | float):
-        raise ModelError(f"{source.path}: {key} differs from layer to layer, which is not supported")
-    return value
-
-
-def _check(source: GGUF) -> None:
+def check(source: GGUF) -> None:
+    """Raise ModelError unless the model is a plain Llama."""
     architecture = source.metadata.get("general.architecture")
     if architecture != "llama":
         raise ModelError(f"{source.path}: architecture {architecture!r} is not supported; only llama is")
-    if source.metadata.get("split.count", 0) > 1:
+    if source.metadata.get("split.count", 0) not in (0, 1):
         raise ModelError(f"{source.path} is one of several parts; merge them with llama-gguf-split --merge")
     if source.get("expert_count", 0):
         raise ModelError(f"{source.path} is a mixture of experts, which is not supported")
@@ -186,11 +197,12 @@ def _check(source: GGUF) -> None:
     for name in source.tensors:
         if name not in known and not (name.startswith("blk.") and name.split(".", 2)[2] in inner):
             raise ModelError(f"{source.path} has the tensor {name}, which a plain Llama does not have")
-    rotated_dims = source.get("rope.dimension_count")
-    length = source.get("attention.key_length") or _need(source, "embedding_length") // _need(
-        source, "attention.head_count"
+    length = source.count(
+        "attention.key_length", source.count("embedding_length") // source.count("attention.head_count")
     )
-    if (rotated_dims or length) != length or source.get("attention.value_length", length) != length:
+    if {source.number(key, length) or length for key in ("rope.dimension_count", "attention.value_length")} != {
+        length
+    }:
         raise ModelError(f"{source.path}: partly rotated heads and unequal head sizes are not supported")
 
 
@@ -201,14 +213,14 @@ def _rope_scaling(source: GGUF, head_dim: int) -> dict[str, Any] | None:
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": float(source.get("rope.scaling.factor", 1.0))}
+        return {"rope_type": "linear", "factor": source.number("rope.scaling.factor", 1.0)}
     raise ModelError(f"{source.path}: rope scaling {kind!r} is not supported; supported are llama3, linear and none")
 
 
 def _llama3_scaling(source: GGUF, head_dim: int) -> dict[str, Any]:
     """Return the rope scaling of Llama 3.1 and later. GGUF stores its result: the divisor of each frequency."""
     divisors = np.asarray(source.tensors[_ROPE_FACTORS].data, dtype=np.float64)
-    theta = float(source.get("rope.freq_base", 10000.0))
+    theta = source.number("rope.freq_base", 10000.0)
     factor = round(float(divisors.max()), 4)
     low, high, original = 1.0, 4.0, 8192  # the same in every published model
     rotations = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)

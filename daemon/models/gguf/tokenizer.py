@@ -40,8 +40,8 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
         raise ModelError(
             f"tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
         )
-    tokens = _list(metadata, "tokens")
-    _add_tokens(tokenizer, tokens, _list(metadata, "token_type"))
+    tokens = _list(metadata, "tokens", str)
+    _add_tokens(tokenizer, tokens, _list(metadata, "token_type", int, len(tokens)))
     named = {f"{n}_token": _token(metadata, tokens, n) for n in ("bos", "eos", "padding", "unknown")}
     if _adds_bos(metadata) and (bos := named["bos_token"]) is not None:
         template = processors.TemplateProcessing(
@@ -61,10 +61,10 @@ _CONFIG_NAMES = {"padding_token": "pad_token", "unknown_token": "unk_token"}
 
 def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _SPLITS:
+    if not isinstance(name, str) or name not in _SPLITS:
         raise ModelError(f"pre-tokenizer {name!r} is not supported; supported are {', '.join(sorted(_SPLITS))}")
-    vocab = {t: i for i, t in enumerate(_list(metadata, "tokens"))}
-    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges")]
+    vocab = {t: i for i, t in enumerate(_list(metadata, "tokens", str))}
+    merges = [tuple(m.split(" ", 1)) for m in _list(metadata, "merges", str)]
     # These vocabularies have whole words that no sequence of merges produces.
     whole_words = name in _LLAMA3_NAMES or name == "tekken"
     try:
@@ -78,8 +78,10 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     """Return a sentencepiece BPE tokenizer. Merges are in the order of the score of their result, highest first."""
-    tokens, scores = _list(metadata, "tokens"), _list(metadata, "scores")
-    types = _list(metadata, "token_type")
+    tokens = _list(metadata, "tokens", str)
+    scores, types = (
+        _list(metadata, key, kind, len(tokens)) for key, kind in (("scores", float), ("token_type", int))
+    )
     vocab = {t: i for i, t in enumerate(tokens)}
     merges = []
     for i, token in enumerate(tokens):
@@ -131,10 +133,15 @@ def _token(metadata: dict[str, Any], tokens: list[str], name: str) -> str | None
     return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
 
 
-def _list(metadata: dict[str, Any], key: str) -> list[Any]:
+def _list(metadata: dict[str, Any], key: str, kind: type, length: int | None = None) -> list[Any]:
+    """Return an array of the metadata. Raises ModelError unless all entries are of `kind` and `length` is right."""
     value = metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list | tuple) or (key != "merges" and not value):
         raise ModelError(f"the GGUF file has no tokenizer.ggml.{key}")
+    if not all(isinstance(entry, kind) for entry in value):
+        raise ModelError(f"the GGUF file has an entry in tokenizer.ggml.{key} that is of a wrong type")
+    if length is not None and len(value) != length:
+        raise ModelError(f"the GGUF file has {len(value)} entries in tokenizer.ggml.{key} for {length} tokens")
     return list(value)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -170,6 +171,33 @@ def test_unsupported_files_are_refused(tmp_path, metadata, reason):
     make_tiny_gguf(tmp_path / "m.gguf", metadata=metadata)
     with pytest.raises(ModelError, match=reason):
         converted(tmp_path / "m.gguf", tmp_path / "out")
+
+
+@pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
+def opened(request, tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    make_tiny_gguf(file, layers=1)
+    source = convert.open_gguf(file)
+    if request.param == "sentencepiece":
+        scores = [0.0] * len(source.metadata["tokenizer.ggml.tokens"])
+        source.metadata.update({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores})
+    return source
+
+
+WRONG = ["x", "", -1, 0, 2**40, 1.5, True, [], ["x"], [1, 2], None, math.nan]
+
+
+def test_any_value_in_the_metadata_is_used_or_refused_with_a_message(opened, tmp_path):
+    for key, (i, value) in product(opened.metadata, enumerate(WRONG)):
+        source = replace(opened, metadata=opened.metadata | {key: value})
+        try:
+            directory = tmp_path / f"{key}-{i}"
+            directory.mkdir()
+            convert.check(source)
+            convert.config_of(source)
+            write_tokenizer(source.metadata, directory)
+        except ModelError as e:
+            assert "invalid literal" not in str(e) and "could not convert" not in str(e)
 
 
 def test_unknown_tensors_and_truncated_files_are_refused(tmp_path):
