@@ -51,7 +51,5 @@ class DesiredStates:
         if state == EngineState.SERVING or self.of(engine) != EngineState.SERVING:
             return
         if not self.served_without(engine, facts):
-            last = (
-                f"engine {engine} is the last that serves" if facts[engine] is not None else "no other engine serves"
-            )
+            last = f"engine {engine} is the last that serves" if facts[engine] is not None else "no engine serves"
             raise Refusal(f"{last}; no other engine could take its requests")
