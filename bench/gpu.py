@@ -26,7 +26,6 @@ from bench.sections import Figure, Outcome, append_figure, run_all, run_section,
 from daemon.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
-    from bench.gpu_kernels import AttentionCase
     from bench.gpu_peaks import Peaks  # sections import torch, in processes of their own
 
 DECODE_BAR = 0.80  # share of the least time of a step, at the measured bandwidth and matmul rate
@@ -249,7 +248,6 @@ def kernels(c: Context) -> None:
         raise RuntimeError("this section needs a GPU")
     _use_kernels(c)
     config, device = c.model_config, c.scale.device
-    layers = config.num_layers
 
     def report(found: measure.KernelTime) -> None:
         more: dict[str, Any] = {"tb_per_second": found.terabytes}
@@ -257,7 +255,7 @@ def kernels(c: Context) -> None:
             more["tflops"] = found.teraflops
         c.report(Figure(c.name, found.what, found.us, "us", more=more))
 
-    for case in _attention_cases(c, layers):
+    for case in measure.attention_cases(c.scale.context, c.scale.some, config.num_layers):
         report(measure.attention(config, device, case))
     for found in measure.products(config, device, c.scale.some):
         report(found)
@@ -278,24 +276,6 @@ def profile(c: Context) -> None:
         c.figure(f"{step}: all kernels", sum(share.us for share in shares), "us")
         for share in shares[:12]:
             c.figure(f"{step}: {share.name}", share.us, "us", calls=share.calls)
-
-
-def _attention_cases(c: Context, layers: int) -> list[AttentionCase]:
-    import torch
-
-    from bench.gpu_kernels import AttentionCase
-
-    context, fp8 = c.scale.context, torch.float8_e4m3fn
-    cases = [AttentionCase([context] * batch, layers) for batch in c.scale.some]
-    for batch in c.scale.some[1:]:
-        cases.append(AttentionCase([context] * batch, layers, plan="plain"))
-        cases.append(AttentionCase([context] * batch, 1))
-        cases.append(AttentionCase([context] * batch, layers, block_size=32))
-        cases.append(AttentionCase([context] * batch, layers, kv_dtype=fp8))
-    middle = c.scale.some[1]
-    cases.append(AttentionCase([context] * (middle - 1) + [64 * context], layers))
-    cases.append(AttentionCase([64 * context], layers))
-    return cases
 
 
 def _use_kernels(c: Context) -> None:

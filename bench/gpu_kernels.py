@@ -135,6 +135,19 @@ class AttentionCase(NamedTuple):
         return f"{len(self.contexts)} x {lengths}, page {self.block_size}, {dtype}, {self.layers} layers, {self.plan}"
 
 
+def attention_cases(context: int, batches: Sequence[int], layers: int) -> list[AttentionCase]:
+    """Return the measurements: each batch, its alternatives, and one long sequence among short ones."""
+    cases = [AttentionCase([context] * batch, layers) for batch in batches]
+    for batch in batches[1:]:
+        cases.append(AttentionCase([context] * batch, layers, plan="plain"))
+        cases.append(AttentionCase([context] * batch, 1))
+        cases.append(AttentionCase([context] * batch, layers, block_size=32))
+        cases.append(AttentionCase([context] * batch, layers, kv_dtype=torch.float8_e4m3fn))
+    cases.append(AttentionCase([context] * (batches[1] - 1) + [64 * context], layers))
+    cases.append(AttentionCase([64 * context], layers))
+    return cases
+
+
 @torch.inference_mode()
 def attention(config: ModelConfig, device: str, case: AttentionCase) -> KernelTime:
     """Measure the decode attention of one layer, every call at another layer of the pool."""

@@ -71,8 +71,10 @@ def _source(path: Path, config: dict[str, Any]) -> str | None:
         return (path / "chat_template.jinja").read_text(encoding="utf-8")
     except FileNotFoundError:
         pass
-    except (OSError, UnicodeDecodeError) as e:
-        raise ModelError(f"cannot read {path / 'chat_template.jinja'}: {e}") from None
+    except UnicodeDecodeError:
+        raise ModelError(f"cannot read {path / 'chat_template.jinja'}: it is not UTF-8 text") from None
+    except OSError as e:
+        raise ModelError(f"cannot read {path / 'chat_template.jinja'}: {e.strerror or e}") from None
     value = config.get("chat_template")
     if isinstance(value, list):  # several templates, each with a name
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}

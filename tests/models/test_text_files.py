@@ -60,7 +60,7 @@ DAMAGE = [
     (write("tokenizer_config.json", b"{"), "tokenizer_config.json is not valid JSON"),
     (write("chat_template.jinja", b"{% for m in messages %}{{ m "), "does not compile, line 1"),
     (write("chat_template.jinja", b"{{ messages | no_filter }}"), "does not compile, line 1: No filter named"),
-    (write("chat_template.jinja", b"\xe9"), "cannot read .*chat_template.jinja"),
+    (write("chat_template.jinja", b"\xe9"), "cannot read .*chat_template.jinja: it is not UTF-8 text"),
 ]
 
 
