@@ -133,8 +133,8 @@ def _connect(
         hint = "--run-dir or --socket names another one"
         raise NotRunning(f"llumd is not running: no process listens on {path}; {hint}") from None
     except PermissionError:
-        who = "its owner and its group have"
-        raise Refused(f"you have no permission to use {path}; {who}", "no_permission") from None
+        allowed = "its owner and its group have"
+        raise Refused(f"you have no permission to use {path}; {allowed}", "no_permission") from None
     except TimeoutError:
         text = f"llumd runs, but its coordinator did not answer within {TIMEOUT:.0f} s: it starts or is busy"
         raise NoAnswer(f"{text}. An order may still take effect; `llumctl status` shows it") from None

@@ -23,7 +23,7 @@ _PROBE_TIMEOUT = 1.0  # seconds
 
 
 class Claims(NamedTuple):
-    """The claims of a daemon. Both sockets are bound; nobody can connect before they listen."""
+    """The claims of a daemon. Both sockets are bound; no client can connect before they listen."""
 
     directory: Path
     http: socket.socket

@@ -257,6 +257,10 @@ def _run(claims: Claims, prepared: Prepared) -> int:
     config, model_config, model_dir, pool_bytes, keys = prepared
     config = dataclasses.replace(config, port=claims.http.getsockname()[1])
     _listen(claims, config)
+    n = len(config.devices)
+    _print_progress(
+        f"starting {n} engine{'s' if n > 1 else ''} of {model_config.name} on {', '.join(config.devices)}"
+    )
     key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
     supervisor = Supervisor(config, str(model_dir), pool_bytes, claims.http, claims.admin, key_source)
     return _supervise(supervisor, lambda: _announce(config, model_config, claims.directory))

@@ -139,10 +139,10 @@ def test_a_request_counts_once_while_its_choices_are_submitted():
     st.lists(st.tuples(st.sampled_from([BATCH, OTHER, THIRD, ANY, *URGENT]), st.integers(1, 40)), max_size=60),
     st.randoms(use_true_random=False),
 )
-def test_shares_never_exceed_what_there_is_and_the_reserve_is_kept(capacity, wishes, random):
+def test_shares_never_exceed_what_there_is_and_the_reserve_is_kept(capacity, amounts_by_holder, random):
     reserve = capacity // 8
     shares, held = Shares(capacity, reserve), []
-    for holder, amount in wishes:
+    for holder, amount in amounts_by_holder:
         if held and random.random() < 0.4:
             shares.add(*held.pop(random.randrange(len(held))))
         if not shares.fits(holder, amount):
