@@ -452,7 +452,7 @@ def load(flags: Mapping[str, Any], file: Path | None, environ: Mapping[str, str]
         if variable.startswith(ENV_PREFIX) and name in names:
             config = config.replace({name: value}, f"environment {ENV_PREFIX}{name.upper()}")
     config = config.replace(flags, "command line")
-    config.check()
+    (config.for_gpus() if config.on_gpus else config).check()  # with the defaults that engines on GPUs will have
     return config
 
 

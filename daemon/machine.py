@@ -97,14 +97,18 @@ def _free_memory_v2(groups: Path, own: Path) -> Iterator[int]:
     for directory in _directories(groups, own, ""):
         limit, used = _text(directory / "memory.max"), _text(directory / "memory.current")
         if limit.isdecimal() and used.isdecimal():
-            yield int(limit) - int(used) + _statistic(directory, "inactive_file")
+            yield int(limit) - int(used) + sum(_statistic(directory, n) for n in ("inactive_file", "active_file"))
 
 
 def _free_memory_v1(groups: Path, own: Path) -> Iterator[int]:
     for directory in _directories(groups, own, "memory"):
         limit, used = _text(directory / "memory.limit_in_bytes"), _text(directory / "memory.usage_in_bytes")
         if limit.isdecimal() and used.isdecimal():
-            yield int(limit) - int(used) + _statistic(directory, "total_inactive_file")
+            yield (
+                int(limit)
+                - int(used)
+                + sum(_statistic(directory, n) for n in ("total_inactive_file", "total_active_file"))
+            )
 
 
 def _directories(groups: Path, own: Path, controller: str) -> Iterator[Path]:

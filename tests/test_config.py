@@ -257,6 +257,8 @@ def test_options_that_the_device_does_not_support(settings: dict[str, object], m
 
 
 def test_gpu_defaults_apply_to_options_that_no_source_has_set():
+    # Limits are judged with the defaults that GPUs have: max_batch_tokens is larger there.
+    assert load({"devices": "cuda:0", "max_num_seqs": "512"}, None, {}).max_num_seqs == 512
     settings = load({"max_num_seqs": "64"}, None, {"LLUMD_ITL_TARGET": "0"}).for_gpus()
     assert (settings.max_num_seqs, settings.itl_target) == (64, 0)
     assert settings.max_batch_tokens == 8192

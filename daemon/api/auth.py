@@ -21,7 +21,8 @@ def client_name(key: Key | None, address: str | None) -> str:
     """
     if key is not None:
         return f"tenant {key.tenant}" if key.tenant else f"key {key.digest.hex()}"
-    if address is None or address.startswith("127.") or address == "::1":
+    address = (address or "").removeprefix("::ffff:")  # an IPv4 client of a socket that listens on IPv6
+    if not address or address.startswith("127.") or address == "::1":
         return ""
     return f"address {address}"
 

@@ -30,7 +30,8 @@ def _as_dict(message: Message, i: int) -> dict[str, Any]:
         content = [{"type": "text", "text": part.text or ""} for part in content]
     # Most templates do not know `developer`, the newer name of `system`.
     role = "system" if message.role == "developer" else message.role
-    calls = message.tool_calls and [
+    # An empty list means no calls, but a template may ask whether the key is there.
+    calls = (message.tool_calls or None) and [
         _with_object(call, f"messages.[{i}].tool_calls.[{j}].function.arguments")
         for j, call in enumerate(message.tool_calls)
     ]
@@ -41,15 +42,22 @@ def _as_dict(message: Message, i: int) -> dict[str, Any]:
 
 
 def _with_object(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a tool call with the JSON text of its arguments as the object that it stands for."""
+    """Return a tool call with the JSON text of its arguments as the object that it stands for.
+
+    No text, and the text `null`, are what some clients write for a call without arguments.
+    """
     function = call.get("function")
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments")
-    try:
-        value = json.loads(arguments) if arguments and isinstance(arguments, str) else arguments or {}
-    except (ValueError, RecursionError):
-        value = None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        where = where.removesuffix(".arguments")
+        raise bad_request("A tool call needs a `function` with a `name` and `arguments`.", where)
+    value = function.get("arguments")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            value = ""
+    if value is None:
+        value = {}
     if not isinstance(value, dict):
         raise bad_request("The `arguments` of a tool call must be a JSON object, or the text of one.", where)
     return call | {"function": function | {"arguments": value}}

@@ -37,7 +37,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        # A message may repeat what the client sent. Unpaired surrogates in it cannot be encoded.
+        self.message = message.encode("utf-8", "replace").decode()
         self.type = type
         self.param = param
         self.code = code

@@ -73,7 +73,10 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     _settle()
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.SERVING, fabric.incarnation, _HEARTBEAT_DEADLINE)
-    tasks = [asyncio.create_task(_send_heartbeats(progress, tracker)), asyncio.create_task(connections.sweep())]
+    tasks = [
+        asyncio.create_task(_send_heartbeats(progress, tracker, spec.config.hang_timeout)),
+        asyncio.create_task(connections.sweep()),
+    ]
     await stop.wait()
     tracker.draining = True
     progress.enter(EngineState.DRAINING, fabric.incarnation, _HEARTBEAT_DEADLINE)
@@ -118,13 +121,21 @@ def _read_all(fabric: Fabric, tracker: RequestTracker) -> DaemonSnapshot:
     )
 
 
-async def _send_heartbeats(progress: Progress, tracker: RequestTracker) -> None:
+async def _send_heartbeats(progress: Progress, tracker: RequestTracker, hang_timeout: float) -> None:
+    """Show for ever that this process lives, and look for engines that hang.
+
+    After this process was stopped itself, the engines may have been, too: they get as long again for their steps.
+    """
     loop = asyncio.get_running_loop()
+    trusted_from = 0.0
     while True:
         progress.beat(_HEARTBEAT_DEADLINE)
         due = loop.time() + _HEARTBEAT
         await asyncio.sleep(_HEARTBEAT)
-        if loop.time() < due + _LATE:  # otherwise this process was stopped itself: the engines may have been, too
+        late = loop.time() - due
+        if late >= _LATE:
+            trusted_from = loop.time() + min(late, hang_timeout)
+        if loop.time() >= trusted_from:
             tracker.check_engines()
 
 

@@ -137,7 +137,7 @@ def _last_answer(messages: list[Message]) -> str:
     if message.role != "assistant":
         return ""
     content = message.content
-    return "".join(part.text or "" for part in content) if isinstance(content, list) else content or ""
+    return "\n".join(part.text or "" for part in content) if isinstance(content, list) else content or ""
 
 
 def _json(body: Any) -> web.Response:

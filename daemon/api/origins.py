@@ -20,6 +20,7 @@ _PREFLIGHT = {
     "Access-Control-Max-Age": "600",
 }
 _EXPOSED = "x-request-id, Retry-After"
+_LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback", "host.docker.internal"})
 
 
 class OriginPolicy:
@@ -27,7 +28,7 @@ class OriginPolicy:
 
     def __init__(self, config: Config, *, keys: bool) -> None:
         """`keys`: clients need an API key."""
-        local = not keys and _is_local(config.host)
+        local = not keys and (config.host.lower() == "localhost" or _is_loopback(config.host))
         hosts = {host.lower() for host in config.allowed_hosts}
         self._any_host = "*" in hosts or not (hosts or local)
         self._hosts = hosts | {config.host.lower()}
@@ -65,7 +66,8 @@ class OriginPolicy:
         return headers | (_PREFLIGHT if preflight else {"Access-Control-Expose-Headers": _EXPOSED})
 
     def _knows(self, name: str) -> bool:
-        return name in self._hosts or (self._local and _is_local(name))
+        # A rebound name is a name: a browser that sends an address as `Host` has connected to that address.
+        return name in self._hosts or _is_local(name) or _address(name) is not None
 
 
 def host_name(host: str) -> str:
@@ -78,13 +80,25 @@ def host_name(host: str) -> str:
 
 
 def _is_local(name: str) -> bool:
-    """Return True for names and addresses that always mean this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
+    """Return True for names and addresses that mean this machine, seen from it or from its containers."""
+    if name in _LOCAL_NAMES or name.endswith(".localhost"):
         return True
+    address = _address(name)
+    return address is not None and (address.is_loopback or address.is_unspecified)
+
+
+def _is_loopback(name: str) -> bool:
+    address = _address(name)
+    return address is not None and address.is_loopback
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that `name` is, an IPv4 address also in its IPv6 form; None if it is a name."""
     try:
-        return ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
-        return False
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _shown(text: str) -> str:

@@ -108,10 +108,11 @@ class Service:
     def template_variables(self, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
         """Return what the request tells the chat template besides its messages.
 
-        Raises ApiError (400) for a variable that the template does not read: it would have no effect.
+        Raises ApiError (400) for a variable that the template does not read: it would have no effect. Such a variable
+        may be false or null: `enable_thinking: false` is true of a model that does not think.
         """
         given, reads = request.chat_template_kwargs or {}, self.chat_template.variables
-        for name in given.keys() - reads:
+        for name in (name for name, value in given.items() if name not in reads and value not in (None, False)):
             message = f"`chat_template_kwargs` has `{name[:100]}`, which this model's chat template does not read."
             raise bad_request(message, "chat_template_kwargs", "unsupported_parameter")
         effort = request.reasoning_effort
@@ -129,6 +130,8 @@ class Service:
             return self.chat_template.render(given, add_generation_prompt, **variables)
         except ChatError as e:
             raise bad_request(str(e), "messages") from None
+        except RecursionError:
+            raise bad_request("The messages are nested too deeply.", "messages") from None
 
     def spell(self, tokens: list[int]) -> str:
         """Return the text of `tokens`, with special tokens as text."""

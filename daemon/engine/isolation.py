@@ -7,6 +7,7 @@ tokens are functions of the request alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, Runner, StepPlan, StepResult
@@ -15,8 +16,12 @@ from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
 log = logging.getLogger(__name__)
 
 
-def compute_row_by_row(runner: Runner, plan: StepPlan, error: Exception) -> StepResult:
+def compute_row_by_row(
+    runner: Runner, plan: StepPlan, error: Exception, beat: Callable[[], None] = lambda: None
+) -> StepResult:
     """Compute a step that has raised `error`, each row alone. No other step may be in flight.
+
+    `beat` is called before each row, because a row alone may take as long as the whole step.
 
     The rows that raise again are dropped. Raises `error` if a dummy row raises, too: then the runner is broken, and
     no request is to blame.
@@ -26,6 +31,7 @@ def compute_row_by_row(runner: Runner, plan: StepPlan, error: Exception) -> Step
     logprobs: list[TokenLogprobs | None] = []
     dropped: list[int] = []
     for i, row in enumerate(plan.rows):
+        beat()
         result = _compute(runner, row, decode=i < plan.num_decodes)
         if result is None or result.dropped:
             dropped.append(i)
@@ -33,6 +39,7 @@ def compute_row_by_row(runner: Runner, plan: StepPlan, error: Exception) -> Step
             tokens.append(NO_TOKEN if result is None or result.dropped else result.tokens[0])
             logprobs.append(result.logprobs[0] if result is not None and result.logprobs else None)
     if dropped:
+        beat()
         _check(runner, error)
     return StepResult(tokens, logprobs if any(logprobs) else None, tuple(dropped))
 

@@ -31,10 +31,21 @@ class _Failed(NamedTuple):
 
 
 class Pipeline:
-    """Connects the scheduler with the runner. `overlap`: launch one step ahead if the runner can."""
+    """Connects the scheduler with the runner. `overlap`: launch one step ahead if the runner can.
 
-    def __init__(self, runner: Runner, *, overlap: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+    `beat` is called while a step that failed is computed row by row, which takes longer than a step.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        overlap: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self._runner = runner
+        self._beat = beat
         self._overlapping = cast(Overlapping, runner) if overlap and hasattr(runner, "launch") else None
         self._clock = clock
         self._in_flight: deque[tuple[StepPlan, Any, float]] = deque()  # plan, ticket, launch time
@@ -66,7 +77,7 @@ class Pipeline:
         try:
             return self._runner.execute(plan)
         except Exception as e:
-            return compute_row_by_row(self._runner, plan, e)
+            return compute_row_by_row(self._runner, plan, e, self._beat)
 
     def collect(self, leave: int = 0) -> Step | None:
         """Wait for the oldest step and return it; return None if at most `leave` steps are in flight."""
@@ -82,5 +93,5 @@ class Pipeline:
 
     def _collect(self, plan: StepPlan, ticket: Any) -> StepResult:
         if isinstance(ticket, _Failed):
-            return compute_row_by_row(self._runner, plan, ticket.error)
+            return compute_row_by_row(self._runner, plan, ticket.error, self._beat)
         return self._overlapping.collect(ticket) if self._overlapping else cast(StepResult, ticket)

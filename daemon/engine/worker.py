@@ -70,7 +70,9 @@ class Worker:
         self._policy = policy
         self._runner = engine.runner
         self._scheduler = engine.scheduler
-        self._pipeline = Pipeline(engine.runner, overlap=overlap)
+        self._pipeline = Pipeline(
+            engine.runner, overlap=overlap, beat=lambda: self._progress.beat(self._step_deadline)
+        )
         self._desired_states = DesiredStateReader(fabric.desired_states())
         self._progress = fabric.progress(fabric.process)
         self._board = fabric.board()

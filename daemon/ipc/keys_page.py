@@ -19,7 +19,7 @@ MAX_KEYS = 4096
 MAX_TENANT = 64  # characters of a tenant's name, all ASCII
 _KEY_BYTES = 120  # at most, of one encoded key
 _KEYS_BYTES = MAX_KEYS * _KEY_BYTES * 2 + 64  # a board has two copies
-_MAX_ERROR = 1000  # characters
+_MAX_ERROR = 1000  # bytes
 # The request number, the board of the last outcome and the board of the keys.
 _REQUEST, _OUTCOME, _KEYS = 0, 64, 64 + BOARD_BYTES
 KEYS_PAGE_BYTES = (_KEYS + _KEYS_BYTES + 4095) & -4096
@@ -65,7 +65,9 @@ class KeysWriter:
 
     def report(self, outcome: KeysOutcome) -> None:
         """Publish how an attempt ended. Publish the keys before it."""
-        self._outcome.publish(_encode(msgspec.structs.replace(outcome, error=outcome.error[:_MAX_ERROR])))
+        # A path in the error may have any bytes.
+        error = outcome.error.encode(errors="replace")[:_MAX_ERROR].decode(errors="ignore")
+        self._outcome.publish(_encode(msgspec.structs.replace(outcome, error=error)))
 
 
 class KeysReader:

@@ -7,9 +7,11 @@ which `multiprocess` and the interpreter's exit would fail.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
+import stat
 import sys
 from typing import TextIO
 
@@ -32,8 +34,20 @@ def tolerate_loss() -> None:
 
 
 def _stream(fd: int) -> TextIO:
-    raw: io.RawIOBase = _LossyFile(fd, "w", closefd=False)
+    own = _own_description(fd)
+    raw: io.RawIOBase = _LossyFile(own, "w", closefd=own != fd)
     return io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace", line_buffering=True)
+
+
+def _own_description(fd: int) -> int:
+    """Return a descriptor of our own for the same terminal or pipe, whose writes do not block; otherwise `fd` itself.
+
+    poll() calls a terminal writable while it has room for one byte. O_NONBLOCK on `fd` would hold for the shell, too.
+    """
+    if os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode):
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    return fd
 
 
 class _LossyFile(io.FileIO):

@@ -6,6 +6,7 @@ of its output, the steps of its loops over ranges and the size of its products a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from daemon.models.special_tokens import NAMES, special_tokens
 from daemon.models.template_sandbox import MAX_STEPS, new_environment
 from daemon.models.template_sandbox import ChatError as ChatError  # noqa: PLC0414  part of this module's interface
 from daemon.models.tracked_text import concat
+
+log = logging.getLogger(__name__)
 
 MAX_OUTPUT = 16 << 20  # characters; twice the default of max_body
 _OWN_VARIABLES = frozenset((*NAMES, "messages", "add_generation_prompt", "tools", "documents", "self"))
@@ -60,10 +63,13 @@ class ChatTemplate:
             return _collect(self._template.generate(given))
         except ChatError:
             raise
+        except RecursionError:
+            raise ChatError("these messages are nested too deeply for the chat template") from None
         except jinja2.TemplateError as e:
             raise ChatError(f"the chat template refuses these messages: {e}") from None
         except Exception as e:  # a template can fail in any way on messages that it does not expect
-            raise ChatError(f"the chat template fails on these messages: {type(e).__name__}: {e}") from None
+            log.info("the chat template fails on messages: %r", e)
+            raise ChatError("the chat template fails on these messages: it does not expect their form") from None
 
 
 def _source(path: Path, config: dict[str, Any]) -> str | None:

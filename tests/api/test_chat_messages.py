@@ -91,9 +91,65 @@ def test_arguments_are_an_object_for_the_template(model, tmp_path, arguments):
     async def body(client):
         ids = await prompt_of(api, client, messages)
         assert ids == model.tokenizer.encode("hi\nweather:city=Paris;\n", False)
-        for none in ("", None, "{}"):
+        for none in ("", " ", None, "null", "{}"):
             call["function"]["arguments"] = none
             assert await prompt_of(api, client, messages) == model.tokenizer.encode("hi\nweather:\n", False)
+
+    with_client(api, body)
+
+
+def test_an_empty_list_of_calls_is_no_call(model, tmp_path):
+    source = "{% for m in messages %}{% if 'tool_calls' in m %}call{% endif %}{{ m.content }}\n{% endfor %}"
+    api = make_api(with_template(model, tmp_path, source))
+
+    async def body(client):
+        ids = await prompt_of(api, client, [{"role": "assistant", "content": "hi", "tool_calls": []}])
+        assert ids == model.tokenizer.encode("hi\n", False)
+
+    with_client(api, body)
+
+
+@pytest.mark.parametrize("call", [{"id": "c"}, {"id": "c", "function": {"name": None}}, {"id": "c", "function": "f"}])
+def test_a_call_without_a_function_is_refused(api, call):
+    async def body(client):
+        messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
+        response = await client.post(CHAT, json={"messages": messages})
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (400, "messages.[0].tool_calls.[0].function")
+
+    with_client(api, body)
+
+
+def nested(depth):
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize("depth", [300, 600, 900])
+def test_messages_that_are_nested_deeply_get_no_server_error(api, depth):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": nested(depth)}}
+    user = {"role": "user", "content": "hi"}
+    odd = json.loads("[" * depth + "]" * depth) if depth < 900 else []
+
+    async def body(client):
+        for messages in (
+            [{"role": "assistant", "content": "x", "tool_calls": [call]}, user],
+            [{"role": "assistant", "content": "x", "tool_calls": [call | {"x": odd}]}, user],
+        ):
+            response = await client.post(CHAT, json={"messages": messages, "max_tokens": 1})
+            assert response.status in (200, 400)
+            assert "recursion" not in await response.text()
+
+    with_client(api, body)
+
+
+def test_an_error_may_repeat_an_unpaired_surrogate(model, tmp_path):
+    source = "{% for m in messages %}{{ raise_exception(m.tool_calls[0].function.arguments.a) }}{% endfor %}"
+    api = make_api(with_template(model, tmp_path, source))
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "x\\ud800"}'}}
+
+    async def body(client):
+        response = await client.post(CHAT, json={"messages": [{"role": "assistant", "tool_calls": [call]}]})
+        assert response.status == 400 and "x?" in (await response.json())["error"]["message"]
 
     with_client(api, body)
 

@@ -60,7 +60,7 @@ def test_min_tokens_above_the_maximum_or_the_context_is_refused(api):
     with_client(api, body)
 
 
-@pytest.mark.parametrize(("role", "prefix"), [("assistant", "Once upon "), ("user", "")])
+@pytest.mark.parametrize(("role", "prefix"), [("assistant", "Once \nupon "), ("user", "")])
 def test_echo_of_a_chat_repeats_the_last_message_of_the_assistant(api, role, prefix):
     parts = [{"type": "text", "text": "Once "}, {"type": "text", "text": "upon "}]
     request = {"messages": [*HELLO["messages"], {"role": role, "content": parts}], "echo": True}

@@ -23,11 +23,16 @@ LOCAL = [
     "[::1]:8000",
     "a.localhost",
     "localhost.",
+    "0.0.0.0:8000",
+    "[::]:8000",
+    "[::ffff:127.0.0.1]:8000",
+    "host.docker.internal:8000",
 ]
 FOREIGN = [
-    *("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "192.168.1.7", "[fe80::1]", "x@evil.example"),
+    *("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "x@evil.example"),
     *("[", "localhost.evil"),
 ]
+ADDRESSES = ["192.168.1.7", "192.168.1.7:8000", "[fe80::1]"]
 
 
 @pytest.mark.parametrize("host", LOCAL)
@@ -44,6 +49,22 @@ def test_other_names_are_refused_on_a_loopback_address_without_keys(host):
     assert refused.value.status == 403
     with pytest.raises(ApiError, match="allowed_origins"):
         policy().check("localhost", f"https://{host}")
+
+
+@pytest.mark.parametrize("host", ADDRESSES)
+def test_a_page_of_another_machine_is_refused_although_an_address_as_host_is_not(host):
+    """A browser that sends an address as `Host` has connected to that address, so it is no rebound name."""
+    policy().check(host, None)
+    with pytest.raises(ApiError, match="allowed_origins"):
+        policy().check("localhost", f"http://{host}")
+
+
+def test_probes_reach_a_server_whose_proxy_has_a_name():
+    server = policy(keys=True, host="0.0.0.0", allowed_hosts=["llm.example"])
+    for host in ("llm.example", "127.0.0.1:8000", "localhost:8000", "10.1.2.3:8000"):
+        server.check(host, None)
+    with pytest.raises(ApiError, match="allowed_hosts"):
+        server.check("other.example", None)
 
 
 def test_servers_with_keys_or_on_a_network_accept_every_name():

@@ -116,3 +116,15 @@ def test_a_fault_that_does_not_come_back_ends_no_request():
     streams = run(runner, scheduler_of(*PROMPTS))
     assert runner.raised == 1
     assert streams == {i: (expected_stream(p, i, OUTPUT, VOCAB), Finish.LENGTH) for i, p in enumerate(PROMPTS)}
+
+
+def test_each_row_that_is_computed_alone_begins_with_a_sign_of_life():
+    beats = []
+    scheduler = scheduler_of(*PROMPTS)
+    runner = FaultyRunner(guilty={1}, at=0)
+    pipeline = Pipeline(runner, beat=lambda: beats.append(runner.raised))
+    plan = scheduler.plan(0.0)
+    pipeline.launch(plan)
+    assert not beats
+    pipeline.collect()
+    assert len(beats) == len(plan.rows) + 1  # and one before the dummy row

@@ -27,6 +27,14 @@ def test_the_largest_set_of_the_largest_keys_fits():
         assert reader.read() == (number, keys)
 
 
+def test_an_error_of_any_characters_fits():
+    page = memoryview(bytearray(KEYS_PAGE_BYTES))
+    for error in ("\u8def" * 5000, "/tmp/no\udcff/keys: no such file"):
+        KeysWriter(page).report(KeysOutcome(1, keys=0, tenants=0, error=error))
+        found = KeysRequester(page).outcome()
+        assert found is not None and found.error[:3] == error[:3]
+
+
 def test_a_request_outlives_its_writer_and_an_outcome_names_it():
     page = memoryview(bytearray(KEYS_PAGE_BYTES))
     writer = KeysWriter(page)

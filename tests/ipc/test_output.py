@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import subprocess
 import sys
 import threading
@@ -40,7 +41,7 @@ def test_a_reader_gets_everything_also_slowly(pipe: tuple[int, int]) -> None:
     reader.start()
     stream = _stream(write)
     stream.write(text)
-    stream.flush()
+    stream.close()
     os.close(write)
     reader.join()
     assert found.getvalue().decode() == text
@@ -68,6 +69,19 @@ def test_a_reader_that_does_not_read_costs_one_wait_until_it_reads(pipe: tuple[i
         pass
     print("again", file=stream)
     assert os.read(read, 65536).endswith(b"again\n")
+
+
+def test_a_terminal_that_does_not_read_blocks_nothing() -> None:
+    master, slave = pty.openpty()
+    stream = _stream(slave)
+    began = time.monotonic()
+    for _ in range(300):
+        print("x" * 1000, file=stream, flush=True)
+    assert time.monotonic() - began < 10
+    assert os.get_blocking(slave)  # the terminal is the shell's, too
+    os.close(slave)
+    stream.close()
+    os.close(master)
 
 
 def test_characters_that_the_terminal_does_not_have() -> None:

@@ -98,7 +98,7 @@ def test_a_template_that_does_not_compile_is_a_model_error(tmp_path):
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].nothing.more }}", "no attribute|undefined"),
-        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[0].content + 1 }}", "does not expect their form"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ cycler.__init__.__globals__ }}", "unsafe"),
@@ -110,8 +110,8 @@ def test_a_template_that_does_not_compile_is_a_model_error(tmp_path):
         ("{{ 10 ** 10 ** 9 }}", "too large"),
         ("{{ 10 ** 60 ** 60 }}", "too large"),
         ("{{ lipsum(1000000) }}", "undefined"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "Recursion"),
-        ("{% include '/etc/passwd' %}", "TypeError|loader"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
+        ("{% include '/etc/passwd' %}", "does not expect their form|loader"),
     ],
 )
 def test_a_template_can_only_compute_text(tmp_path, source, reason):

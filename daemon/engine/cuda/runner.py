@@ -282,11 +282,15 @@ class CudaRunner:
         decoded = self._fill_decodes(ticket) if first else None
         chunked = self._fill_chunks(ticket) if ticket.chunks else None
         self._note_sampled(ticket, decoded, chunked)
-        if decoded:
-            self._stream.submit(partial(self._submit_decodes, ticket.staged, decoded))
-        if chunked:
-            self._stream.submit(partial(self._submit_chunks, ticket, chunked))
-        self._stream.submit(partial(self._submit_fetch, ticket))
+        try:
+            if decoded:
+                self._stream.submit(partial(self._submit_decodes, ticket.staged, decoded))
+            if chunked:
+                self._stream.submit(partial(self._submit_chunks, ticket, chunked))
+            self._stream.submit(partial(self._submit_fetch, ticket))
+        except Exception:
+            self._stream.record_event().wait()  # what is submitted still reads the staging set
+            raise
         ticket.done_event = self._stream.record_event()
         self._staging.release_at(ticket.done_event)
         self._slots.begin(slots)
