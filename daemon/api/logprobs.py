@@ -1,12 +1,19 @@
-"""Logprobs in the two formats of the API: a list of entries for chat, parallel lists for text completions."""
+"""Logprobs in the two formats of the API: a list of entries for chat, parallel lists for text completions.
+
+Entries become JSON as they arrive. Encoded at the end, those of a long answer would hold the event loop for long.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import msgspec
+
 from daemon.ipc.messages import TokenLogprobs
 
 _FLOOR = -9999.0  # JSON has no minus infinity
+
+_json = msgspec.json.Encoder().encode
 
 
 class TokenTexts(Protocol):
@@ -24,9 +31,32 @@ class LogprobsFormat(Protocol):
         """Add one entry per token; `logprobs` may be longer than `tokens`."""
         ...
 
-    def take(self) -> Any:
-        """Return the entries since the last call as the API's object; None if there are none."""
+    def take(self) -> msgspec.Raw | None:
+        """Return the entries since the last call as the JSON of the API's object; None if there are none."""
         ...
+
+
+class _JsonList:
+    """A JSON list that is encoded piece by piece."""
+
+    __slots__ = ("_head", "_items", "_tail")
+
+    def __init__(self, head: bytes = b"", tail: bytes = b"") -> None:
+        """`head` and `tail` go around the list: to add them later would copy it."""
+        self._head, self._tail = head + b"[", b"]" + tail
+        self._items = bytearray()
+
+    def extend(self, items: list[Any]) -> None:
+        if items:
+            self._items += b"," if self._items else self._head
+            self._items += memoryview(_json(items))[1:-1]
+
+    def take(self) -> bytearray:
+        """Return the JSON of all items since the last call; empty if there are none."""
+        items, self._items = self._items, bytearray()
+        if items:
+            items += self._tail
+        return items
 
 
 class ChatLogprobs:
@@ -36,18 +66,20 @@ class ChatLogprobs:
         """`ids`: name each token by its id, as ``token_id:7``."""
         self._texts = texts
         self._name = _token_id if ids else texts.token_text
-        self._entries: list[dict[str, Any]] = []
+        self._content = _JsonList(b'{"content":', b',"refusal":null}')
 
     def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        entries = []
         for token, found in zip(tokens, logprobs or [None] * len(tokens), strict=False):
             entry = self._entry(token, found.logprob if found else _FLOOR)
             pairs = zip(found.top_ids, found.top_logprobs, strict=True) if found else ()
             entry["top_logprobs"] = [self._entry(top, value) for top, value in pairs]
-            self._entries.append(entry)
+            entries.append(entry)
+        self._content.extend(entries)
 
-    def take(self) -> dict[str, Any] | None:
-        entries, self._entries = self._entries, []
-        return {"content": entries, "refusal": None} if entries else None
+    def take(self) -> msgspec.Raw | None:
+        content = self._content.take()
+        return msgspec.Raw(content) if content else None
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._texts.token_bytes(token)
@@ -63,36 +95,35 @@ class TextLogprobs:
         self._name = _token_id if ids else texts.token_text
         self._top = top
         self._offset = 0  # characters
-        self._clear()
-
-    def _clear(self) -> None:
-        self._tokens: list[str] = []
-        self._values: list[float] = []
-        self._tops: list[dict[str, float]] = []
-        self._offsets: list[int] = []
+        self._tokens, self._values, self._tops, self._offsets = (_JsonList() for _ in range(4))
 
     def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        names, values, tops, offsets = [], [], [], []
         for token, found in zip(tokens, logprobs or [None] * len(tokens), strict=False):
-            text = self._text(token)
-            value = _finite(found.logprob) if found else _FLOOR
-            self._tokens.append(self._name(token))
-            self._values.append(value)
-            self._offsets.append(self._offset)
-            self._offset += len(text)
+            name, value = self._name(token), _finite(found.logprob) if found else _FLOOR
+            names.append(name)
+            values.append(value)
+            offsets.append(self._offset)
+            self._offset += len(self._text(token))
             if self._top:
-                self._tops.append(self._alternatives(self._tokens[-1], value, found))
+                tops.append(self._alternatives(name, value, found))
+        self._tokens.extend(names)
+        self._values.extend(values)
+        self._tops.extend(tops)
+        self._offsets.extend(offsets)
 
-    def take(self) -> dict[str, Any] | None:
-        if not self._tokens:
+    def take(self) -> msgspec.Raw | None:
+        tokens = self._tokens.take()
+        if not tokens:
             return None
-        taken = {
-            "tokens": self._tokens,
-            "token_logprobs": self._values,
-            "top_logprobs": self._tops if self._top else None,
-            "text_offset": self._offsets,
-        }
-        self._clear()
-        return taken
+        parts = (
+            *(b'{"tokens":', tokens),
+            *(b',"token_logprobs":', self._values.take()),
+            *(b',"top_logprobs":', self._tops.take() or b"null"),
+            *(b',"text_offset":', self._offsets.take()),
+            b"}",
+        )
+        return msgspec.Raw(b"".join(parts))
 
     def _alternatives(self, name: str, value: float, found: TokenLogprobs | None) -> dict[str, float]:
         """Return the most likely tokens and, as the API requires, the sampled token."""
