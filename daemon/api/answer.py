@@ -56,6 +56,10 @@ class Answer:
         self.choices: list[Choice] = []
         self._metrics: list[RequestMetrics] = []
         self.unfinished = 0
+        # Running totals: the usage in every event must not cost more the more choices there are.
+        self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._output_tokens = 0
+        self._cached_tokens = 0
 
     def add(self, params: SamplingParams) -> None:
         """Add the next choice. Call it after the submission of that choice."""
@@ -84,10 +88,13 @@ class Answer:
     def push(self, index: int, chunk: TokenChunk) -> str:
         """Add a chunk to its choice and return its text. Raises ApiError if the choice failed."""
         choice, metrics = self.choices[index], self._metrics[index]
-        before = choice.num_tokens
+        before, cached_before = choice.num_tokens, choice.num_cached_tokens
         text = choice.push(chunk)
         if choice.num_tokens > before:
+            self._output_tokens += choice.num_tokens - before
             metrics.output(time.monotonic(), choice.num_tokens - before)
+        if index % self._n == 0:  # one choice of each prompt
+            self._cached_tokens += choice.num_cached_tokens - cached_before
         if choice.finish:
             self.unfinished -= 1
             metrics.end(time.monotonic(), choice.finish, choice.num_cached_tokens)
@@ -119,17 +126,16 @@ class Answer:
 
     def num_tokens(self) -> tuple[int, int]:
         """Return the numbers of prompt tokens and of output tokens so far."""
-        return sum(len(p.tokens) for p in self._prompts), sum(c.num_tokens for c in self.choices)
+        return self._prompt_tokens, self._output_tokens
 
     def usage(self) -> dict[str, Any]:
         """Return the token counts of the whole answer so far; a prompt counts once, however many choices it has."""
         prompt, output = self.num_tokens()
-        cached = sum(c.num_cached_tokens for c in self.choices[:: self._n])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
 
     def whole(self, texts: list[str]) -> dict[str, Any]:

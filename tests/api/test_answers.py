@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daemon.api.answer import Answer
 from daemon.api.auth import client_name
 from daemon.api.key_file import digest, parse_key
 from daemon.api.params import choice_seed, prefix_salt
@@ -358,3 +359,37 @@ def test_metrics_add_up(api):
     assert ends == [2, 2, 0, 0]
     assert api.counter("admission_rejections", "invalid") == 1
     assert api.counter("http_requests", "chat", "2xx") == 1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_usage_of_every_event_counts_the_output_up_to_it(api, monkeypatch, n):
+    api.generator.num_cached_tokens = 2
+    usage, seen = Answer.usage, []
+
+    def checked(answer: Answer) -> dict:
+        found = usage(answer)
+        cached = sum(choice.num_cached_tokens for choice in answer.choices[::n])
+        output = sum(choice.num_tokens for choice in answer.choices)
+        prompt = sum(len(prompt.tokens) for prompt in answer._prompts)
+        assert answer.num_tokens() == (prompt, output)
+        seen.append((prompt, output, cached))
+        assert found == {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+        return found
+
+    monkeypatch.setattr(Answer, "usage", checked)
+
+    async def body(client):
+        request = {"prompt": ["one", "three", "x"], "n": n, "max_tokens": 8, "stop": "quick"}
+        options = {"continuous_usage_stats": True, "include_usage": True}
+        chunks = await stream(client, TEXT, request | {"stream_options": options})
+        assert all("usage" in chunk for chunk in chunks)
+        whole = await (await client.post(TEXT, json=request)).json()
+        assert whole["usage"] == chunks[-1]["usage"]
+
+    with_client(api, body)
+    assert len(set(seen)) > 3 and seen[-1][2] == 6
