@@ -99,11 +99,23 @@ class Service:
         return await self.off_loop(partial(parse, body), len(body), PARSE_ON_LOOP)
 
     async def off_loop(self, work: Callable[[], T], size: int, at_once: int = TOKENISE_ON_LOOP) -> T:
-        """Run `work` on the event loop, or in a thread if its `size` is more than `at_once` characters or bytes."""
+        """Run `work` on the event loop, or in a thread if its `size` is more than `at_once` characters or bytes.
+
+        If it is cancelled before its thread begins, it frees `work` at once.
+        """
         if size <= at_once:
             return work()
         threads = self._large if size > _LARGE else self._small
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+        # A cancelled call stays in the executor's queue until its turn comes, so the queue must not hold the body.
+        slot = [work]
+
+        def run() -> T:
+            return slot.pop()()  # raises into a cancelled future if the slot is empty
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, run)
+        finally:
+            slot.clear()
 
     def template_variables(self, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
         """Return what the request tells the chat template besides its messages.
