@@ -94,6 +94,18 @@ class Admission:
             raise Overloaded(self._reason(holder))
         return Places(self._places, holder, count)
 
+    def check_journal(self, count: int, holder: Holder, journal_bytes: int) -> None:
+        """Raise TooMany if the journal never has room for `count` choices that need `journal_bytes` together.
+
+        One choice may take all that an empty journal has, so it is never refused here.
+        """
+        most = self._journal.largest(holder)
+        if count > 1 and journal_bytes > most:
+            raise TooMany(
+                f"The {count} choices of this request need {journal_bytes} bytes of the journal together, and may "
+                f"have at most {most} here. Send several requests, or ask for fewer output tokens or logprobs."
+            )
+
     def open(self, holder: Holder, journal_bytes: int) -> None:
         """Record a submitted request and its reservation in the journal. Raises Overloaded if there is no room."""
         if not self._journal.fits(holder, journal_bytes):

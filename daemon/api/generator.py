@@ -18,7 +18,7 @@ class Overloaded(Exception):
 
 
 class TooMany(Exception):
-    """The request asks for more choices than one request ever may: 400."""
+    """The request asks for more choices, or more room for them, than one request ever may: 400."""
 
 
 class NoEngine(Exception):
@@ -87,6 +87,23 @@ class Generator(Protocol):
         """Take `count` places in the queue limit, before tokenising; the rest is released on exit.
 
         `client`: the one that they count for; "": not told apart from others. Raises Overloaded, TooMany or NoEngine.
+        """
+        ...
+
+    def check_room(
+        self,
+        lengths: list[tuple[int, int]],
+        params: SamplingParams,
+        *,
+        label: str,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+        client: str = "",
+        x_request_id: str = "",
+    ) -> None:
+        """Raise TooMany if the journal can never hold all choices of a request. Call it before the first `submit`.
+
+        `lengths`: (prompt tokens, largest number of output tokens) of each choice. The rest: as for its first choice.
         """
         ...
 

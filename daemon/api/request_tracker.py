@@ -13,6 +13,8 @@ import time
 from array import array
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from daemon.api.admission import Admission, Holder, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
@@ -21,10 +23,11 @@ from daemon.config import Config
 from daemon.control.policy import ownership
 from daemon.control.policy.ownership import Decision, Order, Ownership
 from daemon.enums import DispatchKind, EarlyEnd
+from daemon.ipc.arena import rounded
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Dispatched, Finished, TakenOver, clipped
 from daemon.ipc.fabric import COORDINATOR, Fabric
-from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall
+from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall, layout
 from daemon.ipc.messages import (
     CancelRequest,
     EngineIncarnation,
@@ -41,6 +44,7 @@ from daemon.ipc.messages import (
     Takeover,
     decode_from_coordinator,
     decode_to_frontend,
+    encode,
 )
 from daemon.ipc.metrics_page import FRONTEND, MetricsPage
 from daemon.ipc.process_table import ProcessState
@@ -93,6 +97,26 @@ class RequestTracker:
         if not self.ready:
             raise NoEngine("shutting down" if self.draining else "no engine is ready")
         return self._admission.take(count, Holder(client, priority < 0))
+
+    def check_room(
+        self,
+        lengths: list[tuple[int, int]],
+        params: SamplingParams,
+        *,
+        label: str,
+        priority: int = 0,
+        cache_salt: bytes = b"",
+        client: str = "",
+        x_request_id: str = "",
+    ) -> None:
+        """Raise TooMany if the journal can never hold all choices of a request.
+
+        Seed, label and maximum differ by choice, so each counts with the shortest form that they can have.
+        """
+        shortest = replace(params, seed=0, max_tokens=1)
+        blob = len(encode(RequestParams(shortest, 0.0, priority, cache_salt, label, x_request_id)))
+        size = sum(rounded(layout(blob, prompt, output, params.logprobs).size) for prompt, output in lengths)
+        self._admission.check_journal(len(lengths), Holder(client, priority < 0), size)
 
     def submit(
         self,

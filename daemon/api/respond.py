@@ -141,10 +141,11 @@ async def _submit(
     for prompt in prompts:
         check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
         service.check_embedded(prompt.tokens, param)
+    default = default_max_tokens(body, limits.max_output_tokens)
+    outputs = [requested or min(default, max_model_len - len(prompt.tokens)) for prompt in prompts]
+    _check_room(service, request, prompts, outputs, answer.id)
     work = 0
-    for prompt in prompts:
-        room = max_model_len - len(prompt.tokens)
-        max_tokens = requested or min(default_max_tokens(body, limits.max_output_tokens), room)
+    for prompt, max_tokens in zip(prompts, outputs, strict=True):
         # If the request sets no seed, each prompt gets its own, so equal prompts get different answers.
         seed = secrets.randbits(64) if body.seed is None else body.seed
         for i in range(body.n or 1):
@@ -167,6 +168,27 @@ async def _submit(
             )
             places.submitted()
             answer.add(params)
+
+
+def _check_room(
+    service: Service, request: CheckedRequest, prompts: list[Prompt], outputs: list[int], id: str
+) -> None:
+    """Raise TooMany if the choices can never run together, before the first of them is started.
+
+    `outputs`: the largest number of output tokens of each prompt's choices.
+    """
+    n = request.body.n or 1
+    lengths = [(len(prompt.tokens), most) for prompt, most in zip(prompts, outputs, strict=True) for _ in range(n)]
+    if len(lengths) > 1:
+        service.generator.check_room(
+            lengths,
+            sampling_params(request.body, outputs[0], 0, 0),
+            label=f"{id}-0",
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            client=request.client,
+            x_request_id=request.x_request_id,
+        )
 
 
 async def _write_whole(answer: Answer, streams: StreamGroup) -> web.StreamResponse:

@@ -26,6 +26,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 from daemon.ipc.arena import ALIGN, Arena, rounded
 from daemon.ipc.messages import RequestParams, TokenLogprobs, decode_params, encode
@@ -54,6 +55,25 @@ class JournalTooSmall(Exception):
 def slots_for(size: int) -> int:
     """Return the number of slots in a journal of `size` bytes: one per 4 KiB, so that space runs out before slots."""
     return size // (4 << 10)
+
+
+class Layout(NamedTuple):
+    """Where the parts of a request are in its reservation, and how large it is. In bytes."""
+
+    tokens_at: int
+    output_at: int
+    logprobs_at: int
+    record: int  # of one token's logprobs
+    size: int
+
+
+def layout(params_len: int, prompt_len: int, max_tokens: int, logprobs: int) -> Layout:
+    """Lay out a reservation. `params_len` in bytes; `logprobs` as in `SamplingParams`."""
+    record = 0 if logprobs < 0 else 4 + 8 * logprobs
+    tokens_at = rounded(params_len)
+    output_at = tokens_at + 4 * prompt_len
+    logprobs_at = output_at + 4 * max_tokens
+    return Layout(tokens_at, output_at, logprobs_at, record, logprobs_at + record * max_tokens)
 
 
 class JournalView:
@@ -145,11 +165,9 @@ class Journal(JournalView):
         """
         sampling = params.sampling
         blob = encode(params)
-        record = 0 if sampling.logprobs < 0 else 4 + 8 * sampling.logprobs
-        tokens_at = rounded(len(blob))
-        output_at = tokens_at + 4 * len(prompt)
-        logprobs_at = output_at + 4 * sampling.max_tokens
-        size = logprobs_at + record * sampling.max_tokens
+        tokens_at, output_at, logprobs_at, record, size = layout(
+            len(blob), len(prompt), sampling.max_tokens, sampling.logprobs
+        )
         slot, start = self._reserve(size)
         at = self._arena_offset + start
         self._view[at : at + len(blob)] = blob

@@ -111,8 +111,8 @@ class ScriptedGenerator:
     """Implements Generator. `reply` returns the whole output for a prompt, with its end-of-sequence token.
 
     Streams never answer again after `hang_after` tokens, and raise EngineLost after `lose_after` tokens. `refusal` is
-    raised by each submission, and `finish` replaces the finish of every stream. `running` and `places` count choices
-    against `limit`.
+    raised by each submission, `no_room` before the first of several, and `finish` replaces the finish of every
+    stream. `running` and `places` count choices against `limit`.
     """
 
     reply: Callable[[list[int], SamplingParams], list[int]]
@@ -130,6 +130,8 @@ class ScriptedGenerator:
     running: int = 0
     places: int = 0
     admitted: list[tuple[int, str, int]] = field(default_factory=list)
+    no_room: Exception | None = None
+    checked: list[tuple[list[tuple[int, int]], int]] = field(default_factory=list)
     submissions: list[Submission] = field(default_factory=list)
     streams: list[ScriptedStream] = field(default_factory=list)
 
@@ -140,6 +142,11 @@ class ScriptedGenerator:
             raise Overloaded("full", self.retry_after)
         self.admitted.append((count, client, priority))
         return _Admission(self, count)
+
+    def check_room(self, lengths: list[tuple[int, int]], params: SamplingParams, **_: object) -> None:
+        self.checked.append((lengths, params.logprobs))
+        if self.no_room is not None:
+            raise self.no_room
 
     def submit(
         self,

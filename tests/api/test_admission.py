@@ -158,3 +158,20 @@ def test_shares_never_exceed_what_there_is_and_the_reserve_is_kept(capacity, amo
     for one in held:
         shares.add(*one)
     assert shares.used == 0
+
+
+@given(
+    st.sampled_from([BATCH, ANY, *URGENT]), st.integers(1, 6), st.integers(1 << 10, ROOM), st.sampled_from([-1, 0, 1])
+)
+def test_choices_are_refused_for_ever_if_even_an_empty_journal_cannot_hold_them(holder, choices, size, offset):
+    limit = ROOM if holder.urgent else ROOM * 7 // 8
+    edge = limit * (3 if holder.client else 4) // 4 // choices + offset
+    for reservation in (size, min(edge, ROOM)):
+        frontend = Frontend()
+        try:
+            frontend.admission.check_journal(choices, holder, choices * reservation)
+        except TooMany as e:
+            assert f"need {choices * reservation} bytes" in str(e)
+            assert not frontend.send(holder, choices, reservation)
+        else:
+            assert frontend.send(holder, choices, reservation)

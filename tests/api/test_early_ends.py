@@ -192,3 +192,20 @@ def test_connection_of_a_client_that_does_not_read_is_aborted(model):
         writer.close()
 
     with_client(api, body)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_choices_that_never_fit_the_journal_are_refused_before_the_first_is_started(api, path, streaming):
+    api.generator.no_room = TooMany("send several requests")
+
+    async def body(client):
+        request = (HELLO if path == CHAT else {"prompt": "x"}) | {"stream": streaming, "max_tokens": 9}
+        assert (await client.post(path, json=request | {"n": 3})).status == 400
+        assert api.generator.submissions == []
+        ((lengths, logprobs),) = api.generator.checked
+        assert [most for _, most in lengths] == [9] * 3 and len(set(lengths)) == 1 and logprobs == -1
+        assert (await client.post(path, json=request)).status == 200  # one choice needs no such check
+
+    with_client(api, body)
+    assert api.generator.places == api.generator.running == 0
