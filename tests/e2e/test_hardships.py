@@ -64,6 +64,8 @@ def test_a_suspended_daemon_goes_on_where_it_stopped(start: Start) -> None:
 
 def test_sigquit_ends_everything_at_once(home: Path) -> None:
     """Ctrl-\\ is for a daemon that does not answer, so it does not drain."""
+    # A shell starts its background jobs with SIGQUIT ignored, and what they start inherits that.
+    inherited = signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     daemon = Daemon(home, "--devices", "cpu")
     try:
         daemon.await_ready()
@@ -72,6 +74,7 @@ def test_sigquit_ends_everything_at_once(home: Path) -> None:
         assert daemon.wait() == -signal.SIGQUIT
         wait_for("every process gone", lambda: not daemon.processes())
     finally:
+        signal.signal(signal.SIGQUIT, inherited)
         daemon.clean_up()
 
 
