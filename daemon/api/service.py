@@ -127,6 +127,7 @@ class Service:
         for name in (name for name, value in given.items() if name not in reads and value not in (None, False)):
             message = f"`chat_template_kwargs` has `{name[:100]}`, which this model's chat template does not read."
             raise bad_request(message, "chat_template_kwargs", "unsupported_parameter")
+        given = {name: value for name, value in given.items() if name in reads}
         effort = request.reasoning_effort
         if effort is None:
             return given

@@ -128,6 +128,8 @@ def test_variables_that_the_chat_template_does_not_read_are_refused(thinking):
             for name in ("thinking", "messages", "tools", "add_generation_prompt", "range", "bos_token", "self", "m"):
                 error = await refused(client, path, HELLO | {"chat_template_kwargs": {name: 1}})
                 assert error["param"] == "chat_template_kwargs" and f"`{name}`" in error["message"]
+                off = {"chat_template_kwargs": {name: False}}  # asks for nothing
+                assert (await client.post(path, json=HELLO | off)).status == 200
             error = await refused(client, path, HELLO | {"reasoning_effort": "lots"})
             assert error["param"] == "reasoning_effort" and "minimal" in error["message"]
 
