@@ -186,38 +186,25 @@ def test_a_slow_first_run_does_not_count():
 
 
 class DisturbedRunner(TimedRunner):
-    """A runner beside other work: half of its steps take up to three times as long."""
+    """A runner beside other work: a `share` of its steps takes up to `extra` times their time on top."""
 
-    def __init__(self, cost: StepCost, seed: int) -> None:
+    def __init__(self, cost: StepCost, seed: int, *, share: float = 0.5, extra: float = 2.0) -> None:
         super().__init__(cost)
         self._rng = random.Random(seed)
+        self._share, self._extra = share, extra
 
     def execute(self, plan: StepPlan) -> StepResult:
         began = self.now
         result = super().execute(plan)
-        if self._rng.random() < 0.5:
-            self.now += (self.now - began) * self._rng.uniform(0.0, 2.0)
-        return result
-
-
-class BurstyRunner(TimedRunner):
-    """A runner on a machine where three steps of ten take up to ten times as long."""
-
-    def __init__(self, cost: StepCost, seed: int) -> None:
-        super().__init__(cost)
-        self._rng = random.Random(seed)
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        began = self.now
-        result = super().execute(plan)
-        if self._rng.random() < 0.3:
-            self.now += (self.now - began) * self._rng.uniform(0.0, 9.0)
+        if self._rng.random() < self._share:
+            self.now += (self.now - began) * self._rng.uniform(0.0, self._extra)
         return result
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_two_equal_engines_on_a_bursty_machine_find_the_cost(seed: int):
-    first, second = (BurstyRunner(CPU, 2 * seed + i).measure() for i in (0, 1))
+    runners = (DisturbedRunner(CPU, 2 * seed + i, share=0.3, extra=9.0) for i in (0, 1))
+    first, second = (runner.measure() for runner in runners)
     merged = SharedCost("cpu", [*first, *second])
     merged.update(())
     if merged.trusted:
