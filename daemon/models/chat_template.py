@@ -68,7 +68,9 @@ class ChatTemplate:
         except jinja2.TemplateError as e:
             raise ChatError(f"the chat template refuses these messages: {e}") from None
         except Exception as e:  # a template can fail in any way on messages that it does not expect
-            log.info("the chat template fails on messages: %r", e)
+            log.debug(
+                "the chat template fails on messages: %r", e
+            )  # also when `MessageForms` tries forms at the start
             raise ChatError("the chat template fails on these messages: it does not expect their form") from None
 
 
