@@ -28,6 +28,7 @@ from typing import Any
 
 from bench import actor
 from bench.machine import describe
+from daemon.api.generator import RequestAttributes
 from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
@@ -158,7 +159,7 @@ class Dispatching:
         self._unfinished = [self._submit() for _ in range(running)]
 
     def _submit(self) -> RequestState:
-        request = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
+        request = self._tracker.submit(self._prompt, self._params, RequestAttributes("chatcmpl-0"))
         self._engines.consume()
         return request
 
@@ -171,10 +172,10 @@ class Dispatching:
         if woken:
             self._tracker.on_doorbell()
         start = time.perf_counter_ns()
-        request = self._tracker.submit(self._prompt, self._params, label="chatcmpl-0")
+        request = self._tracker.submit(self._prompt, self._params, RequestAttributes("chatcmpl-0"))
         end = self._fabric.rang_at
         if random.random() < 0.3:
-            self._sibling.submit(self._prompt[:8], self._params, label="s").cancel()
+            self._sibling.submit(self._prompt[:8], self._params, RequestAttributes("s")).cancel()
         request.cancel()
         self._engines.consume()
         return (end - start) / 1e3

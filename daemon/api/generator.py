@@ -75,6 +75,16 @@ class Admitted(Protocol):
         ...
 
 
+class RequestAttributes(NamedTuple):
+    """What a request has besides its prompt and its sampling."""
+
+    label: str  # its public id
+    priority: int = 0
+    cache_salt: bytes = b""  # of its prefix blocks
+    client: str = ""  # as in `Generator.admit`
+    x_request_id: str = ""  # that its client has sent
+
+
 class Generator(Protocol):
     """The part of the request tracker that the routes use."""
 
@@ -94,12 +104,7 @@ class Generator(Protocol):
         self,
         lengths: list[tuple[int, int]],
         params: SamplingParams,
-        *,
-        label: str,
-        priority: int = 0,
-        cache_salt: bytes = b"",
-        client: str = "",
-        x_request_id: str = "",
+        attributes: RequestAttributes,
     ) -> None:
         """Raise TooMany if the journal can never hold all choices of a request. Call it before the first `submit`.
 
@@ -111,16 +116,11 @@ class Generator(Protocol):
         self,
         prompt: list[int],
         params: SamplingParams,
-        *,
-        label: str,
-        priority: int = 0,
-        cache_salt: bytes = b"",
-        client: str = "",
-        x_request_id: str = "",
+        attributes: RequestAttributes,
     ) -> TokenStream:
-        """Write the request to the journal and start it on the freest engine. `client` as in `admit`.
+        """Write the request to the journal and start it on the freest engine.
 
-        `label`: its public id. `x_request_id`: that its client has sent. Raises Overloaded, NoEngine or TooLong.
+        Raises Overloaded, NoEngine or TooLong.
         """
         ...
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from daemon.api.admission import Admission, Holder, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
-from daemon.api.generator import EngineLost, NoEngine, Overloaded, ShuttingDown, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, RequestAttributes, ShuttingDown, TooLong
 from daemon.api.request_state import RequestState
 from daemon.config import Config
 from daemon.control.policy import ownership
@@ -102,45 +102,35 @@ class RequestTracker:
         self,
         lengths: list[tuple[int, int]],
         params: SamplingParams,
-        *,
-        label: str,
-        priority: int = 0,
-        cache_salt: bytes = b"",
-        client: str = "",
-        x_request_id: str = "",
+        attributes: RequestAttributes,
     ) -> None:
         """Raise TooMany if the journal can never hold all choices of a request.
 
         Seed, label and maximum differ by choice, so each counts with the shortest form that they can have.
         """
         shortest = replace(params, seed=0, max_tokens=1)
-        blob = len(encode(RequestParams(shortest, 0.0, priority, cache_salt, label, x_request_id)))
+        blob = len(encode(_record(shortest, 0.0, attributes)))
         size = sum(rounded(layout(blob, prompt, output, params.logprobs).size) for prompt, output in lengths)
-        self._admission.check_journal(len(lengths), Holder(client, priority < 0), size)
+        self._admission.check_journal(len(lengths), _holder(attributes), size)
 
     def submit(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
-        *,
-        label: str,
-        priority: int = 0,
-        cache_salt: bytes = b"",
-        client: str = "",
-        x_request_id: str = "",
+        attributes: RequestAttributes,
     ) -> RequestState:
         """Journal the request and start it on the freest engine. Raises Overloaded, NoEngine or TooLong."""
         if self.draining:
             raise NoEngine("shutting down")
         prompt = array("I", prompt)
-        prefix_keys = self.engines.prefix_keys(prompt, cache_salt)
-        engine = self.engines.choose(high=priority < 0, prefix_keys=prefix_keys)
+        prefix_keys = self.engines.prefix_keys(prompt, attributes.cache_salt)
+        engine = self.engines.choose(high=attributes.priority < 0, prefix_keys=prefix_keys)
         self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
-        record = RequestParams(params, time.monotonic(), priority, cache_salt, label, x_request_id)
-        slot = self._open(rid, record, prompt, holder := Holder(client, priority < 0))
+        record = _record(params, time.monotonic(), attributes)
+        slot = self._open(rid, record, prompt, holder := _holder(attributes))
         self._next_rid += 1
-        owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=priority)
+        owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=attributes.priority)
         request = self._requests[rid] = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel)
         self._start(request, len(prompt))
         self._record_dispatch(request, len(prompt), record)
@@ -481,6 +471,15 @@ class RequestTracker:
 
     def _publish(self) -> None:
         self.engines.publish(len(self._requests), taking=not self.draining)
+
+
+def _record(params: SamplingParams, arrival: float, attributes: RequestAttributes) -> RequestParams:
+    label, priority, cache_salt, _, x_request_id = attributes
+    return RequestParams(params, arrival, priority, cache_salt, label, x_request_id)
+
+
+def _holder(attributes: RequestAttributes) -> Holder:
+    return Holder(attributes.client, attributes.priority < 0)
 
 
 def _result(finish: Finish) -> str:

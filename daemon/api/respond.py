@@ -20,7 +20,7 @@ from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
 from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import deadline_exceeded, to_api_error
-from daemon.api.generator import Admitted
+from daemon.api.generator import Admitted, RequestAttributes
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
 from daemon.api.request_id import ANSWER_ID, sent_request_id
 from daemon.api.schemas import ChatRequest
@@ -62,6 +62,10 @@ class CheckedRequest:
         self.id = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(16)
         self.x_request_id = ""  # that the client has sent
         self.arrival = time.monotonic()
+
+    def attributes(self, label: str) -> RequestAttributes:
+        """Return the attributes of one of its choices."""
+        return RequestAttributes(label, self.priority, self.cache_salt, self.client, self.x_request_id)
 
     async def tokenise(self, service: Service) -> list[Prompt]:
         """Return the prompts, and forget their text: an answer may take long, and does not need it."""
@@ -155,17 +159,7 @@ async def _submit(
                 await asyncio.sleep(0)
             params = sampling_params(body, max_tokens, seed, i)
             label = f"{answer.id}-{len(answer.choices)}"
-            streams.add(
-                service.generator.submit(
-                    prompt.tokens,
-                    params,
-                    label=label,
-                    priority=request.priority,
-                    cache_salt=request.cache_salt,
-                    client=request.client,
-                    x_request_id=request.x_request_id,
-                )
-            )
+            streams.add(service.generator.submit(prompt.tokens, params, request.attributes(label)))
             places.submitted()
             answer.add(params)
 
@@ -180,15 +174,8 @@ def _check_room(
     n = request.body.n or 1
     lengths = [(len(prompt.tokens), most) for prompt, most in zip(prompts, outputs, strict=True) for _ in range(n)]
     if len(lengths) > 1:
-        service.generator.check_room(
-            lengths,
-            sampling_params(request.body, outputs[0], 0, 0),
-            label=f"{id}-0",
-            priority=request.priority,
-            cache_salt=request.cache_salt,
-            client=request.client,
-            x_request_id=request.x_request_id,
-        )
+        params = sampling_params(request.body, outputs[0], 0, 0)
+        service.generator.check_room(lengths, params, request.attributes(f"{id}-0"))
 
 
 async def _write_whole(answer: Answer, streams: StreamGroup) -> web.StreamResponse:

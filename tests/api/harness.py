@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing
-from daemon.api.generator import EngineLost, NoEngine, Overloaded, TokenChunk, TooLong
+from daemon.api.generator import EngineLost, NoEngine, Overloaded, RequestAttributes, TokenChunk, TooLong
 from daemon.api.key_file import parse_key
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.config import Config
@@ -143,7 +143,7 @@ class ScriptedGenerator:
         self.admitted.append((count, client, priority))
         return _Admission(self, count)
 
-    def check_room(self, lengths: list[tuple[int, int]], params: SamplingParams, **_: object) -> None:
+    def check_room(self, lengths: list[tuple[int, int]], params: SamplingParams, _: RequestAttributes) -> None:
         self.checked.append((lengths, params.logprobs))
         if self.no_room is not None:
             raise self.no_room
@@ -152,18 +152,13 @@ class ScriptedGenerator:
         self,
         prompt: list[int],
         params: SamplingParams,
-        *,
-        label: str,
-        priority: int = 0,
-        cache_salt: bytes = b"",
-        client: str = "",
-        x_request_id: str = "",
+        attributes: RequestAttributes,
     ) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise TooLong("too long")
-        self.submissions.append(Submission(list(prompt), params, label, priority, cache_salt, client, x_request_id))
+        self.submissions.append(Submission(list(prompt), params, *attributes))
         stream = ScriptedStream(self, len(self.streams), self.reply(prompt, params), params)
         self.streams.append(stream)
         self.running += 1

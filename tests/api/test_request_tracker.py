@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from daemon.api.engine_links import HUNG_AFTER
-from daemon.api.generator import EngineLost, ShuttingDown
+from daemon.api.generator import EngineLost, RequestAttributes, ShuttingDown
 from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
 from daemon.config import Config
@@ -115,7 +115,7 @@ class Harness:
 
     def submit(self) -> RequestState:
         with self.tracker.admit(1):
-            return self.tracker.submit([1, 2, 3], PARAMS, label="x")
+            return self.tracker.submit([1, 2, 3], PARAMS, RequestAttributes("x"))
 
     def received(self, i: int, incarnation: int) -> list[ToEngine]:
         """Return all messages to this incarnation of engine i that the tracker has put on its ring."""

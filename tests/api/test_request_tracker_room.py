@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from daemon.api.generator import Overloaded, TooMany
+from daemon.api.generator import Overloaded, RequestAttributes, TooMany
 from daemon.api.request_state import RequestState
 from daemon.ipc.messages import SamplingParams
 from tests.api.test_request_tracker import Harness, handles, with_harness
@@ -16,14 +16,14 @@ __all__ = ["handles"]  # a fixture
 async def test_room_is_refused_for_ever_exactly_if_an_empty_journal_has_none(harness: Harness) -> None:
     harness.start_engine(0, 1)
     tracker = harness.tracker
-    record = {"label": "cmpl-1-0", "cache_salt": b"s", "client": "me", "x_request_id": "x" * 40}
+    attributes = RequestAttributes("cmpl-1-0", cache_salt=b"s", client="me", x_request_id="x" * 40)
     fitted = set()
     for max_tokens in range(1300, 1700):  # three choices of a journal of 1 MiB
         params = SamplingParams(max_tokens, 2**63, logprobs=20, logit_bias=((7, 1.0),))
         started: list[RequestState] = []
         try:
             for i in range(3):
-                started.append(tracker.submit([1, 2, 3], params, **record | {"label": f"cmpl-1-{i}"}))
+                started.append(tracker.submit([1, 2, 3], params, attributes._replace(label=f"cmpl-1-{i}")))
         except Overloaded:
             pass
         fits = len(started) == 3
@@ -31,9 +31,9 @@ async def test_room_is_refused_for_ever_exactly_if_an_empty_journal_has_none(har
             request.cancel()
         fitted.add(fits)
         if fits:
-            tracker.check_room([(3, max_tokens)] * 3, params, **record)
+            tracker.check_room([(3, max_tokens)] * 3, params, attributes)
         else:
             with pytest.raises(TooMany, match="3 choices of this request need"):
-                tracker.check_room([(3, max_tokens)] * 3, params, **record)
-        tracker.check_room([(3, max_tokens)], params, **record)
+                tracker.check_room([(3, max_tokens)] * 3, params, attributes)
+        tracker.check_room([(3, max_tokens)], params, attributes)
     assert fitted == {True, False}
