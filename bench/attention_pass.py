@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size, StepArrays
-from daemon.engine.cuda.attention import Attention, HeadShape
+from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.forward import Buffer, Capacity, StagingSet, _packed
+from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
 from daemon.ipc.messages import RequestParams, SamplingParams

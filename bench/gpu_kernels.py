@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from bench.attention_pass import PassDriver, Span
 from bench.gpu_steps import fill_with_noise
-from daemon.engine.cuda.attention import FlashInferAttention, HeadShape
+from daemon.engine.cuda.attention import FlashInferAttention
 from daemon.engine.cuda.ops import FlashInferOps
+from daemon.engine.cuda.workspace import HeadShape
 from daemon.models.model_config import ModelConfig
 
 Plan = Literal["graph", "plain"]
@@ -158,7 +159,13 @@ def attention(config: ModelConfig, device: str, case: AttentionCase) -> KernelTi
     pool = torch.empty(shape, dtype=case.kv_dtype, device=device)
     fill_with_noise(pool.view(-1).view(torch.uint8), pool.element_size())
     fast = FlashInferAttention(
-        heads, dtype=torch.bfloat16, kv_dtype=case.kv_dtype, device=torch.device(device), num_staging_sets=2
+        heads,
+        dtype=torch.bfloat16,
+        kv_dtype=case.kv_dtype,
+        device=torch.device(device),
+        num_staging_sets=2,
+        max_rows=batch,
+        max_tokens=16,
     )
     fast.use_pool(pool)
     driver = PassDriver(heads, rows=batch, max_len=max(case.contexts) + block, tokens=16, device=device)

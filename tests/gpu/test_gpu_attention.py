@@ -7,8 +7,9 @@ import torch
 
 from bench.attention_pass import PassDriver, Span
 from daemon.engine.cuda import kernels
-from daemon.engine.cuda.attention import FlashInferAttention, HeadShape, TorchAttention
+from daemon.engine.cuda.attention import FlashInferAttention, TorchAttention
 from daemon.engine.cuda.ops import TorchOps
+from daemon.engine.cuda.workspace import HeadShape
 from tests.gpu.parts import BF16, DEVICE, model_config_of
 
 LAYERS, LAYER = 3, 1
@@ -46,7 +47,14 @@ def pools(heads, blocks, kv_dtype):
 
 def engines(heads, kv_dtype, prefill="fa2"):
     fast = FlashInferAttention(
-        heads, dtype=BF16, kv_dtype=kv_dtype, device=torch.device(DEVICE), num_staging_sets=2, prefill_backend=prefill
+        heads,
+        dtype=BF16,
+        kv_dtype=kv_dtype,
+        device=torch.device(DEVICE),
+        num_staging_sets=2,
+        max_rows=256,
+        max_tokens=8192,
+        prefill_backend=prefill,
     )
     return fast, TorchAttention(heads)
 

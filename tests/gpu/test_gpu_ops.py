@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from daemon.engine.cuda.attention import HeadShape
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
+from daemon.engine.cuda.workspace import HeadShape
 from tests.engine.cuda.paging import Paged
 from tests.gpu.parts import BF16, DEVICE
 

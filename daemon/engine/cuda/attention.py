@@ -6,19 +6,14 @@ strides: it gets the views ``pool[:, layer, 0]`` and ``pool[:, layer, 1]``.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size
 from daemon.engine.cuda.split_kv import part_pages
-
-FLOAT_WORKSPACE = 256 << 20
-"""Bytes for the partial results of split sequences. 512 decode rows of an 8B model need 167 MB."""
-
-INT_WORKSPACE = 8 << 20
-"""Bytes for one schedule."""
-
+from daemon.engine.cuda.workspace import HeadShape, chunk_workspace, decode_workspace
+from daemon.models.model_config import ModelError
 
 _PARTS = 0
 """Index in a plan of the number of parts that it has room for."""
@@ -28,15 +23,6 @@ _LEAST_PART = 128
 
 _BLOCKS_PER_MULTIPROCESSOR = 2
 """Thread blocks that FlashInfer's plan puts on a multiprocessor."""
-
-
-class HeadShape(NamedTuple):
-    """Shape of the heads and of a KV block."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    block_size: int
 
 
 class Attention(Protocol):
@@ -136,22 +122,29 @@ class FlashInferAttention:
         kv_dtype: torch.dtype,
         device: torch.device,
         num_staging_sets: int,
+        max_rows: int,
+        max_tokens: int,
         prefill_backend: str = "fa2",
     ) -> None:
-        """`num_staging_sets`: number of staging sets. `prefill_backend`: "fa2", or "fa3" (not with e4m3 KV)."""
+        """`num_staging_sets`: number of staging sets. `max_rows`: of any pass. `max_tokens`: of a pass of chunks.
+        `prefill_backend`: "fa2", or "fa3" (not with e4m3 KV).
+        """
         import flashinfer
 
         self._fi: Any = flashinfer
         self._shape = shape
         self._dtypes = {"q_data_type": dtype, "kv_data_type": kv_dtype, "o_data_type": dtype}
         self._backend = prefill_backend
-        self._floats = torch.zeros(FLOAT_WORKSPACE, dtype=torch.uint8, device=device)
-        self._decode = _PlanBuffers(device, num_staging_sets)
-        self._prefill = _PlanBuffers(device, num_staging_sets)
+        blocks = _blocks_at_once(device)
+        decodes = decode_workspace(shape, rows=max_rows, blocks_at_once=blocks)
+        chunks = chunk_workspace(shape, rows=max_rows, tokens=max_tokens, blocks_at_once=blocks)
+        self._floats = torch.zeros(max(decodes.floats, chunks.floats), dtype=torch.uint8, device=device)
+        self._decode = _PlanBuffers(device, num_staging_sets, decodes.ints)
+        self._prefill = _PlanBuffers(device, num_staging_sets, chunks.ints)
         self._decode_wrappers: dict[int, Any] = {}
         self._plans: dict[int, list[int]] = {}  # the plan info with which the graph of a bucket was captured
         self._prefill_wrapper: Any = None
-        self._largest_split_by_plan = _blocks_at_once(device) // shape.kv_heads
+        self._largest_split_by_plan = blocks // shape.kv_heads
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def use_pool(self, pool: torch.Tensor) -> None:
@@ -170,11 +163,11 @@ class FlashInferAttention:
         )
         self._decode.attach(wrapper)
         pages = int(host.kv_indptr[bucket])
-        wrapper.plan(
+        self._first_plan(
+            wrapper,
             indptr=host.kv_indptr[: bucket + 1],
             indices=host.kv_indices[:pages],
             last_page_len=host.last_page_len[:bucket],
-            non_blocking=False,
             **self._geometry("head_dim"),
         )
         self._decode_wrappers[bucket] = wrapper
@@ -192,6 +185,18 @@ class FlashInferAttention:
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
         wrapper = self._decode_wrappers[len(q)] if decode else self._prefill_wrapper
         return wrapper.run(q, self._layers[layer], out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
+
+    def _first_plan(self, wrapper: Any, **arguments: Any) -> None:
+        """Let `wrapper` make its own plan, which also loads its module. Raises ModelError if it lacks workspace."""
+        try:
+            wrapper.plan(non_blocking=False, **arguments)
+        except RuntimeError as e:
+            if "workspace" not in str(e):
+                raise
+            raise ModelError(
+                f"FlashInfer {self._fi.__version__} needs a larger workspace than llumd computes for heads of "
+                f"{self._shape}: install the version that llumd asks for, or lower max_num_seqs ({e})"
+            ) from e
 
     def _geometry(self, head_dim: str) -> dict[str, Any]:
         """Return the arguments that the plans of both wrappers share. `head_dim`: their name for the head's width."""
@@ -241,13 +246,13 @@ class FlashInferAttention:
     def _make_prefill_wrapper(self, host: Inputs, size: Size) -> Any:
         wrapper = self._fi.BatchPrefillWithPagedKVCacheWrapper(self._floats, kv_layout="NHD", backend=self._backend)
         self._prefill.attach(wrapper)
-        wrapper.plan(
+        self._first_plan(
+            wrapper,
             qo_indptr=host.qo_indptr,
             paged_kv_indptr=host.kv_indptr,
             paged_kv_indices=host.kv_indices,
             paged_kv_last_page_len=host.last_page_len,
             causal=True,
-            non_blocking=False,
             **self._geometry("head_dim_qk"),
         )
         return wrapper
@@ -302,11 +307,9 @@ class _PlanBuffers:
     One more pinned buffer is for the wrappers' own plans, because no step waits for the copy from it.
     """
 
-    def __init__(self, device: torch.device, num_staging_sets: int) -> None:
-        self.workspace = torch.zeros(INT_WORKSPACE, dtype=torch.uint8, device=device)
-        self.pinned = [
-            torch.zeros(INT_WORKSPACE, dtype=torch.uint8, pin_memory=True) for _ in range(num_staging_sets + 1)
-        ]
+    def __init__(self, device: torch.device, num_staging_sets: int, nbytes: int) -> None:
+        self.workspace = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self.pinned = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(num_staging_sets + 1)]
 
     def attach(self, wrapper: Any) -> None:
         """Make `wrapper` use these buffers instead of 16 MiB of its own."""

@@ -16,7 +16,7 @@ import torch
 
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import Size, SlotSampling, StepArrays
-from daemon.engine.cuda.attention import Attention, FlashInferAttention, HeadShape, TorchAttention
+from daemon.engine.cuda.attention import Attention, FlashInferAttention, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
 from daemon.engine.cuda.decode_paths import DecodePaths
 from daemon.engine.cuda.device import check_device, choose_format, shared_memory_bytes
@@ -29,6 +29,7 @@ from daemon.engine.cuda.slots import Slots
 from daemon.engine.cuda.small_batch import DecodePath, Gemv, small_batch_buckets
 from daemon.engine.cuda.staging import CudaStream, HostStream, RoundRobin, Stream, StreamEvent
 from daemon.engine.cuda.weights import load_weights
+from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, RunnerSettings, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
@@ -169,6 +170,8 @@ class CudaRunner:
             kv_dtype=self._format.kv_dtype,
             device=self._device,
             num_staging_sets=IN_FLIGHT,
+            max_rows=self._buckets[-1],
+            max_tokens=self._capacity.chunks.tokens,
             prefill_backend=self._prefill,
         )
         return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daemon.engine.cuda.attention import HeadShape
+from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.rope import rope_tables
 from tests.gpu.parts import model_config_of
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.cuda.attention import HeadShape
 from daemon.engine.cuda.ops import TorchOps
+from daemon.engine.cuda.workspace import HeadShape
 from tests.engine.cuda.host_kernels import HostAppend
 from tests.engine.cuda.paging import Paged
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size, SlotSampling, StepArrays, input_fields
-from daemon.engine.cuda.attention import FlashInferAttention, HeadShape
+from daemon.engine.cuda.attention import FlashInferAttention
+from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
 from tests.engine.cuda.test_arrays import make_request
@@ -47,7 +48,15 @@ def module(monkeypatch):
 
 @pytest.fixture
 def attention(module):
-    made = FlashInferAttention(SHAPE, dtype=BF16, kv_dtype=BF16, device=torch.device("cpu"), num_staging_sets=2)
+    made = FlashInferAttention(
+        SHAPE,
+        dtype=BF16,
+        kv_dtype=BF16,
+        device=torch.device("cpu"),
+        num_staging_sets=2,
+        max_rows=4,
+        max_tokens=256,
+    )
     made.use_pool(torch.zeros(50, 3, 2, 16, 2, 64, dtype=BF16))
     return made
 
