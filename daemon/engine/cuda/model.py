@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from daemon.engine.cuda.arrays import Inputs
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.ops import Ops
+from daemon.engine.cuda.products import Products
 from daemon.engine.cuda.small_batch import DecodePath, Gemv, SmallBatch
-from daemon.engine.cuda.weights import DeviceWeights, Layer, Linear
+from daemon.engine.cuda.weights import DeviceWeights, Layer
 from daemon.engine.rope import rope_tables
 from daemon.models.model_config import ModelConfig
 
 
 class Llama:
     """A decoder. `attention` holds its KV. `max_len`: length of the longest sequence in tokens. `gemv`: the products
-    for small batches of decodes; None if the path "gemm" computes all of them."""
+    for small batches of decodes; None if the path "gemm" computes all of them. `products`: those of that path."""
 
     def __init__(
         self,
@@ -28,9 +29,11 @@ class Llama:
         *,
         max_len: int,
         gemv: Gemv | None = None,
+        products: Products | None = None,
     ) -> None:
         self._weights = weights
         self._ops = ops
+        self._products = products or Products(ops)
         self._attention = attention
         self._eps = config.rms_norm_eps
         self._heads, self._kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -66,7 +69,7 @@ class Llama:
         for i, layer in enumerate(layers):
             x = self._attend(i, layer, x, inputs, decode)
             self._ops.add_rms_norm(x, residual, layer.mlp_norm, self._eps)
-            x = _apply(layer.down, self._ops.silu_mul(_apply(layer.gate_up, x)))
+            x = self._products.apply(layer.down, self._ops.silu_mul(self._products.apply(layer.gate_up, x)))
             if i + 1 < len(layers):
                 self._ops.add_rms_norm(x, residual, layers[i + 1].attention_norm, self._eps)
         if not len(out):
@@ -74,7 +77,7 @@ class Llama:
         if not decode:
             x, residual = x.index_select(0, inputs.logits_indices), residual.index_select(0, inputs.logits_indices)
         self._ops.add_rms_norm(x, residual, self._weights.norm, self._eps)
-        self._ops.project(x, self._weights.head, out)
+        self._products.project(x, self._weights.head, out)
 
     def _ids(self, inputs: Inputs, last_token: torch.Tensor) -> torch.Tensor:
         """Return the ids to embed. If no token could be sampled, last_token is negative too. Then any id is fine: the
@@ -84,11 +87,7 @@ class Llama:
 
     def _attend(self, index: int, layer: Layer, x: torch.Tensor, inputs: Inputs, decode: bool) -> torch.Tensor:
         width, kv_width = self._heads * self._head_dim, self._kv_heads * self._head_dim
-        parts = _apply(layer.qkv, x).split([width, kv_width, kv_width], dim=-1)
+        parts = self._products.apply(layer.qkv, x).split([width, kv_width, kv_width], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
         self._ops.append(q, k, v, *self._attention.pages(index), inputs, self._angles)
-        return _apply(layer.out, self._attention.attend(index, q, inputs, decode=decode).flatten(1))
-
-
-def _apply(linear: Linear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+        return self._products.apply(layer.out, self._attention.attend(index, q, inputs, decode=decode).flatten(1))
