@@ -174,7 +174,8 @@ def attention(config: ModelConfig, device: str, case: AttentionCase) -> KernelTi
     if case.plan == "plain":
         _plan_plain(fast, driver, batch)
     q = _random(batch, heads.heads * heads.head_dim, device).view(batch, heads.heads, heads.head_dim)
-    calls = [partial(fast.attend, i % case.layers, q, inputs, decode=True) for i in range(32)]
+    out = torch.empty_like(q)
+    calls = [partial(fast.attend, i % case.layers, q, inputs, out, decode=True) for i in range(32)]
     read = 2.0 * sum(case.contexts) * heads.kv_heads * heads.head_dim * pool.element_size()
     return KernelTime(str(case), microseconds(calls), read)
 

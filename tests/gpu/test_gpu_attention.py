@@ -74,7 +74,9 @@ def compare(attentions, both, heads, inputs, *, decode, real):
         attention.use_pool(pool)
         keys, values = attention.pages(LAYER)
         TorchOps().append(q.clone(), k.clone(), v.clone(), keys, values, inputs, unrotated)
-    got, expected = (attention.attend(LAYER, q, inputs, decode=decode) for attention in attentions)
+    got, expected = torch.empty(2, *q.shape, dtype=BF16, device=DEVICE)
+    for attention, out in zip(attentions, (got, expected), strict=True):
+        attention.attend(LAYER, q, inputs, out, decode=decode)
     torch.testing.assert_close(got[:real].float(), expected[:real].float(), rtol=2e-2, atol=2e-2)
 
 

@@ -26,7 +26,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 2
 
 
 class Attention(Protocol):
-    """Attention of a step's rows. A pass computes either the decodes of a prepared bucket, or chunks."""
+    """Attention of a step's rows: the decodes of a prepared bucket, and chunks. A pass has one kind or both."""
 
     def use_pool(self, pool: torch.Tensor) -> None:
         """Read and write `pool` from now on."""
@@ -40,7 +40,7 @@ class Attention(Protocol):
         ...
 
     def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, staging_index: int) -> None:
-        """Make the schedule of the pass that is submitted next.
+        """Make the schedule of the decodes or of the chunks of the pass that is submitted next.
 
         `host`, `device`: the inputs as CPU tensors and on the device; for chunks cut to `size`. `staging_index`: the
         set of staging buffers of this step.
@@ -51,10 +51,11 @@ class Attention(Protocol):
         """Return keys and values of a layer: views [blocks, block_size, kv_heads, head_dim]."""
         ...
 
-    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
-        """Return the attention of q [n, heads, head_dim] to its sequence up to its own position.
+    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, out: torch.Tensor, *, decode: bool) -> None:
+        """Write the attention of q [n, heads, head_dim] to its sequence up to its own position to `out`.
 
-        The KV of that position is already in the pool. The result is [n, heads, head_dim] in the dtype of q.
+        The KV of that position is already in the pool. `out`: [n, heads, head_dim] in the dtype of q, contiguous; it
+        may be a slice of the tokens of a larger tensor.
         """
         ...
 
@@ -78,8 +79,7 @@ class TorchAttention:
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._pool[:, layer, 0], self._pool[:, layer, 1]
 
-    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
-        out = torch.empty_like(q)
+    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, out: torch.Tensor, *, decode: bool) -> None:
         queries, pages = inputs.qo_indptr.tolist(), inputs.kv_indptr.tolist()
         for row, last in enumerate(inputs.last_page_len.tolist()):
             tokens = slice(queries[row], queries[row + 1])
@@ -87,7 +87,6 @@ class TorchAttention:
             length = (len(blocks) - 1) * self._shape.block_size + last
             kv = self._pool[blocks, layer].transpose(0, 1).flatten(1, 2)[:, :length]
             out[tokens] = self._row(q[tokens], kv).to(q.dtype)
-        return out
 
     def _row(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Return [n, heads, head_dim] float32. q [n, heads, head_dim]: the last tokens of `kv` [2, length, kv_heads,
@@ -108,7 +107,8 @@ class FlashInferAttention:
     arrays that are already on the host and with the step's own pinned buffer. The wrapper's `plan` would compute the
     largest length by Python's `max` over a tensor, and it would overwrite its only pinned buffer while the copy of
     the previous step may still be in flight. All decode schedules share one workspace on the device, and all chunk
-    schedules another one: the stream orders them.
+    schedules another one: the stream orders them. So a pass can have a schedule of each kind. Both kinds put partial
+    results into the same memory: each attention call reads its own before the next one writes.
 
     FlashInfer's kernels read schedules, `indptr` arrays and lengths before they wait for the previous kernel (PDL).
     So only copies may write these, never a kernel.
@@ -182,9 +182,9 @@ class FlashInferAttention:
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._layers[layer]
 
-    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, *, decode: bool) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, out: torch.Tensor, *, decode: bool) -> None:
         wrapper = self._decode_wrappers[len(q)] if decode else self._prefill_wrapper
-        return wrapper.run(q, self._layers[layer], out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
+        wrapper.run(q, self._layers[layer], out=out)
 
     def _first_plan(self, wrapper: Any, **arguments: Any) -> None:
         """Let `wrapper` make its own plan, which also loads its module. Raises ModelError if it lacks workspace."""

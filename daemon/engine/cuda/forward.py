@@ -1,17 +1,18 @@
-"""The two passes of a step on the device: decodes, which a graph may replay, then prefill chunks.
+"""The passes of a step on the device: decodes, which a graph may replay; prefill chunks; or both in one pass.
 
 Their logits and tokens are in one buffer: decodes in ``[0, bucket)``, sampled chunks behind them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size, input_fields
 from daemon.engine.cuda.attention import Attention
-from daemon.engine.cuda.model import Llama
+from daemon.engine.cuda.model import Llama, Part
 from daemon.engine.cuda.sampler import DeviceSampler, SamplingTensors
 from daemon.engine.cuda.small_batch import DecodePath
 from daemon.engine.cuda.staging import Field, Packed, host_memory
@@ -94,33 +95,48 @@ class ForwardPass:
     def decode(self, bucket: int, decode_path: DecodePath = "gemm") -> None:
         """Compute the decodes that are on the device. It can be captured: it always does the same work on the same
         buffers."""
-        # The whole buffer of pages: the filled part changes from replay to replay.
-        inputs = self._decodes.tensors.cut(Size(bucket, bucket, bucket, self._pages))
-        self._compute(inputs, 0, bucket, decode=True, decode_path=decode_path)
+        self._compute([self._decode_part(bucket)], 0, decode_path)
 
     def chunks(self, staged: StagingSet, size: Size, first: int) -> None:
         """Copy a step's chunks to the device and compute them. Their tokens are stored from index `first` on."""
-        self._chunks.copy_from(staged.chunks, size.pages)
-        inputs = self._chunks.tensors.cut(size)
-        self._attention.plan(
-            staged.chunks.tensors.cut(size), inputs, size, decode=False, staging_index=staged.staging_index
-        )
-        self._compute(inputs, first, size.sampled, decode=False)
+        self._compute([self._chunk_part(staged, size)], first)
+
+    def mixed(self, staged: StagingSet, size: Size, bucket: int) -> None:
+        """Copy a step's chunks to the device, and compute them in one pass with the decodes that are there.
+
+        After torch.OutOfMemoryError this or `decode` may be called again: the decodes' inputs are unchanged.
+        """
+        self._compute([self._decode_part(bucket), self._chunk_part(staged, size)], 0)
 
     def fetch(self, staged: StagingSet, count: int) -> None:
         """Copy the first `count` tokens to the host."""
         staged.tokens[:count].copy_(self._tokens[:count], non_blocking=True)
 
-    def _compute(
-        self, inputs: Inputs, first: int, sampled: int, *, decode: bool, decode_path: DecodePath = "gemm"
-    ) -> None:
-        logits = self.logits[first : first + sampled]
-        self._model.logits(inputs, self._last_token, logits, decode=decode, decode_path=decode_path)
-        if not sampled:
-            return
-        tokens = self._tokens[first : first + sampled]
-        self._sampler.sample(logits, _sampling_tensors(inputs), out=tokens)
-        self._last_token.index_copy_(0, inputs.sampled_slots, tokens)
+    def _decode_part(self, bucket: int) -> Part:
+        # The whole buffer of pages: the filled part changes from replay to replay.
+        return Part(self._decodes.tensors.cut(Size(bucket, bucket, bucket, self._pages)), decode=True)
+
+    def _chunk_part(self, staged: StagingSet, size: Size) -> Part:
+        """Copy a step's chunks to the device, and plan their attention."""
+        self._chunks.copy_from(staged.chunks, size.pages)
+        inputs = self._chunks.tensors.cut(size)
+        self._attention.plan(
+            staged.chunks.tensors.cut(size), inputs, size, decode=False, staging_index=staged.staging_index
+        )
+        return Part(inputs, decode=False)
+
+    def _compute(self, parts: Sequence[Part], first: int, decode_path: DecodePath = "gemm") -> None:
+        counts = [len(part.inputs.sampled_slots) for part in parts]
+        logits = self.logits[first : first + sum(counts)]
+        self._model.logits(parts, self._last_token, logits, decode_path=decode_path)
+        tokens = self._tokens[first : first + sum(counts)].split(counts)
+        for part, rows, drawn in zip(parts, logits.split(counts), tokens, strict=True):
+            if len(drawn):
+                self._sampler.sample(rows, _sampling_tensors(part.inputs), out=drawn)
+        # Last of all: a pass that runs out of memory is computed again, from the same last tokens.
+        for part, drawn in zip(parts, tokens, strict=True):
+            if len(drawn):
+                self._last_token.index_copy_(0, part.inputs.sampled_slots, drawn)
 
 
 def _sampling_tensors(inputs: Inputs) -> SamplingTensors:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,16 @@ from daemon.engine.cuda.small_batch import DecodePath, Gemv, SmallBatch
 from daemon.engine.cuda.weights import DeviceWeights, Layer
 from daemon.engine.rope import rope_tables
 from daemon.models.model_config import ModelConfig
+
+
+class Part(NamedTuple):
+    """Rows of a pass that share one call of attention: decodes, or chunks.
+
+    `decode`: each row is one token and is sampled.
+    """
+
+    inputs: Inputs
+    decode: bool
 
 
 class Llama:
@@ -43,39 +56,45 @@ class Llama:
 
     def logits(
         self,
-        inputs: Inputs,
+        parts: Sequence[Part],
         last_token: torch.Tensor,
         out: torch.Tensor,
         *,
-        decode: bool,
         decode_path: DecodePath = "gemm",
     ) -> None:
-        """Compute a pass, and write the float32 logits of its sampled rows to `out` [sampled, vocab].
+        """Compute a pass of one or more parts. Its tokens are those of the parts, one part after the other.
 
-        `decode`: every row is one token and is sampled. `decode_path`: for more than `small_batch.MAX_ROWS` decodes
-        only "gemm". `last_token`: int32[slots], for the ids that the host does not know. Nothing here waits for the
-        device, so it can be captured in a graph.
+        Write the float32 logits of the sampled rows, in the same order, to `out` [sampled, vocab]. Attention is
+        computed part by part. Everything else is computed once for all tokens, so the weights are read once.
+
+        `decode_path`: only "gemm" for several parts, for chunks and for more than `small_batch.MAX_ROWS` decodes.
+        `last_token`: int32[slots], for the ids that the host does not know. Nothing here waits for the device, so it
+        can be captured in a graph.
         """
-        residual = F.embedding(self._ids(inputs, last_token), self._weights.embedding)
+        residual = F.embedding(
+            _joined([self._ids(part.inputs, last_token) for part in parts]), self._weights.embedding
+        )
         if decode_path == "gemm":
-            self._gemm_path(inputs, residual, out, decode)
+            self._gemm_path(parts, residual, out)
         else:
             assert self._small_batch is not None
-            self._small_batch.logits(inputs, residual, out, prefetch=decode_path == "gemv, prefetch")
+            [decodes] = parts
+            self._small_batch.logits(decodes.inputs, residual, out, prefetch=decode_path == "gemv, prefetch")
 
-    def _gemm_path(self, inputs: Inputs, residual: torch.Tensor, out: torch.Tensor, decode: bool) -> None:
+    def _gemm_path(self, parts: Sequence[Part], residual: torch.Tensor, out: torch.Tensor) -> None:
         layers = self._weights.layers
         x = self._ops.rms_norm(residual, layers[0].attention_norm, self._eps)
         for i, layer in enumerate(layers):
-            x = self._attend(i, layer, x, inputs, decode)
+            x = self._attend(i, layer, x, parts)
             self._ops.add_rms_norm(x, residual, layer.mlp_norm, self._eps)
             x = self._products.apply(layer.down, self._ops.silu_mul(self._products.apply(layer.gate_up, x)))
             if i + 1 < len(layers):
                 self._ops.add_rms_norm(x, residual, layers[i + 1].attention_norm, self._eps)
         if not len(out):
             return
-        if not decode:
-            x, residual = x.index_select(0, inputs.logits_indices), residual.index_select(0, inputs.logits_indices)
+        if not all(part.decode for part in parts):
+            sampled = _logits_indices(parts)
+            x, residual = x.index_select(0, sampled), residual.index_select(0, sampled)
         self._ops.add_rms_norm(x, residual, self._weights.norm, self._eps)
         self._products.project(x, self._weights.head, out)
 
@@ -85,9 +104,25 @@ class Llama:
         unknown = last_token.index_select(0, inputs.slots.index_select(0, inputs.rows))
         return torch.where(inputs.tokens < 0, unknown, inputs.tokens).clamp_(min=0)
 
-    def _attend(self, index: int, layer: Layer, x: torch.Tensor, inputs: Inputs, decode: bool) -> torch.Tensor:
-        width, kv_width = self._heads * self._head_dim, self._kv_heads * self._head_dim
-        parts = self._products.apply(layer.qkv, x).split([width, kv_width, kv_width], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
-        self._ops.append(q, k, v, *self._attention.pages(index), inputs, self._angles)
-        return self._products.apply(layer.out, self._attention.attend(index, q, inputs, decode=decode).flatten(1))
+    def _attend(self, index: int, layer: Layer, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        fused = self._products.apply(layer.qkv, x).unflatten(-1, (-1, self._head_dim))
+        out = fused.new_empty(len(x), self._heads, self._head_dim)
+        counts = [len(part.inputs.tokens) for part in parts]
+        for part, tokens, attended in zip(parts, fused.split(counts), out.split(counts), strict=True):
+            q, k, v = tokens.split([self._heads, self._kv_heads, self._kv_heads], dim=1)
+            self._ops.append(q, k, v, *self._attention.pages(index), part.inputs, self._angles)
+            self._attention.attend(index, q, part.inputs, attended, decode=part.decode)
+        return self._products.apply(layer.out, out.flatten(1))
+
+
+def _logits_indices(parts: Sequence[Part]) -> torch.Tensor:
+    """Return the index in the pass of each token that gives logits."""
+    indices, first = [], 0
+    for part in parts:
+        indices.append(part.inputs.logits_indices + first if first else part.inputs.logits_indices)
+        first += len(part.inputs.tokens)
+    return _joined(indices)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

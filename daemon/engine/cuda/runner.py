@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -41,6 +41,13 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 """Number of steps that may be launched and not yet collected."""
 
+MixedSteps = Literal["one pass", "two passes"]
+"""How a step of decodes and chunks is computed.
+
+"one pass": decodes and chunks share the products, so the weights are read once. "two passes": the decodes by their
+graph, then the chunks.
+"""
+
 _SEED_MASK = (1 << 64) - 1
 _LARGEST_INT32 = (1 << 31) - 1
 
@@ -51,8 +58,9 @@ class CudaTicket:
 
     plan: StepPlan
     slots: list[int]
-    bucket: int  # rows of the decode pass, padding included; 0: no decodes
-    chunks: list[int]  # plan rows of the chunk pass
+    bucket: int  # decodes, padding included; 0: no decodes
+    chunks: list[int]  # plan rows of the chunks
+    one_pass: bool  # decodes and chunks are computed together
     host_rows: list[int]  # plan rows with tokens that are sampled on the host
     staged: StagingSet
     dropped: list[int] = field(default_factory=list)  # plan rows that were not computed: out of memory
@@ -60,13 +68,15 @@ class CudaTicket:
 
 
 class CudaRunner:
-    """Computes steps on `device`: decodes by one CUDA graph per bucket, and prefill chunks beside them.
+    """Computes steps on `device`: decodes by one CUDA graph per bucket; prefill chunks, and decodes beside them,
+    without a graph.
 
     The next step may be launched while one is computed.
 
     `settings.dtype` "auto" means bf16 on CUDA and fp32 on the CPU. `prefill`: FlashInfer's backend for chunks.
     `decode_path`: how decodes of one to four rows are computed; "auto": by the fastest path. `gemv`: the small-batch
-    products on the CPU, for tests. Raises ModelError for settings that cannot work here, before a weight is read.
+    products on the CPU, for tests. `mixed_steps`: "two passes" is for comparisons. Raises ModelError for settings
+    that cannot work here, before a weight is read.
     """
 
     def __init__(
@@ -78,6 +88,7 @@ class CudaRunner:
         prefill: Literal["fa2", "fa3"] = "fa2",
         decode_path: DecodePath | Literal["auto"] = "auto",
         gemv: Gemv | None = None,
+        mixed_steps: MixedSteps = "one pass",
     ) -> None:
         self._device = torch.device(device)
         self.device = device  # on CUDA: replaced by the name of the product below
@@ -92,6 +103,7 @@ class CudaRunner:
         self._prefill = prefill
         self._decode_path: DecodePath | Literal["auto"] = decode_path
         self._gemv = gemv
+        self._mixed_steps: MixedSteps = mixed_steps
         self._heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, settings.block_size)
         self._buckets = graph_buckets(settings.max_num_seqs)
         self._capacity = _capacity(
@@ -138,11 +150,11 @@ class CudaRunner:
             self._synchronize()
             if isinstance(self._stream, CudaStream):
                 self._capture(self._stream)
-                # A capture empties the allocator's cache. Take the memory of the largest chunk again now: a prompt
+                # A capture empties the allocator's cache. Take the memory of the largest step again now: a prompt
                 # must not wait for it, and must not find it taken.
-                self.execute(_dummy_plan(self._largest_chunks(), decode=False))
-        self.execute(_dummy_plan([2], decode=True))
-        self.execute(_dummy_plan([2], decode=False))
+                self.execute(self._largest_step())
+        self.execute(_dummy_plan(decodes=[2]))
+        self.execute(_dummy_plan(chunks=[2]))
         self._host_sampler.warm_up()
 
     def _build(self) -> None:
@@ -198,17 +210,20 @@ class CudaRunner:
 
         Compute the largest step to measure its memory.
         """
-        chunk_peak = self._peak(partial(self.execute, _dummy_plan(self._largest_chunks(), decode=False)))
-        self._stream.submit(partial(self._prepare, self._buckets[-1]))
+        largest, decodes = self._largest_step(), _dummy_plan(decodes=[1] * self._buckets[-1])
+        for plan in (largest, decodes):
+            if plan.num_decodes:
+                self._stream.submit(partial(self._prepare, choose_bucket(self._buckets, plan.num_decodes)))
         self._stream.record_event().wait()
-        decode_peak = self._peak(partial(self.execute, _dummy_plan([1] * self._buckets[-1], decode=True)))
+        largest_peak = self._peak(partial(self.execute, largest))
+        decode_peak = self._peak(partial(self.execute, decodes))
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.memory_reserved(self._device)  # weights and static buffers
         limit = min(free + reserved, int(total * self._settings.memory_share))
         block_bytes = self.pool_spec(1).block_bytes
         reserve = reserve_bytes(sum(len(self._decode_paths.of(bucket)) for bucket in self._buckets), decode_peak)
-        peak = max(chunk_peak, decode_peak)
+        peak = max(largest_peak, decode_peak)
         blocks = pool_blocks(limit, weights=reserved, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
         if self._settings.kv_memory > blocks * block_bytes:
             raise ModelError(
@@ -227,14 +242,15 @@ class CudaRunner:
         self._synchronize()
         return torch.cuda.max_memory_allocated(self._device) - before
 
-    def _largest_chunks(self) -> list[int]:
-        """Return the token counts of the largest step of prefill chunks only."""
+    def _largest_step(self) -> StepPlan:
+        """Return a step of the most tokens that are computed in one pass: chunks, and decodes in the other rows."""
         left = self._capacity.chunks.tokens
         chunks: list[int] = []
         while left and len(chunks) < self._capacity.chunks.rows:
             chunks.append(min(left, self.max_model_len))
             left -= chunks[-1]
-        return chunks
+        decodes = self._buckets[-1] - len(chunks) if self._mixed_steps == "one pass" else 0
+        return _dummy_plan(decodes=[1] * decodes, chunks=chunks)
 
     def _capture(self, stream: CudaStream) -> None:
         graphs = self._decode_paths.capture(stream, self._buckets, self._prepare)
@@ -272,22 +288,23 @@ class CudaRunner:
             raise ValueError("the step in flight samples tokens on the host: collect it first")
         self._check_size(plan)
         slots = self._assign(plan)
-        first = plan.num_decodes
+        first, chunks = plan.num_decodes, list(range(plan.num_decodes, len(plan.rows)))
         ticket = CudaTicket(
             plan,
             slots,
             choose_bucket(self._buckets, first) if first else 0,
-            list(range(first, len(plan.rows))),
+            chunks,
+            bool(first and chunks) and self._mixed_steps == "one pass",
             self._arrays.host_rows(plan.rows, slots),
             self._staging.acquire(),
         )
-        # Fill both passes before either is submitted, so that a step that raises has submitted nothing.
+        # Fill decodes and chunks before either are submitted, so that a step that raises has submitted nothing.
         decoded = self._fill_decodes(ticket) if first else None
         chunked = self._fill_chunks(ticket) if ticket.chunks else None
         self._note_sampled(ticket, decoded, chunked)
         try:
             if decoded:
-                self._stream.submit(partial(self._submit_decodes, ticket.staged, decoded))
+                self._stream.submit(partial(self._submit_decodes, ticket, decoded))
             if chunked:
                 self._stream.submit(partial(self._submit_chunks, ticket, chunked))
             self._stream.submit(partial(self._submit_fetch, ticket))
@@ -359,20 +376,25 @@ class CudaRunner:
         rows, slots = [ticket.plan.rows[i] for i in ticket.chunks], [ticket.slots[i] for i in ticket.chunks]
         return self._arrays.chunks(rows, slots, ticket.staged.chunk_arrays)
 
-    def _submit_decodes(self, staged: StagingSet, size: Size) -> None:
-        self._forward.plan_decodes(staged, size)
-        self._compute_decodes(size.rows)
+    def _submit_decodes(self, ticket: CudaTicket, size: Size) -> None:
+        self._forward.plan_decodes(ticket.staged, size)
+        if not ticket.one_pass:
+            self._compute_decodes(ticket.bucket)
 
     def _submit_chunks(self, ticket: CudaTicket, size: Size) -> None:
+        """Compute the chunks, with the decodes if they share a pass."""
         while not self._try_chunks(ticket, size):
             self._drop_largest_chunk(ticket)
             if not ticket.chunks:
+                if ticket.one_pass:
+                    self._compute_decodes(ticket.bucket)
                 return
             size = self._fill_chunks(ticket)
 
     def _try_chunks(self, ticket: CudaTicket, size: Size) -> bool:
+        compute = self._forward.mixed if ticket.one_pass else self._forward.chunks
         try:
-            self._forward.chunks(ticket.staged, size, ticket.bucket)
+            compute(ticket.staged, size, ticket.bucket)
         except torch.OutOfMemoryError:
             return False
         return True
@@ -448,14 +470,15 @@ def _slot_sampling(sampling: SamplingParams) -> SlotSampling:
     )
 
 
-def _dummy_plan(counts: list[int], *, decode: bool) -> StepPlan:
-    """Return a plan of decodes or chunks with `counts` tokens each, all in the dummy block."""
+def _dummy_plan(*, decodes: Sequence[int] = (), chunks: Sequence[int] = ()) -> StepPlan:
+    """Return a step of decodes of sequences, and of chunks, with so many tokens each, all in the dummy block."""
+    rows = [Row(_dummy_request(count), count - 1, 1, True) for count in decodes]
+    rows += [Row(_dummy_request(count), 0, count, True) for count in chunks]
+    return StepPlan(rows, len(decodes))
+
+
+def _dummy_request(length: int) -> Request:
     params = RequestParams(SamplingParams(max_tokens=1, seed=0), arrival=0.0)
-    rows = []
-    for count in counts:
-        tokens = [0] * count
-        request = Request(
-            rid=0, epoch=0, frontend=0, params=params, tokens=tokens, prompt_len=count, block_table=[0] * count
-        )
-        rows.append(Row(request, count - 1, 1, True) if decode else Row(request, 0, count, True))
-    return StepPlan(rows, len(rows) if decode else 0)
+    return Request(
+        rid=0, epoch=0, frontend=0, params=params, tokens=[0] * length, prompt_len=length, block_table=[0] * length
+    )

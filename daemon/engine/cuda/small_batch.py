@@ -135,4 +135,6 @@ class SmallBatch:
             self._angles,
             prefetch,
         )
-        self._gemv.add(self._attention.attend(index, q, inputs, decode=True).flatten(1), *layer.out, residual)
+        attended = torch.empty_like(q)
+        self._attention.attend(index, q, inputs, attended, decode=True)
+        self._gemv.add(attended.flatten(1), *layer.out, residual)

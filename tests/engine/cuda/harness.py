@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daemon.engine.cuda.runner import CudaRunner
+from daemon.engine.cuda.runner import CudaRunner, MixedSteps
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
 from daemon.models.loader import open_model
@@ -19,7 +19,14 @@ from tests.engine.cpu.harness import runner_settings
 
 
 def make_cuda_runner(
-    path: Path, *, blocks: int = 400, late: bool = False, decode_path: Any = "auto", gemv: Any = None, **options: Any
+    path: Path,
+    *,
+    blocks: int = 400,
+    late: bool = False,
+    decode_path: Any = "auto",
+    gemv: Any = None,
+    mixed_steps: MixedSteps = "one pass",
+    **options: Any,
 ) -> CudaRunner:
     """Return a loaded fp32 runner on the CPU. Its pool is full of noise, so that a read of unwritten KV is visible.
 
@@ -28,7 +35,7 @@ def make_cuda_runner(
     settings = runner_settings(**options)
     torch.set_num_threads(1)  # more threads only slow tiny operations down
     config = open_model(path, load_format=settings.load_format)
-    runner = CudaRunner(config, settings, device="cpu", decode_path=decode_path, gemv=gemv)
+    runner = CudaRunner(config, settings, device="cpu", decode_path=decode_path, gemv=gemv, mixed_steps=mixed_steps)
     pool = bytearray(runner.pool_spec(blocks).nbytes)
     noise = np.frombuffer(pool, np.uint8)
     noise[:] = np.random.default_rng(0).integers(0x41, 0x43, len(noise), dtype=np.uint8)

@@ -51,9 +51,12 @@ def reference(model_dir):
     return transformers_model(model_dir)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["immediate", "late"])
+@pytest.fixture(scope="module", params=["late, one pass", "immediate, two passes"])
 def runner(request, model_dir):
-    return make_cuda_runner(model_dir, late=request.param, max_num_seqs=24, max_batch_tokens=128)
+    when, mixed_steps = request.param.split(", ")
+    return make_cuda_runner(
+        model_dir, late=when == "late", mixed_steps=mixed_steps, max_num_seqs=24, max_batch_tokens=128
+    )
 
 
 def tokens(rng, n):
@@ -372,10 +375,10 @@ def cramped(runner, monkeypatch):
     """A runner on a device with memory for chunks of at most 40 tokens in total."""
     compute = runner._forward._model.logits
 
-    def limited(inputs, last_token, out, *, decode, decode_path):
-        if not decode and len(inputs.tokens) > 40:
+    def limited(parts, last_token, out, *, decode_path):
+        if any(not part.decode and len(part.inputs.tokens) > 40 for part in parts):
             raise torch.OutOfMemoryError("no memory")
-        compute(inputs, last_token, out, decode=decode, decode_path=decode_path)
+        compute(parts, last_token, out, decode_path=decode_path)
 
     monkeypatch.setattr(runner._forward._model, "logits", limited)
     return runner
