@@ -206,6 +206,13 @@ def prefill(c: Context, **options: Any) -> None:
         )
 
 
+def mixed(c: Context) -> None:
+    """Measure chunks alone, and steps of decodes and a chunk, in one pass and in two."""
+    from bench import gpu_mixed
+
+    gpu_mixed.measure(_made(c), c.out / "mixed", c.figure, dry=c.scale.config is TINY)
+
+
 def offline(c: Context) -> None:
     """Run prompts through the real scheduler and pipeline. All of them are queued at the start."""
     from bench import gpu_steps
@@ -344,6 +351,7 @@ SECTIONS: dict[str, Section] = {
     "device": Section(90, device_facts),
     "decode": Section(110, decode),
     "prefill": Section(45, prefill),
+    "mixed": Section(60, mixed),
     "kernels": Section(60, kernels),
     "profile": Section(45, profile),
     "offline": Section(60, offline),

@@ -31,6 +31,16 @@ LLAMA_8B: dict[str, Any] = _COMMON | {
     "vocab_size": 128256,
     "max_position_embeddings": 16384,
 }
+LLAMA_135M: dict[str, Any] = _COMMON | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+}
 TINY: dict[str, Any] = _COMMON | {
     "hidden_size": 64,
     "intermediate_size": 128,

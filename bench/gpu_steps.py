@@ -229,11 +229,11 @@ def offline(
     pipeline = Pipeline(runner, overlap=overlap)
     start = time.perf_counter()
     with DecodeTimer(runner, options.device) as timer:
-        num_sampled, no_prefill = _run_all(scheduler, pipeline)
+        num_sampled, follows = _run_all(scheduler, pipeline)
     seconds = time.perf_counter() - start
     busy, idle = timer.busy(), timer.idle()
     # The time before a pass is idle time only if no chunk was computed between it and the previous pass.
-    pairs = [(b, i) for b, i, decode_only in zip(busy[1:], idle, no_prefill, strict=False) if decode_only]
+    pairs = [(b, i) for b, i, adjacent in zip(busy[1:], idle, follows[1:], strict=True) if adjacent]
     idle_share = statistics.median([i / (b + i) for b, i in pairs]) if pairs else 0.0
     return OfflineResult(seconds, num_sampled, idle_share)
 
@@ -241,21 +241,23 @@ def offline(
 def _run_all(scheduler: Scheduler, pipeline: Pipeline) -> tuple[int, list[bool]]:
     """Run steps until no request is left.
 
-    Return the number of sampled tokens, and for each decode pass whether its step had no prefill chunk.
+    Return the number of sampled tokens, and for each step without chunks whether the step before it had none either.
+    Only such steps have a pass of decodes.
     """
-    num_sampled, no_prefill, now = 0, [], 0.0
+    num_sampled, follows, no_chunks, now = 0, [], False, 0.0
     while True:
         plan = None if pipeline.closed else scheduler.plan(now)
         if plan is not None:
             pipeline.launch(plan)
-            if plan.num_decodes:
-                no_prefill.append(plan.num_decodes == len(plan.rows))
+            if plan.num_decodes == len(plan.rows):
+                follows.append(no_chunks)
+            no_chunks = plan.num_decodes == len(plan.rows)
         ended = pipeline.collect(leave=1 if plan is not None else 0)
         if ended is not None:
             scheduler.apply_result(ended.plan, ended.result, now)
             num_sampled += len(ended.result.tokens)
         elif plan is None:
-            return num_sampled, no_prefill
+            return num_sampled, follows
         now += 1.0
 
 

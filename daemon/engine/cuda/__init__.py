@@ -12,7 +12,7 @@ attention     attention over the paged pool: FlashInfer's wrappers, or torch on 
 weights       the model's tensors on the device
 model         the Llama forward pass over ops and attention
 small_batch   the same for decodes of one to four rows, by our own products (gemv.cu, gemv.h)
-forward       the two passes of a step, decodes and chunks, over the device's static buffers
+forward       the passes of a step over the device's static buffers: decodes, chunks, or both in one
 sampler       sampling: a kernel (sampler.cu, row.h, draw.h), or torch on any device
 numa          keeps threads on the CPUs near the GPU
 memory        number of KV blocks that fit on a device beside the model (pure)

@@ -83,9 +83,10 @@ class Llama:
 
     def _gemm_path(self, parts: Sequence[Part], residual: torch.Tensor, out: torch.Tensor) -> None:
         layers = self._weights.layers
+        counts = [len(part.inputs.tokens) for part in parts]
         x = self._ops.rms_norm(residual, layers[0].attention_norm, self._eps)
         for i, layer in enumerate(layers):
-            x = self._attend(i, layer, x, parts)
+            x = self._attend(i, layer, x, parts, counts)
             self._ops.add_rms_norm(x, residual, layer.mlp_norm, self._eps)
             x = self._products.apply(layer.down, self._ops.silu_mul(self._products.apply(layer.gate_up, x)))
             if i + 1 < len(layers):
@@ -104,13 +105,18 @@ class Llama:
         unknown = last_token.index_select(0, inputs.slots.index_select(0, inputs.rows))
         return torch.where(inputs.tokens < 0, unknown, inputs.tokens).clamp_(min=0)
 
-    def _attend(self, index: int, layer: Layer, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    def _attend(
+        self, index: int, layer: Layer, x: torch.Tensor, parts: Sequence[Part], counts: list[int]
+    ) -> torch.Tensor:
+        """Return the output of attention for x [n, hidden], of which each part has `counts` tokens."""
         fused = self._products.apply(layer.qkv, x).unflatten(-1, (-1, self._head_dim))
-        out = fused.new_empty(len(x), self._heads, self._head_dim)
-        counts = [len(part.inputs.tokens) for part in parts]
-        for part, tokens, attended in zip(parts, fused.split(counts), out.split(counts), strict=True):
-            q, k, v = tokens.split([self._heads, self._kv_heads, self._kv_heads], dim=1)
-            self._ops.append(q, k, v, *self._attention.pages(index), part.inputs, self._angles)
+        out = fused.new_empty(sum(counts), self._heads, self._head_dim)
+        keys, values = self._attention.pages(index)
+        # split_with_sizes: as split, with a third of the host's time
+        slices = zip(parts, fused.split_with_sizes(counts), out.split_with_sizes(counts), strict=True)
+        for part, tokens, attended in slices:
+            q, k, v = tokens.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)
+            self._ops.append(q, k, v, keys, values, part.inputs, self._angles)
             self._attention.attend(index, q, part.inputs, attended, decode=part.decode)
         return self._products.apply(layer.out, out.flatten(1))
 
