@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from daemon.config import cache_dir
-from daemon.engine.cuda import compile as kernels_compile
+from daemon.engine.cuda import toolkit
 from daemon.engine.cuda.kernels import KernelError
 from tests.engine.cuda import host_kernels
 
@@ -117,7 +117,7 @@ def _compile(command: list[str]) -> None:
 
 def _headers() -> Path:
     try:
-        include = kernels_compile.toolchain().home / "include"
+        include = toolkit.toolchain().home / "include"
     except KernelError as e:
         raise BuildError(str(e)) from None
     if not (include / "cuda_runtime_api.h").exists():

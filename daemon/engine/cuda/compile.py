@@ -19,11 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.engine.cuda import generate, kernels
 from daemon.engine.cuda.kernels import RECORD, KernelError, KernelSpec
+from daemon.engine.cuda.toolkit import Toolchain, check_arch, toolchain
 
 Progress = Callable[[str], None]
 
@@ -31,17 +31,7 @@ _UNFINISHED = ".unfinished"
 _COMPILER_BYTES = 3 << 30  # memory of one nvcc that compiles FlashInfer's attention templates
 _UNUSED_HEADERS = ("cublasLt.h", "cublas_v2.h", "curand_kernel.h")  # the norm includes them and uses nothing of them
 _FULL = "No space left on device"
-
-
-@dataclass(frozen=True, slots=True)
-class Toolchain:
-    """The tools of a build. `home`: the toolkit's directory, also if the nvcc found is a wrapper in another place."""
-
-    nvcc: Path
-    home: Path
-    version: str  # "13.0"
-    ninja: Path
-    cxx: str
+_ENDING = 10.0  # seconds until ninja, told to end, is killed
 
 
 def build(
@@ -57,13 +47,13 @@ def build(
     tvm_ffi = kernels.package_version("apache-tvm-ffi")
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with _lock(where / ".lock", progress) as lock:
+        with lock(where / ".lock", progress) as held:
             wanted = [s for s in specs if not _current(where, s, tools, tvm_ffi)]
             progress(
                 f"{len(wanted)} of {len(specs)} kernels to compile for {arch} with nvcc {tools.version} in {where}"
             )
             if wanted:
-                _build_all(wanted, arch, where, tools, tvm_ffi, lock, progress, jobs or _fitting_jobs())
+                _build_all(wanted, arch, where, tools, tvm_ffi, held, progress, jobs or _fitting_jobs())
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise KernelError(_disk_full(where)) from None
@@ -71,69 +61,6 @@ def build(
             f"cannot store kernels in {where}: {e.strerror or e}; set $LLUMD_KERNELS to another directory"
         ) from None
     return wanted
-
-
-def toolchain() -> Toolchain:
-    """Find nvcc (in $CUDA_HOME, on PATH or in /usr/local/cuda), ninja and a C++ compiler. Raises KernelError."""
-    nvcc = _find_nvcc()
-    output = _tool_output(nvcc, "--version")
-    version = re.search(r"release (\d+\.\d+),", output)
-    if version is None:
-        raise KernelError(f"{nvcc} does not work: {output.strip()[-300:]}")
-    # pip installs ninja beside Python, which may be missing on PATH.
-    ninja = shutil.which("ninja", path=f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}")
-    if ninja is None:
-        raise KernelError(
-            "ninja is not on PATH; install it: `pip install ninja`, or the system's package ninja-build"
-        )
-    cxx = shutil.which(os.environ.get("CXX", "c++"))
-    if cxx is None:
-        raise KernelError(f"no C++ compiler: {os.environ.get('CXX', 'c++')} is not on PATH; install g++, or set CXX")
-    return Toolchain(nvcc, _home(nvcc), version[1], Path(ninja), cxx)
-
-
-def check_arch(tools: Toolchain, arch: str) -> None:
-    """Raise KernelError unless this nvcc compiles for `arch`."""
-    known = re.findall(r"compute_(\d+)(\d)\b", _tool_output(tools.nvcc, "--list-gpu-arch"))
-    major, minor = arch.rstrip("af").split(".")
-    if known and (major, minor) not in known:
-        names = ", ".join(f"{a}.{b}" for a, b in sorted(known, key=lambda k: (int(k[0]), k[1])))
-        raise KernelError(f"nvcc {tools.version} does not compile for {arch}; it supports {names}")
-
-
-def _named_home() -> Path | None:
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return Path(named) if named else None
-
-
-def _home(nvcc: Path) -> Path:
-    """Return the toolkit's directory. Ask nvcc for it: a wrapper on PATH may be in another place."""
-    here = re.search(r"_HERE_=(\S+)", _tool_output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"))
-    return _named_home() or (Path(here[1]).parent if here else nvcc.resolve().parent.parent)
-
-
-def _find_nvcc() -> Path:
-    if home := _named_home():
-        if not (home / "bin" / "nvcc").is_file():
-            raise KernelError(f"CUDA_HOME is {home}, which has no bin/nvcc")
-        return home / "bin" / "nvcc"
-    on_path = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if Path(on_path).is_file():
-        return Path(on_path)
-    raise KernelError(
-        "no nvcc on PATH or in /usr/local/cuda. Install the CUDA toolkit (it needs no GPU and no driver), or set "
-        "CUDA_HOME to its directory, or build on another machine and copy the directory here"
-    )
-
-
-def _tool_output(program: Path, *args: str) -> str:
-    try:
-        done = subprocess.run(
-            [program, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise KernelError(f"cannot run {program}: {e}") from None
-    return done.stdout
 
 
 def _current(where: Path, spec: KernelSpec, tools: Toolchain, tvm_ffi: str) -> bool:
@@ -147,7 +74,7 @@ def _fitting_jobs() -> int:
 
 
 @contextmanager
-def _lock(file: Path, progress: Progress) -> Iterator[int]:
+def lock(file: Path, progress: Progress) -> Iterator[int]:
     """Hold the lock of a build. Compilers inherit the descriptor, so the lock of a killed build is held until its
     last compiler ends."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -163,21 +90,22 @@ def _lock(file: Path, progress: Progress) -> Iterator[int]:
 
 
 def _build_all(
-    specs: list[KernelSpec], arch: str, where: Path, tools: Toolchain, tvm_ffi: str, lock: int, progress: Progress,
+    specs: list[KernelSpec], arch: str, where: Path, tools: Toolchain, tvm_ffi: str, held: int, progress: Progress,
     jobs: int,
 ) -> None:  # fmt: skip
     scratch = where / _UNFINISHED
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        ninja_files = _generate(specs, scratch, _environment(tools, arch, scratch), lock)
+        ninja_files = _generate(specs, scratch, _environment(tools, arch, scratch), held)
         for i, spec in enumerate(specs, 1):
             title = f"[{i}/{len(specs)}] {spec.purpose}"
             progress(f"{title}: compiling {spec.name}")
             began = time.monotonic()
             log = where / f"{spec.name}.log"
-            library = _compile(spec, Path(ninja_files[spec.name]), log, tools, jobs, scratch, lock)
-            size = _install(spec, library, where, scratch, {"nvcc": tools.version, "tvm_ffi": tvm_ffi})
+            library = _compile(spec, Path(ninja_files[spec.name]), log, tools, jobs, scratch, held)
+            size = install(spec.name, library, where, scratch, {"nvcc": tools.version, "tvm_ffi": tvm_ffi})
+            shutil.rmtree(library.parent)
             log.unlink()
             progress(f"{title}: {time.monotonic() - began:.0f} s, {size / 2**20:.1f} MiB")
     finally:
@@ -224,12 +152,12 @@ def _make_headers(tools: Toolchain, headers: Path) -> None:
             (headers / name).touch()
 
 
-def _generate(specs: list[KernelSpec], scratch: Path, env: dict[str, str], lock: int) -> dict[str, str]:
+def _generate(specs: list[KernelSpec], scratch: Path, env: dict[str, str], held: int) -> dict[str, str]:
     """Run FlashInfer, which writes sources and ninja files. Return name -> ninja file."""
     request = json.dumps([[s.name, s.generator, s.args] for s in specs])
     done = subprocess.run(
         [sys.executable, "-P", "-m", "daemon.engine.cuda.generate"],
-        input=request, env=env, cwd=scratch, capture_output=True, text=True, check=False, pass_fds=(lock,),
+        input=request, env=env, cwd=scratch, capture_output=True, text=True, check=False, pass_fds=(held,),
     )  # fmt: skip
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -239,18 +167,40 @@ def _generate(specs: list[KernelSpec], scratch: Path, env: dict[str, str], lock:
 
 
 def _compile(
-    spec: KernelSpec, ninja_file: Path, log: Path, tools: Toolchain, jobs: int, scratch: Path, lock: int
+    spec: KernelSpec, ninja_file: Path, log: Path, tools: Toolchain, jobs: int, scratch: Path, held: int
 ) -> Path:
     """Run ninja, and return the library that it makes."""
     command = [str(tools.ninja), "-v", "-C", str(ninja_file.parent), "-f", str(ninja_file), "-j", str(jobs)]
+    env = os.environ | {"TMPDIR": str(scratch)}
+    if "CC" not in env:
+        env.setdefault("NVCC_CCBIN", tools.cxx)  # otherwise nvcc looks for gcc on PATH
     with log.open("wb") as out:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            env=os.environ | {"TMPDIR": str(scratch)}, check=False, pass_fds=(lock,),
+        ninja = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, pass_fds=(held,),
+            process_group=0,
         )  # fmt: skip
-    if done.returncode:
+    try:
+        failed = _await(ninja)
+    except KeyboardInterrupt:
+        log.unlink()
+        raise
+    if failed:
         raise KernelError(_failure_reason(spec, log))
     return ninja_file.parent / f"{spec.name}.so"
+
+
+def _await(ninja: subprocess.Popen[bytes]) -> int:
+    """Return ninja's exit status. If a signal interrupts the wait, ninja ends first, with its compilers."""
+    try:
+        return ninja.wait()
+    except BaseException:
+        ninja.terminate()
+        try:
+            ninja.wait(_ENDING)
+        except BaseException:  # a second signal, or a compiler that does not end
+            ninja.kill()
+            raise
+        raise
 
 
 def _failure_reason(spec: KernelSpec, log: Path) -> str:
@@ -258,27 +208,35 @@ def _failure_reason(spec: KernelSpec, log: Path) -> str:
     if _FULL in text or "Disk quota exceeded" in text:
         return _disk_full(log.parent)
     if re.search(r"\bKilled\b|signal 9", text):
-        return f"{spec.name}: the compiler was killed, probably because memory ran out; try --jobs 1 ({log})"
+        why = "the compiler was killed, probably because memory ran out; try `llumd kernels build --jobs 1`"
+        return f"{spec.name}: {why} ({log})"
     if lacking := re.search(r"fatal error: (\S+): No such file", text):
-        return f"{spec.name}: the CUDA toolkit lacks {lacking[1]}; install the whole toolkit ({log})"
+        return (
+            f"{spec.name}: neither the CUDA toolkit nor the C++ compiler has {lacking[1]}; "
+            f"install the whole of both ({log})"
+        )
+    if too_new := re.search(r"unsupported (?:GNU|clang) version! (.*)", text):
+        return f"{spec.name}: {too_new[1]} Install an older compiler, and name it: CXX=g++-14 for example ({log})"
     errors = [line for line in text.splitlines() if re.search(r"\berror\b", line)]
     first = f": {errors[0].strip()[:300]}" if errors else ""
     return f"{spec.name} does not compile{first}\nthe full output of the compiler is in {log}"
 
 
-def _install(spec: KernelSpec, library: Path, where: Path, scratch: Path, versions: dict[str, str]) -> int:
-    """Move the library to its place, completely or not at all, and return its size in bytes."""
-    fresh = scratch / "fresh" / spec.name
+def install(name: str, library: Path, where: Path, scratch: Path, versions: dict[str, str]) -> int:
+    """Move a library to its place under `where`, completely or not at all, and return its size in bytes.
+
+    `scratch`: a directory on the same file system. `versions`: nvcc and tvm-ffi of the build. Raises OSError.
+    """
+    fresh = scratch / "fresh" / name
     fresh.mkdir(parents=True)
-    shutil.copyfile(library, fresh / library.name)
+    shutil.copyfile(library, fresh / f"{name}.so")
     size = library.stat().st_size
     (fresh / RECORD).write_text(json.dumps({"size": size} | versions))
     for file in fresh.iterdir():
         with file.open("rb") as f:
             os.fsync(f.fileno())
-    shutil.rmtree(where / spec.name, ignore_errors=True)
-    fresh.rename(where / spec.name)
-    shutil.rmtree(library.parent)
+    shutil.rmtree(where / name, ignore_errors=True)
+    fresh.rename(where / name)
     return size
 
 
