@@ -103,7 +103,7 @@ def test_the_first_start_sets_up_and_the_second_does_not(checkout):
 def test_the_set_up_for_tests_has_more_packages_and_is_enough_for_serving(checkout):
     checkout.run("serve", "--port", "1")
     status, _, calls = checkout.run("test", "tests/x.py", "-k", "y")
-    assert status == 0 and "[cuda,test]" in installs(calls)[-2]
+    assert status == 0 and "[flashinfer,test]" in installs(calls)[-2]
     assert calls[-1] == "python -m pytest tests/x.py -k y"
     assert checkout.run("serve", "--port", "1")[2] == [SERVE]
 
@@ -188,6 +188,39 @@ def test_with_a_gpu_cuda_and_flashinfer_are_installed_into_a_new_environment(che
     _, _, calls = checkout.run("serve", LLUMD_TORCH="cuda", FAKE="heavy")
     assert any("-m venv" in c for c in calls)
     assert "--index-url" not in torch_install(calls) and "flashinfer" in installs(calls)[-1]
+    assert "[cuda]" in installs(calls)[-2]  # it brings nvcc
+    assert "[cuda,test]" in installs(checkout.run("test", "x", LLUMD_TORCH="cuda")[2])[-2]
+
+
+def put_tool(checkout: Checkout, name: str, script: str) -> None:
+    tool = Path(checkout.env["PATH"]) / name
+    tool.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    tool.chmod(0o755)
+
+
+def test_a_driver_that_is_too_old_is_named_before_anything_is_fetched(checkout):
+    put_tool(checkout, "nvidia-smi", 'case "$*" in *driver_version*) echo 550.54.15 ;; *) echo "GPU 0" ;; esac')
+    del checkout.env["LLUMD_TORCH"]
+    status, output, calls = checkout.run("serve")
+    assert status == 1 and "driver 550.54.15 is too old" in output and "needs 580" in output and not installs(calls)
+    assert "LLUMD_TORCH=cpu bin/serve --devices cpu,cpu" in output
+    status, output, calls = checkout.run("serve", LLUMD_TORCH="cuda")  # as on a machine that only compiles
+    assert status == 0 and "warning: the NVIDIA driver 550.54.15" in output and installs(calls)
+
+
+def test_a_missing_compiler_is_named_before_the_download(checkout):
+    output = checkout.run("serve", LLUMD_TORCH="cuda")[1]
+    assert output.index("apt install g++") < output.index("installing PyTorch")
+    put_tool(checkout, "c++", "true")
+    (checkout.path / "pyproject.toml").write_text("changed")
+    assert "g++" not in checkout.run("serve", LLUMD_TORCH="cuda")[1]
+
+
+def test_an_old_python_is_named_with_what_to_install(checkout):
+    put_tool(checkout, "python3", '[[ "$*" != *version_info* ]] && echo "python3 is 3.10.12"')
+    status, output, _ = checkout.run("serve", FAKE="old")
+    assert status == 1 and "no Python 3.11 or newer found (python3 is 3.10.12)" in output
+    assert "ppa:deadsnakes/ppa" in output and "uv python install" in output
 
 
 def test_the_driver_is_queried_only_by_a_set_up(checkout):
@@ -213,7 +246,7 @@ def test_it_works_from_any_directory_and_through_a_link(checkout, tmp_path):
     ("env", "message"),
     [
         ({"FAKE": "old"}, "no Python 3.11 or newer"),
-        ({"FAKE": "bare"}, "python3-venv"),
+        ({"FAKE": "bare"}, "apt install python3.12-venv"),
         ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python"),
         ({"LLUMD_TORCH": "tpu"}, "neither cpu nor cuda"),
     ],

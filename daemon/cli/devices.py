@@ -5,27 +5,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shlex
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple, cast
+from dataclasses import dataclass
 
-from daemon.cli.commands import command
 from daemon.config import MAX_ENGINES, Config, ConfigError
-from daemon.engine.cuda import kernels
-from daemon.engine.cuda.kernels import KernelError, KvDtype
-from daemon.models.model_config import ModelConfig
+from daemon.engine.cuda import driver, kernels, toolkit
+from daemon.engine.cuda.kernels import KernelError
 
 _CPU = ["cpu", "cpu"]
-_DRIVER = Path("/proc/driver/nvidia/gpus")
 _SET_UP = "`LLUMD_TORCH=cuda bin/serve` installs the packages for GPUs"
+_ON_CPU = "or serve on the CPU: `--devices cpu,cpu`"
 
 
-class Gpus(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Gpus:
     """The GPUs that CUDA makes visible to this process."""
 
     number: int
-    arch: str  # architecture of every GPU; "" if they differ (only CUDA knows their order) or if it is unknown
+    archs: frozenset[str] = frozenset()  # of all GPUs of the machine: only CUDA knows their order; empty: unknown
+    driver: str = ""  # its version, "" if it is unknown
+    slices: bool = False  # they are MIG slices; CUDA shows one of them to a process
 
 
 def default_devices(config: Config, progress: Callable[[str], None]) -> list[str]:
@@ -37,36 +36,49 @@ def default_devices(config: Config, progress: Callable[[str], None]) -> list[str
     if config.engine != "model":
         return list(_CPU)
     try:
-        count = detect_gpus().number
+        gpus = detect_gpus()
     except KernelError as e:
         progress(f"llumd: {e}; serving on the CPU")
         return list(_CPU)
-    return [f"cuda:{i}" for i in range(min(count, MAX_ENGINES))] or list(_CPU)
+    if gpus.slices and gpus.number:
+        progress(f"llumd: one engine on one slice of a GPU: {driver.MIG_ADVICE}")
+    return [f"cuda:{i}" for i in range(min(gpus.number, MAX_ENGINES))] or list(_CPU)
 
 
-def check_gpus(config: Config, model_config: ModelConfig) -> None:
-    """Check that the GPUs exist, that the packages support CUDA and that the kernels are compiled.
-
-    Raises ConfigError.
-    """
+def check_gpus(config: Config) -> Gpus:
+    """Check that the GPUs exist, and that driver and packages support CUDA. Return the GPUs. Raises ConfigError."""
     try:
         gpus = detect_gpus()
-        _check_numbers(config.devices, gpus.number)
-        _check_torch()
+        _check_numbers(config.devices, gpus)
+        _check_torch(gpus)
         kernels.flashinfer_version()
-        if gpus.arch:  # otherwise each engine checks its kernels itself, before it loads the model
-            specs = kernels.required(model_config, arch=gpus.arch, kv_dtype=cast(KvDtype, config.kv_dtype))
-            kernels.check(specs, gpus.arch, build_command=_build_command(config))
     except KernelError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(f"devices: {e}") from None
+    return gpus
 
 
-def detect_gpus(driver: Path = _DRIVER) -> Gpus:
-    """Return the visible GPUs, from nvidia-smi or otherwise from the driver. Raises KernelError for an old GPU."""
-    archs = kernels.gpu_archs()
-    installed = len(archs) or (len(list(driver.iterdir())) if driver.is_dir() else 0)
-    arch = archs[0] if len(set(archs)) == 1 else ""
-    return Gpus(count_visible(installed, os.environ.get("CUDA_VISIBLE_DEVICES")), arch)
+def detect_gpus() -> Gpus:
+    """Return the visible GPUs, from nvidia-smi or otherwise from the driver.
+
+    Raises KernelError for an old GPU, and if there are GPUs that this process cannot use.
+    """
+    report = driver.survey()
+    if report.problem:
+        raise KernelError(report.problem)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    number = count_visible(report.installed, shown)
+    slices = _shows_slices(report.mig, shown)
+    return Gpus(min(number, 1) if slices else number, frozenset(report.archs), report.version, slices)
+
+
+def _shows_slices(mig: tuple[bool, ...], variable: str | None) -> bool:
+    """Return whether CUDA shows slices: they are named, or a GPU that is not hidden is divided."""
+    entries = [] if variable is None else [entry.strip() for entry in variable.split(",")]
+    if any(entry.startswith("MIG-") for entry in entries):
+        return True
+    if entries and all(entry.isdecimal() for entry in entries):
+        return any(mig[int(entry)] for entry in entries if int(entry) < len(mig))
+    return any(mig)
 
 
 def count_visible(installed: int, variable: str | None) -> int:
@@ -84,34 +96,25 @@ def count_visible(installed: int, variable: str | None) -> int:
     return count
 
 
-def torch_cuda(version_file: Path) -> str | None:
-    """Return the CUDA version of a PyTorch build, from its version.py. None for a build without CUDA."""
-    found = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version_file.read_text(), re.MULTILINE)
-    return found[1] if found else None
-
-
-def _check_numbers(devices: list[str], gpus: int) -> None:
+def _check_numbers(devices: list[str], gpus: Gpus) -> None:
     numbers = {int(d.removeprefix("cuda:")) for d in devices}
-    absent = sorted(n for n in numbers if n >= gpus)
+    absent = sorted(n for n in numbers if n >= gpus.number)
     if not absent:
         return
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = f" (CUDA_VISIBLE_DEVICES is {limit!r})" if limit is not None else ""
-    visible = f"the visible GPUs have the numbers 0 to {gpus - 1}" if gpus else "no NVIDIA GPU is visible"
-    advice = "" if gpus else "; check the driver with nvidia-smi, or serve on the CPU: `--devices cpu,cpu`"
+    visible, advice = "no NVIDIA GPU is visible", f"; check the driver with nvidia-smi, {_ON_CPU}"
+    if gpus.number:
+        visible = f"the visible GPUs have the numbers 0 to {gpus.number - 1}"
+        advice = f"; {driver.MIG_ADVICE}" if gpus.slices else ""
     raise ConfigError(f"devices: there is no cuda:{absent[0]}: {visible}{why}{advice}")
 
 
-def _check_torch() -> None:
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+def _check_torch(gpus: Gpus) -> None:
+    if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"PyTorch is not installed; {_SET_UP}")
-    if torch_cuda(Path(found.origin).with_name("version.py")) is None:
-        raise ConfigError(
-            f"devices: this PyTorch is built for the CPU only; {_SET_UP}, or serve on the CPU: `--devices cpu,cpu`"
-        )
-
-
-def _build_command(config: Config) -> str:
-    model = "" if config.model == "demo" else " " + shlex.quote(config.model)
-    return f"{command('llumd')} kernels build{model}" + (" --kv-dtype fp8" if config.kv_dtype == "fp8" else "")
+    cuda = toolkit.torch_cuda_version()
+    if cuda is None:
+        raise ConfigError(f"devices: this PyTorch is built for the CPU only; {_SET_UP}, {_ON_CPU}")
+    if old := driver.too_old(gpus.driver, cuda):
+        raise ConfigError(f"devices: {old}, {_ON_CPU}")

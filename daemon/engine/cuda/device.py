@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from daemon.engine.cuda import kernels
+from daemon.engine.cuda import driver, kernels
 from daemon.engine.runner import RunnerSettings
 from daemon.models.model_config import ModelConfig, ModelError
 
@@ -46,14 +46,26 @@ def check_device(config: ModelConfig, device: torch.device, kv_dtype: str, prefi
             "expandable_segments is on in PYTORCH_ALLOC_CONF: other engines could not map such a pool; remove it"
         )
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"there is no {device}; PyTorch finds {torch.cuda.device_count()} CUDA devices")
+        raise ModelError(_no_device(device))
     torch.cuda.set_device(device)
     arch = kernels.arch_of(*torch.cuda.get_device_capability(device))
     try:
         specs = kernels.required(config, arch=arch, kv_dtype="fp8" if kv_dtype == "fp8" else "auto", prefill=prefill)
-        kernels.use(kernels.check(specs, arch))
+        kernels.use(kernels.check(specs, arch), specs)
     except kernels.KernelError as e:
         raise ModelError(str(e)) from e
+
+
+def _no_device(device: torch.device) -> str:
+    count = torch.cuda.device_count()
+    text = f"there is no {device}; PyTorch finds {count} CUDA devices"
+    if not count:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as e:  # AssertionError: a build for the CPU
+            text += f" ({str(e).splitlines()[0]})"
+    why = driver.why_no_device(torch.version.cuda or "")
+    return f"{text}: {why}" if why else text
 
 
 def shared_memory_bytes(device: torch.device) -> int:

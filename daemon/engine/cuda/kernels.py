@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +96,18 @@ def required(
     ]
 
 
+def known_names() -> frozenset[str]:
+    """Return the name of every module that any configuration loads."""
+    attention = [
+        _attention(backend, dtype, kv, head_dim).name
+        for backend in ("fa2", "fa3")
+        for dtype in ("bf16", "fp16")
+        for kv in ("auto", "fp8")
+        for head_dim in HEAD_DIMS
+    ]
+    return frozenset([spec().name for spec in (silu, sampler, append, gemv)] + ["norm", *attention])
+
+
 def _attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int) -> KernelSpec:
     q = {"bf16": "bf16", "fp16": "f16"}[dtype]
     kv = "e4m3" if kv_dtype == "fp8" else q
@@ -166,19 +177,6 @@ def arch_of(major: int, minor: int) -> str:
     return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
 
-def gpu_archs() -> list[str]:
-    """Return the architectures of the visible GPUs, by index. The list is empty without a driver.
-
-    Raises KernelError for a GPU that is too old.
-    """
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [parse_arch(line) for line in done.stdout.split() if re.fullmatch(r"\d+\.\d", line)]
-
-
 def kernels_dir() -> Path:
     """Return the directory of all compiled kernels: $LLUMD_KERNELS, or `kernels` in the cache."""
     named = os.environ.get("LLUMD_KERNELS")
@@ -206,6 +204,11 @@ def package_version(package: str) -> str:
         ) from None
 
 
+def major(version: str) -> int:
+    """Return the first number of a version."""
+    return int(version.split(".", maxsplit=1)[0])
+
+
 def find(where: Path, name: str) -> BuiltKernel | None:
     """Return the module `name` under `where`, or None if it is missing or incomplete."""
     try:
@@ -227,9 +230,10 @@ def listing(root: Path) -> dict[Path, list[BuiltKernel]]:
     return found
 
 
-def missing(specs: Iterable[KernelSpec], where: Path) -> list[KernelSpec]:
-    """Return the `specs` that are not under `where`."""
-    return [spec for spec in specs if find(where, spec.name) is None]
+def missing(specs: Iterable[KernelSpec], where: Path, cuda: str | None = None) -> list[KernelSpec]:
+    """Return the `specs` that are not under `where`, or that were not compiled for `cuda`, PyTorch's CUDA version."""
+    found = {spec: find(where, spec.name) for spec in specs}
+    return [spec for spec, built in found.items() if built is None or (cuda and major(built.nvcc) != major(cuda))]
 
 
 def check(specs: Iterable[KernelSpec], arch: str, *, build_command: str = "llumd kernels build") -> Path:
@@ -248,13 +252,14 @@ def check(specs: Iterable[KernelSpec], arch: str, *, build_command: str = "llumd
     return where
 
 
-def use(where: Path) -> None:
+def use(where: Path, specs: Iterable[KernelSpec] | None = None) -> None:
     """Make FlashInfer load its modules from `where` and compile nothing. Call it before FlashInfer's first import.
 
     A missing module then raises FlashInfer's MissingJITCacheError at its first use, so call `check` first.
-    Raises KernelError if the kernels were compiled for another CUDA version than torch's.
+    Raises KernelError if one of the `specs` (None: any module there) was compiled for another CUDA version than
+    torch's.
     """
-    _check_cuda(where)
+    _check_cuda(where, specs)
     os.environ["FLASHINFER_DISABLE_JIT"] = "1"
     # The default norm is compiled at run time, by a package that may be missing.
     os.environ["FLASHINFER_USE_CUDA_NORM"] = "1"
@@ -272,15 +277,18 @@ def use(where: Path) -> None:
     env.FLASHINFER_AOT_DIR = where
 
 
-def _check_cuda(where: Path) -> None:
+def _check_cuda(where: Path, specs: Iterable[KernelSpec] | None) -> None:
     import torch
 
     runtime = torch.version.cuda
+    names = None if specs is None else {spec.name for spec in specs}
     for built in listing(where.parent).get(where, []):
-        if runtime and built.nvcc.split(".")[0] != runtime.split(".")[0]:
+        if names is not None and built.name not in names:
+            continue
+        if runtime and major(built.nvcc) != major(runtime):
             raise KernelError(
                 f"{where / built.name} was compiled with CUDA {built.nvcc}, PyTorch here has {runtime}; "
-                f"build it again with an nvcc {runtime.split('.')[0]}"
+                f"build it again with an nvcc {major(runtime)}"
             )
 
 
