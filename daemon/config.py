@@ -114,6 +114,12 @@ class Config:
         "twice the tokens in the same memory.",
         choices=("auto", "fp8"),
     )
+    build: bool = _option(
+        True,
+        "engine",
+        "On GPUs, compile missing kernels before the start: minutes, once; it needs a C++ compiler. `false`: refuse "
+        "to start without them.",
+    )
     memory_share: float = _option(
         0.9,
         "engine",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from daemon import __version__
 from daemon import config as settings
 from daemon.api.key_file import read_key_file
+from daemon.cli import kernel_commands
 from daemon.cli.claims import Claims, claimed
 from daemon.cli.commands import command
 from daemon.cli.prepare import Prepared, prepare
@@ -22,11 +23,11 @@ from daemon.config import Config, ConfigError
 from daemon.ipc import output
 from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, start_logging
 from daemon.machine import raise_descriptor_limit
-from daemon.models import store
-from daemon.models.model_config import ModelConfig, ModelError, read_model_config
+from daemon.models.model_config import ModelConfig, ModelError
 from daemon.option import allowed
 from daemon.supervisor.start_error import StartError, explain
-from daemon.units import format_value, parse_whole, quoted
+from daemon.supervisor.systemd import Notifier
+from daemon.units import format_value, quoted
 
 if TYPE_CHECKING:
     from daemon.supervisor.supervisor import Supervisor
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 _REFUSALS = (ConfigError, ModelError, StartError, OSError)
 _BACKLOG = 4096
 _ADMIN_BACKLOG = 64
-_MAX_JOBS = 1024
 _EXAMPLE = """\
 llumd serves {name} at {url}
   {engines} engine{s} ready; for example:
@@ -66,44 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     table = commands.add_parser("options", help="print all options as a Markdown table")
     table.set_defaults(run=_options)
-    _add_kernels(commands.add_parser("kernels", help="compile or list the kernels that GPUs need"))
+    kernel_commands.add_to(commands.add_parser("kernels", help="compile, list, pack or unpack the kernels of GPUs"))
     return parser
-
-
-def _add_kernels(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    build = commands.add_parser("build", help="compile the kernels of a model with nvcc; needs no GPU")
-    build.add_argument(
-        "model", nargs="?", default="demo", metavar="MODEL", help="as in `llumd serve` (default: demo)"
-    )
-    build.add_argument("--arch", metavar="9.0a", help="compute capability (default: of the GPUs in this machine)")
-    build.add_argument(
-        "--dtype", choices=("bf16", "fp16"), default="bf16", help="type of activations (default: bf16)"
-    )
-    build.add_argument(
-        "--kv-dtype", choices=("auto", "fp8"), default="auto", help="type of the KV cache (default: auto, as --dtype)"
-    )
-    build.add_argument("--prefill", choices=("fa2", "fa3"), default="fa2", help="prefill kernel (default: fa2)")
-    build.add_argument(
-        "--jobs",
-        type=_jobs,
-        default=0,
-        metavar="N",
-        help="compilers that run at the same time (default: as many as fit)",
-    )
-    build.set_defaults(run=_build_kernels)
-    listing = commands.add_parser("list", help="list compiled kernels")
-    listing.set_defaults(run=_list_kernels)
-
-
-def _jobs(text: str) -> int:
-    try:
-        jobs = parse_whole(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-    if not 0 <= jobs <= _MAX_JOBS:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not allowed; it must be from 0 to {_MAX_JOBS}")
-    return jobs
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -140,11 +104,14 @@ def _serve(args: argparse.Namespace) -> int:
     output.tolerate_loss()
     _await_signals()
     raise_descriptor_limit()
+    notifier = Notifier()
     try:
         config = _load(args)
         start_logging(config.log_level, "supervisor")
         with claimed(config) as claims:
-            return _run(claims, prepare(config, _print_progress))
+            with notifier.start_extended():
+                prepared = prepare(config, _print_progress)
+            return _run(claims, prepared, notifier)
     except _REFUSALS as e:
         return _refuse(e)
     except KeyboardInterrupt:
@@ -171,7 +138,7 @@ def _check(args: argparse.Namespace) -> int:
         config = _load(args)
         with claimed(config, on_trial=True):
             pass  # held for a moment only: a daemon may start while the model is checked
-        config, model_config, _, pool_bytes, _ = prepare(config, _print_progress)
+        config, model_config, _, pool_bytes, _ = prepare(config, _print_progress, on_trial=True)
     except _REFUSALS as e:
         return _refuse(e)
     n = len(config.devices)
@@ -207,49 +174,11 @@ def _default(option: settings.Option) -> str:
     return f"default: {text}{on_gpus}" + (f"; unit: {unit}" if unit else "")
 
 
-def _build_kernels(args: argparse.Namespace) -> int:
-    from daemon.engine.cuda import compile as kernel_compiler
-    from daemon.engine.cuda import kernels
-
-    try:
-        archs = {kernels.parse_arch(args.arch)} if args.arch else set(kernels.gpu_archs())
-        if not archs:
-            raise kernels.KernelError(
-                "no GPU is visible; name the architecture to compile for, for example --arch 9.0a"
-            )
-        model_dir = store.resolve(args.model, "auto", _print_progress)
-        model_config = read_model_config(model_dir)  # kernels do not depend on weights
-        for arch in sorted(archs):
-            specs = kernels.required(
-                model_config, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill
-            )
-            kernel_compiler.build(specs, arch, kernels.directory(arch), _print_progress, jobs=args.jobs)
-            print(f"{len(specs)} kernels of {model_config.name} for {arch} are in {kernels.directory(arch)}")
-    except (kernels.KernelError, ModelError) as e:
-        print(f"llumd: {e}", file=sys.stderr)
-        return EXIT_CONFIG
-    return 0
-
-
-def _list_kernels(_args: argparse.Namespace) -> int:
-    from daemon.engine.cuda import kernels
-
-    root = kernels.kernels_dir()
-    found = kernels.listing(root)
-    if not found:
-        print(f"no compiled kernels in {root}; `{command('llumd')} kernels build` compiles them")
-    for where, modules in found.items():
-        print(where)
-        for built in modules:
-            print(f"  {built.size / 2**20:6.1f} MiB  nvcc {built.nvcc}  {built.name}")
-    return 0
-
-
 def _print_progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run(claims: Claims, prepared: Prepared) -> int:
+def _run(claims: Claims, prepared: Prepared, notifier: Notifier) -> int:
     """Run the supervisor until it ends. Return the exit code. Raises OSError and StartError."""
     from daemon.supervisor.key_reload import KeySource
     from daemon.supervisor.supervisor import Supervisor
@@ -262,7 +191,7 @@ def _run(claims: Claims, prepared: Prepared) -> int:
         f"starting {n} engine{'s' if n > 1 else ''} of {model_config.name} on {', '.join(config.devices)}"
     )
     key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
-    supervisor = Supervisor(config, str(model_dir), pool_bytes, claims.http, claims.admin, key_source)
+    supervisor = Supervisor(config, str(model_dir), pool_bytes, claims.http, claims.admin, key_source, notifier)
     return _supervise(supervisor, lambda: _announce(config, model_config, claims.directory))
 
 

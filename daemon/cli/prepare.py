@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daemon.api.key_file import read_key_file
-from daemon.cli import devices
+from daemon.cli import devices, gpu_kernels
 from daemon.cli.limits import check_machine_limits, check_model_limits
 from daemon.cli.memory_budget import kv_pool_bytes
 from daemon.config import Config, ConfigError
@@ -30,10 +30,11 @@ class Prepared(NamedTuple):
     keys: list[Key] | None  # of `api_key_file`; None: clients need no key
 
 
-def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
+def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool = False) -> Prepared:
     """Complete the settings, get the model and check both. Calls `progress` with a text before each slow step.
 
-    Raises ConfigError or ModelError for everything that cannot work.
+    Missing kernels are compiled at the end; `on_trial`: not compiled, but it is checked that they could be. Raises
+    ConfigError or ModelError for everything that cannot work.
     """
     config = dataclasses.replace(config, devices=config.devices or devices.default_devices(config, progress))
     config = config.for_gpus() if config.on_gpus else config
@@ -44,11 +45,16 @@ def prepare(config: Config, progress: Callable[[str], None]) -> Prepared:
         model_config = _open_model(config, model_dir, progress)
         config = dataclasses.replace(config, served_name=model_config.name)
         check_model_limits(config, model_config)
+        missing: gpu_kernels.Missing = {}
         if config.on_gpus:
-            devices.check_gpus(config, model_config)
+            missing = gpu_kernels.missing_kernels(config, model_config, devices.check_gpus(config))
         machine = measure()
         pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), machine.memory)
         check_machine_limits(config, machine, pool_bytes)
+    if missing and on_trial:
+        gpu_kernels.check_tools(missing, progress)
+    elif missing:
+        gpu_kernels.build_kernels(missing, progress)
     return Prepared(config, model_config, model_dir, pool_bytes, keys)
 
 

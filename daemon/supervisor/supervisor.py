@@ -41,7 +41,7 @@ from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
 from daemon.supervisor.key_reload import KeyReload, KeySource
 from daemon.supervisor.start_error import StartError, explain
-from daemon.supervisor.systemd import Notifier
+from daemon.supervisor.systemd import EXTEND_START, Notifier
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class Supervisor:
         http: socket.socket,
         admin: socket.socket,
         keys: KeySource | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         self._config = config
         self._model_dir = model_dir
@@ -106,7 +107,7 @@ class Supervisor:
         self._table = self._fabric.table_writer()
         self._desired_states = DesiredStateReader(self._fabric.desired_states())
         self._keys = KeyReload(self._fabric.keys_page(), keys)
-        self._notifier = Notifier()
+        self._notifier = notifier or Notifier()
         self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
         self._children = [self._new_child(p) for p in range(self._topology.processes)]
@@ -184,7 +185,8 @@ class Supervisor:
         state = "ready" if self._announced else "loading"
         parked = sum(c.facts.state == ProcessState.PARKED for c in engines)
         suffix = f", {parked} parked" if parked else ""
-        self._notifier.send(f"STATUS={state}: {serving}/{len(engines)} engines serving{suffix}", "WATCHDOG=1")
+        lines = [f"STATUS={state}: {serving}/{len(engines)} engines serving{suffix}", "WATCHDOG=1"]
+        self._notifier.send(*lines, *([] if self._announced else [EXTEND_START]))
 
     def _stop(self, *, drain: bool) -> int:
         """Stop the frontends, which may finish requests if `drain`, then the rest. Return the exit code.

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXTEND_START = "EXTEND_TIMEOUT_USEC=60000000"  # it may take another minute: its own limits end a start that hangs
+_EXTEND_EVERY = 20.0  # seconds
 
 
 class Notifier:
@@ -24,3 +30,26 @@ class Notifier:
                 sock.sendto("\n".join(lines).encode(), address)
         except OSError:
             return
+
+    @contextmanager
+    def start_extended(self) -> Iterator[None]:
+        """Extend systemd's limit of the start while the body of the `with` statement runs.
+
+        It is for what has no limit: a download, a conversion, a build. The thread has ended afterwards.
+        """
+        ended = threading.Event()
+
+        def extend() -> None:
+            self.send(EXTEND_START)
+            while not ended.wait(_EXTEND_EVERY):
+                self.send(EXTEND_START)
+
+        thread = threading.Thread(target=extend, daemon=True)
+        if self._address:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if self._address:
+                thread.join()

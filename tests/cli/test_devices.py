@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.cli import devices, llumd, prepare
+from daemon.cli import devices, gpu_kernels, llumd, prepare
 from daemon.config import Config, ConfigError
-from daemon.engine.cuda import kernels
+from daemon.engine.cuda import compile as compiler
+from daemon.engine.cuda import kernels, toolkit
 from daemon.ipc.child import EXIT_CONFIG
 from daemon.models.model_config import ModelConfig, read_model_config
+from tests.engine.cuda.fake_driver import FakeDriver
 from tests.models.tiny_model import make_tiny_llama
 
 Machine = Callable[..., None]
@@ -28,28 +30,30 @@ def model_config(tmp_path: Path) -> ModelConfig:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    return FakeDriver(tmp_path / "machine", monkeypatch)
+
+
+@pytest.fixture
+def machine(fake: FakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Simulate a machine: GPUs of these compute capabilities, a PyTorch build for `cuda`, and no kernels.
 
-    `shown` is the value of $CUDA_VISIBLE_DEVICES.
+    A GPU may have more fields of nvidia-smi behind its capability: the driver and the MIG mode. `shown` is the value
+    of $CUDA_VISIBLE_DEVICES.
     """
 
-    def make(*capabilities: str, shown: str | None = None, cuda: str | None = "13.0") -> None:
-        tools, torch = tmp_path / "tools", tmp_path / "site" / "torch"
-        tools.mkdir()
+    def make(*gpus: str, shown: str | None = None, cuda: str | None = "13.0") -> None:
+        torch = tmp_path / "site" / "torch"
         torch.mkdir(parents=True)
-        lines = "".join(f"{c}\\n" for c in capabilities)
-        (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
-        (tools / "nvidia-smi").chmod(0o755)
+        fake.smi(*gpus)
         (torch / "__init__.py").write_text("raise RuntimeError('checks must not import torch')")
         (torch / "version.py").write_text(f"__version__ = '2.11.0'\ncuda: Optional[str] = {cuda!r}\nhip = '6.2'\n")
-        monkeypatch.setenv("PATH", str(tools))
         monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path / "kernels"))
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if shown is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        found = importlib.util.find_spec
         spec = importlib.util.spec_from_file_location("torch", torch / "__init__.py")
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "torch" else found(name))
 
     return make
 
@@ -103,16 +107,52 @@ def test_at_most_the_listed_devices_are_visible(installed: int, named: list[int]
     assert all(0 <= n < installed for n in named[:count])
 
 
-def test_without_nvidia_smi_the_driver_gives_the_number(machine: Machine, tmp_path: Path):
+def test_without_nvidia_smi_the_driver_gives_the_number(machine: Machine, fake: FakeDriver):
     machine(shown="1")
-    (tmp_path / "gpus" / "0000:1b:00.0").mkdir(parents=True)
-    (tmp_path / "gpus" / "0000:1c:00.0").mkdir()
-    assert devices.detect_gpus(tmp_path / "gpus") == devices.Gpus(1, "")
+    fake.module(2)
+    fake.nodes("nvidia0", "nvidia1")
+    assert devices.detect_gpus() == devices.Gpus(1)
 
 
-def test_different_gpus_have_no_common_architecture(machine: Machine):
+def test_different_gpus_have_different_architectures(machine: Machine):
     machine("9.0", "8.9")
-    assert devices.detect_gpus() == devices.Gpus(2, "")
+    assert devices.detect_gpus() == devices.Gpus(2, frozenset({"9.0a", "8.9"}))
+
+
+def test_a_container_without_its_gpus_uses_the_cpu_and_says_why(machine: Machine, fake: FakeDriver):
+    machine()
+    fake.module(2, "580.65.06")
+    names, messages = default_devices(Config())
+    assert names == ["cpu", "cpu"]
+    assert "no /dev/nvidia0" in messages[0] and "serving on the CPU" in messages[0]
+
+
+SLICED, WHOLE = "9.0, 580.65.06, Enabled", "9.0, 580.65.06, Disabled"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shown", "number", "slices"),
+    [
+        ([SLICED, SLICED], None, 1, True),
+        ([SLICED], "MIG-1,MIG-2", 1, True),
+        ([WHOLE, WHOLE, SLICED], "0,1", 2, False),
+        ([WHOLE, WHOLE, SLICED], "2", 1, True),
+        ([SLICED], "", 0, True),
+        ([WHOLE, WHOLE], None, 2, False),
+    ],
+)
+def test_of_mig_slices_cuda_shows_one(
+    machine: Machine, gpus: list[str], shown: str | None, number: int, slices: bool
+):
+    machine(*gpus, shown=shown)
+    found = devices.detect_gpus()
+    assert (found.number, found.slices) == (number, slices)
+
+
+def test_the_default_for_mig_slices_is_one_engine_and_the_reason(machine: Machine):
+    machine(SLICED, shown="MIG-1,MIG-2")
+    names, messages = default_devices(Config())
+    assert names == ["cuda:0"] and "one MIG slice" in messages[0]
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -120,7 +160,7 @@ def test_different_gpus_have_no_common_architecture(machine: Machine):
 
 def error_message(config: Config, model_config: ModelConfig) -> str:
     with pytest.raises(ConfigError) as error:
-        devices.check_gpus(config, model_config)
+        gpu_kernels.missing_kernels(config, model_config, devices.check_gpus(config))
     return str(error.value)
 
 
@@ -140,6 +180,26 @@ def test_a_gpu_number_that_is_too_high(machine: Machine, model_config: ModelConf
     )
 
 
+def test_a_second_mig_slice_needs_another_daemon(machine: Machine, model_config: ModelConfig):
+    machine(SLICED, shown="MIG-1,MIG-2")
+    message = error_message(Config(devices=["cuda:0", "cuda:1"]), model_config)
+    assert "no cuda:1" in message and "another slice needs another llumd" in message
+    devices.check_gpus(Config(devices=["cuda:0", "cuda:0"]))
+
+
+def test_a_driver_that_is_too_old(machine: Machine, model_config: ModelConfig):
+    machine("9.0, 550.54.15, Disabled")
+    message = error_message(Config(devices=["cuda:0"]), model_config)
+    assert "driver 550.54.15 is too old for PyTorch with CUDA 13.0, which needs driver 580" in message
+    assert "update the driver, or serve on the CPU" in message
+
+
+def test_gpus_that_cannot_be_opened(machine: Machine, fake: FakeDriver, model_config: ModelConfig):
+    machine()
+    fake.module(1)
+    assert "docker run --gpus all" in error_message(Config(devices=["cuda:0"]), model_config)
+
+
 def test_a_pytorch_build_for_the_cpu(machine: Machine, model_config: ModelConfig):
     machine("9.0", cuda=None)
     assert "LLUMD_TORCH=cuda bin/serve" in error_message(Config(devices=["cuda:0"]), model_config)
@@ -155,22 +215,25 @@ def test_flashinfer_is_not_installed(machine: Machine, model_config: ModelConfig
 
 
 def test_the_error_for_missing_kernels_has_the_command_that_builds_them(machine: Machine, model_config: ModelConfig):
-    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     machine("9.0")
-    message = error_message(Config(model="my models/a", devices=["cuda:0"], kv_dtype="fp8"), model_config)
+    config = Config(model="my models/a", devices=["cuda:0"], kv_dtype="fp8", build=False)
+    message = error_message(config, model_config)
     assert "e4m3" in message and "rotary" in message
     assert "llumd kernels build 'my models/a' --kv-dtype fp8 --arch 9.0a" in message
 
 
 def test_a_complete_machine_passes_the_checks(machine: Machine, model_config: ModelConfig):
-    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     machine("9.0")
     for spec in kernels.required(model_config, arch="9.0a"):
         folder = kernels.directory("9.0a") / spec.name
         folder.mkdir(parents=True)
         (folder / f"{spec.name}.so").write_bytes(b"library")
         (folder / kernels.RECORD).write_text(json.dumps({"size": 7, "nvcc": "13.0", "tvm_ffi": "0.1.6"}))
-    devices.check_gpus(Config(devices=["cuda:0", "cuda:0"]), model_config)
+    for build in (True, False):
+        config = Config(devices=["cuda:0", "cuda:0"], build=build)
+        assert gpu_kernels.missing_kernels(config, model_config, devices.check_gpus(config)) == {}
 
 
 def test_check_fails_with_the_exit_code_for_settings(machine: Machine, model_config: ModelConfig, capsys):
@@ -185,28 +248,44 @@ def test_prepare_applies_the_defaults_for_gpus(
     machine: Machine, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ):
     machine("9.0", "9.0")
-    monkeypatch.setattr(devices, "check_gpus", lambda config, model_config: None)
+    monkeypatch.setattr(devices, "check_gpus", lambda config: devices.Gpus(2))
     config = Config(model=str(model_config.path), load_format="dummy").replace({"max_num_seqs": 9}, "test")
     config = prepare.prepare(config, print).config
     assert config.devices == ["cuda:0", "cuda:1"]
     assert (config.max_num_seqs, config.max_batch_tokens, config.itl_target) == (9, 8192, 0.05)
 
 
-@pytest.mark.parametrize(
-    ("text", "cuda"),
-    [
-        ("cuda: Optional[str] = None\n", None),
-        ("cuda: Optional[str] = '13.0'\nhip = None", "13.0"),
-        ('cuda = "12.8"', "12.8"),
-        ("__version__ = '2.11.0+cu130'\n", None),
-    ],
-)
-def test_the_cuda_version_of_a_pytorch_build(tmp_path: Path, text: str, cuda: str | None):
-    (tmp_path / "version.py").write_text(text)
-    assert devices.torch_cuda(tmp_path / "version.py") == cuda
+# -- missing kernels
 
 
-def test_the_cuda_version_of_the_installed_pytorch():
-    import torch.version
+def test_the_start_needs_a_compiler_and_so_does_the_check(machine: Machine, model_config: ModelConfig, monkeypatch):
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
+    machine("9.0", "8.9")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(toolkit, "_find_nvcc", lambda cuda: (Path("nvcc"), "13.0"))
+    config = Config(model=str(model_config.path), load_format="dummy")
+    for on_trial in (True, False):
+        with pytest.raises(ConfigError) as error:
+            prepare.prepare(config, print, on_trial=on_trial)
+        message = str(error.value)
+        assert "6 compiled kernels for 8.9 and 6 compiled kernels for 9.0a are not in" in message
+        assert "apt install g++" in message
 
-    assert devices.torch_cuda(Path(torch.version.__file__)) == torch.version.cuda
+
+def test_the_start_compiles_missing_kernels_and_the_check_does_not(
+    machine: Machine, model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
+    machine("9.0")
+    built: list[str] = []
+    tools = toolkit.Toolchain(Path("true"), Path("."), "13.0", Path("ninja"), "c++")
+    monkeypatch.setattr(toolkit, "toolchain", lambda: tools)
+    monkeypatch.setattr(toolkit, "check_arch", lambda tools, arch: None)
+    monkeypatch.setattr(compiler, "build", lambda specs, arch, where, progress: built.extend(s.name for s in specs))
+    config = Config(model=str(model_config.path), load_format="dummy")
+    messages: list[str] = []
+    prepare.prepare(config, messages.append, on_trial=True)
+    assert built == [] and "6 compiled kernels for 9.0a" in messages[-1] and "llumd serve" in messages[-1]
+    prepare.prepare(config, messages.append)
+    assert built == [spec.name for spec in kernels.required(model_config, arch="9.0a")]
+    assert "--no-build" in messages[-1]

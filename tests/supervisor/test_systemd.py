@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from daemon.supervisor.systemd import Notifier
+from daemon.supervisor.systemd import EXTEND_START, Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -30,6 +31,17 @@ def test_lines_arrive_as_one_datagram(systemd: socket.socket):
     notifier.send("WATCHDOG=1")
     assert systemd.recv(1000) == b"READY=1\nSTATUS=2 engines"
     assert systemd.recv(1000) == b"WATCHDOG=1"
+
+
+def test_the_limit_of_the_start_is_extended_while_it_needs_long(systemd: socket.socket, monkeypatch):
+    monkeypatch.setattr("daemon.supervisor.systemd._EXTEND_EVERY", 0.01)
+    before = threading.active_count()
+    with Notifier().start_extended():
+        assert [systemd.recv(1000) for _ in range(3)] == [EXTEND_START.encode()] * 3
+    assert threading.active_count() == before  # the supervisor starts processes from its only thread
+    with pytest.raises(KeyError), Notifier().start_extended():
+        raise KeyError
+    assert threading.active_count() == before
 
 
 def test_no_variable_of_systemd_stays_in_the_environment(systemd: socket.socket, monkeypatch: pytest.MonkeyPatch):

@@ -94,6 +94,8 @@ def _problem(listed: int, error: str) -> str:
         return f"this user may not open {closed[0]}; see the group that owns it: `ls -l {closed[0]}`"
     if "version mismatch" in error:
         return f"nvidia-smi fails: {error}. The driver was updated while it was in use; restart this machine"
+    if error and not listed and (ROOT / "proc/driver/nvidia/version").exists():
+        return f"nvidia-smi fails: {error}. The driver runs, but finds no GPU; `sudo dmesg | grep NVRM` may say why"
     if error and not listed:
         return (
             f"nvidia-smi fails: {error}. The kernel module of the driver is not loaded: `sudo modprobe nvidia`; "

@@ -32,6 +32,7 @@ class FakeDriver:
         for i in range(gpus):
             (folder / "gpus" / f"0000:{i:02x}:00.0").mkdir(parents=True)
         if version:
+            folder.mkdir(parents=True, exist_ok=True)
             line = f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}  Release Build  (dvs)"
             (folder / "version").write_text(f"{line}\nGCC version:  gcc version 13.3.0\n")
 

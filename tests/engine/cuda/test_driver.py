@@ -58,15 +58,18 @@ def test_device_files_of_another_group_are_named(machine: FakeDriver):
 
 
 @pytest.mark.parametrize(
-    ("said", "gpus", "words"),
+    ("said", "gpus", "version", "words"),
     [
-        ("Failed to initialize NVML: Driver/library version mismatch", 1, "restart this machine"),
-        ("NVIDIA-SMI has failed because it could not communicate with the driver.", 0, "sudo modprobe nvidia"),
+        ("Failed to initialize NVML: Driver/library version mismatch", 1, "580.1", "restart this machine"),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver.", 0, "", "sudo modprobe nvidia"),
+        ("No devices were found", 0, "580.65.06", "finds no GPU"),
     ],
 )
-def test_what_nvidia_smi_says_is_passed_on_with_advice(machine: FakeDriver, said: str, gpus: int, words: str):
+def test_what_nvidia_smi_says_is_passed_on_with_advice(
+    machine: FakeDriver, said: str, gpus: int, version: str, words: str
+):
     machine.smi(said, "more", status=9)
-    machine.module(gpus)
+    machine.module(gpus, version)
     machine.nodes(*(["nvidia0"] if gpus else []))
     problem = driver.survey().problem
     assert said in problem and words in problem and "more" not in problem

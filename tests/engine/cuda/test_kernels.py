@@ -18,6 +18,7 @@ import pytest
 from daemon.cli import llumd
 from daemon.engine.cuda import compile as compiler
 from daemon.engine.cuda import kernels
+from daemon.engine.cuda import toolkit as toolkits
 from daemon.engine.cuda.kernels import KernelError, KernelSpec
 from daemon.ipc.child import EXIT_CONFIG
 from daemon.models.model_config import read_model_config
@@ -39,6 +40,9 @@ case "$FAKE" in
 broken) echo "norm.cu(7): error: identifier \"norn\" is undefined"; exit 2 ;;
 full) echo "fatal error: error writing to /tmp/x: No space left on device"; exit 1 ;;
 killed) echo "sh: line 1: 99 Killed  cicc"; exit 137 ;;
+lacking) echo "norm.cu:3:10: fatal error: curand_kernel.h: No such file or directory"; exit 1 ;;
+new) echo "host_config.h:42:2: error: #error -- unsupported GNU version! gcc versions later than 15 are not \
+supported! The nvcc flag ..."; exit 1 ;;
 blocked) read -r <"$GATE" ;;
 esac
 while [[ $1 != -o ]]; do shift; done
@@ -54,7 +58,7 @@ def config(tmp_path):
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
     """A toolkit with a replacement of nvcc; returns the file that records its calls."""
-    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     home, calls = tmp_path / "toolkit", tmp_path / "calls"
     (home / "bin").mkdir(parents=True)
     (home / "lib").mkdir()
@@ -128,7 +132,7 @@ def test_flashinfer_has_the_same_names_for_all_kernels(config, toolkit, tmp_path
     specs += [s for s in kernels.required(config, arch="9.0a", kv_dtype="fp8") if s not in specs]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    env = compiler._environment(compiler.toolchain(), "9.0a", scratch)
+    env = compiler._environment(toolkits.toolchain(), "9.0a", scratch)
     with (tmp_path / "lock").open("w") as lock:
         files = compiler._generate(specs, scratch, env, lock.fileno())
     assert list(files) == names(specs) and len(set(names(specs))) == len(specs)
@@ -248,9 +252,53 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(t
     assert kernels.missing([NORM], where) == []
 
 
+COMMAND = "import sys; from daemon.cli import llumd; llumd.main(sys.argv[1:])"
+
+
+def test_a_signal_ends_the_build_with_its_compilers(config, toolkit, tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    env = os.environ | {"FAKE": "blocked", "GATE": str(gate), "LLUMD_KERNELS": str(tmp_path / "kernels")}
+    command = [sys.executable, "-c", COMMAND, "kernels", "build", str(config.path), "--arch", "9.0"]
+    build = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    release = os.open(gate, os.O_WRONLY)  # returns when the compiler reads
+    build.terminate()
+    assert "stopped" in build.communicate(timeout=60)[1] and build.returncode == 130
+    with pytest.raises(BrokenPipeError):  # the compiler is gone
+        os.write(release, b"\n")
+    os.close(release)
+    (where,) = (f for f in (tmp_path / "kernels").iterdir())
+    assert [f.name for f in where.iterdir()] == [".lock"]
+
+
+def test_of_two_builds_at_the_same_time_only_one_compiles(toolkit, tmp_path):
+    where, gate = tmp_path / "kernels", tmp_path / "gate"
+    os.mkfifo(gate)
+    program = (
+        "import sys; from pathlib import Path; from daemon.engine.cuda import compile, kernels\n"
+        "compile.build([kernels.silu()], '9.0a', Path(sys.argv[1]), print)"
+    )
+    env = os.environ | {"FAKE": "blocked", "GATE": str(gate)}
+    first = subprocess.Popen([sys.executable, "-c", program, where], env=env, stdout=subprocess.DEVNULL)
+    release = gate.open("w")  # returns when the compiler reads
+
+    def on_message(text):
+        if "waiting for another build" in text:
+            release.close()
+
+    assert compiler.build([kernels.silu()], "9.0a", where, on_message, jobs=1) == []
+    assert first.wait(60) == 0 and len(toolkit.read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("fake", "words"),
-    [("broken", 'error: identifier "norn" is undefined'), ("full", "is full"), ("killed", "try --jobs 1")],
+    [
+        ("broken", 'error: identifier "norn" is undefined'),
+        ("full", "is full"),
+        ("killed", "kernels build --jobs 1"),
+        ("lacking", "neither the CUDA toolkit nor the C\\+\\+ compiler has curand_kernel.h"),
+        ("new", "versions later than 15 are not supported.*CXX=g"),
+    ],
 )
 def test_the_error_of_a_failed_compilation_names_the_cause(toolkit, tmp_path, monkeypatch, fake, words):
     monkeypatch.setenv("FAKE", fake)
@@ -331,15 +379,8 @@ def test_the_command_names_the_error(config, monkeypatch, capsys, args, words):
     assert done.value.code == EXIT_CONFIG and words in capsys.readouterr().err
 
 
-def test_gpus_are_found_through_the_driver(tmp_path, monkeypatch):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '9.0\\n8.9\\n'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert kernels.gpu_archs() == ["9.0a", "8.9"]
-
-
 def test_missing_kernels_are_named_with_the_build_command(config, tmp_path, monkeypatch):
-    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     monkeypatch.setenv("LLUMD_KERNELS", str(tmp_path))
     specs = kernels.required(config, arch="9.0a")
     with pytest.raises(KernelError) as caught:
@@ -354,6 +395,7 @@ LOAD = """
 import ctypes, sys
 from pathlib import Path
 from daemon.engine.cuda import kernels
+from daemon.engine.cuda import toolkit as toolkits
 kernels.use(Path(sys.argv[1]))
 from flashinfer.jit.activation import gen_act_and_mul_module
 from flashinfer.jit.norm import gen_norm_module
@@ -378,7 +420,7 @@ def load(where, tmp_path, *args):
 
 
 def test_flashinfer_loads_compiled_modules_and_compiles_nothing(tmp_path):
-    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     where = tmp_path / "kernels"
     put(where)
     assert load(where, tmp_path) == [f"True {where}/norm/norm.so", "not compiled"]
@@ -389,11 +431,23 @@ def test_kernels_for_another_cuda_version_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.version.cuda", "12.8")
     with pytest.raises(KernelError, match=r"CUDA 13\.0, PyTorch here has 12\.8"):
         kernels.use(tmp_path / "kernels")
+    with pytest.raises(KernelError, match=r"CUDA 13\.0, PyTorch here has 12\.8"):
+        kernels.use(tmp_path / "kernels", [NORM])
+
+
+def test_kernels_for_another_cuda_version_do_not_disturb_those_that_are_used(tmp_path, monkeypatch):
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
+    put(tmp_path / "kernels")
+    put(tmp_path / "kernels", "old", nvcc="12.8")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    kernels._check_cuda(tmp_path / "kernels", [NORM])
+    assert kernels.missing([NORM], tmp_path / "kernels", "13.2") == []
+    assert kernels.missing([NORM], tmp_path / "kernels", "12.8") == [NORM]
 
 
 def has_nvcc():
     try:
-        compiler.toolchain()
+        toolkits.toolchain()
     except KernelError:
         return False
     return True
@@ -401,7 +455,7 @@ def has_nvcc():
 
 @pytest.mark.skipif(not has_nvcc(), reason="no nvcc")
 def test_a_real_kernel_is_compiled_without_a_gpu_and_loaded(tmp_path):
-    pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     where, spec = tmp_path / "kernels", kernels.silu()
     build(where, [spec])
     library = where / spec.name / f"{spec.name}.so"
@@ -440,20 +494,20 @@ def flashinfer_calls():
 
 @pytest.mark.parametrize(("name", "positional", "keywords"), list(flashinfer_calls()))
 def test_flashinfer_accepts_our_calls(name, positional, keywords):
-    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     inspect.signature(getattr(flashinfer, name)).bind(*[None] * positional, **dict.fromkeys(keywords))
 
 
 @pytest.mark.parametrize("method", WRAPPER_CALLS)
 def test_flashinfers_wrappers_have_the_parameters(method):
-    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     wrapper, name = method.split(".")
     parameters = inspect.signature(getattr(getattr(flashinfer, wrapper), name)).parameters
     assert [p for p in WRAPPER_CALLS[method].split() if p not in parameters] == []
 
 
 def test_flashinfers_wrappers_have_the_private_attributes_that_we_use():
-    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     inside = inspect.getsource(flashinfer.BatchPrefillWithPagedKVCacheWrapper)
     used = set(re.findall(r"wrapper\.(_\w+)", source("attention")))
     assert "_cached_module" in used
@@ -461,7 +515,7 @@ def test_flashinfers_wrappers_have_the_private_attributes_that_we_use():
 
 
 def test_the_native_plan_takes_as_many_arguments_as_we_pass():
-    flashinfer = pytest.importorskip("flashinfer", reason="the extra `cuda` is not installed")
+    flashinfer = pytest.importorskip("flashinfer", reason="the extra `flashinfer` is not installed")
     binding = Path(flashinfer.__file__).parent / "data" / "csrc" / "batch_prefill_jit_binding.cu"
     plan = re.search(r"BatchPrefillWithKVCachePlan\(([^)]*)\);", binding.read_text())
     given = 0
