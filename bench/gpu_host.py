@@ -1,11 +1,14 @@
 """Host time of the CUDA engine's steps, with a CUDA runtime that does nothing.
 
-    python -m tools.simgpu --launch-only -m bench.gpu_host [--json FILE]
+    python -m tools.simgpu --launch-only -m bench.gpu_host [--json FILE] [--against CHECKOUT] [--dry-run]
 
 Everything between a step's plan and its result runs as on a GPU: arrays, FlashInfer's schedules, launches or the
 replay of a graph, and the copy of the tokens. Kernels take no time and calls of the runtime almost none, so the
 result is the time of Python, PyTorch and FlashInfer on this machine's CPU. With overlap this time is hidden if it is
 shorter than the device's step.
+
+`--against`: the root of another revision's checkout. Both revisions run in turns, and the result is the ratio of
+their medians: on a busy machine trust only that. `--dry-run`: a tiny model on the CPU, to find errors in the command.
 """
 
 from __future__ import annotations
@@ -15,43 +18,93 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import gpu_steps, machine
-from bench.gpu_model import LLAMA_8B, model_config_of
-from daemon.engine.cuda.runner import CudaRunner
-from daemon.engine.runner import Row, StepPlan
+from bench import machine, revisions
+from bench.gpu_model import LLAMA_8B, TINY, model_config_of
 
+COMMAND = "-m tools.simgpu --launch-only -m bench.gpu_host"
 # As many layers, heads and calls as an 8B model. The widths only matter to the device and are small.
 SHAPE: dict[str, Any] = LLAMA_8B | {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 32000}
-OPTIONS = gpu_steps.RunnerOptions(
-    "cuda:0", max_num_seqs=256, max_batch_tokens=2048, max_model_len=2304, kv_blocks=1200
+BLOCK_SIZE = 16
+
+
+class Load(NamedTuple):
+    """A step: sequences that decode, tokens of each, and tokens of a prompt in one chunk."""
+
+    decodes: int
+    length: int
+    chunk: int
+
+    @property
+    def name(self) -> str:
+        decodes = f"decode, batch {self.decodes}"
+        if not self.chunk:
+            return decodes
+        return f"{decodes}, and chunk of {self.chunk}" if self.decodes else f"chunk of {self.chunk}"
+
+
+class Scale(NamedTuple):
+    """Sizes of the model and of the loads."""
+
+    device: str
+    shape: dict[str, Any]
+    loads: tuple[Load, ...]
+    rounds: int  # of a decode step; of one with a chunk a quarter
+
+
+FULL = Scale(
+    "cuda:0",
+    SHAPE,
+    (
+        Load(1, 1024, 0),
+        Load(8, 1024, 0),
+        Load(64, 256, 0),
+        Load(256, 60, 0),
+        Load(0, 0, 20),
+        Load(0, 0, 512),
+        Load(0, 0, 2000),
+        Load(64, 256, 2048),
+    ),
+    200,
 )
-DECODES = ((1, 1024), (8, 1024), (64, 256), (256, 60))  # sequences, tokens of each
-CHUNKS = (20, 200, 2000)  # tokens of a prompt
-ROUNDS = 200
+DRY = Scale("cpu", TINY, (Load(2, 20, 0), Load(0, 0, 20), Load(2, 20, 20)), 4)
 
 
-def measure() -> dict[str, Any]:
+def measure(scale: Scale) -> dict[str, Any]:
     """Return the median microseconds of launch and collect, by step."""
+    from bench import gpu_steps
+
+    most = max(load.decodes + (load.chunk > 0) for load in scale.loads)
+    longest = max(load.decodes + load.chunk for load in scale.loads)
+    blocks = max(
+        load.decodes * -(-(load.length + 1) // BLOCK_SIZE) + load.chunk // BLOCK_SIZE for load in scale.loads
+    )
+    options = gpu_steps.RunnerOptions(scale.device, most, longest, longest + 256, BLOCK_SIZE, kv_blocks=blocks + 8)
     with tempfile.TemporaryDirectory() as folder:
-        runner = gpu_steps.make_runner(model_config_of(SHAPE, Path(folder)), OPTIONS)
-    steps: dict[str, Any] = {}
-    for batch, length in DECODES:
-        requests = gpu_steps.decoding_requests(runner, batch, length, 1, OPTIONS.block_size)
-        plan = StepPlan([Row(request, length - 1, 1, True) for request in requests], batch)
-        steps[f"decode, batch {batch}"] = _timed(runner, plan, ROUNDS)
-    for tokens in CHUNKS:
-        [request] = gpu_steps.decoding_requests(runner, 1, tokens, 1, OPTIONS.block_size)
-        steps[f"chunk of {tokens}"] = _timed(runner, StepPlan([Row(request, 0, tokens, True)], 0), ROUNDS // 4)
-    return steps
+        runner = gpu_steps.make_runner(model_config_of(scale.shape, Path(folder)), options)
+    return {
+        load.name: _timed(runner, load, scale.rounds // 4 if load.chunk else scale.rounds) for load in scale.loads
+    }
 
 
-def _timed(runner: CudaRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
+def _timed(runner: Any, load: Load, rounds: int) -> dict[str, float]:
     """Run the step `rounds` times; return the median microseconds of launch and of collect."""
+    from bench import gpu_steps
+    from daemon.engine.runner import Row, StepPlan
+
+    rows = []
+    for request in gpu_steps.decoding_requests(runner, load.decodes, load.length, 1, BLOCK_SIZE):
+        rows.append(Row(request, load.length - 1, 1, True))
+    if load.chunk:
+        [request] = gpu_steps.decoding_requests(runner, 1, load.chunk, 1, BLOCK_SIZE)
+        used = rows[-1].request.block_table[-1] if rows else 0
+        request.block_table = [used + block for block in request.block_table]
+        rows.append(Row(request, 0, load.chunk, True))
+    plan = StepPlan(rows, load.decodes)
     times: dict[str, list[float]] = {"launch_us": [], "collect_us": []}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -66,18 +119,44 @@ def _timed(runner: CudaRunner, plan: StepPlan, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values[5:]) for name, values in times.items()}
 
 
-def main() -> None:
+def compare(checkout: Path, turns: int) -> dict[str, Any]:
+    """Run this revision and that of `checkout` in turns. Return the microseconds of both and the ratios, by step."""
+    found: dict[str, list[dict[str, Any]]] = {"before": [], "after": []}
+    with revisions.combined(checkout) as before:
+        for _ in range(turns):
+            for name, root in (("before", before), ("after", revisions.ROOT)):
+                found[name].append(revisions.run_for_json(root, COMMAND)["steps"])
+    steps: dict[str, Any] = {}
+    for step in found["after"][0]:
+        totals = {name: [sum(run[step].values()) for run in runs] for name, runs in found.items()}
+        ratios = [after / before for before, after in zip(totals["before"], totals["after"], strict=True)]
+        steps[step] = {f"{name}_us": statistics.median(values) for name, values in totals.items()}
+        steps[step] |= {"ratio": statistics.median(ratios), "ratios": sorted(round(r, 3) for r in ratios)}
+    return steps
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
-    import torch
-
-    command = "python -m tools.simgpu --launch-only -m bench.gpu_host"
-    facts = {"command": command, "machine": machine.describe(), "torch": torch.__version__}
-    steps = measure()
-    print(f"{'step':<20}{'launch us':>12}{'collect us':>12}")
-    for name, row in steps.items():
-        print(f"{name:<20}{row['launch_us']:>12.0f}{row['collect_us']:>12.0f}")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="compare with the revision in this directory"
+    )
+    parser.add_argument("--turns", type=int, default=5, help="runs of each revision (default 5)")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    args = parser.parse_args(argv)
+    facts = {"command": f"python {COMMAND}", "machine": machine.describe(), "versions": revisions.versions()}
+    if args.against:
+        steps = compare(args.against, args.turns)
+        facts |= {"before": revisions.name_of(args.against), "after": revisions.name_of(revisions.ROOT)}
+        print(f"{'step, launch and collect':<32}{'before us':>12}{'after us':>12}{'ratio':>8}  ratio of each turn")
+        for name, row in steps.items():
+            ratios = " ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+            print(f"{name:<32}{row['before_us']:>12.0f}{row['after_us']:>12.0f}{row['ratio']:>8.2f}  {ratios}")
+    else:
+        steps = measure(DRY if args.dry_run else FULL)
+        print(f"{'step':<32}{'launch us':>12}{'collect us':>12}")
+        for name, row in steps.items():
+            print(f"{name:<32}{row['launch_us']:>12.0f}{row['collect_us']:>12.0f}")
     if args.json:
         args.json.write_text(json.dumps(facts | {"steps": steps}, indent=1) + "\n")
 

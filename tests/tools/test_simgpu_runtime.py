@@ -172,6 +172,29 @@ def test_launches_that_every_gpu_refuses_are_refused(cuda):
     assert launch(cuda, kernel, shared=64 << 10) == 0
 
 
+def test_a_listener_hears_each_launch_copy_and_fill_and_what_a_graph_captures(cuda, stream):
+    heard, graph = [], c_void_p()
+    listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda line: heard.append(line.decode().split()))
+    source, target, kernel = pinned(cuda, 1), device(cuda), register(cuda, 3, b"heard_kernel")
+    cuda.sim_on_note(listener)
+    try:
+        assert launch(cuda, kernel) == 0
+        cuda.cudaStreamBeginCapture(stream, GLOBAL)
+        copy(cuda, target, source, stream)
+        cuda.cudaMemsetAsync(target, 0, c_size_t(SIZE), stream)
+        cuda.cudaStreamEndCapture(stream, byref(graph))
+        cuda.cudaGraphLaunch(graph, stream)
+        cuda.sim_product(b"cublasGemmEx")
+    finally:
+        cuda.sim_on_note(None)
+    assert [words[0] for words in heard] == ["launch", "capture", "copy", "fill", "capture", "replay", "launch"]
+    assert (heard[0][1], heard[6][1]) == ("heard_kernel", "cublasGemmEx")
+    assert [words[1] for words in heard[2:4]] == [str(SIZE)] * 2 and heard[2][-1] == heard[3][-1] == "captured"
+    assert heard[1][2] == heard[4][2] == heard[5][2]  # the graph
+    launch(cuda, kernel)
+    assert len(heard) == 7
+
+
 def test_streams_and_events_of_another_device_are_refused(cuda, stream, monkeypatch):
     monkeypatch.setenv("SIMGPU_DEVICES", "2")
     event, source, target = made(cuda.cudaEventCreate), pinned(cuda, 10), device(cuda)

@@ -40,6 +40,11 @@ _SPECIAL = {
 }
 _NOT_SUPPORTED = "int {name}(void) {{ return 801; }}"
 _SUCCESS = "int {name}(void) {{ return 0; }}"
+_PRODUCT = (
+    "extern void sim_product(const char *) __attribute__((weak));\n"
+    'int {name}(void) {{ if (sim_product) sim_product("{name}"); return 0; }}'
+)
+_PRODUCTS = re.compile(r"cublas(LtMatmul|\w*[Gg]emm\w*)")
 
 
 class BuildError(Exception):
@@ -152,4 +157,8 @@ def _missing(wanted: set[str]) -> set[str]:
 
 
 def _stubs(names: set[str], otherwise: str) -> str:
-    return "".join(_SPECIAL.get(name, otherwise).format(name=name) + "\n" for name in sorted(names))
+    def stub(name: str) -> str:
+        text = _PRODUCT if _PRODUCTS.fullmatch(name) else _SPECIAL.get(name, otherwise)
+        return text.format(name=name) + "\n"
+
+    return "".join(map(stub, sorted(names)))

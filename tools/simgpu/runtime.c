@@ -40,14 +40,19 @@ static pthread_mutex_t lock;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static _Thread_local cudaError_t last_error;
 static FILE *trace; /* of launches and copies, if $SIMGPU_LOG names a file */
+static void (*listener)(const char *line); /* gets the same lines */
 
 static void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static void note(const char *format, ...) {
-    if (!trace) return;
+    if (!trace && !listener) return;
+    char line[1024];
     va_list arguments;
     va_start(arguments, format);
-    vfprintf(trace, format, arguments);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
+    if (listener) listener(line);
+    if (!trace) return;
+    fputs(line, trace);
     fflush(trace);
 }
 
@@ -177,13 +182,17 @@ static cudaError_t misplaced(Stream *stream, const char *name) {
     return captures && stream == &legacy[current] ? refuse(cudaErrorStreamCaptureImplicit, name) : OK;
 }
 
-/* -- for device.py */
+/* -- for device.py and bench/gpu_launches.py */
 
 static int first_stderr; /* the original one: tests redirect the current one */
 
 EXPORT int sim_stderr(void) { return first_stderr; }
 
 EXPORT void sim_on_call(void (*function)(uint64_t, int)) { call_python = function; }
+EXPORT void sim_on_note(void (*function)(const char *)) { listener = function; }
+
+/* Used by the simulated cuBLAS: the product is one launch. */
+EXPORT void sim_product(const char *name) { note("launch %s\n", name); }
 
 EXPORT void sim_call(void *handle, uint64_t number) {
     Stream *stream = stream_of(handle);
@@ -546,6 +555,7 @@ EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from
 
 EXPORT cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t handle) {
     Stream *stream = stream_of(handle);
+    note("fill %zu stream %p%s\n", size, (void *)handle, stream->capture ? " captured" : "");
     cudaError_t code = misplaced(stream, "cudaMemsetAsync");
     if (!code) submit(stream, (Work){.kind = FILL, .to = to, .size = size, .value = value & 0xFF});
     return code;
@@ -710,6 +720,7 @@ EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCa
     Stream *stream = stream_of(handle);
     if (stream == &legacy[current] || stream->capture) return refuse(UNCAPTURABLE, "cudaStreamBeginCapture");
     stream->capture = calloc(1, sizeof(Graph));
+    note("capture of %p begins\n", (void *)stream->capture);
     if (mode == cudaStreamCaptureModeGlobal) captures++;
     return OK;
 }
@@ -717,6 +728,7 @@ EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCa
 EXPORT cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *graph) {
     Stream *stream = stream_of(handle);
     *graph = (cudaGraph_t)stream->capture;
+    note("capture of %p ends\n", (void *)stream->capture);
     stream->capture = NULL;
     if (captures) captures--;
     return OK;
