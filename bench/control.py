@@ -53,18 +53,21 @@ from daemon.ipc.process_table import ProcessFacts, ProcessState
 from daemon.ipc.ring import RingReader, RingWriter, ring_bytes
 
 ENGINES, FRONTENDS, PROMPT = 8, 2, 1000
-_ROUND_TRIPS = 5000
+_WARM_UP = 200  # round trips
 BY_ACTOR = "choice by a Ray actor, round trip"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--rounds", type=int, default=5000, help="dispatches measured (default 5000)")
+    parser.add_argument("--rounds", type=int, default=5000, help="dispatches and round trips measured (default 5000)")
     args = parser.parse_args()
     rows = asyncio.run(measure_dispatch(args.rounds))
-    rows |= {"board read": measure_board(args.rounds), "coordinator cycle, 64 engines": measure_cycle(300)}
-    rows |= measure_round_trips()
+    rows |= {
+        "board read": measure_board(args.rounds),
+        "coordinator cycle, 64 engines": measure_cycle(min(300, args.rounds)),
+    }
+    rows |= measure_round_trips(args.rounds)
     boards = [encode(facts(1, 100 * i, [])) for i in range(ENGINES)]
     by_actor = actor.measure(boards, args.rounds)
     if by_actor:
@@ -253,16 +256,16 @@ def measure_cycle(rounds: int) -> dict[str, float]:
 _MESSAGE = StepOutput([1], [1], [7], [1], [1234], [0], [0])
 
 
-def measure_round_trips() -> dict[str, dict[str, float]]:
+def measure_round_trips(rounds: int) -> dict[str, dict[str, float]]:
     """Return half the round trip of a small step message between two processes that wait blocked between messages."""
     return {
-        "ring + doorbell, half round trip": _ring_trip(),
-        "unix socket, half round trip": _socket_trip(),
-        "multiprocessing.Queue, half round trip": _queue_trip(),
+        "ring + doorbell, half round trip": _ring_trip(rounds),
+        "unix socket, half round trip": _socket_trip(rounds),
+        "multiprocessing.Queue, half round trip": _queue_trip(rounds),
     }
 
 
-def _ring_trip() -> dict[str, float]:
+def _ring_trip(rounds: int) -> dict[str, float]:
     capacity = 64 << 10
     views = [segment.attach(segment.create(ring_bytes(capacity))) for _ in range(2)]
     bells = [doorbell.create() for _ in range(2)]
@@ -282,48 +285,48 @@ def _ring_trip() -> dict[str, float]:
 
         return send, receive
 
-    return _ping_pong(lambda: end(0), lambda: end(1))
+    return _ping_pong(lambda: end(0), lambda: end(1), rounds)
 
 
-def _socket_trip() -> dict[str, float]:
+def _socket_trip(rounds: int) -> dict[str, float]:
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def end(me: int) -> tuple[Callable[[], None], Callable[[], None]]:
         sock = pair[me]
         return lambda: sock.sendall(encode(_MESSAGE)), lambda: decode_to_frontend(sock.recv(4096)) and None
 
-    return _ping_pong(lambda: end(0), lambda: end(1))
+    return _ping_pong(lambda: end(0), lambda: end(1), rounds)
 
 
-def _queue_trip() -> dict[str, float]:
+def _queue_trip(rounds: int) -> dict[str, float]:
     context = multiprocessing.get_context("fork")
     queues: list[Any] = [context.Queue(), context.Queue()]
 
     def end(me: int) -> tuple[Callable[[], None], Callable[[], None]]:
         return lambda: queues[1 - me].put(_MESSAGE), lambda: queues[me].get() and None
 
-    return _ping_pong(lambda: end(0), lambda: end(1))
+    return _ping_pong(lambda: end(0), lambda: end(1), rounds)
 
 
 End = Callable[[], tuple[Callable[[], None], Callable[[], None]]]
 
 
-def _ping_pong(here: End, there: End) -> dict[str, float]:
+def _ping_pong(here: End, there: End, rounds: int) -> dict[str, float]:
     pid = os.fork()
     if pid == 0:
         send, receive = there()
-        for _ in range(_ROUND_TRIPS + 200):
+        for _ in range(_WARM_UP + rounds):
             receive()
             send()
         time.sleep(0.5)  # a Queue sends from its own thread: let it send the last message
         os._exit(0)
     send, receive = here()
     times = []
-    for i in range(_ROUND_TRIPS + 200):
+    for i in range(_WARM_UP + rounds):
         start = time.perf_counter_ns()
         send()
         receive()
-        if i >= 200:
+        if i >= _WARM_UP:
             times.append((time.perf_counter_ns() - start) / 2e3)
     os.waitpid(pid, 0)
     return summary(times)

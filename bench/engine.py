@@ -92,7 +92,7 @@ def main() -> None:
         for batch in (1, 2, 4, 8, 16, 32)
     ]
     result["prefill"] = [
-        _prefill(runner, chunk, before, args.repeat)
+        _prefill(runner, config, chunk, before, args.repeat)
         for chunk, before in ((32, 0), (128, 0), (512, 0), (512, 512), (512, 2048))
     ]
     text = json.dumps(result, indent=1)
@@ -118,7 +118,7 @@ def _decode(
     """Time a step that decodes one token for each of `batch` sequences of `length` tokens."""
     each = -(-length // BLOCK_SIZE)
     rows = [
-        Row(_request(length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
+        Row(_request(config, length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
         for i in range(batch)
     ]
     seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
@@ -134,22 +134,22 @@ def _decode(
     }
 
 
-def _prefill(runner: CpuRunner, chunk: int, before: int, repeat: int) -> dict[str, Any]:
+def _prefill(runner: CpuRunner, config: ModelConfig, chunk: int, before: int, repeat: int) -> dict[str, Any]:
     """Time a step with one chunk of `chunk` tokens, after `before` computed tokens."""
     length = before + chunk
-    row = Row(_request(length, list(range(1, 1 + -(-length // BLOCK_SIZE)))), before, chunk, True)
+    row = Row(_request(config, length, list(range(1, 1 + -(-length // BLOCK_SIZE)))), before, chunk, True)
     seconds = _median(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
     return {"chunk": chunk, "before": before, "ms": seconds * 1e3, "tokens_per_second": chunk / seconds}
 
 
-def _request(length: int, blocks: list[int]) -> Request:
+def _request(config: ModelConfig, length: int, blocks: list[int]) -> Request:
     params = RequestParams(SamplingParams(max_tokens=1, seed=1, temperature=0.0), arrival=0.0)
     return Request(
         rid=1,
         epoch=1,
         frontend=0,
         params=params,
-        tokens=[i % 1000 for i in range(length)],
+        tokens=[i % min(1000, config.vocab_size) for i in range(length)],
         prompt_len=length,
         block_table=blocks,
     )

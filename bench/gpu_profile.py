@@ -1,4 +1,7 @@
-"""Which kernels a step runs, and how long each takes: by PyTorch's profiler, over the runner's own passes."""
+"""Which kernels a step runs, and how long each takes: by PyTorch's profiler, over the runner's own passes.
+
+On the CPU, for a dry run, PyTorch's operations take the place of kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench.gpu_peaks import synchronize
 from bench.gpu_steps import RunnerOptions, decoding_requests
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.request import Request
@@ -31,29 +34,30 @@ def decode(runner: CudaRunner, options: RunnerOptions, batch: int, context: int)
     """Return the kernels of a decode step of `batch` sequences, those that take the most time first."""
     requests = decoding_requests(runner, batch, context, 2 * _STEPS, options.block_size)
     lengths = iter(range(context, context + 2 * _STEPS))
-    return _shares(lambda: _decode(runner, requests, next(lengths)), _STEPS)
+    return _shares(lambda: _decode(runner, requests, next(lengths)), _STEPS, options.device)
 
 
 def prefill(runner: CudaRunner, options: RunnerOptions, tokens: int) -> list[KernelShare]:
     """Return the kernels of a prefill chunk of `tokens` tokens."""
     [request] = decoding_requests(runner, 1, tokens, 1, options.block_size)
     plan = StepPlan([Row(request, 0, tokens, True)], 0)
-    return _shares(lambda: runner.execute(plan), 2)
+    return _shares(lambda: runner.execute(plan), 2, options.device)
 
 
-def _shares(step: Callable[[], object], steps: int) -> list[KernelShare]:
+def _shares(step: Callable[[], object], steps: int, device: str) -> list[KernelShare]:
+    on_gpu = device != "cpu"
     step()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
             step()
-        torch.cuda.synchronize()
+        synchronize(device)
     calls: dict[str, int] = {}
     us: dict[str, float] = {}
     for event in profiler.events():
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
             name = _short(event.name)
             calls[name] = calls.get(name, 0) + 1
-            us[name] = us.get(name, 0.0) + event.device_time_total
+            us[name] = us.get(name, 0.0) + (event.device_time_total if on_gpu else event.self_cpu_time_total)
     found = [KernelShare(name, calls[name] / steps, us[name] / steps) for name in calls]
     return sorted(found, key=lambda share: -share.us)
 

@@ -1,4 +1,6 @@
-"""Time of the CPU sampler: ``python -m bench.sampler [rows] [threads]`` prints microseconds per row.
+"""Time of the CPU sampler, in microseconds per row.
+
+    python -m bench.sampler [ROWS] [THREADS] [--repeat 15]
 
 There are two shapes of logits: *peaked*, as of a trained model (few tokens are likely), and *flat*, as of a random
 one.
@@ -6,8 +8,8 @@ one.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 
 import torch
@@ -17,7 +19,6 @@ from daemon.engine.sampling.sampler import Sampler
 from daemon.ipc.messages import RequestParams, SamplingParams
 
 VOCABULARIES = (49152, 128256)
-REPEATS = 15
 
 CASES: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -53,13 +54,15 @@ def requests_of(rows: int, vocab: int, options: dict[str, float]) -> list[Reques
     ]
 
 
-def microseconds_per_row(vocab: int, shape: str, options: dict[str, float], rows: int, threads: int) -> float:
-    """Return the median of REPEATS steps, each at a new position."""
+def microseconds_per_row(
+    vocab: int, shape: str, options: dict[str, float], rows: int, threads: int, repeat: int
+) -> float:
+    """Return the median of `repeat` steps, each at a new position."""
     sampler = Sampler(vocab, threads)
     logits = logits_of(shape, rows, vocab)
     requests = requests_of(rows, vocab, options)
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeat):
         start = time.perf_counter()
         result = sampler.sample(logits, requests)
         times.append(time.perf_counter() - start)
@@ -70,13 +73,16 @@ def microseconds_per_row(vocab: int, shape: str, options: dict[str, float], rows
 
 def main() -> None:
     """Print one line per case."""
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 16
-    threads = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    print(f"{rows} rows, {threads} thread(s), µs per row")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=int, nargs="?", default=16)
+    parser.add_argument("threads", type=int, nargs="?", default=1)
+    parser.add_argument("--repeat", type=int, default=15, help="timed steps of each kind; the result is the median")
+    args = parser.parse_args()
+    print(f"{args.rows} rows, {args.threads} thread(s), µs per row")
     print(f"{'':24}" + "".join(f"{vocab:>9} {shape:<7}" for vocab in VOCABULARIES for shape in ("peaked", "flat")))
     for name, options in CASES.items():
         cells = [
-            microseconds_per_row(vocab, shape, options, rows, threads)
+            microseconds_per_row(vocab, shape, options, args.rows, args.threads, args.repeat)
             for vocab in VOCABULARIES
             for shape in ("peaked", "flat")
         ]

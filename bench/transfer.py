@@ -33,6 +33,9 @@ from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.kvpool.host_transport import REST, SLICE_BYTES, HostTransport
 
 Pairs = list[tuple[int, int]]
+_DECODE_LENGTH = 512  # tokens of each sequence that decodes during the copies
+_BLOCKS_OF_DECODE = -(-_DECODE_LENGTH // BLOCK_SIZE)
+
 Segment = Callable[[], memoryview]  # returns a new mapping of the segment
 
 
@@ -41,7 +44,9 @@ def main() -> None:
     described = machine.describe()
     runner = _runner()
     block_bytes = runner.pool_spec(1).block_bytes
-    source, destination = (_segment((max(args.blocks) + 1) * block_bytes) for _ in range(2))
+    # Block 0 is no request's. The decodes need blocks of their own, however small the pushes are.
+    blocks = 1 + max(*args.blocks, args.batch * _BLOCKS_OF_DECODE)
+    source, destination = (_segment(blocks * block_bytes) for _ in range(2))
     own, peer = source(), destination()
     np.frombuffer(own, np.uint8)[:] = 0x3C  # not zeros, so that every page is allocated
     np.frombuffer(peer, np.uint8)[:] = 0
@@ -256,8 +261,8 @@ def _tail(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) * 9 // 10]
 
 
-def _decodes(batch: int, length: int = 512) -> StepPlan:
-    each = -(-length // BLOCK_SIZE)
+def _decodes(batch: int) -> StepPlan:
+    each, length = _BLOCKS_OF_DECODE, _DECODE_LENGTH
     params = RequestParams(SamplingParams(max_tokens=1, seed=1, temperature=0.0), arrival=0.0)
     rows = []
     for i in range(batch):
