@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench import gpu
+from bench import gpu, machine
 from bench.sections import Figure, Outcome, run_section, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,9 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)
-    machine = gpu.environment() | {"commands": facts(), "limit": args.limit, "dry_run": bool(args.dry_run)}
-    print(json.dumps(machine["commands"], indent=1), flush=True)
-    report = Report(out, machine)
+    found = machine.environment(gpu.PACKAGES)
+    found |= {"commands": facts(), "limit": args.limit, "dry_run": bool(args.dry_run)}
+    print(json.dumps(found["commands"], indent=1), flush=True)
+    report = Report(out, found)
     if "tests" in args.names:
         alone = args.names == ["tests"]
         tests(out, end if alone else time.monotonic() + args.limit * _MOST_TIME_FOR_TESTS, report.add)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,6 +97,7 @@ DRY = Scale(
 class Section(NamedTuple):
     budget: float  # seconds
     run: Callable[[Context], None]
+    needs_gpu: bool = False
 
 
 class Context(NamedTuple):
@@ -251,8 +251,6 @@ def kernels(c: Context) -> None:
     """Measure single kernels: attention by plan, layout and dtype; products by library; the small ones."""
     from bench import gpu_kernels as measure
 
-    if c.scale.device == "cpu":
-        raise RuntimeError("this section needs a GPU")
     _use_kernels(c)
     config, device = c.model_config, c.scale.device
 
@@ -285,6 +283,13 @@ def profile(c: Context) -> None:
             c.figure(f"{step}: {share.name}", share.us, "us", calls=share.calls)
 
 
+def products(c: Context) -> None:
+    from bench.gpu_products import measure
+
+    for found in measure(c.model_config, _made(c), c.scale.batches, dry=c.scale.config is TINY):
+        c.report(Figure(c.name, found.what, found.value, found.unit, more=found.more))
+
+
 def _use_kernels(c: Context) -> None:
     """Make FlashInfer load the compiled kernels. Call it before FlashInfer's first import."""
     import torch
@@ -298,8 +303,6 @@ def _use_kernels(c: Context) -> None:
 def copies(c: Context) -> None:
     from bench.gpu_live import copy_rates
 
-    if c.scale.device == "cpu":
-        raise RuntimeError("this section needs a GPU")
     block = 16 * roofline.kv_bytes(c.model_config)
     for there in [c.scale.device, *_gpus()[1:2]]:
         for found in copy_rates(c.scale.device, there, block, c.scale.pushes):
@@ -352,10 +355,11 @@ SECTIONS: dict[str, Section] = {
     "decode": Section(110, decode),
     "prefill": Section(45, prefill),
     "mixed": Section(60, mixed),
-    "kernels": Section(60, kernels),
+    "kernels": Section(60, kernels, needs_gpu=True),
     "profile": Section(45, profile),
+    "products": Section(40, products, needs_gpu=True),
     "offline": Section(60, offline),
-    "copies": Section(40, copies),
+    "copies": Section(40, copies, needs_gpu=True),
     "moves": Section(130, moves),
     "http": Section(110, served),
     "page32": Section(45, partial(decode, block_size=32)),
@@ -395,17 +399,6 @@ def _daemon_flags(c: Context, *, two: bool) -> list[str]:
 # -- the command
 
 
-def environment() -> dict[str, Any]:
-    """Return the machine, and the versions of the packages that compute."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = ""
-    return {"machine": machine.describe(), "versions": versions}
-
-
 def _scale(dry: str) -> Scale:
     return DRY._replace(device=dry) if dry else FULL
 
@@ -418,7 +411,10 @@ def _run_one(name: str, dry: str, out: Path) -> None:
         append_figure(file, figure)
         print(table([Outcome(name, 0.0, "", [figure])]).split("\n")[1], flush=True)
 
-    SECTIONS[name].run(Context(name, _scale(dry), out, report))
+    section, scale = SECTIONS[name], _scale(dry)
+    if section.needs_gpu and scale.device == "cpu":
+        raise RuntimeError("this section needs a GPU")
+    section.run(Context(name, scale, out, report))
 
 
 def _run_child(dry: str, out: Path, name: str, budget: float) -> Outcome:
@@ -475,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.section:
         _run_one(args.section, args.dry_run, out)
         return 0
-    facts = environment()
+    facts = machine.environment(PACKAGES)
     print(json.dumps(facts["machine"] | facts["versions"]), flush=True)
     outcomes: list[Outcome] = []
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from bench.gpu_peaks import synchronize
+from daemon.engine.cuda.product_choice import LIMITS, Limits
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
@@ -41,6 +42,7 @@ class RunnerOptions(NamedTuple):
     kv_dtype: str = "auto"
     prefill: Literal["fa2", "fa3"] = "fa2"
     kv_blocks: int = 0
+    product_limits: Limits | None = LIMITS
 
 
 def make_runner(config: ModelConfig, options: RunnerOptions) -> CudaRunner:
@@ -56,7 +58,13 @@ def make_runner(config: ModelConfig, options: RunnerOptions) -> CudaRunner:
         max_model_len=options.max_model_len,
         kv_memory=options.kv_blocks * block,
     )
-    runner = CudaRunner(config, settings, device=options.device, prefill=options.prefill)
+    runner = CudaRunner(
+        config,
+        settings,
+        device=options.device,
+        prefill=options.prefill,
+        product_limits=options.product_limits,
+    )
     runner.load()
     fill_with_noise(runner.pool_memory, item)
     synchronize(options.device)

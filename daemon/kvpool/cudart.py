@@ -98,7 +98,7 @@ class CudaRuntime:
     """
 
     def __init__(self, library: str = "", driver: str = _DRIVER) -> None:
-        self._lib = ctypes.CDLL(library) if library else _load()
+        self._lib = ctypes.CDLL(library) if library else load_library("libcudart", _NAMES)
         self._driver = driver
         for name, arguments in _SIGNATURES.items():
             self._declare(name, arguments)
@@ -250,15 +250,19 @@ class CudaRuntime:
         raise CudaError(name, code, self._lib.cudaGetErrorString(code).decode(errors="replace"))
 
 
-def _load() -> ctypes.CDLL:
-    for name in (*_mapped(), *_NAMES):
+def load_library(stem: str, names: Sequence[str]) -> ctypes.CDLL:
+    """Load the library whose file name begins with `stem` and that this process has mapped, else one of `names`.
+
+    Raises OSError if there is none.
+    """
+    for name in (*_mapped(stem), *names):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-    raise OSError(f"cannot find the CUDA runtime: none of {', '.join(_NAMES)}")
+    raise OSError(f"cannot find {stem}: none of {', '.join(names)}")
 
 
-def _mapped() -> list[str]:
-    """Return the paths of the CUDA runtimes that this process has mapped."""
+def _mapped(stem: str) -> list[str]:
+    """Return the paths of the libraries with this stem that this process has mapped."""
     fields = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
     paths = {entry[5] for entry in fields if len(entry) == 6}
-    return sorted(path for path in paths if Path(path).name.startswith("libcudart"))
+    return sorted(path for path in paths if Path(path).name.startswith(stem))

@@ -1,18 +1,25 @@
-"""Matrix products in bf16, also in CUDA graphs: the output projection into float32, and our own small-batch products
-with
-their fused operations."""
+"""Matrix products in bf16, also in CUDA graphs: the output projection into float32, those by the algorithms of
+cuBLASLt, and our own small-batch products with their fused operations."""
 
 from __future__ import annotations
+
+import itertools
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from daemon.engine.cuda import kernels
+from daemon.engine.cuda import kernels, product_choice
+from daemon.engine.cuda.cublaslt import CublasError, CublasLt, Product, Shape
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
+from daemon.engine.cuda.product_choice import LIMITS, WORKSPACE_BYTES
+from daemon.engine.cuda.products import ChosenProduct, ChosenProducts
 from daemon.engine.cuda.small_batch import MAX_ROWS
 from daemon.engine.rope import rope_tables
-from tests.gpu.parts import BF16, DEVICE, SIMULATED, model_config_of
+from daemon.engine.runner import Row, StepPlan
+from tests.engine.cpu.harness import generate, request
+from tests.gpu.parts import BF16, DEVICE, SIMULATED, make_gpu_runner, model_config_of, small_llama, tokens
 
 EPS = 1e-5
 LLAMA_8B = {"hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 14336, "vocab": 128256}
@@ -64,6 +71,72 @@ def test_projection_is_correct_in_a_replayed_graph(ops, rows, vocab):
 def near(got, expected):
     """Assert that they differ by no more than roundings to bf16: a normalised value may be rounded up or down."""
     torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=float(expected.abs().max()) * 2**-8)
+
+
+@pytest.fixture(scope="module")
+def cublaslt():
+    return CublasLt(WORKSPACE_BYTES)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("columns", "width"), [(384, 512)] if SIMULATED else [(384, 512), (4096, 14336), (6144, 4096)]
+)
+@pytest.mark.parametrize("rows", [1, 7, 33, 131, 256])
+def test_every_algorithm_gives_the_product_in_a_replayed_graph(cublaslt, rows, columns, width, wide):
+    x, weight = noise(rows, width), noise(columns, width, scale=width**-0.5)
+    out = torch.zeros(rows, columns, dtype=torch.float32 if wide else BF16, device=DEVICE)
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=DEVICE)
+    product = Product(cublaslt, Shape(rows, columns, width, wide))
+
+    def refill():
+        x.copy_(torch.randn(rows, width, device=DEVICE))
+        out.fill_(torch.nan)
+
+    def check():
+        near(out, x.float() @ weight.float().t())
+        if not wide:
+            near(out, F.linear(x, weight).float())
+
+    computed = 0
+    for algorithm in product.algorithms(LIMITS.algorithms):
+        chosen = ChosenProduct(product, algorithm, workspace)
+        try:
+            chosen.compute(x, weight, out)
+        except CublasError:
+            continue
+        replayed(lambda chosen=chosen: chosen.compute(x, weight, out), refill, check, times=2)
+        computed += 1
+    assert computed >= 1
+
+
+def test_a_runner_computes_its_decodes_by_the_chosen_algorithms(tmp_path, monkeypatch):
+    """Each bucket's graph, with the last valid algorithm for every product, gives the logits of torch's products."""
+    monkeypatch.setattr(product_choice, "fastest", max)
+    monkeypatch.delenv("LLUMD_PRODUCTS", raising=False)
+    path, buckets = small_llama(tmp_path / "model", head_dim=64), (1, 2, 4, 8, 11)
+    limits = LIMITS._replace(min_bytes=0, read_bytes=0)
+    runner = make_gpu_runner(path, max_num_seqs=buckets[-1], decode_path="gemm", product_limits=limits)
+    found = runner.products.chosen
+    assert {choice.rows for choice in found.choices} == {shape.rows for shape in found.by_shape} == set(buckets)
+    assert len(found.by_shape) == len(found.choices)
+    assert {name for choice in found.choices for name in choice.names} == {"qkv", "out", "gate_up", "down", "head"}
+
+    rng, blocks = random.Random(0), itertools.count(1)
+    requests = [request(tokens(rng, rng.randint(1, 40)), blocks, 64) for _ in range(buckets[-1])]
+    generate(runner, requests[:8], 1, budget=128)
+    generate(runner, requests[8:], 1, budget=128)
+
+    def logits(rows):
+        plan = [Row(r, len(r.tokens) - 1, 1, True) for r in requests[:rows]]
+        runner.execute(StepPlan(plan, rows))
+        return runner._forward.logits[:rows].cpu()
+
+    by_graph = {rows: logits(rows) for rows in (1, 2, 3, 7, 8, 9, 11)}
+    runner.products.chosen = ChosenProducts({})
+    monkeypatch.setattr(runner, "_compute_decodes", runner._decode_paths.run)
+    for rows, got in by_graph.items():
+        torch.testing.assert_close(got, logits(rows), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("shape", ONE_LAYER)

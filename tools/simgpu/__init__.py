@@ -12,7 +12,8 @@ that every GPU would refuse, a call that may not be captured, a buffer that is f
 schedule or block table. It does not test the kernels themselves, and it does not measure the time of a device.
 
 runtime.c     the CUDA runtime
-build         compiles it, and stubs of cuBLAS and of the driver
+cublaslt.c    the products that the engine gives to cuBLASLt itself
+build         compiles them, and stubs of cuBLAS and of the driver
 device        computes PyTorch's operations
 natives       computes FlashInfer's kernels and our own, from their arguments
 hook/         makes every child Python process load these with PyTorch

@@ -16,6 +16,8 @@ ROOT = HERE.parents[1]
 # More threads than CPUs would slow the processes of a test down.
 COMPUTING = {"SIMGPU": "1", "OMP_NUM_THREADS": "1"}
 LAUNCHING = {"SIMGPU_MIB": "6144"}
+# A simulated device has no times, so engines need not measure products. Tests of that change this.
+DEFAULTS = {"LLUMD_PRODUCTS": "torch"}
 
 
 def main() -> None:
@@ -27,7 +29,7 @@ def main() -> None:
         libraries = build()
     except BuildError as e:
         sys.exit(f"simgpu: {e}")
-    env = os.environ | (LAUNCHING if launch_only else COMPUTING)
+    env = DEFAULTS | os.environ | (LAUNCHING if launch_only else COMPUTING)
     env["LD_PRELOAD"] = " ".join(map(str, libraries))
     env["PYTHONPATH"] = os.pathsep.join([str(HERE / "hook"), str(ROOT), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     env["PATH"] = f"{HERE / 'bin'}{os.pathsep}{env.get('PATH', os.defpath)}"

@@ -16,6 +16,7 @@ from daemon.engine.cuda.kernels import KernelError
 from tests.engine.cuda import host_kernels
 
 RUNTIME = Path(__file__).with_name("runtime.c")
+CUBLASLT = Path(__file__).with_name("cublaslt.c")
 FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-shared", "-fPIC")
 CUDART = "libcudart.so.13"
 
@@ -26,13 +27,7 @@ _SPECIAL = {
     "cublasCreate_v2": _HANDLE,
     "cublasGetMathMode": _ZERO,
     "cublasGetPointerMode_v2": _ZERO,
-    "cublasLtMatmulDescCreate": _HANDLE,
-    "cublasLtMatmulPreferenceCreate": _HANDLE,
-    "cublasLtMatrixLayoutCreate": _HANDLE,
     "cublasLtGetVersion": "unsigned long {name}(void) {{ return 130000; }}",
-    "cublasLtMatmulAlgoGetHeuristic": "int {name}(void *h, void *d, void *a, void *b, void *c, "
-    "void *o, void *p, int n, void *r, int *found)"
-    " {{ *found = 1; return 0; }}",
     "cuCtxGetCurrent": _HANDLE,
     "cuMemGetAddressRange_v2": "extern int sim_address_range(void *, void *, unsigned long) __attribute__((weak));\n"
     "int {name}(void *base, void *size, unsigned long pointer)"
@@ -57,9 +52,12 @@ def build() -> list[Path]:
     wanted = _imported(torch_libraries)
     sources = {
         "libcuda.so.1": [_stubs(wanted[""] | {"cuMemGetAddressRange_v2"}, _SUCCESS)],
-        CUDART: [RUNTIME.read_text(), _stubs(_missing(wanted[CUDART]), _NOT_SUPPORTED)],
+        CUDART: [RUNTIME.read_text(), _stubs(_missing(wanted[CUDART], RUNTIME), _NOT_SUPPORTED)],
         "libcublas.so.13": [_stubs(wanted["libcublas.so.13"], _SUCCESS)],
-        "libcublasLt.so.13": [_stubs(wanted["libcublasLt.so.13"], _SUCCESS)],
+        "libcublasLt.so.13": [
+            CUBLASLT.read_text(),
+            _stubs(_missing(wanted["libcublasLt.so.13"], CUBLASLT), _SUCCESS),
+        ],
     }
     digest = hashlib.sha256(repr((FLAGS, sorted(sources.items()))).encode()).hexdigest()[:12]
     where = cache_dir() / "simgpu" / digest
@@ -151,9 +149,9 @@ def _imported(libraries: Iterable[Path]) -> dict[str, set[str]]:
     return names
 
 
-def _missing(wanted: set[str]) -> set[str]:
-    """Return the runtime's functions that no code here calls, but that the loader needs."""
-    return wanted - set(re.findall(r"^EXPORT .*?(\w+)\(", RUNTIME.read_text(), re.M))
+def _missing(wanted: set[str], source: Path) -> set[str]:
+    """Return the functions that `source` does not have. No code here calls them, but the loader needs them."""
+    return wanted - set(re.findall(r"^EXPORT .*?(\w+)\(", source.read_text(), re.M))
 
 
 def _stubs(names: set[str], otherwise: str) -> str:

@@ -69,7 +69,7 @@ class DecodeGraphs:
         expected = self._output(graphs[reference], output)
         valid = {reference: graphs[reference]}
         for path in others:
-            if _agrees(self._output(graphs[path], output), expected):
+            if agrees(self._output(graphs[path], output), expected):
                 valid[path] = graphs[path]
             else:
                 log.error(
@@ -94,21 +94,26 @@ class DecodeGraphs:
     def _time(self, graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
         """Return the least seconds of a replay, by path. The paths take turns, so that a temporary slowdown of the
         device affects all of them."""
-        rounds = [{path: self._seconds(graph) for path, graph in graphs.items()} for _ in range(_ROUNDS)]
+        rounds = [
+            {path: replay_seconds(graph, self._stream, _REPLAYS) for path, graph in graphs.items()}
+            for _ in range(_ROUNDS)
+        ]
         return {path: min(times[path] for times in rounds) for path in graphs}
 
-    def _seconds(self, graph: torch.cuda.CUDAGraph) -> float:
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(self._stream):
+
+def replay_seconds(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, replays: int) -> float:
+    """Return the seconds of a replay on `stream`: the mean of `replays` ones behind another one."""
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        graph.replay()
+        began.record()
+        for _ in range(replays):
             graph.replay()
-            began.record()
-            for _ in range(_REPLAYS):
-                graph.replay()
-            ended.record()
-        ended.synchronize()
-        return began.elapsed_time(ended) / 1e3 / _REPLAYS
+        ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3 / replays
 
 
-def _agrees(output: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return True if the outputs differ by MAX_DIFFERENCE at most. False if there is a NaN."""
-    return bool((output - expected).abs().max() <= MAX_DIFFERENCE * expected.abs().max())
+def agrees(output: torch.Tensor, expected: torch.Tensor, most: float = MAX_DIFFERENCE) -> bool:
+    """Return True if the outputs differ by at most this share of the largest entry. False if there is a NaN."""
+    return bool((output - expected).abs().max() <= most * expected.abs().max())

@@ -24,11 +24,13 @@ from daemon.engine.cuda.forward import Capacity, ForwardPass, StagingSet
 from daemon.engine.cuda.memory import MIN_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.model import Llama
 from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
+from daemon.engine.cuda.product_choice import LIMITS, Limits, choose_products
+from daemon.engine.cuda.products import Products
 from daemon.engine.cuda.sampler import KernelSampler, TorchSampler
 from daemon.engine.cuda.slots import Slots
 from daemon.engine.cuda.small_batch import DecodePath, Gemv, small_batch_buckets
 from daemon.engine.cuda.staging import CudaStream, HostStream, RoundRobin, Stream, StreamEvent
-from daemon.engine.cuda.weights import load_weights
+from daemon.engine.cuda.weights import DeviceWeights, load_weights
 from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, RunnerSettings, StepPlan, StepResult
@@ -75,8 +77,9 @@ class CudaRunner:
 
     `settings.dtype` "auto" means bf16 on CUDA and fp32 on the CPU. `prefill`: FlashInfer's backend for chunks.
     `decode_path`: how decodes of one to four rows are computed; "auto": by the fastest path. `gemv`: the small-batch
-    products on the CPU, for tests. `mixed_steps`: "two passes" is for comparisons. Raises ModelError for settings
-    that cannot work here, before a weight is read.
+    products on the CPU, for tests. `mixed_steps`: "two passes" is for comparisons. `product_limits`: how much is
+    measured to choose algorithms for products; None: torch computes all of them. Raises ModelError for settings that
+    cannot work here, before a weight is read.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class CudaRunner:
         decode_path: DecodePath | Literal["auto"] = "auto",
         gemv: Gemv | None = None,
         mixed_steps: MixedSteps = "one pass",
+        product_limits: Limits | None = LIMITS,
     ) -> None:
         self._device = torch.device(device)
         self.device = device  # on CUDA: replaced by the name of the product below
@@ -96,6 +100,7 @@ class CudaRunner:
         self.max_model_len = min(settings.max_model_len, config.max_position)
         self.vocab_size = config.vocab_size
         self.num_blocks = 0
+        self.products: Products  # set by `load`
         self.path_seconds: dict[int, dict[str, float]] = {}  # of a decode step, by bucket with several paths
         self._config = config
         self._settings = settings
@@ -104,6 +109,7 @@ class CudaRunner:
         self._decode_path: DecodePath | Literal["auto"] = decode_path
         self._gemv = gemv
         self._mixed_steps: MixedSteps = mixed_steps
+        self._product_limits = product_limits
         self._heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, settings.block_size)
         self._buckets = graph_buckets(settings.max_num_seqs)
         self._capacity = _capacity(
@@ -161,7 +167,10 @@ class CudaRunner:
         """Build everything except the pool and the graphs."""
         ops, self._attention, gemv, self._stream = self._backend()
         weights = load_weights(self._config, self._settings.load_format, self._device, self._format.dtype)
-        model = Llama(self._config, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv)
+        self.products = Products(ops)
+        model = Llama(
+            self._config, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv, products=self.products
+        )
         sampler_class = KernelSampler if self._device.type == "cuda" else TorchSampler
         sampler = sampler_class(self._capacity.sampled, self.vocab_size, self._device)
         self._forward = ForwardPass(model, self._attention, sampler, self._capacity, self._device)
@@ -170,6 +179,7 @@ class CudaRunner:
             small = small_batch_buckets(self._buckets, self._config, shared_memory_bytes(self._device))
         self._decode_paths = DecodePaths(self._forward, small, self._decode_path)
         self._compute_decodes: Callable[[int], None] = self._decode_paths.run
+        self._choose_products(weights)
         pinned = self._device.type == "cuda"
         self._staging = RoundRobin([StagingSet(i, self._capacity, pinned=pinned) for i in range(IN_FLIGHT)])
 
@@ -187,6 +197,11 @@ class CudaRunner:
             prefill_backend=self._prefill,
         )
         return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)
+
+    def _choose_products(self, weights: DeviceWeights) -> None:
+        if isinstance(self._stream, CudaStream) and self._product_limits is not None:
+            buckets = [bucket for bucket in self._buckets if list(self._decode_paths.of(bucket)) == ["gemm"]]
+            self.products.chosen = choose_products(weights, buckets, self._stream, self._product_limits)
 
     def _synchronize(self) -> None:
         """Wait for all streams of the device. The engine's stream does not wait for the others."""

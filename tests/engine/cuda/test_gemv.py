@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.engine.cuda.buckets import graph_buckets
-from daemon.engine.cuda.graphs import _agrees
+from daemon.engine.cuda.graphs import agrees
 from daemon.engine.cuda.ops import TorchOps
 from daemon.engine.cuda.small_batch import MAX_ROWS, small_batch_buckets
 from daemon.engine.rope import rope_tables
@@ -273,7 +273,7 @@ def test_small_batch_buckets_must_fit_in_shared_memory(model_dir, tmp_path):
 
 def test_outputs_agree_only_within_rounding():
     output = torch.tensor([3.0, -20.0, 0.1])
-    assert _agrees(output + 4.9, output)
-    assert not _agrees(output + 5.1, output)
-    assert not _agrees(torch.tensor([3.0, torch.nan, 0.1]), output)
-    assert not _agrees(output, torch.full((3,), torch.nan))
+    assert agrees(output + 4.9, output)
+    assert not agrees(output + 5.1, output)
+    assert not agrees(torch.tensor([3.0, torch.nan, 0.1]), output)
+    assert not agrees(output, torch.full((3,), torch.nan))
