@@ -17,7 +17,7 @@ from daemon.enums import MigrationMode, MigrationReason
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Ordered
 from daemon.ipc.fabric import Fabric
-from daemon.ipc.messages import EngineFacts, EngineState, MigrateTo, ToLlumlet, encode
+from daemon.ipc.messages import EngineFacts, EngineState, MigrateTo, PoolState, ToLlumlet, encode, pool_state
 
 _LEASE_PERIODS = 2
 
@@ -68,8 +68,11 @@ class Rebalancer:
             raise Refusal(f"the request is on engine {destination} already")
         if taker.state != EngineState.SERVING:
             raise Refusal(f"engine {destination} accepts no requests: it is {EngineState(taker.state).name.lower()}")
-        if taker.kv_format != running_engine(facts, source).kv_format:
+        giver = running_engine(facts, source)
+        if taker.kv_format != giver.kv_format:
             raise Refusal(f"engines {source} and {destination} keep their KV in different formats")
+        if how != MigrationMode.RECOMPUTE:
+            _check_pool(pool_state(giver, destination), source, destination)
         if not self._send(facts, source, self._order(destination, rid=rid, how=how)):
             raise Refusal(f"engine {source} does not read its messages; try again")
 
@@ -90,3 +93,17 @@ class Rebalancer:
         sent = self._rings[engine].put(encode(message), running_engine(facts, engine).incarnation)
         self._fabric.ring_bell(self._fabric.topology.engine(engine))
         return sent
+
+
+def _check_pool(state: PoolState, source: int, destination: int) -> None:
+    """Raise Refusal unless `source` has the KV pool of `destination` open."""
+    if state is PoolState.NOT_OPEN:
+        raise Refusal(
+            f"engine {source} has not opened the KV pool of engine {destination} yet: after a start this takes some "
+            "time, seconds on GPUs; try again, or use --how recompute"
+        )
+    if state is PoolState.FAILED:
+        raise Refusal(
+            f"engine {source} cannot open the KV pool of engine {destination}, its log says why; "
+            "use --how recompute, which copies nothing"
+        )

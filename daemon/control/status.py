@@ -26,6 +26,7 @@ from daemon.ipc.messages import (
     FrontendFacts,
     decode_engine_facts,
     decode_frontend_facts,
+    pool_state,
 )
 from daemon.ipc.process_table import ProcessFacts, ProcessState, engine_state
 
@@ -166,7 +167,13 @@ class StatusReader:
             "incoming": facts.incoming,
             "outgoing": facts.outgoing,
             "migrated_bytes": int(page.counter("migrated_bytes")),
+            "peer_pools": self._peer_pools(i, facts),
         }
+
+    def _peer_pools(self, i: int, facts: EngineFacts) -> dict[str, str]:
+        """Return whether engine i has the KV pool of each other engine open, by the engine's number."""
+        others = (j for j in range(self._topology.engines) if j != i)
+        return {str(j): pool_state(facts, j).name.lower() for j in others}
 
     def _frontend(self, k: int, facts: FrontendFacts | None) -> dict[str, Any]:
         process = self._topology.frontend(k)

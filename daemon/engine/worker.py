@@ -49,6 +49,8 @@ def main(spec: ChildSpec) -> None:
     progress.enter(EngineState.LOADING, fabric.incarnation, spec.config.load_timeout)
     try:
         config, engine = spec.config, startup.load_or_exit(spec, fabric)
+        # A regular exit waits for threads in a call of the driver.
+        signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
         Worker(fabric, engine, policy_of(config.policy, config.headroom), overlap=config.overlap).run()
     except Exception as e:
         startup.exit_failed(e)
@@ -93,7 +95,9 @@ class Worker:
         self._telemetry = Telemetry(EventWriter(fabric.events(fabric.process)), self._metrics, pool_spec.block_bytes)
         frontends = {k: topology.frontend(k) for k in range(topology.frontends)}
         journals = JournalReader([JournalView(fabric.journal(k)) for k in frontends])
-        self.llumlet = Llumlet(engine.scheduler, journals, is_busier_than=self._is_busier_than)
+        self.llumlet = Llumlet(
+            engine.scheduler, journals, is_busier_than=self._is_busier_than, copy_refusal=self._copy_refusal
+        )
         self._outboxes = [FrontendOutbox(fabric.writer(process)) for process in frontends.values()]
         self._executor = MigrationExecutor(
             fabric, self._outboxes, engine.kv.pools, engine.kv.transport, pool_spec.block_bytes, self._telemetry
@@ -162,7 +166,7 @@ class Worker:
         """Read all rings and the ends of copies, and execute the actions. Acknowledge each ring after its effects."""
         self._execute(self._peer_inbox.read())
         self._peer_inbox.ack()
-        self._pools.refresh()  # without it the pool of a dead peer stays in memory
+        self._pools.refresh()  # opens the pools of new peers, and closes those of dead ones: they stay in memory
         for inbox in self._frontend_inboxes:
             self._execute(inbox.read())
             inbox.ack()
@@ -264,6 +268,9 @@ class Worker:
         theirs = self._peer_inbox.facts_of(peer)
         return theirs is not None and self._policy.migration(self._facts()) < self._policy.migration(theirs)
 
+    def _copy_refusal(self, peer: EngineIncarnation) -> str:
+        return self._pools.refusal(peer.engine, peer.incarnation)
+
     def _facts(self) -> EngineFacts:
         scheduler, blocks = self._scheduler, self._scheduler.blocks
         return EngineFacts(
@@ -291,6 +298,7 @@ class Worker:
             outgoing=len(self.llumlet.outgoing),
             kv_format=self._kv_format,
             pool_handle=self._pool_handle,
+            peer_pools=self._pools.states,
             knee=self._cost.limits.knee,
             ideal_tokens=self._cost.limits.ideal_tokens,
             step_times=self._cost.packed,

@@ -316,6 +316,14 @@ class EngineState(IntEnum):
     PARKED = 4  # the same; when it is empty, its process ends until the engine is woken
 
 
+class PoolState(IntEnum):
+    """Whether an engine can copy KV blocks into another engine's pool."""
+
+    NOT_OPEN = 0  # that engine is not up, or its pool is being opened
+    OPEN = 1
+    FAILED = 2  # it cannot be opened
+
+
 class Demand(Struct, array_like=True, frozen=True):
     """Totals between one frontend and one engine since the start of `peer`, an incarnation of the other process.
 
@@ -359,6 +367,12 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     cost_group: str = ""  # device and model: engines of one cost group take equally long for a step
     kv_format: str = ""  # shape and dtype of a KV block; requests migrate only between engines with equal formats
     pool_handle: bytes = b""  # how to open a KV pool in GPU memory: see kvpool/cuda_pools.py
+    peer_pools: bytes = b""  # PoolState of each engine's pool, as seen from here; empty: not known
+
+
+def pool_state(facts: EngineFacts, peer: int) -> PoolState:
+    """Return whether the engine can copy into the pool of engine `peer`; OPEN if `facts` do not say."""
+    return PoolState(facts.peer_pools[peer]) if peer < len(facts.peer_pools) else PoolState.OPEN
 
 
 class FrontendFacts(Struct, array_like=True, frozen=True):

@@ -2,11 +2,16 @@
 
 An engine publishes on its board the handle by which its pool is opened. Devices are named by their PCI address: each
 process may give the name "cuda:0" to a device of its own.
+
+A pool is open only when a probe has shown that bytes arrive there. The driver's permission is not enough: behind some
+bridges and IOMMUs, copies between devices do not arrive.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,8 +24,15 @@ from daemon.ipc.messages import decode_engine_facts
 from daemon.ipc.process_table import ProcessFacts, TableReader
 from daemon.kvpool.cudart import CudaError, CudaRuntime
 from daemon.kvpool.pool_directory import PoolDirectory
+from daemon.kvpool.pool_opener import CannotOpen
 
 log = logging.getLogger(__name__)
+
+# A probe writes the end of the dummy block; padding writes its beginning. No supported model has a shorter key per
+# token.
+PROBE_BYTES = 64
+_PROBES = 3  # another engine may probe the same place at the same time
+_NO_PEER_ACCESS = 217  # cudaErrorPeerAccessUnsupported
 
 
 class PoolHandle(msgspec.Struct, array_like=True, frozen=True):
@@ -56,7 +68,6 @@ class CudaPool:
     device: str  # PCI address
     users: int = 0  # pushes into it whose completion has not been returned
     open: bool = True
-    refusal: str | None = None  # why no copy can go there, "" if copies arrive; None: not probed yet
 
 
 def export(runtime: CudaRuntime, own: OwnPool) -> bytes:
@@ -74,49 +85,83 @@ def export(runtime: CudaRuntime, own: OwnPool) -> bytes:
 
 
 class CudaPools(PoolDirectory[CudaPool]):
-    """The pools of all engines in the memory of GPUs. An engine cannot open its own.
+    """The pools of all other engines in the memory of GPUs.
 
-    The pool of a dead engine stays mapped until the completion of the last push into it. `table`: see
-    `PoolDirectory`. `boards`: one per engine.
+    The pool of a dead engine stays mapped until the completion of the last push into it. `table`, `bell`, `own`: see
+    `PoolDirectory`. `boards`: one per engine, read by the thread only. `memory`: this engine's pool, of blocks of
+    `block_bytes`, on `device` (this process's device number).
     """
 
-    OPEN_ERRORS = (CudaError, ValueError)  # ValueError: the handle is empty or cannot be decoded
-
     def __init__(
-        self, runtime: CudaRuntime, table: TableReader, topology: Topology, boards: Mapping[int, BoardReader]
+        self,
+        runtime: CudaRuntime,
+        table: TableReader,
+        topology: Topology,
+        boards: Mapping[int, BoardReader],
+        *,
+        memory: OwnPool,
+        block_bytes: int,
+        device: int,
+        bell: int,
+        own: int,
     ) -> None:
-        super().__init__(table, topology)
+        super().__init__(table, topology, bell, own)
         self._runtime = runtime
         self._boards = boards
-        self._closing: list[CudaPool] = []  # not in use by this directory, but by pushes in flight
+        self._memory = memory
+        self._block_bytes = block_bytes
+        self._device = device
+        self._unused: list[CudaPool] = []  # not in use by this directory, but by pushes in flight
 
     def refresh(self) -> None:
-        """Close the pools of dead engines, except those that pushes in flight still use."""
+        """See `PoolDirectory`. Pools that pushes in flight still use stay open."""
         super().refresh()
-        for pool in [p for p in self._closing if not p.users]:
-            self._closing.remove(pool)
-            self._unmap(pool)
+        for pool in [p for p in self._unused if not p.users]:
+            self._unused.remove(pool)
+            self._release(pool)
 
     def close(self) -> None:
-        """Close all pools. No copy may be in flight."""
+        """See `PoolDirectory`. No copy may be in flight."""
+        self._opened.update({-1 - i: pool for i, pool in enumerate(self._unused)})
+        self._unused.clear()
         super().close()
-        for pool in self._closing:
-            self._unmap(pool)
-        self._closing.clear()
+
+    def _release(self, pool: CudaPool) -> None:
+        if pool.users:
+            self._unused.append(pool)
+            return
+        pool.open = False  # from now on no push can use it
+        super()._release(pool)
+
+    # -- the thread ----------------------------------------------------------------------------
 
     def _open_pool(self, engine: int, row: ProcessFacts) -> CudaPool | None:
         published = self._published(engine, row.incarnation)
         if published is None:
             return None
-        found = decode_pool_handle(published)
-        base = self._runtime.open_ipc(found.handle)
-        return CudaPool(engine, row.incarnation, base, base + found.offset, found.nbytes, found.device)
+        found = _decode(published)
+        self._runtime.set_device(self._device)
+        try:
+            base = self._runtime.open_ipc(found.handle)
+        except (CudaError, ValueError) as e:  # ValueError: a handle of the wrong length
+            if isinstance(e, CudaError) and e.code != _NO_PEER_ACCESS:
+                raise
+            raise CannotOpen(str(e)) from e
+        pool = CudaPool(engine, row.incarnation, base, base + found.offset, found.nbytes, found.device)
+        try:
+            probe(self._runtime, self._memory, pool, self._block_bytes)
+        except Exception:
+            self._close_pool(pool)
+            raise
+        return pool
 
     def _close_pool(self, pool: CudaPool) -> None:
-        if pool.users:
-            self._closing.append(pool)
-        else:
-            self._unmap(pool)
+        pool.open = False
+        try:
+            self._runtime.set_device(self._device)
+            self._runtime.close_ipc(pool.base)
+        except CudaError as e:
+            log.warning("the KV pool of engine %d stays mapped: %s", pool.engine, e)
 
     def _published(self, engine: int, incarnation: int) -> bytes | None:
         """Return the handle that this incarnation has on its board; None if the board is still its predecessor's."""
@@ -124,9 +169,41 @@ class CudaPools(PoolDirectory[CudaPool]):
         facts = decode_engine_facts(found[1]) if found else None
         return facts.pool_handle if facts and facts.incarnation == incarnation else None
 
-    def _unmap(self, pool: CudaPool) -> None:
-        pool.open = False
-        try:
-            self._runtime.close_ipc(pool.base)
-        except CudaError as e:
-            log.warning("the KV pool of dead engine %d stays mapped: %s", pool.engine, e)
+
+def _decode(published: bytes) -> PoolHandle:
+    if not published:
+        raise CannotOpen("it shares no memory; its own log says why")
+    try:
+        return decode_pool_handle(published)
+    except msgspec.MsgspecError as e:
+        raise CannotOpen(f"its handle is invalid: {e}") from e
+
+
+def probe(runtime: CudaRuntime, own: OwnPool, pool: CudaPool, block_bytes: int) -> None:
+    """Copy some bytes to `pool` and back, by the device that is current. Raises CannotOpen if they do not arrive."""
+    access = f"no peer access between {own.device} and {pool.device}"
+    size = min(PROBE_BYTES, block_bytes)
+    end = block_bytes - size
+    stream = runtime.create_stream()
+    try:
+        for _ in range(_PROBES):
+            if _round_trip(runtime, stream, own.pointer + end, pool.pointer + end, size):
+                return
+    except CudaError as e:
+        raise CannotOpen(f"{access}: {e}") from e
+    finally:
+        runtime.destroy_stream(stream)
+    raise CannotOpen(f"{access}: copied bytes do not arrive")
+
+
+def _round_trip(runtime: CudaRuntime, stream: int, source: int, destination: int, size: int) -> bool:
+    """Copy a nonce from the host to `source`, to `destination` and back; return True if it comes back intact."""
+    nonce = os.urandom(size)
+    sent, found = ctypes.create_string_buffer(nonce, size), ctypes.create_string_buffer(size)
+    try:
+        runtime.copy(source, ctypes.addressof(sent), size, stream)
+        runtime.copy(destination, source, size, stream)
+        runtime.copy(ctypes.addressof(found), destination, size, stream)
+    finally:
+        runtime.synchronize_stream(stream)  # also after an error: the buffers must outlive the copies
+    return found.raw == nonce

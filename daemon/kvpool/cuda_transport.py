@@ -13,9 +13,7 @@ ended.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import queue
 import threading
 import time
@@ -40,11 +38,6 @@ SLICE_BYTES = 256 << 20
 SLICE_COPIES = 512  # each costs the loop about 2 us
 MAX_SLICES_IN_FLIGHT = 2  # per peer
 
-# A probe writes the end of the dummy block; padding writes its beginning. No supported model has a shorter key per
-# token.
-PROBE_BYTES = 64
-_PROBES = 3  # another engine may probe the same place at the same time
-
 
 def connect(fabric: Fabric, memory: Any, num_blocks: int, runtime: CudaRuntime | None = None) -> KvLink:
     """Connect this engine's pool with its peers' pools. `memory`: the pool, a tensor uint8[nbytes] on its GPU.
@@ -57,7 +50,18 @@ def connect(fabric: Fabric, memory: Any, num_blocks: int, runtime: CudaRuntime |
     runtime.set_device(device)
     own = OwnPool(memory.data_ptr(), memory.numel(), runtime.pci_address(device))
     boards = {i: fabric.board_of(fabric.topology.engine(i)) for i in range(fabric.topology.engines)}
-    pools = CudaPools(runtime, fabric.table(), fabric.topology, boards)
+    _, index = fabric.topology.role(fabric.process)
+    pools = CudaPools(
+        runtime,
+        fabric.table(),
+        fabric.topology,
+        boards,
+        memory=own,
+        block_bytes=own.nbytes // num_blocks,
+        device=device,
+        bell=fabric.bell,
+        own=index,
+    )
     return KvLink(num_blocks, pools, CudaTransport(runtime, own, device, fabric.bell), export(runtime, own))
 
 
@@ -205,8 +209,8 @@ class CudaTransport:
     """The `Transport` between pools in the memory of GPUs: copies on one low-priority stream per peer.
 
     The engine's loop issues the copies slice by slice and polls for their end; threads only wake it. So a call takes
-    the time to issue a slice, not to copy it. The first push to a peer waits until a probe has shown that bytes
-    arrive there. `push`, `completed` and `close` raise CudaError if the device has failed and the engine must exit.
+    the time to issue a slice, not to copy it. `push`, `completed` and `close` raise CudaError if the device has
+    failed and the engine must exit.
 
     `own`: this engine's pool, on `device` (this process's device number); `bell`: this engine's doorbell.
     """
@@ -298,10 +302,6 @@ class CudaTransport:
         for run in runs:
             check_bounds("source", run.source, run.length, block_bytes, self._own.nbytes)
             check_bounds("destination", run.destination, run.length, block_bytes, pool.nbytes)
-        if pool.refusal is None and runs:
-            pool.refusal = self._probe(pool, block_bytes)
-        if pool.refusal:
-            raise ValueError(pool.refusal)
         return runs
 
     def _stream(self, engine: int) -> _PeerStream:
@@ -341,31 +341,3 @@ class CudaTransport:
         """
         push.reason = str(error)
         self._runtime.synchronize_stream(stream.stream)
-
-    def _probe(self, pool: CudaPool, block_bytes: int) -> str:
-        """Return why no copy can go to `pool`, or "" if bytes arrive there.
-
-        The driver's permission is not enough: behind some bridges and IOMMUs, copies between devices do not arrive.
-        """
-        stream = self._stream(pool.engine)
-        access = f"no peer access between {self._own.device} and {pool.device}"
-        size = min(PROBE_BYTES, block_bytes)
-        end = block_bytes - size
-        try:
-            arrived = any(
-                self._round_trip(stream, self._own.pointer + end, pool.pointer + end, size) for _ in range(_PROBES)
-            )
-        except CudaError as e:
-            self._runtime.synchronize_stream(stream.stream)
-            return f"{access}: {e}"
-        return "" if arrived else f"{access}: copied bytes do not arrive"
-
-    def _round_trip(self, stream: _PeerStream, source: int, destination: int, size: int) -> bool:
-        """Copy a nonce from the host to `source`, to `destination` and back; return True if it comes back intact."""
-        nonce = os.urandom(size)
-        sent, found = ctypes.create_string_buffer(nonce, size), ctypes.create_string_buffer(size)
-        self._runtime.copy(source, ctypes.addressof(sent), size, stream.stream)
-        self._runtime.copy(destination, source, size, stream.stream)
-        self._runtime.copy(ctypes.addressof(found), destination, size, stream.stream)
-        self._runtime.synchronize_stream(stream.stream)
-        return found.raw == nonce

@@ -33,7 +33,8 @@ MIN_COPY_COST = 16 << 10  # bytes: a smaller copy takes as long as one of this s
 
 def connect(fabric: Fabric, pool: memoryview, num_blocks: int, supervisor_pid: int) -> KvLink:
     """Connect this engine's pool, a shared-memory segment, with its peers' pools."""
-    pools = HostPools(fabric.table(), fabric.topology, supervisor_pid)
+    _, own = fabric.topology.role(fabric.process)
+    pools = HostPools(fabric.table(), fabric.topology, supervisor_pid, fabric.bell, own)
     return KvLink(num_blocks, pools, HostTransport(pool, fabric.bell))
 
 

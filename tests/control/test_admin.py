@@ -27,6 +27,7 @@ from daemon.ipc.journal import Journal
 from daemon.ipc.keys_page import KeysOutcome, KeysWriter
 from daemon.ipc.messages import (
     CancelRequest,
+    PoolState,
     RequestParams,
     SamplingParams,
     SetPriority,
@@ -182,6 +183,29 @@ def test_choices_that_are_there_already_do_not_keep_the_others_from_moving(send:
     assert send("POST", "/v1/requests/cmpl-1/migrate/0") == (200, {"ordered": ["cmpl-1-1"], "engine": 0})
     status, answer = send("POST", "/v1/requests/cmpl-1-0/migrate/0")
     assert status == 409 and "on engine 0 already" in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [(PoolState.NOT_OPEN, "has not opened the KV pool"), (PoolState.FAILED, "cannot open the KV pool")],
+)
+def test_a_request_is_not_moved_to_an_engine_whose_pool_is_not_open(
+    send: Send, handles: FabricHandles, state: PoolState, reason: str
+):
+    frontend = Fabric(handles, handles.topology.frontend(0), 1)
+    journal = Journal(frontend.journal(0, writable=True))
+    params = RequestParams(SamplingParams(max_tokens=9, seed=1), time.monotonic(), label="cmpl-1-0")
+    journal.assign(journal.open(5, params, [1, 2, 3]), 1, 0, 1)
+    facts = engine_facts(peer_pools=bytes((0, state, 0)))
+    Fabric(handles, handles.topology.engine(0), 1).board().publish(encode(facts))
+    status, answer = send("POST", "/v1/requests/cmpl-1/migrate/1")
+    assert (status, answer["code"]) == (409, "refused")
+    assert reason in answer["error"] and "--how recompute" in answer["error"]
+    assert orders(send) == []
+    assert send("POST", "/v1/requests/cmpl-1/migrate/1?how=recompute")[0] == 200
+    rows = send("GET", "/v1/status")[1]["engines"]
+    assert rows[0]["peer_pools"] == {"1": state.name.lower(), "2": "not_open"}
+    assert "peer_pools" not in rows[2]
 
 
 def test_a_daemon_that_shuts_down_says_so_and_takes_no_orders_about_engines(send: Send, handles: FabricHandles):

@@ -108,14 +108,17 @@ class Daemon:
         self.url = wait_for("the ready line", announced, timeout)
 
     def await_serving(self, timeout: float = 30.0) -> Daemon:
-        """Wait until every process serves and the frontends see every engine."""
+        """Wait until every process serves and the frontends see every engine.
+
+        Wait also until each engine has opened its peers' pools: before, orders to migrate are refused.
+        """
 
         def all_serve() -> bool:
             status = self.try_status()
             if status is None:
                 return False
             engines, others = status["engines"], [*status["frontends"], status["coordinator"]]
-            return all(p["state"] == "serving" for p in others) and all("running" in e for e in engines)
+            return all(p["state"] == "serving" for p in others) and all(map(_reaches_its_peers, engines))
 
         wait_for("every process serving", all_serve, timeout)
         wait_for("every engine known to the frontends", self._frontends_see_all_engines, timeout)
@@ -284,3 +287,8 @@ def checked(home: Path, *arguments: str) -> tuple[int, str]:
     command = [*PYTHON, "daemon.cli.llumd", "check", "--run-dir", str(home / "run"), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stderr
+
+
+def _reaches_its_peers(engine: dict[str, Any]) -> bool:
+    """Return True if the engine runs and waits for no pool of another one."""
+    return "peer_pools" in engine and "not_open" not in engine["peer_pools"].values()

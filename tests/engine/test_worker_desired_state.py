@@ -30,6 +30,8 @@ def loopback() -> Iterator[Loopback]:
 class NoPeers:
     """The pools and the transport of an engine without peers."""
 
+    states = b""
+
     def refresh(self) -> None:
         pass
 

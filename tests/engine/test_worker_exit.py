@@ -50,3 +50,12 @@ def test_a_model_that_cannot_run_is_not_tried_again():
     script = SCRIPT.format(load="raise ModelError('no room for KV')").replace("threading.Event().wait", "int")
     done = run(script)
     assert (done.returncode, done.stderr.strip()) == (EXIT_CONFIG, "no room for KV")
+
+
+def test_the_stop_signal_ends_the_process_though_a_thread_is_in_a_call_that_does_not_return():
+    failure = 'raise RuntimeError("CUDA error: an illegal memory access was encountered")'
+    script = SCRIPT.format(load="return None")
+    assert failure in script
+    stop = "os.kill(os.getpid(), signal.SIGUSR1); time.sleep(30)"
+    done = run("import os, signal, time\n" + script.replace(failure, stop))
+    assert (done.returncode, done.stderr) == (0, "")

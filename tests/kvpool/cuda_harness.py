@@ -8,14 +8,16 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from daemon.ipc import doorbell, segment
 from daemon.ipc.fabric import Fabric, FabricHandles, Layout
+from daemon.ipc.messages import PoolState
 from daemon.ipc.process_table import ProcessFacts, ProcessState
-from daemon.kvpool.cuda_pools import CudaPool, OwnPool
+from daemon.kvpool.cuda_pools import CudaPool, CudaPools, OwnPool
 from daemon.kvpool.cuda_transport import CudaTransport
 from daemon.kvpool.cudart import CudaError, CudaRuntime
 from daemon.kvpool.transport import Completion, Outcome
@@ -68,7 +70,9 @@ class CudaHarness:
         self.tensor = allocate(self.fake, SIZE, device=0)
         self.own_pool = view(self.tensor)
         self.own_pool[:] = random.Random(0).randbytes(SIZE)
-        _, self.pools, self.transport, self.handle = connect(str(library), self.tensor, self.fabric)
+        _, pools, self.transport, self.handle = connect(str(library), self.tensor, self.fabric)
+        assert isinstance(pools, CudaPools)
+        self.pools = pools
 
     def start_peer(self, engine: int = PEER, incarnation: int = 1) -> PeerProcess:
         """Start a peer that is up and has published its pool."""
@@ -100,9 +104,31 @@ class CudaHarness:
         self.transport = CudaTransport(runtime, own, 0, self.bell, **options)
         return self.transport
 
+    def slow_call(self, call: str, seconds: float) -> None:
+        """Let each call of this name take `seconds`; other calls do not wait for it."""
+        self.fake.fake_slow(call.encode(), int(seconds * 1000))
+
+    def await_pool(self, engine: int = PEER, incarnation: int = 0) -> CudaPool | None:
+        """Return the pool of a peer once it is open; None once it cannot be opened."""
+        end = time.monotonic() + 20
+        while True:
+            self.pools.refresh()
+            if self.pools.states[engine] != PoolState.NOT_OPEN:
+                return self.pools.pool(engine, incarnation)
+            assert time.monotonic() < end, f"the pool of engine {engine} is not opened"
+            doorbell.wait(self.bell, 0.05)
+
+    def await_mapped(self, count: int) -> None:
+        """Wait until this process has `count` pools mapped."""
+        end = time.monotonic() + 20
+        while self.fake.fake_mapped() != count:
+            assert time.monotonic() < end, f"{self.fake.fake_mapped()} pools are mapped, not {count}"
+            time.sleep(0.002)
+
     def probed_pool(self, engine: int = PEER) -> CudaPool:
-        """Return the pool of a peer after a first push, so that later pushes need no probe."""
-        pool = self.pools.pool(engine)
+        """Return the pool of a peer after a first push."""
+        pool = self.await_pool(engine)
+        assert pool is not None
         self.transport.push("first", pool, [(0, 0)], BLOCK)
         assert [end.outcome for end in self.wait_for_completions()] == [Outcome.DONE]
         return pool
@@ -120,6 +146,7 @@ class CudaHarness:
         for peer in self._peers:
             peer.kill()
         self.fake.fake_permit(-1)
+        self.pools._opener.stop(20.0)
         os.close(self._segment)
         try:
             self.transport.close()

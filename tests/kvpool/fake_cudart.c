@@ -34,6 +34,7 @@ static Place places[PLACES];
 static struct { char name[64]; int count, fail_at, code; } calls[CALLS];
 static int64_t permits = -1; /* copies that streams may still do; -1: no limit */
 static int64_t copies_left = -1; /* until a copy loses the context; -1: none will */
+static struct { char call[64]; int milliseconds; } slow; /* a call that takes long */
 static int lose_copies;  /* copies into opened pools do not arrive */
 static int lost;   /* the error that lost the context; 0: not lost */
 static _Thread_local int last_error;
@@ -51,7 +52,12 @@ static int enter(const char *name) {
     return code;
 }
 
+static void delay(const char *name) { /* without the lock */
+    if (!strcmp(slow.call, name)) usleep(slow.milliseconds * 1000);
+}
+
 #define ENTER(name) \
+    delay(name); \
     pthread_mutex_lock(&lock); \
     int code = enter(name); \
     if (code) { pthread_mutex_unlock(&lock); return code; }
@@ -95,6 +101,11 @@ void fake_fail(const char *name, int code, int after) { /* once, after `after` m
     calls[i].code = code;
     calls[i].fail_at = calls[i].count + after + 1;
     pthread_mutex_unlock(&lock);
+}
+
+void fake_slow(const char *name, int milliseconds) { /* one call at a time; others do not wait for it */
+    slow.milliseconds = milliseconds;
+    snprintf(slow.call, sizeof slow.call, "%s", name);
 }
 
 void fake_lose_context_after(int64_t copies) {

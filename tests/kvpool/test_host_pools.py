@@ -14,24 +14,29 @@ from pathlib import Path
 
 import pytest
 
-from daemon.ipc import segment
+from daemon.ipc import doorbell, segment
 from daemon.ipc.fabric import Fabric, FabricHandles, Layout, Topology
+from daemon.ipc.messages import PoolState
 from daemon.ipc.process_table import ProcessFacts, ProcessState, TableReader, TableWriter
 from daemon.kvpool.host_pools import HostPools
-from tests.e2e.daemon_process import running
+from tests.e2e.daemon_process import running, wait_for
 
 ROOT = Path(__file__).parents[2]
 TOPOLOGY = Topology(frontends=1, engines=2)
 SIZE = 3 * 4096
 # The source of an engine process that dies with its parent and writes into the pool of engine 1.
 ENGINE_SOURCE = """
-import ctypes, os, sys
+import ctypes, os, sys, time
+from daemon.ipc import doorbell
 from daemon.ipc.fabric import Fabric, FabricHandles, Topology
 from daemon.kvpool.host_pools import HostPools
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
 topology = Topology(1, 2)
 table = Fabric(FabricHandles(topology, int(sys.argv[1]), (), ()), 0, 1).table()
-HostPools(table, topology, os.getppid()).pool(1)[5:10] = b"hello"
+pools = HostPools(table, topology, os.getppid(), doorbell.create())
+while (pool := pools.pool(1)) is None:
+    time.sleep(0.01)
+pool[5:10] = b"hello"
 """
 
 
@@ -78,8 +83,24 @@ def supervisor() -> Iterator[FakeSupervisor]:
 
 
 @pytest.fixture
-def pools(supervisor: FakeSupervisor) -> HostPools:
-    return HostPools(supervisor.table(), TOPOLOGY, os.getpid())
+def bell() -> Iterator[int]:
+    created = doorbell.create()
+    yield created
+    os.close(created)
+
+
+@pytest.fixture
+def pools(supervisor: FakeSupervisor, bell: int) -> Iterator[HostPools]:
+    made = HostPools(supervisor.table(), TOPOLOGY, os.getpid(), bell)
+    yield made
+    made.close()
+
+
+def settled(pools: HostPools, engine: int, incarnation: int = 0) -> memoryview | None:
+    """Return the pool of an engine once it is open; None once it cannot be opened."""
+    pools.refresh()
+    wait_for("an attempt to open the pool", lambda: pools.refresh() or pools.states[engine] != PoolState.NOT_OPEN)
+    return pools.pool(engine, incarnation)
 
 
 def same_memory(a: memoryview, b: memoryview) -> bool:
@@ -91,8 +112,8 @@ def same_memory(a: memoryview, b: memoryview) -> bool:
 def test_a_pool_is_mapped_once_and_shares_the_memory_of_its_engine(supervisor, pools):
     assert pools.pool(0) is None  # not started yet
     first, second = supervisor.start(0), supervisor.start(1)
-    assert same_memory(pools.pool(0), first)
-    assert same_memory(pools.pool(1), second)
+    assert same_memory(settled(pools, 0), first)
+    assert same_memory(settled(pools, 1), second)
     assert not same_memory(pools.pool(0), second)
     assert pools.pool(0) is pools.pool(0)
 
@@ -107,23 +128,23 @@ def test_a_child_process_maps_a_pool_that_its_parent_holds(supervisor):
 
 def test_after_a_death_the_pool_is_unmapped_and_the_successors_pool_is_mapped(supervisor, pools):
     supervisor.start(0)
-    mapping = weakref.ref(pools.pool(0).obj)
+    mapping = weakref.ref(settled(pools, 0).obj)
     supervisor.die(0)
     pools.refresh()
-    gc.collect()
-    assert mapping() is None
     assert pools.pool(0) is None
+    wait_for("the unmapping", lambda: gc.collect() >= 0 and mapping() is None)
     successor = supervisor.start(0)
-    assert same_memory(pools.pool(0), successor)
+    assert same_memory(settled(pools, 0), successor)
 
 
 def test_a_restart_between_two_calls_is_detected(supervisor, pools):
     old = supervisor.start(0)
-    assert same_memory(pools.pool(0, 1), old)
+    assert same_memory(settled(pools, 0, 1), old)
     supervisor.die(0)
     new = supervisor.start(0)
     assert pools.pool(0, 1) is None  # block ids of the predecessor mean nothing in this pool
-    assert same_memory(pools.pool(0, 2), new)
+    assert same_memory(settled(pools, 0, 2), new)
+    assert pools.pool(0, 1) is None
     assert pools.pool(0, 3) is None
 
 
@@ -139,26 +160,30 @@ def test_a_restart_while_the_pool_is_being_mapped_is_detected(supervisor, pools,
 
     monkeypatch.setattr(segment, "attach", restart_then_attach)
     assert pools.pool(0) is None
-    assert same_memory(pools.pool(0, 2), attach(supervisor.pools[0]))
+    wait_for("the restart", lambda: segment.attach is attach)
+    assert same_memory(settled(pools, 0, 2), attach(supervisor.pools[0]))
 
 
 def test_a_pool_that_cannot_be_mapped_is_logged_once_per_incarnation(supervisor, pools, caplog):
     supervisor.start(0, size=SIZE + 4096)  # not the size of the file
     with caplog.at_level(logging.ERROR):
-        assert [pools.pool(0) for _ in range(3)] == [None] * 3
+        assert [settled(pools, 0) for _ in range(3)] == [None] * 3
         assert len(caplog.records) == 1
         assert "engine 0" in caplog.text
     supervisor.die(0)
     successor = supervisor.start(0)
-    assert same_memory(pools.pool(0), successor)
+    pools.refresh()
+    assert same_memory(settled(pools, 0), successor)
 
 
-def test_without_access_to_the_supervisor_there_are_no_peers(supervisor, caplog):
+def test_without_access_to_the_supervisor_there_are_no_peers(supervisor, bell, caplog):
     supervisor.start(0)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    assert HostPools(supervisor.table(), TOPOLOGY, dead.pid).pool(0) is None
+    pools = HostPools(supervisor.table(), TOPOLOGY, dead.pid, bell)
+    assert settled(pools, 0) is None
     assert "cannot open" in caplog.text
+    pools.close()
 
 
 def test_two_hundred_restarts_leak_no_descriptor_and_no_mapping(supervisor, pools):
@@ -169,34 +194,39 @@ def test_two_hundred_restarts_leak_no_descriptor_and_no_mapping(supervisor, pool
         return len(os.listdir("/proc/self/fd")), maps.count("/dev/shm/llumd-")
 
     supervisor.start(0)
-    pools.pool(0)[0] = 1
+    settled(pools, 0)[0] = 1
     before = count_open()
-    for _ in range(200):
+    for i in range(200):
         supervisor.die(0)
         supervisor.start(0)
-        pools.pool(0)[0] = 1
-    assert count_open() == before
+        pools.refresh()
+        if i % 3:  # otherwise it dies while its pool is being opened
+            settled(pools, 0)[0] = 1
+    settled(pools, 0)[0] = 1
+    wait_for("the unmapping", lambda: count_open() == before)
     pools.close()
     assert count_open() < before
 
 
 @pytest.mark.e2e
-def test_the_daemon_publishes_its_pools(tmp_path):
+def test_the_daemon_publishes_its_pools(tmp_path, bell):
     """The process table leads to each engine's pool, and to a new pool after a kill."""
     topology = Topology(frontends=1, engines=2)
     with running(tmp_path / "d", "--kv-memory", "1MiB", engine="hash") as daemon:
         pid = daemon.process.pid
         handles = FabricHandles(topology, _fabric_segment(pid, topology), (), ())
-        directory = HostPools(Fabric(handles, -1, 0).table(), topology, pid)
-        pools = [directory.pool(i) for i in range(2)]
+        directory = HostPools(Fabric(handles, -1, 0).table(), topology, pid, bell)
+        pools = [settled(directory, i) for i in range(2)]
         assert [len(pool) for pool in pools] == [1 << 20] * 2
         assert daemon.complete(list(range(100, 164)), max_tokens=20).status_code == 200
         assert any(map(any, pools))  # the KV of the request is in the pools that this test maps
         before = daemon.kill("engine", 1, signal.SIGKILL)
         daemon.await_successor("engine", 1, before)
         assert directory.pool(1, before["incarnation"]) is None
-        assert directory.pool(1, before["incarnation"] + 1) is not pools[1]
+        successor = settled(directory, 1, before["incarnation"] + 1)
+        assert successor is not None and successor is not pools[1]
         assert directory.pool(0) is pools[0]
+        directory.close()
         os.close(handles.segment)
 
 

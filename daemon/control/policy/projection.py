@@ -27,6 +27,7 @@ def emptied(last: EngineFacts, state: EngineState) -> EngineFacts:
         incoming=0,
         outgoing=0,
         pool_handle=b"",
+        peer_pools=b"",
     )
 
 

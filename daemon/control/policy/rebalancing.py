@@ -7,6 +7,9 @@ and migrates one after another for as long as the pair holds. A pair holds until
 makes and breaks pairs, nor reverses them where both thresholds are equal, as in the published experiments. A
 draining engine must give away all that it has: it is paired first, and if no engine is above the low threshold,
 with the freest one.
+
+An engine is no destination for a source that cannot copy into its KV pool (yet). Only a draining source is paired
+with it all the same if there is no other: its waiting requests need no copy.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import NamedTuple
 
 from daemon.control.policy.freeness import LLUMD, SERVING, Policy
 from daemon.enums import MigrationReason, Resource
-from daemon.ipc.messages import EngineFacts, EngineState
+from daemon.ipc.messages import EngineFacts, EngineState, PoolState, pool_state
 
 
 class Pair(NamedTuple):
@@ -94,6 +97,8 @@ class _Pairing:
         """Keep a pair if both sides are still within their thresholds, widened by delta."""
         if max(old.source, old.destination) >= len(self.facts) or self._is_paired(old.source, old.destination):
             return
+        if not self._reaches(old.source, old.destination):
+            return
         renewed = self._evaluate(old.source, old.destination, held=True)
         num_pairs = max(self.as_source[old.source], self.as_destination[old.destination])
         if renewed is not None and num_pairs < self.rules.per_engine:
@@ -104,7 +109,7 @@ class _Pairing:
         sources = [i for i in self._available() if self._source_reason(i, self.rules.low)]
         for i in sorted(sources, key=lambda i: self.freeness[i]):
             candidates = [j for j in self._available() if self._accepts_requests(j)]
-            candidates.sort(key=lambda j: (self.as_destination[j], -self.freeness[j]))
+            candidates.sort(key=lambda j: (self.as_destination[j], not self._reaches(i, j), -self.freeness[j]))
             made = (self._evaluate(i, j, held=False) for j in candidates if self._may_begin(i, j))
             best = next((p for p in made if p is not None), None)
             if best is not None:
@@ -118,13 +123,19 @@ class _Pairing:
                 continue
             state = EngineState(facts.state).name.lower()
             load = f"{facts.running} running, {facts.waiting} waiting, freeness {_text(self.freeness[i])}"
-            yield f"{state}, {load}: {self._role(i)}"
+            yield f"{state}, {load}: {self._role(i)}{self._closed_pools(i)}"
 
     def _role(self, i: int) -> str:
         reason = self._source_reason(i, self.rules.low)
         if reason:
             return f"gives ({reason})"
         return "takes" if self._is_destination(i, self.rules.high) else "stays as it is"
+
+    def _closed_pools(self, i: int) -> str:
+        """Return into whose pools `i` cannot copy blocks (yet), as the end of a line; "" if it can into all."""
+        serving = [j for j, other in enumerate(self.facts) if other is not None and other.state == SERVING and j != i]
+        closed = [str(j) for j in serving if not self._reaches(i, j)]
+        return f"; cannot copy to engine {', '.join(closed)} (yet)" if closed else ""
 
     def _append(self, new: Pair) -> None:
         self.pairs.append(new)
@@ -162,6 +173,8 @@ class _Pairing:
         reason = self._source_reason(i, self.rules.low + delta)
         if reason == MigrationReason.DRAINING:
             return Pair(i, j, reason) if self._accepts_drain(i, j, delta) else None
+        if not self._reaches(i, j):
+            return None
         better = self.freeness[i] + min_difference < self.freeness[j]
         return Pair(i, j, reason) if reason and better and self._is_destination(j, self.rules.high - delta) else None
 
@@ -169,18 +182,24 @@ class _Pairing:
         source, destination = self.facts[i], self.facts[j]
         return source is not None and destination is not None and source.block_size == destination.block_size
 
+    def _reaches(self, i: int, j: int) -> bool:
+        """Return True if engine `i` can copy blocks into the pool of engine `j`, or does not say."""
+        source = self.facts[i]
+        return source is not None and pool_state(source, j) is PoolState.OPEN
+
     def _accepts_drain(self, i: int, j: int, delta: float) -> bool:
         """Return True if `j` accepts the requests of the draining engine `i`.
 
-        It does if it is above the low threshold, or if it is the freest of all compatible engines. It will decline
-        requests that do not fit.
+        It does if it is above the low threshold, or if it is the freest of all compatible engines, those alone into
+        whose pools `i` can copy if it can copy into that of `j`. It will decline requests that do not fit.
         """
         if self._is_destination(j, self.rules.low - delta):
             return True
         if not self._accepts_requests(j):
             return False
         compatible = (k for k in range(len(self.facts)) if self._compatible(i, k) and self._accepts_requests(k))
-        return self.freeness[j] >= max(self.freeness[k] for k in compatible) - delta
+        equal = (k for k in compatible if self._reaches(i, k) >= self._reaches(i, j))
+        return self.freeness[j] >= max(self.freeness[k] for k in equal) - delta
 
     def _source_reason(self, i: int, threshold: float) -> MigrationReason | None:
         """Return why engine `i` should give requests away, or None if it should not."""

@@ -48,11 +48,17 @@ def _always_busier(peer: EngineIncarnation) -> bool:
     return True
 
 
+def _never_refused(peer: EngineIncarnation) -> str:
+    return ""
+
+
 class Llumlet:
     """The moves of one engine: orders, events from peers and frontends, time.
 
     `is_busier_than` returns True while this engine has more to do than a peer. It is called before each move of a
     standing order that is not a drain, so that a source does not give away too much before the lease ends.
+    `copy_refusal` returns why no block can be copied to a peer now, or "". A standing order waits for it to change;
+    an order to move one request ends with it.
     """
 
     def __init__(
@@ -64,12 +70,14 @@ class Llumlet:
         max_incoming: int = MAX_INCOMING,
         patience: float = PATIENCE,
         is_busier_than: Callable[[EngineIncarnation], bool] = _always_busier,
+        copy_refusal: Callable[[EngineIncarnation], str] = _never_refused,
     ) -> None:
         self.scheduler = scheduler
         self.source = Source(scheduler, journals, max_outgoing=max_outgoing, patience=patience)
         self.destination = Destination(scheduler, journals, max_incoming=max_incoming)
         self.orders: dict[EngineIncarnation, MigrateTo] = {}
         self._is_busier_than = is_busier_than
+        self._copy_refusal = copy_refusal
 
     # -- facts ---------------------------------------------------------------------------------
 
@@ -148,6 +156,8 @@ class Llumlet:
         for peer, order in self.orders.items():
             if order.drain:
                 actions += self._hand_back_waiting(order)
+            if self._copy_refusal(peer):
+                continue
             while self.source.may_begin(peer, drain=order.drain) and (request := self._choose(order)):
                 if not (order.drain or self._is_busier_than(peer)):
                     break
@@ -179,6 +189,9 @@ class Llumlet:
             return self._hand_back(request, order, "its prefill had barely begun")
         if order.how == MigrationMode.RECOMPUTE:
             return self._hand_back(request, order, "its KV is to be recomputed")
+        if refusal := self._copy_refusal(peer):
+            declined = MigrationResult.DECLINED
+            return [Report(request=request, to=peer.engine, reason=order.reason, result=declined, detail=refusal)]
         return self.source.begin(request, peer, order, now)
 
     def _hand_back_waiting(self, order: MigrateTo) -> list[Action]:

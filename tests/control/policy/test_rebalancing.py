@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from daemon.control.policy.freeness import POLICIES, Policy
 from daemon.control.policy.rebalancing import Pair, RebalanceRules, explain, pair
 from daemon.enums import MigrationReason
-from daemon.ipc.messages import EngineFacts, EngineState
+from daemon.ipc.messages import EngineFacts, EngineState, PoolState
 from tests.control.factories import engine_facts
 
 LLUMD = POLICIES["llumd"]
@@ -20,7 +21,7 @@ LARGE = {"total_blocks": 62_500, "knee": 64}  # a million tokens
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
-def engine_with_room(room: float, running: int = 4, **fields: int) -> EngineFacts:
+def engine_with_room(room: float, running: int = 4, **fields: Any) -> EngineFacts:
     """Return the facts of an engine with memory for `room` more tokens per request, and plenty of compute."""
     return engine_facts(
         total_blocks=1000, used_blocks=1000 - room * running / 16, running=running, knee=4096, **fields
@@ -76,10 +77,9 @@ def test_pairs_are_well_formed_for_any_facts(policy, facts, held, per_engine):
     rules = RebalanceRules(policy, 48, 96, per_engine=per_engine)
     pairs = pair(facts, rules, held)
     check_well_formed(pairs, facts, rules)
-    for new in set(pairs) - set(held):
-        source, destination = facts[new.source], facts[new.destination]
-        assert source.incoming == 0 or source.state != EngineState.SERVING
-        assert destination.outgoing == 0 or (new.source, new.destination) in {(p[0], p[1]) for p in held}
+    for i, j in {p[:2] for p in pairs} - {p[:2] for p in held}:  # a held pair may go on for another reason
+        assert facts[i].incoming == 0 or facts[i].state != EngineState.SERVING
+        assert facts[j].outgoing == 0
     assert pair(facts, rules, pairs) == pairs  # with the same facts the pairs stay the same
 
 
@@ -347,3 +347,51 @@ def test_impossible_rules_are_refused():
     for fields in ({"low": 50, "high": 40}, {"delta": -1}, {"per_engine": 0}, {"low": math.nan}):
         with pytest.raises(ValueError, match=r"threshold|delta"):
             RebalanceRules(**fields)
+
+
+# -- pools that are not open
+
+
+def reaching(*states: PoolState) -> bytes:
+    return bytes(states)
+
+
+NOT, OPEN, FAILED = PoolState.NOT_OPEN, PoolState.OPEN, PoolState.FAILED
+
+
+@pytest.mark.parametrize("closed", [NOT, FAILED])
+def test_a_source_is_paired_only_with_engines_whose_pools_it_has_open(closed: PoolState):
+    """Engine 2 is the freest."""
+    facts = [
+        engine_with_room(10, peer_pools=reaching(NOT, OPEN, closed)),
+        engine_with_room(200, peer_pools=reaching(OPEN, NOT, OPEN)),
+        engine_with_room(240, peer_pools=reaching(OPEN, OPEN, NOT)),
+    ]
+    assert pair(facts, DEFAULT) == [Pair(0, 1, MigrationReason.MEMORY)]
+    assert pair([facts[0], None, facts[2]], DEFAULT) == []
+    text = explain(facts, DEFAULT)
+    assert "cannot copy to engine 2 (yet)" in text.splitlines()[1]
+    assert text.count("cannot copy") == 1
+
+
+def test_a_pair_ends_when_the_pool_of_its_destination_is_closed():
+    """The destination has restarted. Its pool is opened again, and the pair is made again."""
+    held = [Pair(0, 1, MigrationReason.MEMORY)]
+    taker = engine_with_room(200)
+    assert pair([engine_with_room(10, peer_pools=reaching(NOT, NOT)), taker], DEFAULT, held) == []
+    assert pair([engine_with_room(10, peer_pools=reaching(NOT, OPEN)), taker], DEFAULT, held) == held
+
+
+def test_a_draining_engine_prefers_open_pools_and_is_paired_without_one_for_its_waiting_requests():
+    draining = {"state": EngineState.DRAINING}
+    takers = [engine_with_room(20), engine_with_room(300)]
+    to_less_free = engine_with_room(10, **draining, peer_pools=reaching(NOT, OPEN, NOT))
+    assert pair([to_less_free, *takers], DEFAULT) == [Pair(0, 1, MigrationReason.DRAINING)]
+    to_none = engine_with_room(10, **draining, peer_pools=reaching(NOT, NOT, FAILED))
+    made = pair([to_none, *takers], DEFAULT)
+    assert made == [Pair(0, 2, MigrationReason.DRAINING)]
+    assert pair([to_less_free, *takers], DEFAULT, made) == [Pair(0, 1, MigrationReason.DRAINING)]
+
+
+def test_facts_without_pool_states_say_nothing_against_a_pair():
+    assert pair([engine_with_room(10), engine_with_room(200)], DEFAULT) == [Pair(0, 1, MigrationReason.MEMORY)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from daemon.engine.migration.actions import Tell
+from daemon.enums import MigrationMode, MigrationResult
 from daemon.ipc.messages import EngineIncarnation, HandBack
 from tests.engine.migration.harness import DESTINATION, THIRD, Engine, declined, move_until_takeover, only
 
@@ -110,3 +111,39 @@ def test_drains_and_single_requests_move_even_from_a_less_busy_source(journal, m
     source.run(make(1, 5))
     source.llumlet.accept(not order.get("drain"))
     assert len(source.move(**order)) == 1
+
+
+# -- a peer whose pool is not open
+
+
+def test_one_request_is_not_moved_to_a_peer_whose_pool_is_not_open(journal, make):
+    source = Engine(journal, copy_refusal=lambda peer: "its pool is being opened" if peer == DESTINATION else "")
+    source.run(make(1, 5))
+    assert source.move(rid=1) == []
+    [report] = source.llumlet.reports
+    assert (report.result, report.detail, report.to) == (MigrationResult.DECLINED, "its pool is being opened", 1)
+    assert source.llumlet.idle and 1 in source.scheduler.running
+    assert only(source.move(THIRD, rid=1)).message.rid == 1
+
+
+def test_a_request_without_kv_needs_no_pool(journal, make):
+    source = Engine(journal, copy_refusal=lambda peer: "its pool is being opened")
+    source.llumlet.on_start(make(1, 30), 0.0)
+    assert source.move(rid=1) == [Tell(0, HandBack(1, 1))]
+    source.run(make(2, 5))
+    assert source.move(rid=2, how=MigrationMode.RECOMPUTE) == [Tell(0, HandBack(2, 1))]
+
+
+@pytest.mark.parametrize("drain", [False, True])
+def test_a_standing_order_begins_when_the_pool_is_open(journal, make, drain):
+    closed = ["its pool is being opened"]
+    source = Engine(journal, seqs=2, copy_refusal=lambda peer: closed[0] if closed else "")
+    for rid in (1, 2, 3):
+        source.run(make(rid, 5))
+    source.llumlet.accept(not drain)
+    assert source.move(drain=drain) == ([Tell(0, HandBack(3, 1))] if drain else [])
+    for _ in range(3):
+        assert source.step() == source.llumlet.tick(1.0) == []
+    closed.clear()
+    assert {a.message.rid for a in source.llumlet.tick(1.0)} == ({1, 2} if drain else {2})
+    assert {r.result for r in source.llumlet.reports} <= {MigrationResult.HANDED_BACK}
