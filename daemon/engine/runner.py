@@ -84,6 +84,13 @@ class PoolSpec(NamedTuple):
         return self.num_blocks * self.block_bytes
 
 
+class Unavailable(Exception):
+    """The engine cannot start now for lack of something that may be there later, such as memory.
+
+    The message says what is missing. The supervisor starts the engine again, with back-off.
+    """
+
+
 class RunnerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a runner that computes a model; `build_runner` makes them from `Config`."""
 

@@ -13,7 +13,7 @@ from daemon.config import Config
 from daemon.engine.build_runner import build_runner
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
 from daemon.engine.cost import StepTime, fit_times
-from daemon.engine.runner import DeviceRunner, Runner
+from daemon.engine.runner import DeviceRunner, Runner, Unavailable
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc import segment
 from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, ChildSpec
@@ -38,12 +38,18 @@ class LoadedEngine(NamedTuple):
 
 
 def load_or_exit(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
-    """Load the engine. Exit with EXIT_CONFIG if the model cannot run here: a restart would not help."""
+    """Load the engine. Exit with EXIT_CONFIG if the model cannot run here: a restart would not help.
+
+    Exit with EXIT_FAILED if something is missing that may be there later.
+    """
     try:
         return load(spec, fabric)
     except ModelError as e:
         log.error("%s", e)
         sys.exit(EXIT_CONFIG)
+    except Unavailable as e:
+        log.error("%s; the supervisor tries again", e)
+        os._exit(EXIT_FAILED)
 
 
 def exit_failed(error: Exception) -> NoReturn:
@@ -53,7 +59,7 @@ def exit_failed(error: Exception) -> NoReturn:
 
 
 def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
-    """Load runner, pool and scheduler. Raises ModelError if the model cannot run here."""
+    """Load runner, pool and scheduler. Raises ModelError if the model cannot run here, Unavailable if not now."""
     config = spec.config
     started = time.monotonic()
     load_format = config.load_format if config.engine == "model" else "dummy"

@@ -15,6 +15,7 @@ SCRIPT = """
 import threading
 from types import SimpleNamespace
 from daemon.engine import startup, worker
+from daemon.engine.runner import Unavailable
 from daemon.models.model_config import ModelError
 
 def fail(*args, **options):
@@ -50,6 +51,14 @@ def test_a_model_that_cannot_run_is_not_tried_again():
     script = SCRIPT.format(load="raise ModelError('no room for KV')").replace("threading.Event().wait", "int")
     done = run(script)
     assert (done.returncode, done.stderr.strip()) == (EXIT_CONFIG, "no room for KV")
+
+
+def test_an_engine_that_lacks_memory_for_a_moment_is_started_again_and_says_so_in_one_line():
+    done = run(SCRIPT.format(load="raise Unavailable('no room for KV at this time')"))
+    assert (done.returncode, done.stderr.strip()) == (
+        EXIT_FAILED,
+        "no room for KV at this time; the supervisor tries again",
+    )
 
 
 def test_the_stop_signal_ends_the_process_though_a_thread_is_in_a_call_that_does_not_return():

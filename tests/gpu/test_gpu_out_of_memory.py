@@ -1,4 +1,7 @@
-"""Out of memory in a chunk ends its request with an error. All other requests continue with the right tokens."""
+"""Out of memory in a chunk ends its request with an error. All other requests continue with the right tokens.
+
+A load that finds too little memory says whether another one may succeed.
+"""
 
 import random
 from contextlib import contextmanager
@@ -7,7 +10,8 @@ from itertools import count
 import pytest
 import torch
 
-from daemon.engine.runner import NO_TOKEN, Row, StepPlan
+from daemon.engine.runner import NO_TOKEN, Row, StepPlan, Unavailable
+from daemon.models.model_config import ModelError
 from tests.engine.cpu.harness import generate, request
 from tests.gpu.parts import DEVICE, judge_greedy, make_gpu_runner, small_llama, tokens, transformers_bf16
 
@@ -82,3 +86,30 @@ def test_the_same_chunk_is_computed_when_there_is_memory_again(runner):
     result = runner.execute(StepPlan([Row(big, 0, CHUNK, True)], 0))
     assert result.dropped == ()
     assert result.tokens[0] != NO_TOKEN
+
+
+@pytest.fixture
+def others_hold_memory(monkeypatch):
+    """Leave little to this process, as if other processes held the rest."""
+    total = torch.cuda.mem_get_info(DEVICE)[1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 << 20, total))
+
+
+def test_a_load_without_room_for_kv_may_succeed_later(model_dir, others_hold_memory):
+    with pytest.raises(Unavailable, match=r"at this time: other processes hold memory .* too little"):
+        make_gpu_runner(model_dir)
+
+
+def test_a_load_without_room_in_its_share_never_succeeds(model_dir):
+    with pytest.raises(ModelError, match=r"memory_share leaves .* too little"):
+        make_gpu_runner(model_dir, memory_share=0.001)
+
+
+def test_weights_that_find_no_memory_are_explained(model_dir):
+    with cramped(), pytest.raises(ModelError, match="the model does not fit: its weights take"):
+        make_gpu_runner(model_dir)
+
+
+def test_weights_that_find_no_memory_because_of_others_may_find_it_later(model_dir, others_hold_memory):
+    with cramped(), pytest.raises(Unavailable, match="does not fit at this time"):
+        make_gpu_runner(model_dir)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from daemon.engine.cuda import driver, kernels
-from daemon.engine.runner import RunnerSettings
+from daemon.engine.cuda.memory import DeviceMemory, out_of_memory
+from daemon.engine.runner import RunnerSettings, Unavailable
 from daemon.models.model_config import ModelConfig, ModelError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -38,7 +41,7 @@ def choose_format(device: torch.device, settings: RunnerSettings) -> Format:
 def check_device(config: ModelConfig, device: torch.device, kv_dtype: str, prefill: Literal["fa2", "fa3"]) -> None:
     """Check the device, and make FlashInfer load the kernels that were compiled ahead of time.
 
-    Raises ModelError that names what is missing.
+    Raises ModelError that names what is missing, Unavailable without the device.
     """
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:true" in settings.lower():
@@ -46,7 +49,7 @@ def check_device(config: ModelConfig, device: torch.device, kv_dtype: str, prefi
             "expandable_segments is on in PYTORCH_ALLOC_CONF: other engines could not map such a pool; remove it"
         )
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(_no_device(device))
+        raise _no_device(device)
     torch.cuda.set_device(device)
     arch = kernels.arch_of(*torch.cuda.get_device_capability(device))
     try:
@@ -56,7 +59,8 @@ def check_device(config: ModelConfig, device: torch.device, kv_dtype: str, prefi
         raise ModelError(str(e)) from e
 
 
-def _no_device(device: torch.device) -> str:
+def _no_device(device: torch.device) -> ModelError | Unavailable:
+    """Return the error for a device that PyTorch does not find. The daemon found it when it started."""
     count = torch.cuda.device_count()
     text = f"there is no {device}; PyTorch finds {count} CUDA devices"
     if not count:
@@ -65,7 +69,22 @@ def _no_device(device: torch.device) -> str:
         except (RuntimeError, AssertionError) as e:  # AssertionError: a build for the CPU
             text += f" ({str(e).splitlines()[0]})"
     why = driver.why_no_device(torch.version.cuda or "")
-    return f"{text}: {why}" if why else text
+    return ModelError(f"{text}: {why}") if why else Unavailable(text)
+
+
+def device_memory(device: torch.device, share: float) -> DeviceMemory:
+    """Return what an engine that may use `share` of the device's memory finds there."""
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(free + torch.cuda.memory_reserved(device), int(total * share))
+
+
+@contextmanager
+def explained_out_of_memory(device: torch.device, share: float, weights: int) -> Iterator[None]:
+    """Raise ModelError or Unavailable for a lack of the device's memory. `weights`: bytes of the model's weights."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise out_of_memory(device_memory(device, share), weights) from e
 
 
 def shared_memory_bytes(device: torch.device) -> int:

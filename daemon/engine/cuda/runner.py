@@ -19,7 +19,13 @@ from daemon.engine.cuda.arrays import Size, SlotSampling, StepArrays
 from daemon.engine.cuda.attention import Attention, FlashInferAttention, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
 from daemon.engine.cuda.decode_paths import DecodePaths
-from daemon.engine.cuda.device import check_device, choose_format, shared_memory_bytes
+from daemon.engine.cuda.device import (
+    check_device,
+    choose_format,
+    device_memory,
+    explained_out_of_memory,
+    shared_memory_bytes,
+)
 from daemon.engine.cuda.forward import Capacity, ForwardPass, StagingSet
 from daemon.engine.cuda.memory import MIN_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.model import Llama
@@ -138,10 +144,14 @@ class CudaRunner:
         return self._pool.view(-1).view(torch.uint8)
 
     def load(self, pool: memoryview | None = None) -> None:
-        """See `DeviceRunner.load`. `pool`: on the CPU only. Raises ModelError if not a single block fits."""
+        """See `DeviceRunner.load`. `pool`: on the CPU only.
+
+        Raises ModelError if not a single block fits, Unavailable if that may change.
+        """
         if pool is not None and self._device.type == "cuda":
             raise ValueError("a CUDA device cannot compute from a pool in host memory")
-        with torch.inference_mode():
+        weights = self._config.num_params * self._format.dtype.itemsize
+        with torch.inference_mode(), explained_out_of_memory(self._device, self._settings.memory_share, weights):
             self._build()
             if self._device.type == "cuda":
                 self._use_pool(torch.zeros(self.pool_spec(1).nbytes, dtype=torch.uint8, device=self._device))
@@ -233,19 +243,18 @@ class CudaRunner:
         largest_peak = self._peak(partial(self.execute, largest))
         decode_peak = self._peak(partial(self.execute, decodes))
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self._device)
-        reserved = torch.cuda.memory_reserved(self._device)  # weights and static buffers
-        limit = min(free + reserved, int(total * self._settings.memory_share))
-        block_bytes = self.pool_spec(1).block_bytes
-        reserve = reserve_bytes(sum(len(self._decode_paths.of(bucket)) for bucket in self._buckets), decode_peak)
-        peak = max(largest_peak, decode_peak)
-        blocks = pool_blocks(limit, weights=reserved, activation_peak=peak, reserve=reserve, block_bytes=block_bytes)
-        if self._settings.kv_memory > blocks * block_bytes:
-            raise ModelError(
-                f"kv_memory: {self._settings.kv_memory} bytes do not fit on {self._device}; "
-                f"{blocks * block_bytes} are left for KV"
-            )
-        return self._settings.kv_memory // block_bytes if self._settings.kv_memory else blocks
+        memory = device_memory(self._device, self._settings.memory_share)
+        if memory.free < memory.share and not self._settings.kv_memory:
+            missing = (memory.share - memory.free) >> 20
+            log.warning("other processes hold memory of %s: the KV pool is %d MiB smaller", self._device, missing)
+        return pool_blocks(
+            memory,
+            weights=torch.cuda.memory_reserved(self._device),  # with static buffers
+            activation_peak=max(largest_peak, decode_peak),
+            reserve=reserve_bytes(sum(len(self._decode_paths.of(bucket)) for bucket in self._buckets), decode_peak),
+            block_bytes=self.pool_spec(1).block_bytes,
+            wanted=self._settings.kv_memory,
+        )
 
     def _peak(self, step: partial[StepResult]) -> int:
         """Return the peak of the bytes that `step` allocates."""
@@ -253,7 +262,8 @@ class CudaRunner:
         self._synchronize()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        step()
+        if step().dropped:
+            raise torch.OutOfMemoryError("the largest step does not fit")
         self._synchronize()
         return torch.cuda.max_memory_allocated(self._device) - before
 

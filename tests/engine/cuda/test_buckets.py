@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
-from daemon.engine.cuda.memory import pool_blocks
+from daemon.engine.cuda.memory import DeviceMemory, out_of_memory, pool_blocks
+from daemon.engine.runner import Unavailable
 from daemon.models.model_config import ModelError
 
 
@@ -37,18 +38,52 @@ def test_a_batch_of_no_rows_has_no_graphs():
 BYTES = st.integers(0, 10**5)
 
 
-@given(st.integers(0, 10**6), BYTES, BYTES, BYTES, st.integers(1, 5000))
-def test_the_pool_takes_exactly_the_memory_that_is_left(free, weights, peak, reserve, block):
+@given(st.integers(0, 10**6), st.integers(0, 10**6), BYTES, BYTES, BYTES, st.integers(1, 5000))
+def test_the_pool_takes_exactly_the_memory_that_is_left(free, share, weights, peak, reserve, block):
+    memory, beside = DeviceMemory(free, share), weights + peak + reserve
     try:
-        blocks = pool_blocks(free, weights=weights, activation_peak=peak, reserve=reserve, block_bytes=block)
+        blocks = pool_blocks(memory, weights=weights, activation_peak=peak, reserve=reserve, block_bytes=block)
     except ModelError:
-        assert free - weights - peak - reserve < 2 * block
+        assert share - beside < 2 * block
+    except Unavailable:
+        assert free - beside < 2 * block <= share - beside
     else:
         assert blocks >= 2
-        assert 0 <= free - weights - peak - reserve - blocks * block < block
+        assert 0 <= min(free, share) - beside - blocks * block < block
+
+
+GIB = 1 << 30
+NEEDS = {"weights": 16 * GIB, "activation_peak": 2 * GIB, "reserve": GIB, "block_bytes": 2 << 20}
+
+
+@pytest.mark.parametrize("wanted", [0, 10 * GIB])
+def test_too_little_memory_for_a_moment_is_no_error_of_the_configuration(wanted):
+    """The message says which case it is and how much is missing."""
+    missing = f"{wanted // GIB:d}.00 GiB too little" if wanted else "0.00 GiB too little"
+    with pytest.raises(Unavailable, match="at this time: other processes hold memory") as raised:
+        pool_blocks(DeviceMemory(free=19 * GIB, share=72 * GIB), wanted=wanted, **NEEDS)
+    assert missing in str(raised.value) and "19.00 GiB are left" in str(raised.value)
+    with pytest.raises(ModelError, match=r"memory_share leaves 19\.00 GiB") as raised:
+        pool_blocks(DeviceMemory(free=79 * GIB, share=19 * GIB), wanted=wanted, **NEEDS)
+    assert missing in str(raised.value) and "raise memory_share" in str(raised.value)
+
+
+def test_the_pool_has_the_wanted_size_whatever_else_is_free():
+    assert pool_blocks(DeviceMemory(79 * GIB, 72 * GIB), wanted=10 * GIB, **NEEDS) == 5 * 1024
+
+
+@pytest.mark.parametrize(
+    ("free", "weights", "kind"),
+    [(20, 16, Unavailable), (72, 16, ModelError), (20, 140, ModelError)],
+    ids=["others hold memory", "all is free", "the weights alone are too large"],
+)
+def test_a_load_that_runs_out_of_memory_says_whether_another_try_can_help(free, weights, kind):
+    error = out_of_memory(DeviceMemory(free * GIB, 72 * GIB), weights * GIB)
+    assert type(error) is kind
 
 
 def test_an_h200_holds_820000_tokens_of_an_8b_model():
     gb = 10**9
-    blocks = pool_blocks(127 * gb, weights=16 * gb, activation_peak=1 * gb, reserve=2 * gb, block_bytes=2 << 20)
+    memory = DeviceMemory(130 * gb, 127 * gb)
+    blocks = pool_blocks(memory, weights=16 * gb, activation_peak=1 * gb, reserve=2 * gb, block_bytes=2 << 20)
     assert blocks * 16 == pytest.approx(820_000, rel=0.01)
