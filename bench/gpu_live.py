@@ -161,4 +161,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _await_engines(daemon: Daemon) -> None:
-    asyncio.run(daemon.until("engines that serve", lambda rows: all("running" in row for row in rows)))
+    """Wait until each engine serves and has opened the pools of the others, or cannot."""
+
+    def ready(row: dict[str, Any]) -> bool:
+        return "peer_pools" in row and "not_open" not in row["peer_pools"].values()
+
+    asyncio.run(daemon.until("engines that serve", lambda rows: all(map(ready, rows))))
