@@ -120,11 +120,9 @@ class CudaPools(PoolDirectory[CudaPool]):
             self._unused.remove(pool)
             self._release(pool)
 
-    def close(self) -> None:
-        """See `PoolDirectory`. No copy may be in flight."""
-        self._opened.update({-1 - i: pool for i, pool in enumerate(self._unused)})
-        self._unused.clear()
-        super().close()
+    def _take_all(self) -> list[CudaPool]:
+        unused, self._unused = self._unused, []
+        return [*super()._take_all(), *unused]
 
     def _release(self, pool: CudaPool) -> None:
         if pool.users:

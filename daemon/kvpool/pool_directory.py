@@ -101,9 +101,8 @@ class PoolDirectory(ABC, Generic[PoolT]):
             log.warning("the KV pools of other engines stay mapped: the driver is still opening one")
             return
         opened = [attempt.pool for attempt in self._opener.ended() if attempt.pool is not None]
-        for pool in (*opened, *self._opened.values()):
+        for pool in (*opened, *self._take_all()):
             self._close_pool(pool)
-        self._opened.clear()
 
     @abstractmethod
     def _open_pool(self, engine: int, row: ProcessFacts) -> PoolT | None:
@@ -114,6 +113,12 @@ class PoolDirectory(ABC, Generic[PoolT]):
 
     def _close_pool(self, pool: PoolT) -> None:
         """Close a pool that nothing uses. Runs on the thread."""
+
+    def _take_all(self) -> list[PoolT]:
+        """Return all pools that are open. This directory returns none of them any more."""
+        pools = list(self._opened.values())
+        self._opened.clear()
+        return pools
 
     def _release(self, pool: PoolT) -> None:
         """Have a pool closed that this directory returns no more."""

@@ -106,7 +106,10 @@ class PoolOpener(Generic[PoolT]):
         return found
 
     def stop(self, timeout: float) -> bool:
-        """End the thread. Return False if a call of the driver holds it for longer than `timeout` seconds."""
+        """End the thread, once it has closed what it should close.
+
+        Return False if a call of the driver holds it for longer than `timeout` seconds.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -130,7 +133,7 @@ class PoolOpener(Generic[PoolT]):
     def _work(self) -> bool:
         """Close one pool or make one attempt. Return False once the thread must end."""
         with self._changed:
-            if self._stopping:
+            if self._stopping and not self._to_close:
                 return False
             closing = self._to_close.popleft() if self._to_close else None
             order = None if closing is not None else self._next_order()
