@@ -348,6 +348,15 @@ class Config:
         at_least=1 << 20,
         below=4 << 30,
     )
+    outbox_memory: int = _option(
+        32 << 20,
+        "http",
+        "Shared memory of each frontend for the bytes of responses that the kernel has not taken yet (outbox). With "
+        "it a response outlives its frontend; a response that finds no room does not.",
+        "bytes",
+        at_least=1 << 20,
+        below=4 << 30,
+    )
     heartbeat: float = _option(
         0.0,
         "http",

@@ -1,10 +1,9 @@
 """The fabric: the shared segment that connects all processes, its layout, and the view that each process has of it.
 
 One segment contains process table, progress words, boards, metrics pages, desired states, event rings, the keys page
-and rings.
-`Layout` computes every offset from the topology alone. Journals and KV pools are separate segments. There is one ring
-for each directed pair of processes that communicate. Processes have numbers: 0 is the coordinator, then come the
-frontends, then the engines.
+and rings. `Layout` computes every offset from the topology alone. Journals, outboxes and KV pools are separate
+segments. There is one ring for each directed pair of processes that communicate. Processes have numbers: 0 is the
+coordinator, then come the frontends, then the engines.
 """
 
 from __future__ import annotations
@@ -103,6 +102,7 @@ class FabricHandles:
     topology: Topology
     segment: int
     journals: tuple[int, ...]  # one per frontend
+    outboxes: tuple[int, ...]  # one per frontend
     doorbells: tuple[int, ...]  # one per process
 
 
@@ -118,12 +118,13 @@ class Fabric:
         self._view = segment.attach(handles.segment)
 
     @classmethod
-    def create(cls, topology: Topology, journal_bytes: int) -> FabricHandles:
+    def create(cls, topology: Topology, journal_bytes: int, outbox_bytes: int) -> FabricHandles:
         """Create all segments and doorbells (supervisor only)."""
         return FabricHandles(
             topology,
             segment.create(Layout(topology).size),
             tuple(segment.create(journal_bytes) for _ in range(topology.frontends)),
+            tuple(segment.create(outbox_bytes) for _ in range(topology.frontends)),
             tuple(doorbell.create() for _ in range(topology.processes)),
         )
 
@@ -181,6 +182,9 @@ class Fabric:
 
     def journal(self, frontend: int, *, writable: bool = False) -> memoryview:
         return segment.attach(self._handles.journals[frontend], writable=writable)
+
+    def outbox(self, frontend: int) -> memoryview:
+        return segment.attach(self._handles.outboxes[frontend])
 
     def _table_boards(self) -> list[memoryview]:
         return [self._at(self._layout.table + p * BOARD_BYTES, BOARD_BYTES) for p in range(self.topology.processes)]

@@ -101,7 +101,7 @@ class Supervisor:
         self._http = http
         self._admin = admin
         self._topology = Topology(config.frontends, len(config.devices))
-        self._handles = Fabric.create(self._topology, config.journal_memory)
+        self._handles = Fabric.create(self._topology, config.journal_memory, config.outbox_memory)
         self._fabric = Fabric(self._handles, -1, 0)
         self._table = self._fabric.table_writer()
         self._desired_states = DesiredStateReader(self._fabric.desired_states())
@@ -253,7 +253,14 @@ class Supervisor:
             self._create_pool(child)
         spec = self._spec(child, role)
         handles = self._handles
-        fds = [handles.segment, *handles.journals, *handles.doorbells, spec.listener_fd, spec.pool_fd]
+        fds = [
+            handles.segment,
+            *handles.journals,
+            *handles.outboxes,
+            *handles.doorbells,
+            spec.listener_fd,
+            spec.pool_fd,
+        ]
         child.handle = self._context.Process(
             target=child_entry.run,
             args=(spec, child_entry.Inherited([fd for fd in fds if fd >= 0])),

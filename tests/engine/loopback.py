@@ -38,7 +38,7 @@ class Loopback:
     def __init__(self, incarnation: int = 20) -> None:
         """`incarnation`: of the frontend."""
         topology = Topology(1, 1)
-        self.handles = Fabric.create(topology, 1 << 20)
+        self.handles = Fabric.create(topology, 1 << 20, 1 << 20)
         self.engine_process = topology.engine(0)
         fabric = Fabric(self.handles, self.engine_process, ENGINE_INCARNATION)
         self.runner = HashRunner(vocab_size=VOCAB, max_model_len=MAX_LEN, block_size=BLOCK_SIZE)
@@ -68,7 +68,7 @@ class Loopback:
 
     def close(self) -> None:
         """Close the shared memory."""
-        for fd in (self.handles.segment, *self.handles.journals, *self.handles.doorbells):
+        for fd in (self.handles.segment, *self.handles.journals, *self.handles.outboxes, *self.handles.doorbells):
             os.close(fd)
 
     # -- the frontend's side -------------------------------------------------------------------
