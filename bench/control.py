@@ -175,8 +175,8 @@ class Dispatching:
         request = self._tracker.submit(self._prompt, self._params, RequestAttributes("chatcmpl-0"))
         end = self._fabric.rang_at
         if random.random() < 0.3:
-            self._sibling.submit(self._prompt[:8], self._params, RequestAttributes("s")).cancel()
-        request.cancel()
+            self._sibling.submit(self._prompt[:8], self._params, RequestAttributes("s")).release()
+        request.release()
         self._engines.consume()
         return (end - start) / 1e3
 

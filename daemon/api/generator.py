@@ -66,6 +66,10 @@ class TokenStream(Protocol):
         """Stop the request and free its blocks. No-op if it has finished. `why`: None if its output is complete."""
         ...
 
+    def release(self) -> None:
+        """Forget the request: its output is delivered. Cancel it if it has not finished. Call nothing afterwards."""
+        ...
+
 
 class Admitted(Protocol):
     """Places of a request whose choices are not submitted yet."""

@@ -10,7 +10,8 @@ from daemon.enums import EarlyEnd
 
 
 class StreamGroup:
-    """Reads whichever streams have output. A context manager: on exit it cancels the streams that have not ended.
+    """Reads whichever streams have output. A context manager: on exit it cancels the streams that have not ended,
+    and releases all.
 
     A single stream, the common case, is awaited directly. Several streams have one task each until they end.
     A task waits until its last chunk was taken, so output that a slow reader has not taken stays in the journal.
@@ -81,5 +82,6 @@ class StreamGroup:
             why = EarlyEnd.DEADLINE if self._deadline and self._deadline.expired() else EarlyEnd.CLIENT
         for stream in self._streams:
             stream.cancel(why)
+            stream.release()
         for task in self._tasks:
             task.cancel()

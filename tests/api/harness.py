@@ -57,6 +57,7 @@ class ScriptedStream:
     def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
         self.rid = rid
         self.cancelled, self.why = False, None
+        self.released = False
         self._generator = generator
         self._params = params
         self._tokens = tokens[: params.max_tokens]
@@ -88,6 +89,9 @@ class ScriptedStream:
         if not self.cancelled and self._at < len(self._tokens):
             self.cancelled, self.why = True, why
             self._generator.running -= 1
+
+    def release(self) -> None:
+        self.released = True
 
 
 class _Admission:
