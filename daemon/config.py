@@ -351,8 +351,7 @@ class Config:
     outbox_memory: int = _option(
         32 << 20,
         "http",
-        "Shared memory of each frontend for the bytes of responses that the kernel has not taken yet (outbox). With "
-        "it a response outlives its frontend; a response that finds no room does not.",
+        "Shared memory of each frontend for response bytes on their way (outbox). They survive the frontend there.",
         "bytes",
         at_least=1 << 20,
         below=4 << 30,

@@ -57,6 +57,7 @@ class TokenStream(Protocol):
     """Output of one running choice. A slow reader gets larger chunks, never a longer queue."""
 
     rid: int
+    slot: int  # in the journal
 
     async def next(self) -> TokenChunk:
         """Wait for output and return all of it. Raises EngineLost or ShuttingDown."""

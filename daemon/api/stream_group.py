@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from types import TracebackType
 
 from daemon.api.generator import TokenChunk, TokenStream
@@ -26,10 +27,14 @@ class StreamGroup:
         self._wake = asyncio.Event()
         self._taken: list[asyncio.Event] = []  # by stream: set once its last chunk was taken
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped: set[int] = set()
 
     def add(self, stream: TokenStream) -> None:
         """Add a stream at the next index. All streams are added before the first `next`."""
         self._streams.append(stream)
+
+    def __iter__(self) -> Iterator[TokenStream]:
+        return iter(self._streams)
 
     async def next(self) -> list[tuple[int, TokenChunk]]:
         """Wait for output and return (stream index, chunk) pairs, at most one for each stream.
@@ -41,6 +46,8 @@ class StreamGroup:
         if not self._tasks:
             self._taken = [asyncio.Event() for _ in self._streams]
             self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self._streams))]
+            for i in self._stopped:
+                self._tasks[i].cancel()
         await self._wake.wait()
         self._wake.clear()
         if self._error is not None:
@@ -53,6 +60,7 @@ class StreamGroup:
     def stop(self, index: int) -> None:
         """Cancel one stream; it delivers no further chunk."""
         self._streams[index].cancel()
+        self._stopped.add(index)
         if self._tasks:
             self._tasks[index].cancel()
 

@@ -18,6 +18,8 @@ from daemon.api.auth import KeyRing
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, RequestAttributes, TokenChunk, TooLong
 from daemon.api.key_file import parse_key
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
+from daemon.api.origins import OriginPolicy
+from daemon.api.service import Service
 from daemon.config import Config
 from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
@@ -208,15 +210,18 @@ def make_api(model: Model, *, keys: list[str] | None = None, **options: object) 
             [snapshot(memoryview(page), FRONTEND)], [snapshot(memoryview(bytearray(ENGINE.nbytes)), ENGINE)], [None]
         ),
     )
-    app = build_app(
+    ring = KeyRing(filter(None, map(parse_key, keys))) if keys else None
+    service = Service(
         config=config,
         generator=generator,
         tokenizer=model.tokenizer,
         chat_template=model.chat,
         model_config=model.model_config,
-        keys=KeyRing(filter(None, map(parse_key, keys))) if keys else None,
         metrics=metrics,
+        origins=OriginPolicy(config, keys=ring is not None),
+        guard=None,
     )
+    app = build_app(service, ring)
     return ApiUnderTest(model, generator, config, app, page)
 
 
