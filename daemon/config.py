@@ -250,6 +250,11 @@ class Config:
     frontends: int = _option(
         1, "http", "Number of HTTP processes. They share one listening socket.", at_least=1, at_most=16
     )
+    standby_frontend: bool = _option(
+        True,
+        "http",
+        "Keep one more HTTP process loaded, which takes over at once when one of them dies. It costs its memory.",
+    )
     api_key_file: str = _option(
         "",
         "http",

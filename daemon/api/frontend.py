@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import os
@@ -35,13 +36,29 @@ from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
 from daemon.ipc.outbox import Outbox
 from daemon.ipc.process_table import Progress
 from daemon.models.model_config import ModelError, read_model_config
-from daemon.models.text_files import load_text_files
+from daemon.models.text_files import TextFiles, load_text_files
 
 log = logging.getLogger(__name__)
 
 _HEARTBEAT = 1.0  # seconds between two heartbeats
 _LATE = 0.5  # seconds by which a heartbeat may be late without a reason to distrust this process's own clock
 _HEARTBEAT_DEADLINE = 30.0  # seconds after a heartbeat at which the next one is overdue
+
+
+def prepare(spec: ChildSpec) -> None:
+    """Load, in a standby, what `main` needs of the model. Exits if that cannot be loaded."""
+    keep_large_blocks_apart()
+    try:
+        _text_files(spec.model_dir)
+    except ModelError as e:
+        log.error("%s", e)
+        sys.exit(EXIT_CONFIG)
+    _settle()
+
+
+@functools.lru_cache(maxsize=1)
+def _text_files(model_dir: str) -> TextFiles:
+    return load_text_files(Path(model_dir))
 
 
 def main(spec: ChildSpec) -> None:
@@ -113,7 +130,7 @@ def _application(
     spec: ChildSpec, fabric: Fabric, tracker: RequestTracker, guard: ResponseGuard
 ) -> tuple[Service, web.Application]:
     config, model_dir = spec.config, Path(spec.model_dir)
-    tokenizer, chat_template = load_text_files(model_dir)
+    tokenizer, chat_template = _text_files(spec.model_dir)
     keys = SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None
     service = Service(
         config=config,

@@ -50,15 +50,19 @@ def initialize(spec: ChildSpec) -> Fabric:
 
     From now on the process dies with the supervisor.
     """
+    detach(spec, spec.handles.topology.name(spec.process))
+    return Fabric(spec.handles, spec.process, spec.incarnation)
+
+
+def detach(spec: ChildSpec, name: str) -> None:
+    """Let this process die with the supervisor, but not by what a terminal sends; set its name and its logging."""
     _die_with(spec.supervisor_pid)
-    name = spec.handles.topology.name(spec.process)
     setproctitle.setproctitle(f"llumd: {name}")
     for number in (*GROUP_SIGNALS, CUT_SIGNAL, HANDOVER_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
     output.tolerate_loss()
     start_logging(spec.config.log_level, name)
-    return Fabric(spec.handles, spec.process, spec.incarnation)
 
 
 def start_logging(level: str, name: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import multiprocess
@@ -23,6 +23,9 @@ from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
 from daemon.supervisor.restarts import Backoff, Death, Succession
 from daemon.supervisor.socket_keeper import SocketKeeper, capacity
+from daemon.supervisor.standby import NAME, Standby, Started
+
+START_TIMEOUT = 60.0  # seconds for a process without a model to say that it runs
 
 
 class Child:
@@ -63,17 +66,6 @@ class Child:
         return Death(now - self.facts.started_at, beats, code == -signal.SIGKILL and not self.hung)
 
 
-@dataclass(slots=True)
-class _Channel:
-    """The end of a frontend's channel that it inherits; without a frontend there is none."""
-
-    sock: socket.socket | None = None
-
-    @property
-    def fd(self) -> int:
-        return self.sock.fileno() if self.sock is not None else -1
-
-
 class Spawner:
     """Starts children. Every incarnation of an engine gets a new KV pool, and one of a frontend a new channel."""
 
@@ -95,6 +87,7 @@ class Spawner:
         self._epoll = epoll
         self._context = multiprocess.get_context("spawn")
         self._capacity = capacity(handles.topology)
+        self.standby = Standby(self._start_standby) if config.standby_frontend else None
 
     def children(self, fabric: Fabric) -> list[Child]:
         """Return all children, by process number. None of them runs yet."""
@@ -107,22 +100,25 @@ class Spawner:
         """Start the next incarnation of `child`. Return how its row in the process table changes. Raises OSError."""
         if child.role == "engine":
             self._create_pool(child)
-        with self._channel(child) as channel:
-            spec = self._spec(child, channel.fd)
-            handles = self._handles
-            fds = [handles.segment, *handles.journals, *handles.outboxes, *handles.doorbells]
-            fds += [spec.listener_fd, spec.pool_fd, spec.keeper_fd]
-            child.handle = self._context.Process(
-                target=child_entry.run,
-                args=(spec, child_entry.Inherited([fd for fd in fds if fd >= 0])),
-                name=child.name,
+        with self._channel(child) as keeper_fd:
+            spec = dataclasses.replace(
+                self._spec(child.role, child.process),
+                incarnation=child.facts.incarnation + 1,
+                pool_fd=child.pool_fd,
+                keeper_fd=keeper_fd,
+                adopt=child.succession.adopts,
             )
-            with group_signals_blocked():
-                child.handle.start()
-            self._watch(child)
+            started = self.standby.take(spec) if self.standby is not None and child.keeper is not None else None
+            if started is None:
+                inherited = self._inherited(spec.listener_fd, spec.pool_fd, spec.keeper_fd)
+                started = self._start(child.name, child_entry.run, spec, inherited)
+        child.handle, child.pidfd = started
         child.suspected = child.hung = False
         child.first_beat = child.progress.steps
-        child.progress.enter(EngineState.STARTING, spec.incarnation, self._config.load_timeout)
+        within = (
+            self._config.load_timeout if child.role == "engine" else min(self._config.load_timeout, START_TIMEOUT)
+        )
+        child.progress.enter(EngineState.STARTING, spec.incarnation, within)
         pool = {"pool_fd": child.pool_fd, "pool_bytes": self._pool_bytes} if child.role == "engine" else {}
         return {
             "state": ProcessState.UP,
@@ -153,44 +149,56 @@ class Spawner:
             child.pool_fd = -1
 
     @contextlib.contextmanager
-    def _channel(self, child: Child) -> Iterator[_Channel]:
-        """Open the channel of the next incarnation of a frontend; close our copy of its end afterwards."""
+    def _channel(self, child: Child) -> Iterator[int]:
+        """Open the channel of the next incarnation of a frontend; yield the descriptor of its end, otherwise -1."""
         if child.keeper is None:
-            yield _Channel()
+            yield -1
             return
         with child.keeper.open_channel() as theirs:
             self._epoll.register(child.keeper.fileno(), select.EPOLLIN)
-            yield _Channel(theirs)
+            yield theirs.fileno()
 
-    def _watch(self, child: Child) -> None:
-        """Have the loop wake up at the child's end. Kill it if that is not possible: it would run unsupervised."""
+    def _inherited(self, *more: int) -> child_entry.Inherited:
+        """Return the descriptors of the fabric and `more`; those below 0 do not exist."""
+        handles = self._handles
+        fds = [handles.segment, *handles.journals, *handles.outboxes, *handles.doorbells, *more]
+        return child_entry.Inherited([fd for fd in fds if fd >= 0])
+
+    def _start_standby(self, role_fd: int) -> Started:
+        """Start a process that waits for its role on `role_fd`. Raises OSError."""
+        spec = self._spec("frontend", self._handles.topology.frontend(0))
+        return self._start(NAME, child_entry.run_standby, spec, role_fd, self._inherited(spec.listener_fd, role_fd))
+
+    def _start(self, name: str, target: Callable[..., None], *args: object) -> Started:
+        """Start a process and have the loop wake up at its end. Raises OSError."""
+        handle = self._context.Process(target=target, args=args, name=name)
+        with group_signals_blocked():
+            handle.start()
+        pidfd = -1
         try:
-            child.pidfd = os.pidfd_open(child.handle.pid)
-            self._epoll.register(child.pidfd, select.EPOLLIN)
-        except OSError:
-            child.handle.kill()
-            child.handle.join()
-            child.handle.close()
-            if child.pidfd >= 0:
-                os.close(child.pidfd)
-                child.pidfd = -1
+            pidfd = os.pidfd_open(handle.pid)
+            self._epoll.register(pidfd, select.EPOLLIN)
+        except OSError:  # kill it: it would run unsupervised
+            handle.kill()
+            handle.join()
+            handle.close()
+            if pidfd >= 0:
+                os.close(pidfd)
             raise
+        return Started(handle, pidfd)
 
-    def _spec(self, child: Child, keeper_fd: int) -> ChildSpec:
-        """Describe the next incarnation of `child`."""
-        listener = self._listeners.get(child.role)
+    def _spec(self, role: str, process: int) -> ChildSpec:
+        """Describe a process of this role, without what differs between its incarnations."""
+        listener = self._listeners.get(role)
         return ChildSpec(
             config=self._config,
             handles=self._handles,
-            process=child.process,
-            incarnation=child.facts.incarnation + 1,
+            process=process,
+            incarnation=0,
             supervisor_pid=os.getpid(),
             model_dir=self._model_dir,
             listener_fd=listener.fileno() if listener is not None else -1,
-            pool_fd=child.pool_fd,
-            keeper_fd=keeper_fd,
             keeper_capacity=self._capacity,
-            adopt=child.succession.adopts,
         )
 
     def _create_pool(self, child: Child) -> None:

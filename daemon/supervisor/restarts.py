@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 FIRST_BACKOFF = 0.2  # seconds
 MAX_BACKOFF = 30.0
-MAX_KILLED_BACKOFF = 1.0  # for a frontend that a signal from outside has killed: it did nothing wrong
+MAX_KILLED_BACKOFF = 1.0  # for a frontend that a signal from outside has killed
+WORKED_BEATS = 2  # of a frontend that has served; if it was killed from outside it did nothing wrong
 HEALTHY_AFTER = 60.0  # seconds of uptime after which the back-off starts again
 HEALTHY_BEATS = 10  # of a frontend, which beats once a second while it works
 FAILED_ADOPTIONS = 3  # in a row, after which the next frontend adopts nothing
@@ -34,7 +35,8 @@ class Backoff:
 
     def after(self, death: Death) -> float:
         """Return the seconds until the restart."""
-        healthy = death.beats >= HEALTHY_BEATS if self._frontend else death.uptime > HEALTHY_AFTER
+        needed = WORKED_BEATS if death.killed else HEALTHY_BEATS
+        healthy = death.beats >= needed if self._frontend else death.uptime > HEALTHY_AFTER
         if healthy:
             self.reset()
         delay = self.next()

@@ -282,6 +282,8 @@ class Supervisor:
     def _tick(self, now: float) -> None:
         """Reload the keys if asked to, start the children that must start, kill those long past their deadline."""
         self._keys.poll()
+        if (standby := self._spawner.standby) is not None:
+            standby.tick(now, calm=self._announced and all(c.serving for c in self._frontends()))
         for child in self._children:
             if self._must_start(child, now):
                 self._respawn(child, now)
@@ -353,6 +355,8 @@ class Supervisor:
         if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
+        if (standby := self._spawner.standby) is not None and standby.pidfd in ready:
+            standby.reap(time.monotonic())
         for child in self._children:
             if child.keeper is not None and child.keeper.fileno() in ready and not child.keeper.read():
                 self._epoll.unregister(child.keeper.fileno())

@@ -12,6 +12,7 @@ from daemon.supervisor.restarts import (
     KILLED_ADOPTIONS,
     MAX_BACKOFF,
     MAX_KILLED_BACKOFF,
+    WORKED_BEATS,
     Backoff,
     Death,
     Succession,
@@ -38,6 +39,8 @@ def test_the_first_restart_of_a_frontend_is_immediate() -> None:
     delays = [backoff.after(KILL) for _ in range(20)]
     assert max(delays) == MAX_KILLED_BACKOFF
     assert backoff.after(CRASH) == MAX_BACKOFF
+    assert backoff.after(KILL._replace(beats=WORKED_BEATS)) == 0.0
+    assert backoff.after(CRASH._replace(beats=WORKED_BEATS)) == FIRST_BACKOFF
 
 
 def test_a_frontend_that_hung_is_not_healthy_for_its_uptime() -> None:

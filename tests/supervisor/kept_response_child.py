@@ -1,4 +1,4 @@
-"""Stands in for the children of `test_succession`: a frontend that sends one response over several incarnations."""
+"""Stands in for the children of `test_kept_response`: a frontend that sends one response over several incarnations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from daemon.ipc.kept_sockets import KeptSockets, bytes_taken
 from daemon.ipc.messages import EngineState
 from tests.ipc.socket_writer import expected
 
-LENGTH = 32_000_000  # bytes of the response
+LENGTH = 16_000_000  # bytes of the response
 POISON = "poison"  # as the name of the model: every adoption ends the process
 
 

@@ -16,8 +16,8 @@ from daemon.config import Config
 from daemon.supervisor import child_entry
 from daemon.supervisor.supervisor import Supervisor
 from tests.ipc.socket_writer import expected
-from tests.supervisor import succession_child
-from tests.supervisor.succession_child import LENGTH, POISON
+from tests.supervisor import kept_response_child
+from tests.supervisor.kept_response_child import LENGTH, POISON
 
 pytestmark = pytest.mark.integration
 
@@ -67,7 +67,7 @@ def serve(tmp_path: Path, name: str) -> bytes:
 def test_a_response_outlives_a_kill_and_a_handover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_signals: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child_entry, "run", succession_child.run)
+    monkeypatch.setattr(child_entry, "run", kept_response_child.run)
     assert serve(tmp_path, "model") == expected(0, LENGTH)
     assert "signal SIGKILL; restart in 0.0 s" in caplog.text
 
@@ -75,7 +75,7 @@ def test_a_response_outlives_a_kill_and_a_handover(
 def test_a_response_that_kills_each_successor_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_signals: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child_entry, "run", succession_child.run)
+    monkeypatch.setattr(child_entry, "run", kept_response_child.run)
     received = serve(tmp_path, POISON)
     assert 0 < len(received) < LENGTH
     assert received == expected(0, len(received))
