@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import setproctitle
 
 from daemon.config import Config
-from daemon.ipc import output
+from daemon.ipc import code_version, output
+from daemon.ipc.code_version import CodeVersion
 from daemon.ipc.fabric import Fabric, FabricHandles
+
+log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 EXIT_FAILED = 1
@@ -42,6 +45,7 @@ class ChildSpec:
     pool_fd: int = -1  # engines: their KV pool segment
     keeper_fd: int = -1  # frontends: their channel to the supervisor, see `kept_sockets`
     keeper_capacity: int = 0  # frontends: sockets that the supervisor can keep for each
+    code: CodeVersion | None = None  # of the supervisor's code; None: the process need not check its own
     adopt: bool = False  # frontends: go on with the responses of the predecessor, which has died or handed over
 
 
@@ -63,6 +67,9 @@ def detach(spec: ChildSpec, name: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
     output.tolerate_loss()
     start_logging(spec.config.log_level, name)
+    if spec.code is not None and not code_version.fits(spec.code):
+        log.error("another version of llumd was installed, whose layout of shared memory differs; restart the daemon")
+        sys.exit(EXIT_CONFIG)
 
 
 def start_logging(level: str, name: str) -> None:

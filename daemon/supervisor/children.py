@@ -15,7 +15,7 @@ from typing import Any
 import multiprocess
 
 from daemon.config import Config
-from daemon.ipc import segment
+from daemon.ipc import code_version, segment
 from daemon.ipc.child import GROUP_SIGNALS, ChildSpec
 from daemon.ipc.fabric import Fabric, FabricHandles
 from daemon.ipc.messages import EngineState
@@ -43,6 +43,8 @@ class Child:
         self.start_at = 0.0  # earliest time of the next start, monotonic; infinite when the daemon stops
         self.suspected = False  # has missed its deadline
         self.hung = False  # has been killed for that
+        self.ordered_at = 0.0  # when the replacement of this incarnation was ordered, monotonic; 0: it was not
+        self.replaced_at = 0.0  # when this incarnation was told to end for its successor, monotonic; 0: it was not
         self.first_beat = 0  # number of beats at the start of this incarnation
         self.backoff = Backoff(frontend=role == "frontend")
         self.succession = Succession()
@@ -86,6 +88,7 @@ class Spawner:
         self._handles = handles
         self._epoll = epoll
         self._context = multiprocess.get_context("spawn")
+        self._code = code_version.installed()
         self._capacity = capacity(handles.topology)
         self.standby = Standby(self._start_standby) if config.standby_frontend else None
 
@@ -114,6 +117,7 @@ class Spawner:
                 started = self._start(child.name, child_entry.run, spec, inherited)
         child.handle, child.pidfd = started
         child.suspected = child.hung = False
+        child.ordered_at = child.replaced_at = 0.0
         child.first_beat = child.progress.steps
         within = (
             self._config.load_timeout if child.role == "engine" else min(self._config.load_timeout, START_TIMEOUT)
@@ -199,6 +203,7 @@ class Spawner:
             model_dir=self._model_dir,
             listener_fd=listener.fileno() if listener is not None else -1,
             keeper_capacity=self._capacity,
+            code=self._code,
         )
 
     def _create_pool(self, child: Child) -> None:

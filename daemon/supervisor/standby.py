@@ -46,11 +46,20 @@ class Standby:
         self._socket: socket.socket | None = None
         self._start_at = float("inf")  # monotonic; infinite until all frontends serve
         self._backoff = _FIRST_BACKOFF
+        self._loaded = False
         self._failed = False
 
     @property
     def pidfd(self) -> int:
         return self._process.pidfd if self._process is not None else -1
+
+    @property
+    def loaded(self) -> bool:
+        """True once the standby has loaded all that it needs: from then on it takes over at once."""
+        if not self._loaded and self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._loaded = bool(self._socket.recv(1, socket.MSG_DONTWAIT))
+        return self._loaded
 
     def tick(self, now: float, *, calm: bool) -> None:
         """Start a standby if there is none and every frontend has served for a while. `calm`: they serve now."""
@@ -106,12 +115,15 @@ class Standby:
         if self._socket is not None:
             self._socket.close()
         self._process = self._socket = None
+        self._loaded = False
         self._start_at = float("inf")
 
 
 def wait_for_role(spec: ChildSpec, fd: int) -> ChildSpec:
     """Wait in the standby for its role. Return `spec` with it. The process ends if the supervisor drops it."""
     with contextlib.closing(socket.socket(fileno=fd)) as sock:
+        with contextlib.suppress(BrokenPipeError):  # it may have its role already
+            sock.send(b"L")  # all is loaded
         payload, fds = receive(sock, _ROLE.size, 1)
     if len(payload) != _ROLE.size or not fds:
         sys.exit(0)

@@ -23,11 +23,20 @@ import setproctitle
 from multiprocess import resource_tracker
 
 from daemon.config import Config
-from daemon.ipc.child import CUT_SIGNAL, EXIT_CONFIG, EXIT_FAILED, EXIT_HANDOVER, EXIT_PARKED, STOP_SIGNAL
+from daemon.ipc.child import (
+    CUT_SIGNAL,
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_HANDOVER,
+    EXIT_PARKED,
+    HANDOVER_SIGNAL,
+    STOP_SIGNAL,
+)
 from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import EngineState
 from daemon.ipc.process_table import ProcessState
+from daemon.ipc.restart_orders import RestartOrders
 from daemon.supervisor.children import Child, Spawner, group_signals_blocked
 from daemon.supervisor.key_reload import KeyReload, KeySource
 from daemon.supervisor.start_error import StartError, explain
@@ -39,6 +48,7 @@ TICK = 0.2  # seconds between checks of the timers
 LATE_TICK = 2.0  # seconds; after a longer gap the supervisor itself was stopped, and missed deadlines mean nothing
 START_ATTEMPTS = 5  # deaths of every engine, or every frontend, after which a daemon that never served gives up
 SAME_SIGNAL = 0.5  # seconds; `timeout` and others send one signal twice, to this process and to its group
+STANDBY_WAIT = 20.0  # seconds that the replacement of a frontend waits for a standby that is loaded
 STOP_GRACE = 5.0  # seconds between STOP_SIGNAL, or CUT_SIGNAL, and SIGKILL
 
 
@@ -60,6 +70,7 @@ class Supervisor:
         self._fabric = Fabric(handles, -1, 0)
         self._table = self._fabric.table_writer()
         self._desired_states = DesiredStateReader(self._fabric.desired_states())
+        self._restart_orders = RestartOrders(self._fabric.restart_orders())
         self._keys = KeyReload(self._fabric.keys_page(), keys)
         self._notifier = Notifier()
         self._epoll = select.epoll()
@@ -221,11 +232,11 @@ class Supervisor:
             log.error("%s cannot run and is not restarted", child.name)
             self._record(child, state=ProcessState.FAILED, last_exit=how, last_crashed=last_crashed)
             self._hang_up([child])
-        elif code == EXIT_HANDOVER:
-            log.info("%s (pid %d) has handed over", child.name, child.facts.pid)
+        elif code == EXIT_HANDOVER or (child.replaced_at and self._desired_state(child) != EngineState.PARKED):
+            log.info("%s (pid %d) has ended for its successor: %s", child.name, child.facts.pid, how)
             child.succession.on_handover()
             child.start_at = 0.0
-            self._record(child, state=ProcessState.DEAD, last_exit="handed over", last_crashed=last_crashed)
+            self._record(child, state=ProcessState.DEAD, last_exit="replaced")  # not a crash
         elif self._desired_state(child) == EngineState.PARKED:
             log.error("%s (pid %d) died before it was parked: %s", child.name, child.facts.pid, how)
             self._park(child, last_exit=how, last_crashed=last_crashed)
@@ -287,8 +298,26 @@ class Supervisor:
         for child in self._children:
             if self._must_start(child, now):
                 self._respawn(child, now)
+            elif child.alive and self._restart_orders.of(child.process) == child.facts.incarnation:
+                self._replace(child, now)
             elif child.alive and now > self._ignore_deadlines_until:
                 self._check_deadline(child, child.progress.overdue(now))
+
+    def _replace(self, child: Child, now: float) -> None:
+        """Have this incarnation end for its successor; kill it if it takes too long, as one that is stopped does.
+
+        A frontend waits for a standby, so that its clients hardly wait.
+        """
+        if not child.replaced_at:
+            child.ordered_at = child.ordered_at or now
+            standby = self._spawner.standby
+            if child.keeper and standby and not standby.loaded and now < child.ordered_at + STANDBY_WAIT:
+                return
+            child.replaced_at = now
+            log.info("%s (pid %d) is replaced", child.name, child.facts.pid)
+            self._signal(child, HANDOVER_SIGNAL if child.keeper is not None else STOP_SIGNAL)
+        elif now > child.replaced_at + STOP_GRACE:
+            self._signal(child, signal.SIGKILL)
 
     def _respawn(self, child: Child, now: float) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Stands in for the children of `test_kept_response`: a frontend that sends one response over several incarnations."""
+"""Stands in for the children of `test_kept_response`: a frontend that sends one response in several incarnations."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +72,21 @@ def test_it_gets_its_role_with_the_channel(starter: Starter, adopt: bool) -> Non
             channel.send(b"here")
             assert ours.recv(10) == b"here"
     assert standby.take(SPEC) is None  # there is no second one yet
+
+
+def test_it_says_when_it_is_loaded(starter: Starter) -> None:
+    standby = ready(starter)
+    assert not standby.loaded
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait_for_role, SPEC, starter.roles[0])
+        while not standby.loaded:
+            time.sleep(0.001)
+        with socket.socket() as channel:
+            standby.take(dataclasses.replace(SPEC, incarnation=3, keeper_fd=channel.fileno()))
+        got = waiting.result()
+    os.close(got.keeper_fd)
+    assert got.incarnation == 3
+    assert not standby.loaded
 
 
 def test_it_ends_when_the_supervisor_drops_it(starter: Starter) -> None:
