@@ -147,7 +147,7 @@ class Dispatching:
     """A frontend with `running` unfinished requests that dispatches to engines with `running` requests each."""
 
     def __init__(self, running: int, *, affinity: bool = True) -> None:
-        handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20)
+        handles = Fabric.create(Topology(FRONTENDS, ENGINES), 64 << 20, 1 << 20)
         table = Fabric(handles, -1, 0).table_writer()
         for process in range(handles.topology.processes):
             table.publish(process, ProcessFacts(state=ProcessState.UP, incarnation=1))
@@ -178,8 +178,8 @@ class Dispatching:
         request = self._tracker.submit(self._prompt, self._params, RequestAttributes("chatcmpl-0"))
         end = self._fabric.rang_at
         if random.random() < 0.3:
-            self._sibling.submit(self._prompt[:8], self._params, RequestAttributes("s")).cancel()
-        request.cancel()
+            self._sibling.submit(self._prompt[:8], self._params, RequestAttributes("s")).release()
+        request.release()
         self._engines.consume()
         return (end - start) / 1e3
 
@@ -226,7 +226,7 @@ def measure_cycle(rounds: int) -> dict[str, float]:
     """Return the microseconds of one coordinator period over 64 engines: read boards, pair engines, write orders."""
     engines = 64
     topology = Topology(1, engines)
-    handles = Fabric.create(topology, 1 << 20)
+    handles = Fabric.create(topology, 1 << 20, 1 << 20)
     table = Fabric(handles, -1, 0).table_writer()
     for process in range(topology.processes):
         table.publish(process, ProcessFacts(state=ProcessState.UP, incarnation=1))

@@ -256,6 +256,11 @@ class Config:
     frontends: int = _option(
         1, "http", "Number of HTTP processes. They share one listening socket.", at_least=1, at_most=16
     )
+    standby_frontend: bool = _option(
+        True,
+        "http",
+        "Keep one more HTTP process loaded, which takes over at once when one of them dies. It costs its memory.",
+    )
     api_key_file: str = _option(
         "",
         "http",
@@ -350,6 +355,14 @@ class Config:
         "http",
         "Shared memory of each frontend for the prompts and outputs of its unfinished requests (journal). "
         "While it is full, new requests get status 429.",
+        "bytes",
+        at_least=1 << 20,
+        below=4 << 30,
+    )
+    outbox_memory: int = _option(
+        32 << 20,
+        "http",
+        "Shared memory of each frontend for response bytes on their way (outbox). They survive the frontend there.",
         "bytes",
         at_least=1 << 20,
         below=4 << 30,

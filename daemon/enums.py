@@ -69,6 +69,7 @@ class EarlyEnd(StrEnum):
     OPERATOR = "operator"
     SHUTDOWN = "shutdown"  # the daemon ends
     ENGINE = "engine"  # its engine died or could not continue it
+    FRONTEND = "frontend"  # its frontend died before it had begun the response
 
 
 class Resource(StrEnum):

@@ -49,6 +49,7 @@ PURE = [
     "daemon.engine.cuda.slots",
     "daemon.cli.memory_budget",
     "daemon.units",
+    "daemon.supervisor.restarts",
 ]
 LIGHT = [
     "daemon.cli.llumd",

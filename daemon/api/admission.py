@@ -70,7 +70,8 @@ class Admission:
     """The limits of one frontend.
 
     A place is taken before any work for a request, so that a burst is not tokenised only to be refused. It is held
-    until the request is submitted; from then on the request itself holds one, and its reservation in the journal.
+    until the request is submitted; from then on the request itself holds one until it ends. Its reservation in the
+    journal lasts until its output is delivered.
     """
 
     def __init__(self, max_queued: int, journal_bytes: int, journal_slots: int) -> None:
@@ -113,9 +114,18 @@ class Admission:
         self._places.add(holder, 1)
         self._journal.add(holder, journal_bytes)
 
-    def close(self, holder: Holder, journal_bytes: int) -> None:
-        """Undo `open`: the request has ended."""
+    def keep(self, holder: Holder, journal_bytes: int, *, unfinished: bool) -> None:
+        """Record a request of a predecessor, whatever the limits are."""
+        if unfinished:
+            self._places.add(holder, 1)
+        self._journal.add(holder, journal_bytes)
+
+    def end(self, holder: Holder) -> None:
+        """Give back the place of a request that has ended. Its reservation stays until `free`."""
         self._places.add(holder, -1)
+
+    def free(self, holder: Holder, journal_bytes: int) -> None:
+        """Give back the reservation of a request that has ended."""
         self._journal.add(holder, -journal_bytes)
 
     def _reason(self, holder: Holder) -> str:

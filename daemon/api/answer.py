@@ -12,19 +12,15 @@ from daemon.api.choice import Choice
 from daemon.api.errors import cancelled, lost
 from daemon.api.generator import TokenChunk
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
-from daemon.api.params import num_logprobs
 from daemon.api.request_metrics import REASONS, RequestMetrics
-from daemon.api.schemas import ChatRequest, CompletionRequest
+from daemon.api.response_facts import AnswerForm, PromptFacts, choice_word
 from daemon.api.service import Service
-from daemon.api.validation import stop_strings
-from daemon.ipc.messages import Finish, SamplingParams
-
-Request = ChatRequest | CompletionRequest
+from daemon.ipc.messages import Finish
 
 
 class Prompt(NamedTuple):
     tokens: list[int]
-    text: str | None  # what `echo` repeats; None: the text of the tokens
+    echo: str  # the text that each of its answers begins with
 
 
 class Answer:
@@ -36,54 +32,74 @@ class Answer:
     def __init__(
         self,
         service: Service,
-        request: Request,
-        prompts: list[Prompt],
+        form: AnswerForm,
+        prompts: list[PromptFacts],
         id: str,
+        created: int,
         arrival: float,
         deadline: asyncio.Timeout,
     ) -> None:
-        """`arrival`: of the request. `deadline`: if it expires, it ends the context with CancelledError."""
+        """`created`: seconds of the epoch. `deadline`: if it expires, it ends the context with CancelledError."""
         self._service = service
-        self._request = request
-        self._prompts = prompts
-        self._n = request.n or 1
-        self._arrival = arrival
+        self.form = form
+        self.prompts = prompts
+        self.arrival = arrival
         self._deadline = deadline
         self.id = id
-        self.chat = isinstance(request, ChatRequest)
-        self.created = int(time.time())
+        self.chat = form.chat
+        self.created = created
         self.model = service.model_config.name
         self.choices: list[Choice] = []
         self._metrics: list[RequestMetrics] = []
         self.unfinished = 0
         # Running totals: the usage in every event must not cost more the more choices there are.
-        self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
+        self._prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         self._output_tokens = 0
         self._cached_tokens = 0
 
-    def add(self, params: SamplingParams) -> None:
-        """Add the next choice. Call it after the submission of that choice."""
-        request, service = self._request, self._service
-        eos = () if params.ignore_eos else service.model_config.eos_token_ids
-        skip_special = request.skip_special_tokens is not False
+    def add(self, max_tokens: int) -> None:
+        """Add the next choice, of at most `max_tokens` tokens. Call it after the submission of that choice."""
+        prompt = self.prompts[len(self.choices) // self.form.n]
+        self._add(RequestMetrics(self._service.page, self.arrival, prompt.num_tokens, max_tokens))
+
+    def resume(self, chunk: TokenChunk) -> None:
+        """Add the next choice, of which a former process has written `chunk`, all output up to here."""
+        index = len(self.choices)
+        self._add(RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
+        choice = self.choices[index]
+        choice.push(chunk)
+        if choice.logprobs is not None:
+            choice.logprobs.take()
+        self._count(index, choice.num_tokens, choice.num_cached_tokens)
+        if choice.finish:
+            self._metrics[index].close()
+            self.unfinished -= 1
+
+    def _add(self, metrics: RequestMetrics) -> None:
+        form, tokenizer = self.form, self._service.tokenizer
         choice = Choice(
-            service.tokenizer.detokenizer(continuing=True, skip_special=skip_special),
-            stops=stop_strings(request.stop),
-            min_tokens=params.min_tokens,
-            end_tokens=frozenset((*eos, *params.stop_token_ids)),
+            tokenizer.detokenizer(continuing=True, skip_special=form.skip_special),
+            stops=list(form.stops),
+            min_tokens=form.min_tokens,
+            end_tokens=form.end_tokens,
             logprobs=self._logprobs_format(),
         )
-        prompt = self._prompts[len(self.choices) // self._n]
         self.choices.append(choice)
-        self._metrics.append(RequestMetrics(service.page, self._arrival, len(prompt.tokens), params.max_tokens))
+        self._metrics.append(metrics)
         self.unfinished += 1
 
     def _logprobs_format(self) -> LogprobsFormat | None:
-        top = num_logprobs(self._request)
+        top = self.form.logprobs
         if top < 0:
             return None
-        tokenizer, ids = self._service.tokenizer, bool(self._request.return_tokens_as_token_ids)
+        tokenizer, ids = self._service.tokenizer, self.form.token_ids
         return ChatLogprobs(tokenizer, ids) if self.chat else TextLogprobs(tokenizer, top, ids)
+
+    def _count(self, index: int, tokens: int, cached: int) -> None:
+        """Add to the totals: output tokens, and prompt tokens of choice `index` from a prefix cache."""
+        self._output_tokens += tokens
+        if index % self.form.n == 0:  # one choice of each prompt
+            self._cached_tokens += cached
 
     def push(self, index: int, chunk: TokenChunk) -> str:
         """Add a chunk to its choice and return its text. Raises ApiError if the choice failed."""
@@ -91,10 +107,8 @@ class Answer:
         before, cached_before = choice.num_tokens, choice.num_cached_tokens
         text = choice.push(chunk)
         if choice.num_tokens > before:
-            self._output_tokens += choice.num_tokens - before
             metrics.output(time.monotonic(), choice.num_tokens - before)
-        if index % self._n == 0:  # one choice of each prompt
-            self._cached_tokens += choice.num_cached_tokens - cached_before
+        self._count(index, choice.num_tokens - before, choice.num_cached_tokens - cached_before)
         if choice.finish:
             self.unfinished -= 1
             metrics.end(time.monotonic(), choice.finish, choice.num_cached_tokens)
@@ -103,6 +117,12 @@ class Answer:
             if choice.finish is Finish.ERROR:
                 raise lost("computing it failed; the server's log has the details", retry=False)
         return text
+
+    async def leave_deadline(self) -> None:
+        """Let the deadline end the answer no more: it is only sent now, and the connection has a limit for that."""
+        if self._deadline.expired():
+            await asyncio.sleep(0)  # raises the cancellation that is on its way
+        self._deadline.reschedule(None)
 
     def __enter__(self) -> Answer:
         return self
@@ -118,11 +138,8 @@ class Answer:
             metrics.end(time.monotonic(), finish, choice.num_cached_tokens)
 
     def echo(self, index: int) -> str:
-        """Return the text that a choice's own text begins with if the request sets `echo`; otherwise ""."""
-        if not self._request.echo:
-            return ""
-        prompt = self._prompts[index // self._n]
-        return self._service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+        """Return the text that comes before a choice's own text: that of its prompt if the request sets `echo`."""
+        return self.prompts[index // self.form.n].echo
 
     def num_tokens(self) -> tuple[int, int]:
         """Return the numbers of prompt tokens and of output tokens so far."""
@@ -157,11 +174,10 @@ class Answer:
 class AnswerWriter:
     """Writes an answer as events, one choice chunk at a time."""
 
-    def __init__(self, answer: Answer, *, include_usage: bool, continuous: bool) -> None:
-        """`include_usage`: send totals at the end, and null before. `continuous`: send the usage in every event."""
+    def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._include_usage = include_usage
-        self._continuous = continuous
+        self._include_usage = answer.form.include_usage
+        self._continuous = answer.form.continuous_usage
         self._identity: dict[str, Any] = {
             "chat": answer.chat,
             "id": answer.id,
@@ -169,19 +185,19 @@ class AnswerWriter:
             "model": answer.model,
         }
         self._writers = [
-            sse.ChunkWriter(**self._identity, index=i, include_usage=include_usage)
+            sse.ChunkWriter(**self._identity, index=i, include_usage=self._include_usage)
             for i in range(len(answer.choices))
         ]
-        self._begun = [False] * len(answer.choices)
+        self.state = [0] * (1 + len(answer.choices))
+        """What has been written so far, in the words of `response_facts`."""
 
     def begin(self, index: int, out: list[bytes]) -> None:
         """Append the events that come before the first output of this choice, if they are not sent yet.
 
         Call it before `Answer.push`: these events count none of the output that follows them.
         """
-        if self._begun[index]:
+        if self.state[1 + index]:
             return
-        self._begun[index] = True
         writer, usage = self._writers[index], self._usage()
         if self._answer.chat:
             out.append(writer.role(usage))
@@ -197,6 +213,7 @@ class AnswerWriter:
             out.append(writer.text(text, logprobs, usage))
         if choice.finish:
             out.append(writer.finish(REASONS[choice.finish], usage))
+        self.state[1 + index] = choice_word(choice.position, choice.finish)
 
     def end(self, out: list[bytes]) -> None:
         """Append the events after the end of the last choice."""

@@ -18,18 +18,15 @@ from daemon.api import metrics
 from daemon.api.access_log import AccessLog
 from daemon.api.auth import Keys, current_key
 from daemon.api.errors import ApiError, body_too_large, to_api_error
-from daemon.api.generator import Generator
 from daemon.api.loop_clock import LoopClock
-from daemon.api.metrics import FrontendMetrics
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
 from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
+from daemon.api.response_head import response_headers
 from daemon.api.service import Service
 from daemon.config import Config
-from daemon.models.chat_template import ChatTemplate
-from daemon.models.model_config import ModelConfig
-from daemon.models.tokenizer import Tokenizer
+from daemon.ipc.metrics_page import MetricsPage
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -44,27 +41,10 @@ class Route(NamedTuple):
     public: bool = False  # needs no key
 
 
-def build_app(
-    *,
-    config: Config,
-    generator: Generator,
-    tokenizer: Tokenizer,
-    chat_template: ChatTemplate,
-    model_config: ModelConfig,
-    keys: Keys | None,
-    metrics: FrontendMetrics,
-) -> web.Application:
+def build_app(service: Service, keys: Keys | None) -> web.Application:
     """Build the application of one frontend. Without `keys` it accepts every client and ignores its key."""
-    service = Service(
-        config=config,
-        generator=generator,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        model_config=model_config,
-        metrics=metrics,
-    )
-    middleware = _Middleware(config, keys, metrics)
-    origins = middleware.origins
+    config, origins = service.config, service.origins
+    middleware = _Middleware(config, keys, service.page, origins)
     app = web.Application(middlewares=[middleware.handle], client_max_size=config.max_body)
     for route in _routes(service):
         resource = app.router.add_resource(route.path)
@@ -72,9 +52,7 @@ def build_app(
             middleware.add(resource.add_route(method, route.handler), route)
 
     async def finish_headers(http: web.Request, response: web.StreamResponse) -> None:
-        response.headers["x-request-id"] = request_id(http)
-        response.headers["Server"] = "llumd"
-        response.headers.update(origins.response_headers(http.headers.get("Origin")))
+        response.headers.update(response_headers(http, origins))
 
     app.on_response_prepare.append(finish_headers)
 
@@ -130,13 +108,13 @@ class _Health:
 class _Middleware:
     """Checks names, body size and key of every request, turns exceptions into OpenAI's errors, counts and logs."""
 
-    def __init__(self, config: Config, keys: Keys | None, metrics: FrontendMetrics) -> None:
+    def __init__(self, config: Config, keys: Keys | None, page: MetricsPage, origins: OriginPolicy) -> None:
         self._max_body = config.max_body
         self._keys = keys
-        self._page = metrics.page
-        self.origins = OriginPolicy(config, keys=keys is not None)
+        self._page = page
+        self._origins = origins
         self._access_log = AccessLog(config.access_log)
-        self._clock = LoopClock(metrics.page)
+        self._clock = LoopClock(page)
         self._names: dict[web.AbstractRoute, str] = {}
         self._public: set[web.AbstractRoute] = set()
 
@@ -167,9 +145,9 @@ class _Middleware:
 
     async def _check_and_run(self, http: web.Request, handler: Handler) -> web.StreamResponse:
         origin = http.headers.get("Origin")
-        self.origins.check(http.headers.get("Host"), origin)
+        self._origins.check(http.headers.get("Host"), origin)
         if http.method == "OPTIONS" and origin and "Access-Control-Request-Method" in http.headers:
-            return web.Response(status=204, headers=self.origins.response_headers(origin, preflight=True))
+            return web.Response(status=204, headers=self._origins.response_headers(origin, preflight=True))
         if (http.content_length or 0) > self._max_body:
             raise body_too_large(self._max_body)
         # The matched route decides, never the text of the path: an unknown path needs a key too.

@@ -21,6 +21,7 @@ class Choice:
         "logprobs",
         "num_cached_tokens",
         "num_tokens",
+        "position",
     )
 
     def __init__(
@@ -43,6 +44,7 @@ class Choice:
         self.finish = Finish.NONE
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.position = 0  # output tokens that were pushed; those after a stop string do not count as `num_tokens`
 
     def push(self, chunk: TokenChunk) -> str:
         """Add the chunk and return its text, without an end that may still become a stop string or a character.
@@ -51,6 +53,7 @@ class Choice:
         """
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         self.finish = chunk.finish
+        self.position += len(chunk.tokens)
         if self._stops is None:
             count, text = len(chunk.tokens), self._text(chunk)
         else:

@@ -13,7 +13,6 @@ import logging
 import os
 import resource
 import socket
-import uuid
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -21,8 +20,10 @@ from aiohttp.web_protocol import RequestHandler
 
 from daemon.api.errors import ApiError, bad_request, internal, too_many_connections
 from daemon.api.rate_limited_log import RateLimitedLog
+from daemon.api.response_head import common_headers, raw_error
 from daemon.config import Config
 from daemon.enums import ConnectionEnd
+from daemon.ipc.kept_sockets import KeptSockets
 from daemon.ipc.metrics_page import MetricsPage
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ def max_connections(config: Config) -> int:
 class Connections:
     """All connections of one frontend. Used on the event loop's thread only."""
 
-    def __init__(self, server: web.Server, config: Config, page: MetricsPage) -> None:
+    def __init__(
+        self, server: web.Server, config: Config, page: MetricsPage, kept: KeptSockets | None = None
+    ) -> None:
+        """`kept`: where connections are kept that outlive this process; None: nowhere."""
+        self.kept = kept
         self._server = server
         self._keep_alive = config.keep_alive
         self._write_timeout = config.request_deadline
@@ -65,9 +70,9 @@ class Connections:
         page.set("max_connections", self._limit)
         page.set("connections", 0)
 
-    def __call__(self) -> Connection:
+    def __call__(self, sock: socket.socket) -> Connection:
         """Return the protocol of a new connection."""
-        return Connection(self, self._server, self._loop, self._keep_alive)
+        return Connection(self, self._server, self._loop, self._keep_alive, sock)
 
     def accept(self, sock: socket.socket) -> asyncio.Task[object] | None:
         """Serve a new connection. At the limit, close the longest idle one first, or refuse the new one."""
@@ -77,7 +82,7 @@ class Connections:
             if not self.close_idle():
                 self._refuse(sock)
                 return None
-        return self._loop.create_task(self._loop.connect_accepted_socket(self, sock))
+        return self._loop.create_task(self._loop.connect_accepted_socket(lambda: self(sock), sock))
 
     def close_idle(self) -> bool:
         """Close the connection that has waited for a request for longest. Return False if none waits."""
@@ -90,7 +95,7 @@ class Connections:
     def _refuse(self, sock: socket.socket) -> None:
         self._page.inc("connections_cut", 1, ConnectionEnd.REFUSED)
         with contextlib.suppress(OSError):  # the client has hung up, or takes no byte now
-            sock.send(_raw_response(too_many_connections()))
+            sock.send(raw_error(too_many_connections(), common_headers()))
         sock.close()
 
     def cut(self, connection: Connection, reason: ConnectionEnd) -> None:
@@ -123,7 +128,7 @@ class Connections:
             for connection in list(self._open):
                 if connection.head_overdue(now):
                     if connection.has_partial_head and connection.transport is not None:
-                        connection.transport.write(_raw_response(_head_timeout()))
+                        connection.transport.write(raw_error(_head_timeout(), common_headers()))
                     self.cut(connection, ConnectionEnd.NO_REQUEST)
                 elif 0 < self._write_timeout < connection.blocked_for(now):
                     self.cut(connection, ConnectionEnd.SLOW_READER)
@@ -134,13 +139,20 @@ class Connections:
 class Connection(RequestHandler):
     """One connection: aiohttp's protocol, with a deadline for request heads and OpenAI's error bodies."""
 
-    __slots__ = ("_blocked_since", "_connections", "_head_since", "has_partial_head")
+    __slots__ = ("_blocked_since", "_connections", "_head_since", "_token", "has_partial_head", "sock")
 
     def __init__(
-        self, connections: Connections, server: web.Server, loop: asyncio.AbstractEventLoop, keep_alive: float
+        self,
+        connections: Connections,
+        server: web.Server,
+        loop: asyncio.AbstractEventLoop,
+        keep_alive: float,
+        sock: socket.socket,
     ) -> None:
         super().__init__(server, loop=loop, keepalive_timeout=keep_alive, access_log=None, logger=log)  # type: ignore[arg-type]
         self._connections = connections
+        self.sock = sock
+        self._token = 0  # under which the connection is kept; 0: it is not
         self._head_since = 0.0  # time from which a request head is due; 0: none is due
         self._blocked_since = 0.0  # time from which the client has not read its answer; 0: it reads
         self.has_partial_head = False
@@ -158,6 +170,17 @@ class Connection(RequestHandler):
         """Return the seconds in which the client has not read its answer."""
         return now - self._blocked_since if self._blocked_since else 0.0
 
+    async def keep(self) -> int:
+        """Have this connection outlive this process; return its token, 0 if it cannot."""
+        kept = self._connections.kept
+        if not self._token and kept is not None:
+            token = await kept.hold(self.sock)
+            if self.transport is None:  # the client has hung up meanwhile
+                kept.release(token)
+                return 0
+            self._token = token
+        return self._token
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._head_since = self._loop.time()
@@ -165,6 +188,11 @@ class Connection(RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._connections.closed(self)
+        if self._token and self._connections.kept is not None:
+            with contextlib.suppress(OSError):  # closing sends no FIN while the connection is kept
+                self.sock.shutdown(socket.SHUT_RDWR)
+            self._connections.kept.release(self._token)
+            self._token = 0
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -203,7 +231,7 @@ class Connection(RequestHandler):
             self.log_exception("a request has failed outside of its handler", exc_info=exc)
             error = internal()
         response = error.response()
-        response.headers.update(_common_headers())
+        response.headers.update(common_headers())
         response.force_close()
         return response
 
@@ -223,18 +251,3 @@ def _reason(message: str | None) -> str:
 
 def _head_timeout() -> ApiError:
     return ApiError(408, f"The head of the request did not arrive within {HEAD_TIMEOUT:g} seconds.")
-
-
-def _common_headers() -> dict[str, str]:
-    return {"Server": "llumd", "x-request-id": uuid.uuid4().hex}
-
-
-def _raw_response(error: ApiError) -> bytes:
-    """Return the bytes of a whole HTTP response, for a connection that has no request."""
-    response = error.response()
-    body = response.body
-    assert isinstance(body, bytes)
-    fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
-    head = [f"HTTP/1.1 {error.status} {response.reason}"]
-    head += [f"{name}: {value}" for name, value in (fields | error.headers | _common_headers()).items()]
-    return "\r\n".join([*head, "", ""]).encode() + body

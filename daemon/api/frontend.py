@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -17,24 +19,46 @@ from daemon.api.auth import SharedKeys
 from daemon.api.body_memory import keep_large_blocks_apart
 from daemon.api.connections import Connections
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
+from daemon.api.origins import OriginPolicy
 from daemon.api.rate_limited_log import RateLimitedLog
 from daemon.api.request_tracker import RequestTracker
+from daemon.api.response_guard import ResponseGuard
+from daemon.api.service import Service
+from daemon.api.succession import Succession
 from daemon.config import ConfigError
 from daemon.ipc import child, doorbell
-from daemon.ipc.child import CUT_SIGNAL, EXIT_CONFIG, STOP_SIGNAL, ChildSpec
+from daemon.ipc.child import CUT_SIGNAL, EXIT_CONFIG, EXIT_HANDOVER, HANDOVER_SIGNAL, STOP_SIGNAL, ChildSpec
 from daemon.ipc.fabric import Fabric
+from daemon.ipc.kept_sockets import KeptSockets
 from daemon.ipc.keys_page import KeysReader
 from daemon.ipc.messages import EngineState
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
+from daemon.ipc.outbox import Outbox
 from daemon.ipc.process_table import Progress
 from daemon.models.model_config import ModelError, read_model_config
-from daemon.models.text_files import load_text_files
+from daemon.models.text_files import TextFiles, load_text_files
 
 log = logging.getLogger(__name__)
 
 _HEARTBEAT = 1.0  # seconds between two heartbeats
 _LATE = 0.5  # seconds by which a heartbeat may be late without a reason to distrust this process's own clock
 _HEARTBEAT_DEADLINE = 30.0  # seconds after a heartbeat at which the next one is overdue
+
+
+def prepare(spec: ChildSpec) -> None:
+    """Load, in a standby, what `main` needs of the model. Exits if that cannot be loaded."""
+    keep_large_blocks_apart()
+    try:
+        _text_files(spec.model_dir)
+    except ModelError as e:
+        log.error("%s", e)
+        sys.exit(EXIT_CONFIG)
+    _settle()
+
+
+@functools.lru_cache(maxsize=1)
+def _text_files(model_dir: str) -> TextFiles:
+    return load_text_files(Path(model_dir))
 
 
 def main(spec: ChildSpec) -> None:
@@ -51,12 +75,15 @@ def main(spec: ChildSpec) -> None:
 
 async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     loop = asyncio.get_running_loop()
-    tracker = RequestTracker(fabric, spec.config)
-    app = _application(spec, fabric, tracker)
+    tracker = RequestTracker(fabric, spec.config, adopt=spec.adopt)
+    kept = KeptSockets(spec.keeper_fd, spec.incarnation, spec.keeper_capacity)
+    _, index = fabric.topology.role(fabric.process)
+    outbox = Outbox(fabric.outbox(index), adopt=spec.adopt)
+    service, app = _application(spec, fabric, tracker, ResponseGuard(outbox, tracker.metrics))
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     assert runner.server is not None
-    connections = Connections(runner.server, spec.config, tracker.metrics)
+    connections = Connections(runner.server, spec.config, tracker.metrics, kept)
 
     def on_bell() -> None:
         doorbell.clear(fabric.bell)
@@ -66,6 +93,10 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     stop, cut = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(STOP_SIGNAL, stop.set)
     loop.add_signal_handler(CUT_SIGNAL, cut.set)
+    # What a successor needs is in shared memory at any moment, so there is nothing to do before.
+    loop.add_signal_handler(HANDOVER_SIGNAL, os._exit, EXIT_HANDOVER)
+    succession = Succession(service, tracker, outbox, kept)
+    await succession.start()
     listener = socket.socket(fileno=spec.listener_fd)
     listener.setblocking(False)
     acceptor = ConnectionAcceptor(listener, connections)
@@ -85,6 +116,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     acceptor.stop()
     for task in tasks:
         task.cancel()
+    await succession.close()
     await runner.cleanup()
 
 
@@ -94,18 +126,23 @@ def _settle() -> None:
     gc.freeze()
 
 
-def _application(spec: ChildSpec, fabric: Fabric, tracker: RequestTracker) -> web.Application:
+def _application(
+    spec: ChildSpec, fabric: Fabric, tracker: RequestTracker, guard: ResponseGuard
+) -> tuple[Service, web.Application]:
     config, model_dir = spec.config, Path(spec.model_dir)
-    tokenizer, chat_template = load_text_files(model_dir)
-    return build_app(
+    tokenizer, chat_template = _text_files(spec.model_dir)
+    keys = SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None
+    service = Service(
         config=config,
         generator=tracker,
         tokenizer=tokenizer,
         chat_template=chat_template,
         model_config=read_model_config(model_dir, config.served_name),
-        keys=SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None,
         metrics=FrontendMetrics(tracker.metrics, lambda: _read_all(fabric, tracker)),
+        origins=OriginPolicy(config, keys=keys is not None),
+        guard=guard,
     )
+    return service, build_app(service, keys)
 
 
 def _read_all(fabric: Fabric, tracker: RequestTracker) -> DaemonSnapshot:

@@ -57,6 +57,7 @@ class TokenStream(Protocol):
     """Output of one running choice. A slow reader gets larger chunks, never a longer queue."""
 
     rid: int
+    slot: int  # in the journal
 
     async def next(self) -> TokenChunk:
         """Wait for output and return all of it. Raises EngineLost or ShuttingDown."""
@@ -64,6 +65,10 @@ class TokenStream(Protocol):
 
     def cancel(self, why: EarlyEnd | None = None) -> None:
         """Stop the request and free its blocks. No-op if it has finished. `why`: None if its output is complete."""
+        ...
+
+    def release(self) -> None:
+        """Forget the request: its output is delivered. Cancel it if it has not finished. Call nothing afterwards."""
         ...
 
 

@@ -41,7 +41,7 @@ class OpenAI:
                 check_text_length(text, service.tokenizer, limit, "messages")
                 # The template has written the special tokens, so the default is to add none.
                 tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
-                return [Prompt(tokens, _last_answer(body.messages) if body.echo else None)]
+                return [Prompt(tokens, _last_answer(body.messages) if body.echo else "")]
 
             return await respond(
                 service, http, CheckedRequest(http, body, num_prompts=1, held=held, tokenise=tokenise)
@@ -61,9 +61,9 @@ class OpenAI:
 
             def encode(prompt: str | list[int]) -> Prompt:
                 if not isinstance(prompt, str):
-                    return Prompt(prompt, None)
+                    return Prompt(prompt, service.tokenizer.decode(prompt) if echo else "")
                 check_text_length(prompt, service.tokenizer, limit, "prompt")
-                return Prompt(service.tokenizer.encode(prompt, special), prompt if echo else None)
+                return Prompt(service.tokenizer.encode(prompt, special), prompt if echo else "")
 
             def tokenise() -> list[Prompt]:
                 return [encode(prompt) for prompt in validation.split_prompts(body.prompt)]

@@ -24,7 +24,7 @@ _REJECTED = {
 class RequestMetrics:
     """Records the latencies and token counts of one choice. All times are CLOCK_MONOTONIC seconds."""
 
-    __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_tokens")
+    __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_resumed", "_tokens")
 
     def __init__(self, page: MetricsPage, arrival: float, prompt_tokens: int, max_tokens: int) -> None:
         self._page = page
@@ -32,15 +32,33 @@ class RequestMetrics:
         self._first = self._last = -1.0
         self._tokens = 0
         self._ended = False
+        self._resumed = False
         page.inc("prompt_tokens", prompt_tokens)
         page.observe("request_prompt_tokens", prompt_tokens)
         page.observe("request_params_max_tokens", max_tokens)
+
+    @classmethod
+    def resumed(cls, page: MetricsPage, arrival: float, tokens: int) -> RequestMetrics:
+        """Return the record of a choice that a former process has begun, and counted up to `tokens` output tokens.
+
+        When these arrived is not known, so it records no latencies between them.
+        """
+        found = cls.__new__(cls)
+        found._page, found._arrival, found._tokens = page, arrival, tokens
+        found._first = found._last = -1.0
+        found._ended, found._resumed = False, tokens > 0
+        return found
+
+    def close(self) -> None:
+        """Record nothing further: a former process has recorded the end."""
+        self._ended = True
 
     def output(self, now: float, tokens: int) -> None:
         """Record `tokens` > 0 that arrived together at `now`; they share the time since the previous ones evenly."""
         if self._first < 0:
             self._first = now
-            self._page.observe("time_to_first_token_seconds", now - self._arrival)
+            if not self._resumed:
+                self._page.observe("time_to_first_token_seconds", now - self._arrival)
         else:
             self._page.observe("inter_token_latency_seconds", (now - self._last) / tokens, tokens)
         self._last = now
@@ -57,7 +75,7 @@ class RequestMetrics:
         page.inc("cached_prompt_tokens", cached)
         page.observe("e2e_request_latency_seconds", now - self._arrival)
         page.observe("request_generation_tokens", self._tokens)
-        if self._tokens:
+        if self._tokens and not self._resumed:
             decode = self._last - self._first
             page.observe("request_decode_time_seconds", decode)
             if self._tokens > 1:

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable
 
 from daemon.api.admission import Holder
-from daemon.api.generator import TokenChunk
+from daemon.api.generator import EngineLost, ShuttingDown, TokenChunk
 from daemon.control.policy.ownership import Ownership
 from daemon.enums import EarlyEnd
-from daemon.ipc.journal import Journal
+from daemon.ipc.journal import Crashes, Failure, Journal, SlotState
 from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
+
+SHUTTING_DOWN = "The server is shutting down and has ended this request; please send it again."
 
 
 class RequestState:
@@ -21,9 +23,9 @@ class RequestState:
     """
 
     __slots__ = (
-        "_arrived", "_failure", "_finish", "_journal", "_logprobs", "_on_cancel", "_ownership", "_waiter",
-        "accepted", "crashes", "epoch", "failures", "holder", "last_output_at", "num_cached_tokens", "paused_since",
-        "prefix_keys", "rid", "slot",
+        "_arrived", "_failure", "_finish", "_journal", "_logprobs", "_on_cancel", "_on_release", "_ownership",
+        "_released", "_waiter", "accepted", "crashes", "epoch", "holder", "last_output_at", "num_cached_tokens",
+        "paused_since", "prefix_keys", "rid", "slot",
     )  # fmt: skip
 
     def __init__(
@@ -34,18 +36,24 @@ class RequestState:
         prefix_keys: list[int],
         holder: Holder,
         on_cancel: Callable[[RequestState, EarlyEnd | None], None],
+        on_release: Callable[[RequestState], None],
     ) -> None:
-        """`slot`: opened in `journal` for this request. `on_cancel`: called when the reader cancels it."""
+        """`slot`: opened in `journal` for this request. `ownership`: as journaled, or about to be by `assign`.
+
+        `on_cancel`: called when the reader cancels it; `on_release`: once its output is delivered.
+        """
         self._journal = journal
         self._on_cancel = on_cancel
+        self._on_release = on_release
+        self._released = False
         self.rid = ownership.rid
         self.slot = slot
         self.prefix_keys = prefix_keys  # of its prompt, see `PrefixAffinity`
         self.holder = holder  # as at admission; a later priority does not change it
         self._ownership = ownership
         self.accepted = ownership.accepted  # output tokens journaled
-        self.crashes = 0  # engines that crashed while they owned it
-        self.failures = 0  # of these, engines that ended by an exception of their own
+        self.epoch = ownership.epoch
+        self.crashes = Crashes()  # that it has been through
         self.last_output_at = 0.0  # when output last arrived, CLOCK_MONOTONIC seconds
         self.paused_since = 0.0  # `last_output_at` of before a takeover; 0 once output has arrived again
         self._arrived: list[int] = []
@@ -54,7 +62,36 @@ class RequestState:
         self.num_cached_tokens = 0  # prompt tokens from the prefix cache
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self.assign(ownership)
+
+    @classmethod
+    def adopt(
+        cls,
+        journal: Journal,
+        slot: int,
+        holder: Holder,
+        on_cancel: Callable[[RequestState, EarlyEnd | None], None],
+        on_release: Callable[[RequestState], None],
+    ) -> RequestState:
+        """Return the state of a predecessor's request, LIVE or ENDED, as the journal has it.
+
+        Its priority counts as changed: the predecessor may have died before it told the winner of an award.
+        """
+        ownership = Ownership(
+            rid=journal.rid(slot),
+            epoch=journal.epoch(slot),
+            owner=EngineIncarnation(*journal.owner(slot)),
+            accepted=journal.num_output(slot),
+            priority=journal.priority(slot),
+            changed=True,
+        )
+        state = cls(journal, slot, ownership, [], holder, on_cancel, on_release)
+        state.crashes = journal.crashes(slot)
+        state.num_cached_tokens = journal.num_cached_tokens(slot)
+        if journal.state(slot) is SlotState.ENDED:
+            state._finish = journal.finish(slot)
+            state._failure = _error(journal.failure(slot))
+        state.replay(0)
+        return state
 
     # -- ownership ----------------------------------------------------------------------------------
 
@@ -93,6 +130,16 @@ class RequestState:
         self._journal.reprioritise(self.slot, ownership.priority)
         self._ownership = ownership
 
+    def count_crash(self, *, failed: bool) -> None:
+        """Count that the owner has crashed, once for each epoch: a successor of this process may see it again.
+
+        `failed`: the owner has ended by an exception of its own.
+        """
+        if self.crashes.epoch != self.epoch:
+            _, before, crashed = self.crashes
+            self.crashes = Crashes(self.epoch, before + failed, crashed + 1)
+            self._journal.record_crashes(self.slot, self.crashes)
+
     # -- output -------------------------------------------------------------------------------------
 
     def accept(
@@ -117,6 +164,9 @@ class RequestState:
             tokens = tokens[repeated:]
             logprobs = logprobs[repeated:] if logprobs is not None else None
         count = len(tokens)
+        if cached != self.num_cached_tokens:
+            self._journal.record_cached(self.slot, cached)
+            self.num_cached_tokens = cached
         if count:
             self._journal.append(self.slot, tokens, logprobs)
             self.accepted += count
@@ -128,7 +178,6 @@ class RequestState:
         if logprobs is not None:
             self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
         self._finish = finish
-        self.num_cached_tokens = cached
         self._wake()
         return count
 
@@ -172,7 +221,41 @@ class RequestState:
         self._arrived, self._logprobs = [], None
         return chunk
 
+    def replay(self, position: int) -> TokenChunk:
+        """Return the journaled output before `position`; `next` goes on from there.
+
+        Call it before the first `next`. Raises ValueError if less output is journaled.
+        """
+        if position > self.accepted:
+            raise ValueError(f"request {self.rid} has {self.accepted} output tokens, not {position}")
+        tokens = self._journal.output(self.slot)
+        logprobs = None
+        if self._journal.params(self.slot).sampling.logprobs >= 0:
+            logprobs = [self._journal.logprobs(self.slot, i) for i in range(len(tokens))]
+        self._arrived, self._logprobs = tokens[position:], logprobs and logprobs[position:]
+        return TokenChunk(tokens[:position], logprobs and logprobs[:position], Finish.NONE, self.num_cached_tokens)
+
     def cancel(self, why: EarlyEnd | None = None) -> None:
         """Cancel the request. No effect once it has ended. `why`: None if its output is complete."""
         if not self.done:
             self._on_cancel(self, why)
+
+    def release(self) -> None:
+        """Free the journal slot: the output is delivered. Cancel the request if it has not ended."""
+        self.cancel()
+        if not self._released:
+            self._released = True
+            self._on_release(self)
+
+
+def _error(failure: Failure) -> Exception | None:
+    """Return the error that ended a predecessor's request. Its text is not journaled."""
+    match failure:
+        case Failure.NONE:
+            return None
+        case Failure.SHUTDOWN:
+            return ShuttingDown(SHUTTING_DOWN)
+        case Failure.LOST:
+            return EngineLost("the engine that ran this request died; please send it again")
+        case _:
+            return EngineLost("the engine could not run this request", retry=False)

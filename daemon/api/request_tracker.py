@@ -11,29 +11,26 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from msgspec.structs import replace
-
-from daemon.api.admission import Admission, Holder, Places
+from daemon.api.admission import Holder, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
-from daemon.api.generator import EngineLost, NoEngine, Overloaded, RequestAttributes, ShuttingDown, TooLong
-from daemon.api.request_state import RequestState
+from daemon.api.generator import EngineLost, NoEngine, RequestAttributes, ShuttingDown, TooLong
+from daemon.api.request_state import SHUTTING_DOWN, RequestState
+from daemon.api.request_store import RequestStore, holder_of, journaled_params, record_holder
 from daemon.config import Config
 from daemon.control.policy import ownership
 from daemon.control.policy.ownership import Decision, Order, Ownership
 from daemon.enums import DispatchKind, EarlyEnd
-from daemon.ipc.arena import rounded
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Dispatched, Finished, TakenOver, clipped
 from daemon.ipc.fabric import COORDINATOR, Fabric
-from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall, layout
+from daemon.ipc.journal import Failure, Journal, SlotState
 from daemon.ipc.messages import (
     CancelRequest,
     EngineIncarnation,
     Finish,
     HandBack,
-    OwnedRequests,
     Reclaim,
     Refused,
     RequestParams,
@@ -44,10 +41,10 @@ from daemon.ipc.messages import (
     Takeover,
     decode_from_coordinator,
     decode_to_frontend,
-    encode,
 )
 from daemon.ipc.metrics_page import FRONTEND, MetricsPage
 from daemon.ipc.process_table import ProcessState
+from daemon.ipc.ring import Record
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +55,13 @@ _MAX_FAILURES = 1  # engines that may end by an exception of their own while the
 class RequestTracker:
     """All requests of one frontend. Implements `Generator`. Used on the event loop's thread only."""
 
-    def __init__(self, fabric: Fabric, config: Config) -> None:
+    def __init__(self, fabric: Fabric, config: Config, *, adopt: bool = False) -> None:
+        """`adopt`: go on with the requests that a predecessor has left in the journal."""
         _, index = fabric.topology.role(fabric.process)
         self._fabric = fabric
         self._config = config
-        self._journal = Journal(fabric.journal(index, writable=True))
+        self._journal = Journal(fabric.journal(index, writable=True), adopt=adopt, generation=fabric.incarnation)
+        self._store = RequestStore(self._journal, config.max_queued)
         self.engines = EngineLinks(fabric, config)
         self._coordinator = fabric.reader(COORDINATOR)
         self.metrics = MetricsPage(fabric.metrics(fabric.process), FRONTEND)
@@ -70,9 +69,9 @@ class RequestTracker:
         self._requests: dict[int, RequestState] = {}
         self._stranded: dict[int, str] = {}  # rid -> why no engine runs the request now
         self._redispatch_timer: asyncio.TimerHandle | None = None
-        self._admission = Admission(config.max_queued, self._journal.free_bytes, self._journal.num_slots)
         self._next_rid = index << 56 | (fabric.incarnation & 0xFFFF) << 40 | 1
         self.draining = False
+        self._adopted = {slot: self._adopt(slot) for slot in self._journal.kept_slots()}
         self.on_doorbell()
 
     # -- Generator --------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ class RequestTracker:
         """Take `count` places in the queue limit, released on exit. Raises Overloaded, TooMany or NoEngine."""
         if not self.ready:
             raise NoEngine("shutting down" if self.draining else "no engine is ready")
-        return self._admission.take(count, Holder(client, priority < 0))
+        return self._store.take(count, Holder(client, priority < 0))
 
     def check_room(
         self,
@@ -104,14 +103,8 @@ class RequestTracker:
         params: SamplingParams,
         attributes: RequestAttributes,
     ) -> None:
-        """Raise TooMany if the journal can never hold all choices of a request.
-
-        Seed, label and maximum differ by choice, so each counts with the shortest form that they can have.
-        """
-        shortest = replace(params, seed=0, max_tokens=1)
-        blob = len(encode(_record(shortest, 0.0, attributes)))
-        size = sum(rounded(layout(blob, prompt, output, params.logprobs).size) for prompt, output in lengths)
-        self._admission.check_journal(len(lengths), _holder(attributes), size)
+        """Raise TooMany if the journal can never hold all choices of a request."""
+        self._store.check_room(lengths, params, attributes)
 
     def submit(
         self,
@@ -127,11 +120,13 @@ class RequestTracker:
         engine = self.engines.choose(high=attributes.priority < 0, prefix_keys=prefix_keys)
         self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
-        record = _record(params, time.monotonic(), attributes)
-        slot = self._open(rid, record, prompt, holder := _holder(attributes))
+        record = journaled_params(params, time.monotonic(), attributes)
+        slot = self._store.open(rid, record, prompt, holder := holder_of(attributes))
         self._next_rid += 1
         owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=attributes.priority)
-        request = self._requests[rid] = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel)
+        request = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel, self._release)
+        self._requests[rid] = request
+        request.assign(owned)
         self._start(request, len(prompt))
         self._record_dispatch(request, len(prompt), record)
         return request
@@ -152,33 +147,63 @@ class RequestTracker:
             Dispatched(request.rid, name, request.engine, prompt_len, request.priority, again, client_name)
         )
 
+    # -- the requests of a predecessor --------------------------------------------------------------
+
+    def adopted(self) -> dict[int, RequestState]:
+        """Return the requests of the predecessor that are not released yet, by journal slot."""
+        return dict(self._adopted)
+
+    def abandon_unclaimed(self, slots_in_use: Collection[int]) -> None:
+        """Cancel and release the requests of the predecessor that no response needs: it died before it began one."""
+        for slot, request in self.adopted().items():
+            if slot not in slots_in_use:
+                request.cancel(EarlyEnd.FRONTEND)
+                request.release()
+
+    def _adopt(self, slot: int) -> RequestState:
+        holder = record_holder(self._journal.params(slot))
+        request = RequestState.adopt(self._journal, slot, holder, self.cancel, self._release)
+        if self._journal.state(slot) is SlotState.LIVE:
+            self._requests[request.rid] = request
+        return request
+
     # -- input ------------------------------------------------------------------------------------
 
     def on_doorbell(self) -> None:
         """Handle everything that other processes have written.
 
         The process table is read first and deaths are handled last: output that a dead engine had written to its ring
-        is accepted before its death counts.
+        is accepted before its death counts. A new incarnation of an engine gets to know first what it owns: before
+        the answers to claims, which it may have sent to a predecessor of this process.
         """
         changed = self.engines.refresh_table()
+        if changed:
+            for link in self.engines.update_incarnations():
+                self._send_owned(link)
         for link in self.engines.links:
             self._read_outputs(link)
             self.engines.flush(link)
         while (record := self._coordinator.read()) is not None:
-            if record.receiver == self._fabric.incarnation:
+            if self._is_for_us(record):
                 self._handle(decode_from_coordinator(record.payload))
         self._coordinator.ack()
         if changed:
-            self._handle_table_change()
+            for link in self.engines.links:
+                self._handle_engine_death(link)
+            self._publish()
+
+    def _is_for_us(self, record: Record) -> bool:
+        """Return True for a record to this process, or to a predecessor whose journal it has adopted."""
+        return self._journal.generation <= record.receiver <= self._fabric.incarnation
 
     def cancel(self, request: RequestState, why: EarlyEnd | None) -> None:
         """Cancel a request: its engine frees its blocks, its stream ends with `Finish.CANCELLED`.
 
         `why`: None if its output is complete.
         """
+        self._close(request, why or _result(Finish.STOP), finish=Finish.CANCELLED if why else Finish.STOP)
         for order in ownership.cancel(request.ownership):
             self._send(order)
-        self._close(request, why or _result(Finish.STOP))
         request.end(Finish.CANCELLED)
 
     def give_up(self) -> None:
@@ -187,14 +212,18 @@ class RequestTracker:
             self._cut_off(request)
 
     def _cut_off(self, request: RequestState) -> None:
-        self._close(request, EarlyEnd.SHUTDOWN)
-        request.fail(ShuttingDown("The server is shutting down and has ended this request; please send it again."))
+        self._close(request, EarlyEnd.SHUTDOWN, failure=Failure.SHUTDOWN)
+        request.fail(ShuttingDown(SHUTTING_DOWN))
+
+    def _release(self, request: RequestState) -> None:
+        self._adopted.pop(request.slot, None)
+        self._store.free(request.slot, request.holder)
 
     def _read_outputs(self, link: EngineLink) -> None:
         link.refresh()  # here, because no request waits for a dispatch now
         read = link.outputs.read
         while (record := read()) is not None:
-            if record.receiver != self._fabric.incarnation:
+            if not self._is_for_us(record):
                 continue
             message = decode_to_frontend(record.payload)
             if type(message) is StepOutput:
@@ -230,13 +259,13 @@ class RequestTracker:
                 self.metrics.observe("migration_pause_seconds", now - request.paused_since)
                 request.paused_since = 0.0
             if finish:
-                self._close(request, _result(Finish(finish)))
+                self._close(request, _result(Finish(finish)), finish=Finish(finish))
 
     def _end_broken(self, request: RequestState) -> None:
         """End a request whose output does not continue what is journaled; its engine must not go on with it."""
+        self._fail(request, "output was lost between engine and frontend")
         for order in ownership.cancel(request.ownership):
             self._send(order)
-        self._fail(request, "output was lost between engine and frontend")
 
     def _handle_claim(self, claim: Refused | Takeover | Reclaim | HandBack, sender: EngineIncarnation) -> None:
         """Handle an engine's message about one request."""
@@ -346,14 +375,6 @@ class RequestTracker:
 
     # -- engine incarnations ------------------------------------------------------------------------
 
-    def _handle_table_change(self) -> None:
-        """Update all incarnations before any request is dispatched again."""
-        for link in self.engines.update_incarnations():
-            self._send_owned(link)
-        for link in self.engines.links:
-            self._handle_engine_death(link)
-        self._publish()
-
     def _handle_engine_death(self, link: EngineLink) -> None:
         """Dispatch again the requests that dead incarnations of this engine own.
 
@@ -370,8 +391,7 @@ class RequestTracker:
         ]
         crashed = [r for r in orphaned if r.owner.incarnation <= row.last_crashed]
         for request in crashed:
-            request.crashes += 1
-            request.failures += request.owner.incarnation == row.last_failed
+            request.count_crash(failed=request.owner.incarnation == row.last_failed)
         failed = [r for r in crashed if self._may_be_the_cause(r)]
         if crashed:
             log.warning(
@@ -381,8 +401,8 @@ class RequestTracker:
                 len(failed),
             )
         for request in failed:
-            if request.failures > _MAX_FAILURES:
-                self._fail(request, f"{request.failures} engines failed while they ran it", retry=False)
+            if request.crashes.failed > _MAX_FAILURES:
+                self._fail(request, f"{request.crashes.failed} engines failed while they ran it", retry=False)
             else:
                 self._fail(request, "the engine that ran this request died; please send it again")
         for request in orphaned:
@@ -398,17 +418,17 @@ class RequestTracker:
         for link in self.engines.hung(time.monotonic()):
             owner = self.engines.current(link.index)
             held = [r for r in self._requests.values() if r.owner == owner and r.rid not in self._stranded]
-            moved = [r for r in held if r.crashes < self._config.max_resumes]
+            moved = [r for r in held if r.crashes.crashed < self._config.max_resumes]
             if moved:
                 log.warning("engine %d hangs: %d of its requests continue on other engines", link.index, len(moved))
             for request in moved:
-                request.crashes += 1
+                request.count_crash(failed=False)
                 self.metrics.inc("resumes")
                 self._apply(request, ownership.disown(request.ownership), "its engine hangs")
 
     def _may_be_the_cause(self, request: RequestState) -> bool:
         """Return True if the request has been through too many crashes to be tried on another engine."""
-        return request.crashes > self._config.max_resumes or request.failures > _MAX_FAILURES
+        return request.crashes.crashed > self._config.max_resumes or request.crashes.failed > _MAX_FAILURES
 
     def _resume(self, request: RequestState, *, crashed: bool) -> None:
         if crashed:
@@ -419,20 +439,27 @@ class RequestTracker:
     def _send_owned(self, link: EngineLink) -> None:
         """Send an engine the list of requests that it owns of this frontend; it drops all others."""
         owner = self.engines.current(link.index)
-        owned = [r for r in self._requests.values() if r.owner == owner]
-        self.engines.send(owner, OwnedRequests([r.rid for r in owned], [r.epoch for r in owned]))
+        for message in ownership.owned_requests(r.ownership for r in self._requests.values() if r.owner == owner):
+            self.engines.send(owner, message)
 
     def _fail(self, request: RequestState, reason: str, *, retry: bool = True) -> None:
-        self._close(request, EarlyEnd.ENGINE, reason)
+        self._close(request, EarlyEnd.ENGINE, reason, failure=Failure.LOST if retry else Failure.REFUSED)
         request.fail(EngineLost(reason, retry=retry))
 
-    def _close(self, request: RequestState, result: str, detail: str = "") -> None:
-        """Forget a request that has ended, and write its last event."""
+    def _close(
+        self,
+        request: RequestState,
+        result: str,
+        detail: str = "",
+        *,
+        finish: Finish = Finish.NONE,
+        failure: Failure = Failure.NONE,
+    ) -> None:
+        """Journal the end of a request, and write its last event. Its slot stays until its output is delivered."""
         del self._requests[request.rid]
         self._stranded.pop(request.rid, None)
-        self._admission.close(request.holder, self._journal.reserved_bytes(request.slot))
+        self._store.end(request.slot, request.holder, finish, failure)
         record = self._journal.params(request.slot)
-        self._journal.close(request.slot)
         event = Finished(
             rid=request.rid,
             request=record.label or f"{request.rid:x}",
@@ -454,32 +481,8 @@ class RequestTracker:
         if prompt_len >= limit:
             raise TooLong(f"the prompt has {prompt_len} tokens; prompt and answer together may have {limit}")
 
-    def _open(self, rid: int, record: RequestParams, prompt: Sequence[int], holder: Holder) -> int:
-        """Open a journal slot that counts for `holder`. Raises Overloaded or TooLong."""
-        try:
-            slot = self._journal.open(rid, record, prompt)
-        except JournalFull as e:
-            raise Overloaded(str(e)) from None
-        except JournalTooSmall as e:
-            raise TooLong(str(e)) from None
-        try:
-            self._admission.open(holder, self._journal.reserved_bytes(slot))
-        except Overloaded:
-            self._journal.close(slot)
-            raise
-        return slot
-
     def _publish(self) -> None:
         self.engines.publish(len(self._requests), taking=not self.draining)
-
-
-def _record(params: SamplingParams, arrival: float, attributes: RequestAttributes) -> RequestParams:
-    label, priority, cache_salt, _, x_request_id = attributes
-    return RequestParams(params, arrival, priority, cache_salt, label, x_request_id)
-
-
-def _holder(attributes: RequestAttributes) -> Holder:
-    return Holder(attributes.client, attributes.priority < 0)
 
 
 def _result(finish: Finish) -> str:

@@ -16,14 +16,17 @@ import msgspec
 from aiohttp import web
 
 from daemon.api.access_log import USAGE
-from daemon.api.answer import Answer, AnswerWriter, Prompt, Request
+from daemon.api.answer import Answer, AnswerWriter, Prompt
 from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
+from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
-from daemon.api.request_id import ANSWER_ID, sent_request_id
-from daemon.api.schemas import ChatRequest
+from daemon.api.request_id import ANSWER_ID, request_id, sent_request_id
+from daemon.api.response_facts import PromptFacts, ResponseFacts, answer_form
+from daemon.api.response_head import EVENT_HEADERS, response_headers
+from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup
@@ -43,7 +46,7 @@ class CheckedRequest:
     def __init__(
         self,
         http: web.Request,
-        body: Request,
+        body: ChatRequest | CompletionRequest,
         *,
         num_prompts: int,
         held: HeldBody,
@@ -86,26 +89,50 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
     """
     service.page.observe("request_params_n", request.body.n or 1)
     http[ANSWER_ID], request.x_request_id = request.id, sent_request_id(http)
-    if not request.body.stream:
-        async with _submitted(service, http, request) as (answer, streams):
-            return await _write_whole(answer, streams)
-    events = EventStream(http, service.config.heartbeat)
+    writer = OutboxWriter(http.protocol, service.page)
+    http._payload_writer = writer
+    try:
+        return await (_stream if request.body.stream else _whole)(service, http, request, writer)
+    finally:
+        writer.unguard()
+
+
+async def _whole(
+    service: Service, http: web.Request, request: CheckedRequest, writer: OutboxWriter
+) -> web.StreamResponse:
+    response = web.Response(content_type="application/json")
+    async with _submitted(service, http, request, writer) as (answer, streams):
+        response.body = await whole_body(answer, streams)
+        await answer.leave_deadline()
+        try:  # write it here: the journal has the answer until the context is left
+            await response.prepare(http)
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the client has hung up
+    return response
+
+
+async def _stream(
+    service: Service, http: web.Request, request: CheckedRequest, writer: OutboxWriter
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers=EVENT_HEADERS)
+    events = EventStream(writer, service.config.heartbeat, lambda: response.prepare(http))
     async with events:
         try:
-            async with _submitted(service, http, request) as (answer, streams):
-                await _write_events(_writer(answer, request.body), answer, streams, events)
+            async with _submitted(service, http, request, writer) as (answer, streams):
+                await write_events(AnswerWriter(answer), answer, streams, events)
         except ConnectionError:
             pass  # the client has hung up
         except Exception as e:
             if not events.started:
                 raise
             await events.fail(to_api_error(e))
-    return events.response
+    return response
 
 
 @asynccontextmanager
 async def _submitted(
-    service: Service, http: web.Request, request: CheckedRequest
+    service: Service, http: web.Request, request: CheckedRequest, writer: OutboxWriter
 ) -> AsyncIterator[tuple[Answer, StreamGroup]]:
     """Submit all choices of the request; leaving the context cancels those that have not ended.
 
@@ -119,8 +146,12 @@ async def _submitted(
                 count = request.num_prompts * (request.body.n or 1)
                 with service.generator.admit(count, client=request.client, priority=request.priority) as places:
                     prompts = await request.tokenise(service)
-                    answer = Answer(service, request.body, prompts, request.id, request.arrival, deadline)
+                    form = answer_form(request.body, service.model_config)
+                    facts = [PromptFacts(len(prompt.tokens), prompt.echo) for prompt in prompts]
+                    answer = Answer(service, form, facts, request.id, int(time.time()), request.arrival, deadline)
                     await _submit(service, request, places, prompts, answer, streams)
+                if service.guard is not None:
+                    await service.guard.open(http.protocol, writer, _facts(service, http, answer, streams, writer))
                 try:
                     with answer:
                         yield answer, streams
@@ -128,6 +159,27 @@ async def _submitted(
                     http[USAGE] = answer.num_tokens()
     except TimeoutError:
         raise deadline_exceeded(seconds) from None
+
+
+def _facts(
+    service: Service, http: web.Request, answer: Answer, streams: StreamGroup, writer: OutboxWriter
+) -> ResponseFacts:
+    return ResponseFacts(
+        id=answer.id,
+        created=answer.created,
+        arrival=answer.arrival,
+        form=answer.form,
+        prompts=answer.prompts,
+        slots=[stream.slot for stream in streams],
+        rids=[stream.rid for stream in streams],
+        minor=http.version.minor,
+        head_sent=writer.output_size > 0,
+        headers=response_headers(http, service.origins),
+        client=http.remote or "",
+        method=http.method,
+        path=http.rel_url.raw_path,
+        request_id=request_id(http),
+    )
 
 
 async def _submit(
@@ -161,7 +213,7 @@ async def _submit(
             label = f"{answer.id}-{len(answer.choices)}"
             streams.add(service.generator.submit(prompt.tokens, params, request.attributes(label)))
             places.submitted()
-            answer.add(params)
+            answer.add(max_tokens)
 
 
 def _check_room(
@@ -178,36 +230,28 @@ def _check_room(
         service.generator.check_room(lengths, params, request.attributes(f"{id}-0"))
 
 
-async def _write_whole(answer: Answer, streams: StreamGroup) -> web.StreamResponse:
-    """Wait for the end of all choices and return the response."""
+async def whole_body(answer: Answer, streams: StreamGroup) -> bytes:
+    """Wait for the end of all choices and return the body of the response."""
     texts: list[list[str]] = [[] for _ in answer.choices]
     while answer.unfinished:
         for i, chunk in await streams.next():
             texts[i].append(answer.push(i, chunk))
             if answer.choices[i].finish:
                 streams.stop(i)
-    body = msgspec.json.encode(answer.whole(["".join(t) for t in texts]))
-    return web.Response(body=body, content_type="application/json")
+    return msgspec.json.encode(answer.whole(["".join(t) for t in texts]))
 
 
-async def _write_events(writer: AnswerWriter, answer: Answer, streams: StreamGroup, events: EventStream) -> None:
+async def write_events(writer: AnswerWriter, answer: Answer, streams: StreamGroup, events: EventStream) -> None:
     """Send the events of the answer as its tokens arrive, and close the stream."""
+    out: list[bytes] = []
     while answer.unfinished:
-        out: list[bytes] = []
+        if out:
+            await events.send(b"".join(out), writer.state)
+            out = []
         for i, chunk in await streams.next():
             writer.begin(i, out)
             writer.write(i, answer.push(i, chunk), out)
             if answer.choices[i].finish:
                 streams.stop(i)
-        if not answer.unfinished:
-            writer.end(out)
-        if out:
-            await events.send(b"".join(out))
-    await events.close()
-
-
-def _writer(answer: Answer, body: Request) -> AnswerWriter:
-    options = body.stream_options
-    include_usage = options is not None and bool(options.include_usage)
-    continuous = options is not None and bool(options.continuous_usage_stats)
-    return AnswerWriter(answer, include_usage=include_usage, continuous=continuous)
+    writer.end(out)
+    await events.close(b"".join(out))

@@ -15,7 +15,9 @@ from daemon.api.chat_messages import for_template, track_messages
 from daemon.api.errors import bad_request, model_not_found
 from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
+from daemon.api.origins import OriginPolicy
 from daemon.api.request_body import check_media_type
+from daemon.api.response_guard import ResponseGuard
 from daemon.api.schemas import ChatRequest, Message, TokenizeRequest
 from daemon.api.validation import Limits
 from daemon.config import Config
@@ -43,7 +45,10 @@ class Service:
         chat_template: ChatTemplate,
         model_config: ModelConfig,
         metrics: FrontendMetrics,
+        origins: OriginPolicy,
+        guard: ResponseGuard | None,
     ) -> None:
+        """`guard`: makes responses outlive this process; None: they do not."""
         self.config = config
         self.generator = generator
         self.tokenizer = tokenizer
@@ -51,6 +56,8 @@ class Service:
         self.model_config = model_config
         self.metrics = metrics
         self.page = metrics.page
+        self.origins = origins
+        self.guard = guard
         self.limits = Limits(
             vocab_size=model_config.vocab_size,
             max_choices=min(config.max_choices, config.max_queued),

@@ -7,13 +7,14 @@ events. All of an event but its text is built once per choice, because this is t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
 from daemon.api.errors import ApiError
+from daemon.api.outbox_writer import OutboxWriter
 
 DONE = b"data: [DONE]\n\n"
 _CLOSE_GRACE = 5.0  # seconds for a client to read the error event of its stream
@@ -77,35 +78,41 @@ class EventStream:
     after that many seconds without an event. An async context: leaving it stops the heartbeat.
     """
 
-    def __init__(self, http: web.Request, heartbeat: float) -> None:
-        self._http = http
+    def __init__(
+        self, writer: OutboxWriter, heartbeat: float, start: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
+        """`start`: gives the head of the response to `writer`; None if it has it already."""
+        self._writer = writer
+        self._start_response = start
         self._interval = heartbeat
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
-        self._starting = asyncio.Lock()
         self._num_writes = 0  # incomplete writes; an interrupted write stays counted
         self._heartbeat_task: asyncio.Task[None] | None = None
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        headers["X-Accel-Buffering"] = "no"
-        self.response = web.StreamResponse(headers=headers)
 
     @property
     def started(self) -> bool:
-        return self.response.prepared
+        """True once the head is sent, or will be with the next event."""
+        return self._start_response is None
 
-    async def send(self, data: bytes) -> None:
-        """Write whole events; waits while the client is slow. Raises ConnectionError if it has hung up."""
-        if not self.response.prepared:
+    async def send(self, data: bytes, state: Sequence[int] | None = None) -> None:
+        """Write whole events; waits while the client is slow. Raises ConnectionError if it has hung up.
+
+        `state`: what the answer has come to with them, see `response_facts`; None: as before.
+        """
+        self._num_writes += 1
+        if self._start_response is not None:
             await self._start()
         self._last = self._loop.time()
-        self._num_writes += 1
-        await self.response.write(data)
+        await self._writer.send(data, state)
         self._num_writes -= 1
 
-    async def close(self) -> None:
-        """End the response after the client has read all events."""
+    async def close(self, data: bytes = b"") -> None:
+        """Write the last events and end the response; waits until the kernel has all of it."""
         self._num_writes += 1
-        await self.response.write_eof()
+        if self._start_response is not None:
+            await self._start()
+        await self._writer.write_eof(data)
         self._num_writes -= 1
 
     async def fail(self, error: ApiError) -> None:
@@ -115,16 +122,14 @@ class EventStream:
             if self._num_writes:
                 raise TimeoutError
             async with asyncio.timeout(_CLOSE_GRACE):
-                await self.send(error.event())
-                await self.close()
+                await self.close(error.event())
         except (TimeoutError, ConnectionError):
-            if self._http.transport is not None:
-                self._http.transport.abort()
+            self._writer.abort()
 
     async def _start(self) -> None:
-        async with self._starting:
-            if not self.response.prepared:
-                await self.response.prepare(self._http)
+        start, self._start_response = self._start_response, None
+        if start is not None:
+            await start()
 
     async def _heartbeat(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from types import TracebackType
 
 from daemon.api.generator import TokenChunk, TokenStream
@@ -10,7 +11,8 @@ from daemon.enums import EarlyEnd
 
 
 class StreamGroup:
-    """Reads whichever streams have output. A context manager: on exit it cancels the streams that have not ended.
+    """Reads whichever streams have output. A context manager: on exit it cancels the streams that have not ended,
+    and releases all.
 
     A single stream, the common case, is awaited directly. Several streams have one task each until they end.
     A task waits until its last chunk was taken, so output that a slow reader has not taken stays in the journal.
@@ -25,10 +27,14 @@ class StreamGroup:
         self._wake = asyncio.Event()
         self._taken: list[asyncio.Event] = []  # by stream: set once its last chunk was taken
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped: set[int] = set()
 
     def add(self, stream: TokenStream) -> None:
         """Add a stream at the next index. All streams are added before the first `next`."""
         self._streams.append(stream)
+
+    def __iter__(self) -> Iterator[TokenStream]:
+        return iter(self._streams)
 
     async def next(self) -> list[tuple[int, TokenChunk]]:
         """Wait for output and return (stream index, chunk) pairs, at most one for each stream.
@@ -40,6 +46,8 @@ class StreamGroup:
         if not self._tasks:
             self._taken = [asyncio.Event() for _ in self._streams]
             self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self._streams))]
+            for i in self._stopped:
+                self._tasks[i].cancel()
         await self._wake.wait()
         self._wake.clear()
         if self._error is not None:
@@ -52,6 +60,7 @@ class StreamGroup:
     def stop(self, index: int) -> None:
         """Cancel one stream; it delivers no further chunk."""
         self._streams[index].cancel()
+        self._stopped.add(index)
         if self._tasks:
             self._tasks[index].cancel()
 
@@ -81,5 +90,6 @@ class StreamGroup:
             why = EarlyEnd.DEADLINE if self._deadline and self._deadline.expired() else EarlyEnd.CLIENT
         for stream in self._streams:
             stream.cancel(why)
+            stream.release()
         for task in self._tasks:
             task.cancel()

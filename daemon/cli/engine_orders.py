@@ -183,7 +183,7 @@ def carry_out(path: Path, name: str, number: int, within: float | None, write: C
     verb = VERBS[name]
     desired, start = order(path, name, number), time.monotonic()
     try:
-        limit = within if within is not None else verb.within if verb.within is not None else _load_timeout(path)
+        limit = within if within is not None else verb.within if verb.within is not None else load_timeout(path)
         return _wait(path, verb, desired, number, start, limit, Reporter(write))
     except KeyboardInterrupt:
         text = f"interrupted; the order to {name} engine {number} stands ({_way_back(verb, number)})"
@@ -226,7 +226,7 @@ def _engine(path: Path, number: int, seconds: float) -> Row:
                 raise
 
 
-def _load_timeout(path: Path) -> float:
+def load_timeout(path: Path) -> float:
     """Return the time that the daemon gives an engine to start, seconds."""
     options = {option["name"]: option["value"] for option in read(path, "/v1/config")["options"]}
     return float(options["load_timeout"])

@@ -35,18 +35,20 @@ def check_machine_limits(config: Config, machine: Machine, pool_bytes: int) -> N
     require(config, config.threads <= machine.cpus, "threads", why)
     topology = Topology(config.frontends, len(config.devices))
     pools, journals = topology.engines * pool_bytes, topology.frontends * config.journal_memory
-    kinds = f"{_mib(pools)} of KV cache and {_mib(journals)} of journals"
-    shared = Layout(topology).size + pools + journals
+    outboxes = topology.frontends * config.outbox_memory
+    kinds = f"{_mib(pools)} of KV cache and {_mib(outboxes)} of outboxes and {_mib(journals)} of journals"
+    shared = Layout(topology).size + pools + journals + outboxes
     bodies = topology.frontends * max(config.body_memory, config.max_body)
     if shared + bodies > machine.memory:
         raise ConfigError(
             f"{kinds}, with {_mib(bodies)} for request bodies, do not fit into the {_mib(machine.memory)} of memory "
-            "that are free; lower kv_memory, journal_memory or body_memory"
+            "that are free; lower kv_memory, journal_memory, outbox_memory or body_memory"
         )
     if shared > machine.shared_memory:
         raise ConfigError(
             f"/dev/shm has no room for {_mib(shared)} of shared memory ({kinds}), only for "
-            f"{_mib(machine.shared_memory)}; make it larger (docker: --shm-size) or lower kv_memory or journal_memory"
+            f"{_mib(machine.shared_memory)}; make it larger (docker: --shm-size) or lower kv_memory, "
+            "journal_memory or outbox_memory"
         )
     needed = _DESCRIPTORS + _DESCRIPTORS_PER_PROCESS * topology.processes + config.max_connections
     if needed > machine.descriptors:

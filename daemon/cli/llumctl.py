@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 
 from daemon import __version__
-from daemon.cli import engine_orders
+from daemon.cli import engine_orders, restarts
 from daemon.cli.admin_client import TIMEOUT, CtlError, call, read, stream
 from daemon.cli.engine_orders import VERBS
 from daemon.cli.format import RequestFilter, event_line, option_lines, request_lines, status_lines
@@ -136,6 +136,7 @@ def _parser() -> _Parser:
     )
     _add_request_commands(add)
     _add_engine_commands(add)
+    _add_restart(add)
     events = add("events", "show what the scheduler did: dispatches, migrations, orders", _events)
     events.add_argument("--follow", "-f", action="store_true", help="continue with new events until Ctrl-C")
     events.add_argument(
@@ -180,6 +181,17 @@ def _add_engine_commands(add: Callable[[str, str, Run], _Parser]) -> None:
         wait.add_argument("--within", type=_duration, metavar="TIME", help=text)
         wait.add_argument("--no-wait", action="store_true", help="give the order and return at once")
         command.set_defaults(verb=name)
+
+
+def _add_restart(add: Callable[[str, str, Run], _Parser]) -> None:
+    text = "replace processes one by one, for example after an update; streams go on"
+    command = add("restart", text, _restart)
+    command.add_argument(
+        "what", choices=("engine", "frontend", "coordinator", restarts.ALL), help="which process, or all of them"
+    )
+    command.add_argument("number", type=_number, nargs="?", metavar="N", help="number of the engine or frontend")
+    help_text = "how long each engine may take to become empty by migration (default: 30s)"
+    command.add_argument("--within", type=_duration, default=30.0, metavar="TIME", help=help_text)
 
 
 def _duration(text: str) -> float:
@@ -257,6 +269,17 @@ def _order(args: argparse.Namespace) -> None:
     write = _no_progress if _wants_json(args) else _print_progress
     result = engine_orders.carry_out(path, name, number, args.within, write)
     _print(args, result, VERBS[name].done.format(**result))
+
+
+def _restart(args: argparse.Namespace) -> None:
+    numbered = args.what in ("engine", "frontend")
+    if numbered != (args.number is not None):
+        text = f"restart: {args.what} needs a number" if numbered else f"restart: {args.what} has no number"
+        raise UsageError(text, "usage: llumctl restart engine N|frontend N|coordinator|all\n")
+    write = _no_progress if _wants_json(args) else _print_progress
+    rows = restarts.restart(_socket(args), args.what, args.number, args.within, write)
+    replaced = ", ".join(row["process"] for row in rows if row["restarted"])
+    _print(args, {"processes": rows}, f"replaced: {replaced or 'none'}")
 
 
 def _print_progress(line: str) -> None:

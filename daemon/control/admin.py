@@ -16,6 +16,7 @@ from daemon.control.policy.priority import parse_priority
 from daemon.control.rebalancer import Rebalancer
 from daemon.control.refusal import NOT_FOUND, SHUTTING_DOWN, Refusal
 from daemon.control.request_orders import RequestOrders
+from daemon.control.restart_order import RestartOrder
 from daemon.control.status import StatusReader
 from daemon.enums import MigrationMode
 from daemon.ipc.event_ring import EventWriter
@@ -29,6 +30,7 @@ _REQUEST_ORDERS = web.AppKey("request_orders", RequestOrders)
 _REBALANCER = web.AppKey("rebalancer", Rebalancer)
 _DESIRED_STATES = web.AppKey("desired_states", DesiredStates)
 _KEY_ORDER = web.AppKey("key_order", KeyOrder)
+_RESTART_ORDER = web.AppKey("restart_order", RestartOrder)
 _EVENTS = web.AppKey("events", EventWriter)
 _STATES = {
     "drain": EngineState.DRAINING,
@@ -44,13 +46,15 @@ def build_admin(
     rebalancer: Rebalancer,
     desired_states: DesiredStates,
     key_order: KeyOrder,
+    restart_order: RestartOrder,
     events: EventWriter,
 ) -> web.Application:
     """Build the application. Every order that is not refused is written to `events`.
 
     Routes: GET /v1/status, /v1/requests, /v1/config, /v1/rebalance, /v1/events; DELETE /v1/requests/{id};
     POST /v1/requests/{id}/migrate/{engine}, /v1/requests/{id}/priority/{value},
-    /v1/engines/{engine}/drain|undrain|park|wake, /v1/reload.
+    /v1/engines/{engine}/drain|undrain|park|wake, /v1/engines|frontends/{number}/restart, /v1/coordinator/restart,
+    /v1/reload.
     """
     app = web.Application(middlewares=[_refuse_browsers, _answer_errors])
     app[STATUS] = status
@@ -58,6 +62,7 @@ def build_admin(
     app[_REBALANCER] = rebalancer
     app[_DESIRED_STATES] = desired_states
     app[_KEY_ORDER] = key_order
+    app[_RESTART_ORDER] = restart_order
     app[_EVENTS] = events
     app.router.add_get("/v1/status", _status)
     app.router.add_get("/v1/requests", _requests)
@@ -67,6 +72,8 @@ def build_admin(
     app.router.add_post(r"/v1/requests/{id}/migrate/{engine:-?\d{1,18}}", _migrate)
     app.router.add_post("/v1/requests/{id}/priority/{value}", _set_priority)
     app.router.add_post(r"/v1/engines/{engine:-?\d{1,18}}/{verb:drain|undrain|park|wake}", _set_state)
+    app.router.add_post(r"/v1/{role:engine|frontend}s/{index:-?\d{1,18}}/restart", _restart)
+    app.router.add_post("/v1/{role:coordinator}/restart", _restart)
     app.router.add_post("/v1/reload", _reload)
     add_events(app)
     return app
@@ -167,6 +174,15 @@ async def _set_state(request: web.Request) -> web.Response:
     log.info("engine %d: %s by %s", engine, verb, operator)
     word = state.name.lower()
     return web.json_response({"engine": engine, "desired": word, "wished": word})  # "wished" is deprecated
+
+
+async def _restart(request: web.Request) -> web.Response:
+    role, index, operator = request.match_info["role"], int(request.match_info.get("index", 0)), _operator(request)
+    incarnation = request.app[_RESTART_ORDER].restart(role, index)
+    name = role if role == "coordinator" else f"{role} {index}"
+    log.info("%s: restart by %s", name, operator)
+    request.app[_EVENTS].write(Ordered("restart", "", index if role == "engine" else -1, name, operator))
+    return web.json_response({"process": name, "incarnation": incarnation})
 
 
 async def _reload(request: web.Request) -> web.Response:

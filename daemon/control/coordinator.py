@@ -17,6 +17,7 @@ from daemon.control.desired_states import DesiredStates
 from daemon.control.key_order import KeyOrder
 from daemon.control.rebalancer import Rebalancer
 from daemon.control.request_orders import RequestOrders
+from daemon.control.restart_order import RestartOrder
 from daemon.control.status import StatusReader
 from daemon.ipc import child, doorbell
 from daemon.ipc.child import STOP_SIGNAL, ChildSpec
@@ -43,7 +44,8 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     desired_states = DesiredStates(fabric, events)
     autoscaler = Autoscaler(desired_states, spec.config, fabric.topology.engines)
     orders, key_order = RequestOrders(fabric, status), KeyOrder(fabric)
-    app = build_admin(status, orders, rebalancer, desired_states, key_order, events)
+    restart_order = RestartOrder(fabric, spec)
+    app = build_admin(status, orders, rebalancer, desired_states, key_order, restart_order, events)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     await web.SockSite(runner, socket.socket(fileno=spec.listener_fd)).start()

@@ -6,7 +6,7 @@ import logging
 import time
 
 from daemon.engine.journal_reader import JournalReader
-from daemon.engine.migration.actions import Action, ResetOutbox, Tell
+from daemon.engine.migration.actions import Action, Readdress, Tell
 from daemon.engine.migration.llumlet import Llumlet
 from daemon.ipc.messages import (
     Cancel,
@@ -52,7 +52,7 @@ class FrontendInbox:
         while (record := self._ring.read()) is not None:
             if record.receiver == self._incarnation:
                 if record.sender != self._sender:
-                    actions += self._on_new_incarnation(record.sender)
+                    actions.append(self._on_new_incarnation(record.sender))
                 actions += self._handle(decode_to_engine(record.payload), time.monotonic())
         return actions
 
@@ -60,15 +60,14 @@ class FrontendInbox:
         """Free the ring's space of all that was read. Call it once the actions are executed."""
         self._ring.ack()
 
-    def _on_new_incarnation(self, sender: int) -> list[Action]:
-        """Drop the requests and the queued output of the frontend's previous incarnation.
+    def _on_new_incarnation(self, sender: int) -> Action:
+        """Count the demand of the new incarnation from 0, and address output to it.
 
-        The new one owns none of them until it sends OwnedRequests.
+        Its OwnedRequests, the first message of every incarnation, says which requests of its predecessor it keeps.
         """
         self._sender = sender
         self._requests = self._tokens = 0
-        dropped = self._llumlet.on_owned_requests(self._frontend, {}, time.monotonic())
-        return [ResetOutbox(self._frontend, sender), *dropped]
+        return Readdress(self._frontend, sender)
 
     def _handle(self, message: ToEngine, now: float) -> list[Action]:
         match message:
@@ -83,8 +82,8 @@ class FrontendInbox:
             case Reprioritise(rid=rid, epoch=epoch, priority=priority):
                 self._llumlet.on_reprioritise(rid, epoch, priority)
                 return []
-            case OwnedRequests(rids=rids, epochs=epochs):
-                return self._llumlet.on_owned_requests(self._frontend, dict(zip(rids, epochs, strict=True)), now)
+            case OwnedRequests():
+                return self._llumlet.on_owned_requests(self._frontend, message, now)
 
     def _start(self, start: Start, now: float) -> list[Action]:
         """Start the request of the journal slot. Refuse one that cannot be read or queued: it must not end the engine

@@ -6,7 +6,7 @@ from collections import deque
 
 from daemon.engine.migration.actions import Note
 from daemon.engine.scheduler import Emission
-from daemon.ipc.messages import StepOutput, TokenLogprobs, encode
+from daemon.ipc.messages import HandBack, StepOutput, TokenLogprobs, encode
 from daemon.ipc.ring import RingWriter
 
 _ROWS_PER_RECORD = 512  # keeps a record well under half a ring even with 20 logprobs per token
@@ -15,14 +15,15 @@ _ROWS_PER_RECORD = 512  # keeps a record well under half a ring even with 20 log
 class FrontendOutbox:
     """Rows of output and notes for one frontend, each queue in order.
 
-    The two queues may overtake one another: a note carries the output that it depends on.
+    The two queues may overtake one another: a note carries the output that it depends on. Only a HandBack waits for
+    the rows before it: they may have ended the request that it hands back.
     """
 
     def __init__(self, ring: RingWriter) -> None:
         self._ring = ring
         self._rows: deque[Emission] = deque()
         self._notes: deque[Note] = deque()
-        self._receiver = 0  # incarnation of the frontend that owns the queued output
+        self._receiver = 0  # incarnation of the frontend that everything is for
 
     @property
     def pending(self) -> bool:
@@ -37,18 +38,27 @@ class FrontendOutbox:
         """Queue a note."""
         self._notes.append(note)
 
-    def reset(self, receiver: int) -> None:
-        """Drop what is queued for the previous incarnation of the frontend; `receiver` is the new one."""
-        self._rows.clear()
-        self._notes.clear()
+    def readdress(self, receiver: int) -> None:
+        """Address what is queued, and all that follows, to this incarnation of the frontend."""
         self._receiver = receiver
 
     def flush(self) -> bool:
         """Write as much as the ring takes; return True if anything was written, so that the bell must ring."""
+        sent = self._flush_notes()
+        sent = self._flush_rows() or sent
+        return self._flush_notes() or sent
+
+    def _flush_notes(self) -> bool:
         sent = False
-        while self._notes and self._ring.put(encode(self._notes[0]), self._receiver):
+        while self._notes and not (self._rows and isinstance(self._notes[0], HandBack)):
+            if not self._ring.put(encode(self._notes[0]), self._receiver):
+                break
             self._notes.popleft()
             sent = True
+        return sent
+
+    def _flush_rows(self) -> bool:
+        sent = False
         while self._rows:
             count = min(len(self._rows), _ROWS_PER_RECORD)
             batch = [self._rows[i] for i in range(count)]

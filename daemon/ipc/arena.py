@@ -27,6 +27,17 @@ class Arena:
                 return offset
         return None
 
+    def reserve(self, offset: int, size: int) -> None:
+        """Take the extent that a predecessor has allocated at `offset`. Raises ValueError if it is not free."""
+        size = rounded(size)
+        i = bisect_left(self._free, (offset + 1, 0)) - 1
+        start, gap = self._free[i] if i >= 0 else (0, 0)
+        if offset % ALIGN or offset + size > start + gap:
+            raise ValueError(f"extent {offset}+{size} is not free")
+        parts = ((start, offset - start), (offset + size, start + gap - offset - size))
+        self._free[i : i + 1] = [part for part in parts if part[1]]
+        self.free_bytes -= size
+
     def free(self, offset: int, size: int) -> None:
         """Free an extent exactly as it was allocated. Raises ValueError if it overlaps a free extent."""
         size = rounded(size)

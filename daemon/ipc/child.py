@@ -12,15 +12,20 @@ from dataclasses import dataclass
 import setproctitle
 
 from daemon.config import Config
-from daemon.ipc import output
+from daemon.ipc import code_version, output
+from daemon.ipc.code_version import CodeVersion
 from daemon.ipc.fabric import Fabric, FabricHandles
+
+log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 EXIT_FAILED = 1
 EXIT_CONFIG = 78  # sysexits' EX_CONFIG: starting again cannot help
 EXIT_PARKED = 79  # an engine whose desired state is PARKED and which holds no work
+EXIT_HANDOVER = 80  # a frontend that has stopped in the middle of its work, for its successor to go on
 STOP_SIGNAL = signal.SIGUSR1  # from the supervisor: finish and exit
 CUT_SIGNAL = signal.SIGUSR2  # from the supervisor to a frontend that drains: end the running requests now
+HANDOVER_SIGNAL = signal.SIGRTMIN  # from the supervisor to a frontend: stop at once and exit with EXIT_HANDOVER
 # What a terminal, a shell or systemd sends to the whole process group. The supervisor alone handles them. It also
 # blocks them while it starts a child, which inherits that: none can end a child before it ignores them.
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -38,6 +43,10 @@ class ChildSpec:
     model_dir: str
     listener_fd: int = -1  # frontends: the HTTP socket; coordinator: the admin socket
     pool_fd: int = -1  # engines: their KV pool segment
+    keeper_fd: int = -1  # frontends: their channel to the supervisor, see `kept_sockets`
+    keeper_capacity: int = 0  # frontends: sockets that the supervisor can keep for each
+    code: CodeVersion | None = None  # of the supervisor's code; None: the process need not check its own
+    adopt: bool = False  # frontends: go on with the responses of the predecessor, which has died or handed over
 
 
 def initialize(spec: ChildSpec) -> Fabric:
@@ -45,15 +54,22 @@ def initialize(spec: ChildSpec) -> Fabric:
 
     From now on the process dies with the supervisor.
     """
+    detach(spec, spec.handles.topology.name(spec.process))
+    return Fabric(spec.handles, spec.process, spec.incarnation)
+
+
+def detach(spec: ChildSpec, name: str) -> None:
+    """Let this process die with the supervisor, but not by what a terminal sends; set its name and its logging."""
     _die_with(spec.supervisor_pid)
-    name = spec.handles.topology.name(spec.process)
     setproctitle.setproctitle(f"llumd: {name}")
-    for number in (*GROUP_SIGNALS, CUT_SIGNAL):
+    for number in (*GROUP_SIGNALS, CUT_SIGNAL, HANDOVER_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
     output.tolerate_loss()
     start_logging(spec.config.log_level, name)
-    return Fabric(spec.handles, spec.process, spec.incarnation)
+    if spec.code is not None and not code_version.fits(spec.code):
+        log.error("another version of llumd was installed, whose layout of shared memory differs; restart the daemon")
+        sys.exit(EXIT_CONFIG)
 
 
 def start_logging(level: str, name: str) -> None:

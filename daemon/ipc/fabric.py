@@ -1,10 +1,9 @@
 """The fabric: the shared segment that connects all processes, its layout, and the view that each process has of it.
 
-One segment contains process table, progress words, boards, metrics pages, desired states, event rings, the keys page
-and rings.
-`Layout` computes every offset from the topology alone. Journals and KV pools are separate segments. There is one ring
-for each directed pair of processes that communicate. Processes have numbers: 0 is the coordinator, then come the
-frontends, then the engines.
+One segment contains process table, progress words, boards, metrics pages, desired states, restart orders, event
+rings, the keys page and rings. `Layout` computes every offset from the topology alone. Journals, outboxes and KV
+pools are separate segments. There is one ring for each directed pair of processes that communicate. Processes have
+numbers: 0 is the coordinator, then come the frontends, then the engines.
 """
 
 from __future__ import annotations
@@ -86,7 +85,8 @@ class Layout:
         self.boards = self.table + n * BOARD_BYTES
         self.metrics = self.boards + n * BOARD_BYTES
         self.desired_states = _page_up(self.metrics + n * METRICS_BYTES)
-        self.events = _page_up(self.desired_states + topology.engines * 8)
+        self.restart_orders = self.desired_states + topology.engines * 8
+        self.events = _page_up(self.restart_orders + n * 8)
         self.keys_page = _page_up(self.events + n * EVENT_BYTES)
         end = self.keys_page + KEYS_PAGE_BYTES
         self.rings: dict[tuple[int, int], tuple[int, int]] = {}
@@ -103,6 +103,7 @@ class FabricHandles:
     topology: Topology
     segment: int
     journals: tuple[int, ...]  # one per frontend
+    outboxes: tuple[int, ...]  # one per frontend
     doorbells: tuple[int, ...]  # one per process
 
 
@@ -118,12 +119,13 @@ class Fabric:
         self._view = segment.attach(handles.segment)
 
     @classmethod
-    def create(cls, topology: Topology, journal_bytes: int) -> FabricHandles:
+    def create(cls, topology: Topology, journal_bytes: int, outbox_bytes: int) -> FabricHandles:
         """Create all segments and doorbells (supervisor only)."""
         return FabricHandles(
             topology,
             segment.create(Layout(topology).size),
             tuple(segment.create(journal_bytes) for _ in range(topology.frontends)),
+            tuple(segment.create(outbox_bytes) for _ in range(topology.frontends)),
             tuple(doorbell.create() for _ in range(topology.processes)),
         )
 
@@ -159,6 +161,10 @@ class Fabric:
         """Return the desired-state words: one u64 per engine."""
         return self._at(self._layout.desired_states, self.topology.engines * 8)
 
+    def restart_orders(self) -> memoryview:
+        """Return the restart orders: one u64 per process."""
+        return self._at(self._layout.restart_orders, self.topology.processes * 8)
+
     def events(self, process: int) -> memoryview:
         """Return the event ring of a process."""
         return self._at(self._layout.events + process * EVENT_BYTES, EVENT_BYTES)
@@ -181,6 +187,9 @@ class Fabric:
 
     def journal(self, frontend: int, *, writable: bool = False) -> memoryview:
         return segment.attach(self._handles.journals[frontend], writable=writable)
+
+    def outbox(self, frontend: int) -> memoryview:
+        return segment.attach(self._handles.outboxes[frontend])
 
     def _table_boards(self) -> list[memoryview]:
         return [self._at(self._layout.table + p * BOARD_BYTES, BOARD_BYTES) for p in range(self.topology.processes)]

@@ -4,17 +4,24 @@ Only the owning frontend writes it; engines and the coordinator map it read-only
 engine needs to continue a request from the last token that the frontend has accepted: parameters, prompt, seed,
 epoch, owner and the accepted output with its logprobs. At admission it reserves the space for all of max_tokens.
 
-A slot is nine u64 words:
+It outlives its frontend: a successor can adopt it. The owner may die at any store, so each change is committed by
+one aligned store, and a slot that was not committed counts as free.
 
-    0  request id
-    1  epoch << 32 | owner << 16 | state      (one aligned store commits all three)
-    2  output tokens accepted
-    3  params offset << 32 | params length, bytes
-    4  prompt offset << 32 | prompt length, tokens
-    5  output offset << 32 | output capacity, tokens
-    6  logprobs offset << 32 | bytes of one token's logprob record (0: none)
-    7  incarnation of the owner
-    8  priority as it is now, two's complement (params contain the priority at admission)
+The segment begins with one word, the *generation*: the incarnation of the frontend that has begun with an empty
+journal; 0 while that one empties it. At byte 64 begin the slots. A slot is twelve u64 words:
+
+    0   request id
+    1   epoch << 32 | owner << 16 | which << 8 | state      (one store commits all of them)
+    2   output tokens accepted
+    3   params offset << 32 | params length, bytes
+    4   prompt offset << 32 | prompt length, tokens
+    5   output offset << 32 | output capacity, tokens
+    6   logprobs offset << 32 | bytes of one token's logprob record (0: none)
+    7   incarnation of the owner if `which` is 0
+    8   incarnation of the owner if `which` is 1
+    9   priority as it is now, two's complement (params contain the priority at admission)
+    10  prompt tokens from the prefix cache << 32 | failure << 16 | finish
+    11  epoch of the last crash << 32 | engines that failed << 16 | engines that crashed
 
 Offsets count from the start of the segment, in bytes. Prompt and output are u32 arrays. A logprob record is
 f32 of the chosen token, then (u32 id, f32 logprob) for each alternative; unused alternatives have id 2^32-1.
@@ -26,22 +33,48 @@ import struct
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
+from math import isnan
 from typing import NamedTuple
 
 from daemon.ipc.arena import ALIGN, Arena, rounded
-from daemon.ipc.messages import RequestParams, TokenLogprobs, decode_params, encode
+from daemon.ipc.messages import Finish, RequestParams, TokenLogprobs, decode_params, encode
 
-SLOT_WORDS = 9
+HEADER_BYTES = 64
+SLOT_WORDS = 12
+_NO_OWNER = 0xFFFF
 _NO_TOKEN = 0xFFFFFFFF
 _U64 = (1 << 64) - 1
+_WHICH = 1 << 8  # bit of word 1
 
 
 class SlotState(IntEnum):
-    """FREE: can be reused; LIVE: belongs to a request; CLOSED: the request has ended, the slot is being freed."""
+    """The state of a slot.
+
+    FREE: can be reused; LIVE: belongs to an unfinished request; ENDED: the request has ended, and not all of its
+    output is delivered; CLOSED: the slot is being freed.
+    """
 
     FREE = 0
     LIVE = 1
     CLOSED = 2
+    ENDED = 3
+
+
+class Failure(IntEnum):
+    """Which error has ended a request; NONE: it has its `Finish`."""
+
+    NONE = 0
+    LOST = 1  # its engine died or gave up; another try may succeed
+    REFUSED = 2  # another try would fail the same
+    SHUTDOWN = 3  # the daemon ends
+
+
+class Crashes(NamedTuple):
+    """The crashes that a request has been through."""
+
+    epoch: int = 0  # of the last one; 0: none
+    failed: int = 0  # engines that ended by an exception of their own
+    crashed: int = 0  # all engines that crashed, those that failed included
 
 
 class JournalFull(Exception):
@@ -55,6 +88,10 @@ class JournalTooSmall(Exception):
 def slots_for(size: int) -> int:
     """Return the number of slots in a journal of `size` bytes: one per 4 KiB, so that space runs out before slots."""
     return size // (4 << 10)
+
+
+def _slots_end(num_slots: int) -> int:
+    return HEADER_BYTES + num_slots * SLOT_WORDS * 8
 
 
 class Layout(NamedTuple):
@@ -82,8 +119,14 @@ class JournalView:
     def __init__(self, view: memoryview) -> None:
         self._view = view
         self.num_slots = slots_for(len(view))
-        self._words = view[: self.num_slots * SLOT_WORDS * 8].cast("Q")
+        self._header = view[:8].cast("Q")
+        self._words = view[HEADER_BYTES : _slots_end(self.num_slots)].cast("Q")
         self._u32 = view[: len(view) & -4].cast("I")
+
+    @property
+    def generation(self) -> int:
+        """Incarnation of the frontend that has begun with an empty journal; 0 if none has."""
+        return int(self._header[0])
 
     def rid(self, slot: int) -> int:
         """Return the request id in the slot (meaningless if it is FREE)."""
@@ -95,18 +138,34 @@ class JournalView:
     def owner(self, slot: int) -> tuple[int, int]:
         """Return (engine index, its incarnation) of the request's owner."""
         base = slot * SLOT_WORDS
-        return int(self._words[base + 1]) >> 16 & 0xFFFF, int(self._words[base + 7])
+        word = int(self._words[base + 1])
+        return word >> 16 & 0xFFFF, int(self._words[base + (8 if word & _WHICH else 7)])
 
     def state(self, slot: int) -> SlotState:
-        return SlotState(self._words[slot * SLOT_WORDS + 1] & 0xFFFF)
+        return SlotState(self._words[slot * SLOT_WORDS + 1] & 0xFF)
 
     def num_output(self, slot: int) -> int:
         return int(self._words[slot * SLOT_WORDS + 2])
 
     def priority(self, slot: int) -> int:
         """Return the current priority; `params` contains the one at admission."""
-        word = int(self._words[slot * SLOT_WORDS + 8])
+        word = int(self._words[slot * SLOT_WORDS + 9])
         return word - (word >> 63 << 64)
+
+    def finish(self, slot: int) -> Finish:
+        """Return how the request has ended; NONE if it has not, or has ended with an error."""
+        return Finish(self._words[slot * SLOT_WORDS + 10] & 0xFFFF)
+
+    def failure(self, slot: int) -> Failure:
+        return Failure(self._words[slot * SLOT_WORDS + 10] >> 16 & 0xFFFF)
+
+    def num_cached_tokens(self, slot: int) -> int:
+        """Return the number of prompt tokens that came from the prefix cache, as far as output has told it."""
+        return int(self._words[slot * SLOT_WORDS + 10]) >> 32
+
+    def crashes(self, slot: int) -> Crashes:
+        word = int(self._words[slot * SLOT_WORDS + 11])
+        return Crashes(word >> 32, word >> 16 & 0xFFFF, word & 0xFFFF)
 
     def prompt_len(self, slot: int) -> int:
         return int(self._words[slot * SLOT_WORDS + 4]) & 0xFFFFFFFF
@@ -124,7 +183,7 @@ class JournalView:
         return self._u32[offset // 4 + start : offset // 4 + self.num_output(slot)].tolist()
 
     def logprobs(self, slot: int, position: int) -> TokenLogprobs | None:
-        """Return the logprobs of the accepted output token at `position`; None if the request asked for none."""
+        """Return the logprobs of the accepted output token at `position`; None if its engine has sent none."""
         offset, record = self._pair(slot, 6)
         if not record:
             return None
@@ -132,9 +191,15 @@ class JournalView:
 
     def live_slots(self) -> list[int]:
         """Return the slots of all LIVE requests."""
-        live = int(SlotState.LIVE)
+        return self._slots_in(SlotState.LIVE)
+
+    def kept_slots(self) -> list[int]:
+        """Return the slots of the requests that are LIVE or ENDED."""
+        return self._slots_in(SlotState.LIVE, SlotState.ENDED)
+
+    def _slots_in(self, *wanted: int) -> list[int]:
         states = self._words[1::SLOT_WORDS].tolist()  # one bulk read: every status request calls this
-        return [slot for slot, word in enumerate(states) if word & 0xFFFF == live]
+        return [slot for slot, word in enumerate(states) if word & 0xFF in wanted]
 
     def _pair(self, slot: int, word: int) -> tuple[int, int]:
         value = int(self._words[slot * SLOT_WORDS + word])
@@ -146,17 +211,45 @@ class JournalView:
 
 
 class Journal(JournalView):
-    """The owning frontend's journal. It starts empty: it discards the content that a predecessor has left."""
+    """The owning frontend's journal."""
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview, *, adopt: bool = False, generation: int = 0) -> None:
+        """`adopt`: keep the requests that a predecessor has left, and its generation. Otherwise, or if there is
+        nothing to adopt, start empty. `generation`: incarnation of this frontend, for an empty journal."""
         super().__init__(view)
-        self._arena_offset = rounded(self.num_slots * SLOT_WORDS * 8)
+        self._arena_offset = rounded(_slots_end(self.num_slots))
         self._capacity = len(view) - self._arena_offset & -ALIGN
         self._arena = Arena(self._capacity)
+        self._reserved: dict[int, tuple[int, int]] = {}  # slot -> extent
+        if not (adopt and self.generation):
+            self._discard(generation)
+        self._keep()
+
+    def _discard(self, generation: int) -> None:
+        """Free every slot. A successor does not adopt a journal that is only partly discarded."""
+        self._header[0] = 0
         for slot in range(self.num_slots):
             self._words[slot * SLOT_WORDS + 1] = SlotState.FREE
-        self._free_slots = list(range(self.num_slots - 1, -1, -1))
-        self._reserved: dict[int, tuple[int, int]] = {}  # slot -> extent
+        self._header[0] = generation
+
+    def _keep(self) -> None:
+        """Reserve the space of all requests. Free the slots that the predecessor was opening or closing."""
+        kept = set()
+        for slot in self.kept_slots():
+            if self.owner(slot)[0] != _NO_OWNER:
+                kept.add(slot)
+                self._reserved[slot] = self._extent(slot)
+                self._arena.reserve(*self._reserved[slot])
+        self._free_slots = [slot for slot in range(self.num_slots - 1, -1, -1) if slot not in kept]
+        for slot in self._free_slots:
+            self._words[slot * SLOT_WORDS + 1] = SlotState.FREE
+
+    def _extent(self, slot: int) -> tuple[int, int]:
+        """Return the part of the arena that the request has reserved, as its slot tells it."""
+        start, _ = self._pair(slot, 3)
+        _, capacity = self._pair(slot, 5)
+        logprobs_at, record = self._pair(slot, 6)
+        return start - self._arena_offset, logprobs_at + record * capacity - start
 
     def open(self, rid: int, params: RequestParams, prompt: Sequence[int]) -> int:
         """Record a request, reserve all the space it can need and return its slot, at epoch 0 and without an owner.
@@ -181,19 +274,30 @@ class Journal(JournalView):
         self._words[base + 5] = at + output_at << 32 | sampling.max_tokens
         self._words[base + 6] = at + logprobs_at << 32 | record
         self._words[base + 7] = 0
-        self._words[base + 8] = params.priority & _U64
-        self._words[base + 1] = 0xFFFF << 16 | SlotState.LIVE
+        self._words[base + 9] = params.priority & _U64
+        self._words[base + 10] = 0
+        self._words[base + 11] = 0
+        self._words[base + 1] = _NO_OWNER << 16 | SlotState.LIVE
         return slot
 
     def assign(self, slot: int, epoch: int, engine: int, incarnation: int) -> None:
-        """Make an engine the owner at `epoch`; one aligned store commits both."""
+        """Make an engine the owner at `epoch`; one aligned store commits both, and the incarnation written before."""
         base = slot * SLOT_WORDS
-        self._words[base + 7] = incarnation
-        self._words[base + 1] = epoch << 32 | engine << 16 | SlotState.LIVE
+        which = self._words[base + 1] & _WHICH ^ _WHICH
+        self._words[base + (8 if which else 7)] = incarnation
+        self._words[base + 1] = epoch << 32 | engine << 16 | which | SlotState.LIVE
 
     def reprioritise(self, slot: int, priority: int) -> None:
         """Change the priority of the request with one store."""
-        self._words[slot * SLOT_WORDS + 8] = priority & _U64
+        self._words[slot * SLOT_WORDS + 9] = priority & _U64
+
+    def record_cached(self, slot: int, num_cached_tokens: int) -> None:
+        """Record how many prompt tokens came from the prefix cache."""
+        self._words[slot * SLOT_WORDS + 10] = num_cached_tokens << 32
+
+    def record_crashes(self, slot: int, crashes: Crashes) -> None:
+        """Record the crashes that the request has been through, with one store."""
+        self._words[slot * SLOT_WORDS + 11] = crashes.epoch << 32 | crashes.failed << 16 | crashes.crashed
 
     def append(self, slot: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None] | None) -> None:
         """Append accepted output tokens: write them, then commit their number with one store.
@@ -211,10 +315,16 @@ class Journal(JournalView):
             self._write_logprobs(slot, n, logprobs)
         self._words[slot * SLOT_WORDS + 2] = n + len(tokens)
 
-    def close(self, slot: int) -> None:
-        """Free the slot and the space of a request that has ended."""
+    def end(self, slot: int, finish: Finish, failure: Failure = Failure.NONE) -> None:
+        """End the request, whose output is complete. Its slot and its space stay until `close`."""
         base = slot * SLOT_WORDS
-        self._words[base + 1] = self._words[base + 1] & ~0xFFFF | SlotState.CLOSED
+        self._words[base + 10] = self.num_cached_tokens(slot) << 32 | failure << 16 | finish
+        self._words[base + 1] = self._words[base + 1] & ~0xFF | SlotState.ENDED
+
+    def close(self, slot: int) -> None:
+        """Free the slot and the space of a request: it has ended, and its output is delivered."""
+        base = slot * SLOT_WORDS
+        self._words[base + 1] = self._words[base + 1] & ~0xFF | SlotState.CLOSED
         self._arena.free(*self._reserved.pop(slot))
         self._words[base + 1] = SlotState.FREE
         self._free_slots.append(slot)
@@ -256,7 +366,9 @@ def _pack_logprobs(entry: TokenLogprobs | None, record: int) -> bytes:
     return packed + struct.pack("<If", _NO_TOKEN, 0.0) * unused
 
 
-def _unpack_logprobs(record: memoryview) -> TokenLogprobs:
+def _unpack_logprobs(record: memoryview) -> TokenLogprobs | None:
     (chosen,) = struct.unpack_from("<f", record)
+    if isnan(chosen):  # `_pack_logprobs` had none
+        return None
     top = [t for t in struct.iter_unpack("<If", record[4:]) if t[0] != _NO_TOKEN]
     return TokenLogprobs(chosen, [t[0] for t in top], [t[1] for t in top])

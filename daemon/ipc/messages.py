@@ -69,6 +69,7 @@ class RequestParams(Struct, array_like=True, frozen=True):
     cache_salt: bytes = b""  # requests share prefix blocks only with the same salt
     label: str = ""  # public id, for operators
     x_request_id: str = ""  # that its client has sent, for operators
+    client: str = ""  # that it counts for in admission
 
 
 class TokenLogprobs(Struct, array_like=True, frozen=True):
@@ -99,10 +100,17 @@ class Cancel(Struct, tag=2, array_like=True, frozen=True):
 
 
 class OwnedRequests(Struct, tag=3, array_like=True, frozen=True):
-    """All requests of the (restarted) frontend that this engine owns; the engine drops every other request of it."""
+    """All requests of the frontend that this engine owns, with an id from `first` to `last`.
+
+    The engine drops every other request with such an id that it runs, and claims again what waits for a decision.
+    """
 
     rids: list[int]
     epochs: list[int]
+    accepted: list[int]  # output tokens journaled of each
+    priorities: list[int]  # present priority of each
+    first: int = 0
+    last: int = (1 << 64) - 1
 
 
 class Grant(Struct, tag=4, array_like=True, frozen=True):

@@ -166,6 +166,11 @@ FRONTEND = Table(
         Counter("http_requests", "HTTP requests answered.", (("handler", HANDLERS), ("status", STATUSES))),
         Counter("connections_accepted", "HTTP connections accepted."),
         Counter("connections_cut", "HTTP connections that the server closed, by reason.", (("reason", CLOSED),)),
+        Counter("responses_adopted", "Responses that a successor of their frontend went on with."),
+        Counter("responses_cut", "Responses that ended with their frontend."),
+        Counter(
+            "responses_unguarded", "Responses without a place in the outbox: they would end with their frontend."
+        ),
         Counter("malformed_requests", "Requests that are not valid HTTP."),
     ),
     histograms=(

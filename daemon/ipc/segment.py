@@ -36,7 +36,7 @@ def create(size: int) -> int:
         raise SegmentError(
             e.errno,
             f"/dev/shm has no room for {size / 2**20:.0f} MiB of shared memory; "
-            "make it larger (docker: --shm-size) or lower kv_memory or journal_memory",
+            "make it larger (docker: --shm-size) or lower kv_memory, journal_memory or outbox_memory",
         ) from None
     return int(shm.fd)
 

@@ -6,7 +6,9 @@ import importlib
 
 from multiprocess.context import get_spawning_popen
 
+from daemon.ipc import child
 from daemon.ipc.child import ChildSpec
+from daemon.supervisor.standby import NAME, wait_for_role
 
 _MAIN = {
     "coordinator": "daemon.control.coordinator",
@@ -26,6 +28,14 @@ class Inherited:
         for fd in self._fds:
             popen.duplicate_for_child(fd)
         return {}
+
+
+def run_standby(spec: ChildSpec, role_fd: int, _inherited: Inherited) -> None:
+    """Load what a frontend needs, wait for the role of one that has ended, then run it."""
+    child.detach(spec, NAME)
+    frontend = importlib.import_module(_MAIN["frontend"])
+    frontend.prepare(spec)
+    frontend.main(wait_for_role(spec, role_fd))
 
 
 def run(spec: ChildSpec, _inherited: Inherited) -> None:

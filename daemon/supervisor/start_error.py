@@ -10,7 +10,7 @@ _ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n; systemd: LimitNOFILE)",
     errno.ENFILE: "this machine has too many open files; raise fs.file-max",
     errno.EAGAIN: "raise the limit of processes (ulimit -u; systemd: TasksMax; docker: --pids-limit)",
-    errno.ENOMEM: "this machine has too little free memory; lower kv_memory or journal_memory",
+    errno.ENOMEM: "this machine has too little free memory; lower kv_memory, journal_memory or outbox_memory",
 }
 
 

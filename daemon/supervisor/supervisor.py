@@ -14,8 +14,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -24,21 +23,21 @@ import setproctitle
 from multiprocess import resource_tracker
 
 from daemon.config import Config
-from daemon.ipc import segment
 from daemon.ipc.child import (
     CUT_SIGNAL,
     EXIT_CONFIG,
     EXIT_FAILED,
+    EXIT_HANDOVER,
     EXIT_PARKED,
-    GROUP_SIGNALS,
+    HANDOVER_SIGNAL,
     STOP_SIGNAL,
-    ChildSpec,
 )
 from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.fabric import Fabric, Topology
 from daemon.ipc.messages import EngineState
-from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
-from daemon.supervisor import child_entry
+from daemon.ipc.process_table import ProcessState
+from daemon.ipc.restart_orders import RestartOrders
+from daemon.supervisor.children import Child, Spawner, group_signals_blocked
 from daemon.supervisor.key_reload import KeyReload, KeySource
 from daemon.supervisor.start_error import StartError, explain
 from daemon.supervisor.systemd import EXTEND_START, Notifier
@@ -47,40 +46,10 @@ log = logging.getLogger(__name__)
 
 TICK = 0.2  # seconds between checks of the timers
 LATE_TICK = 2.0  # seconds; after a longer gap the supervisor itself was stopped, and missed deadlines mean nothing
-FIRST_BACKOFF = 0.2
-MAX_BACKOFF = 30.0
-HEALTHY_AFTER = 60.0  # seconds of uptime after which the back-off starts again at FIRST_BACKOFF
 START_ATTEMPTS = 5  # deaths of every engine, or every frontend, after which a daemon that never served gives up
 SAME_SIGNAL = 0.5  # seconds; `timeout` and others send one signal twice, to this process and to its group
+STANDBY_WAIT = 20.0  # seconds that the replacement of a frontend waits for a standby that is loaded
 STOP_GRACE = 5.0  # seconds between STOP_SIGNAL, or CUT_SIGNAL, and SIGKILL
-
-
-@dataclass(slots=True)
-class Child:
-    """One process of the tree, through all its incarnations."""
-
-    process: int
-    name: str
-    facts: ProcessFacts
-    progress: Progress
-    handle: Any = None  # multiprocess.Process
-    pidfd: int = -1
-    pool_fd: int = -1  # engines: descriptor of the current KV pool
-    backoff: float = FIRST_BACKOFF
-    start_at: float = 0.0  # earliest time of the next start, monotonic; infinite when the daemon stops
-    suspected: bool = False  # has missed its deadline
-
-    @property
-    def alive(self) -> bool:
-        return self.facts.state == ProcessState.UP
-
-    @property
-    def serving(self) -> bool:
-        return (
-            self.alive
-            and self.progress.incarnation == self.facts.incarnation
-            and self.progress.state == EngineState.SERVING
-        )
 
 
 class Supervisor:
@@ -97,20 +66,18 @@ class Supervisor:
         notifier: Notifier | None = None,
     ) -> None:
         self._config = config
-        self._model_dir = model_dir
-        self._pool_bytes = pool_bytes
-        self._http = http
-        self._admin = admin
         self._topology = Topology(config.frontends, len(config.devices))
-        self._handles = Fabric.create(self._topology, config.journal_memory)
-        self._fabric = Fabric(self._handles, -1, 0)
+        handles = Fabric.create(self._topology, config.journal_memory, config.outbox_memory)
+        self._fabric = Fabric(handles, -1, 0)
         self._table = self._fabric.table_writer()
         self._desired_states = DesiredStateReader(self._fabric.desired_states())
+        self._restart_orders = RestartOrders(self._fabric.restart_orders())
         self._keys = KeyReload(self._fabric.keys_page(), keys)
         self._notifier = notifier or Notifier()
-        self._context = multiprocess.get_context("spawn")
         self._epoll = select.epoll()
-        self._children = [self._new_child(p) for p in range(self._topology.processes)]
+        listeners = {"frontend": http, "coordinator": admin}
+        self._spawner = Spawner(config, model_dir, pool_bytes, listeners, handles, self._epoll)
+        self._children = self._spawner.children(self._fabric)
         self._signals: list[int] = []  # SIGTERM and SIGINT that have arrived, repeated ones counted once
         self._signalled_at = float("-inf")  # when the last one was counted
         self._announced = False
@@ -129,13 +96,14 @@ class Supervisor:
             return self._supervise(ready)
         finally:
             self._kill_children()
+            self._hang_up(self._frontends())
 
     def _start(self) -> None:
         """Listen to signals and start every child, until a signal asks for the end. Raises StartError."""
         what = "the supervisor"
         try:
             self._install_signal_handlers()
-            with _group_signals_blocked():
+            with group_signals_blocked():
                 resource_tracker.ensure_running()  # of multiprocess: it, too, must outlive a closed terminal
             for child in self._children:
                 if self._signals:
@@ -246,131 +214,67 @@ class Supervisor:
 
     # -- children -------------------------------------------------------------------------------------
 
-    def _new_child(self, process: int) -> Child:
-        return Child(process, self._topology.name(process), ProcessFacts(), self._fabric.progress(process))
-
     def _spawn(self, child: Child) -> None:
-        role, _ = self._topology.role(child.process)
-        if role == "engine":
-            self._create_pool(child)
-        spec = self._spec(child, role)
-        handles = self._handles
-        fds = [handles.segment, *handles.journals, *handles.doorbells, spec.listener_fd, spec.pool_fd]
-        child.handle = self._context.Process(
-            target=child_entry.run,
-            args=(spec, child_entry.Inherited([fd for fd in fds if fd >= 0])),
-            name=child.name,
-        )
-        with _group_signals_blocked():
-            child.handle.start()
-        self._watch(child)
-        child.suspected = False
-        child.progress.enter(EngineState.STARTING, spec.incarnation, self._config.load_timeout)
-        pool = {"pool_fd": child.pool_fd, "pool_bytes": self._pool_bytes} if role == "engine" else {}
-        self._record(
-            child,
-            state=ProcessState.UP,
-            incarnation=spec.incarnation,
-            pid=child.handle.pid,
-            started_at=time.monotonic(),
-            **pool,
-        )
-
-    def _watch(self, child: Child) -> None:
-        """Have the loop wake up at the child's end. Kill it if that is not possible: it would run unsupervised."""
-        try:
-            child.pidfd = os.pidfd_open(child.handle.pid)
-            self._epoll.register(child.pidfd, select.EPOLLIN)
-        except OSError:
-            child.handle.kill()
-            child.handle.join()
-            child.handle.close()
-            if child.pidfd >= 0:
-                os.close(child.pidfd)
-                child.pidfd = -1
-            raise
-
-    def _spec(self, child: Child, role: str) -> ChildSpec:
-        """Describe the next incarnation of `child`."""
-        listeners = {"frontend": self._http, "coordinator": self._admin}
-        return ChildSpec(
-            config=self._config,
-            handles=self._handles,
-            process=child.process,
-            incarnation=child.facts.incarnation + 1,
-            supervisor_pid=os.getpid(),
-            model_dir=self._model_dir,
-            listener_fd=listeners[role].fileno() if role in listeners else -1,
-            pool_fd=child.pool_fd,
-        )
-
-    def _create_pool(self, child: Child) -> None:
-        """Create a new KV pool for the next incarnation: a dead engine may have left blocks half written."""
-        self._close_pool(child)
-        child.pool_fd = segment.create(self._pool_bytes)
-
-    def _close_pool(self, child: Child) -> None:
-        """Close the supervisor's descriptor of the pool.
-
-        The kernel frees the memory when the peers have unmapped it, too; they do so when the table shows the death.
-        """
-        if child.pool_fd >= 0:
-            os.close(child.pool_fd)
-            child.pool_fd = -1
+        if child.keeper is not None and not child.succession.adopts and (cut := child.keeper.hang_up_all()):
+            log.error("%s starts anew: %d connections of its predecessors are closed", child.name, cut)
+        self._record(child, **self._spawner.spawn(child))
 
     def _reap(self, child: Child) -> None:
         """Handle the death of a child, which the kernel has reported: record it and schedule the restart."""
-        self._epoll.unregister(child.pidfd)
-        os.close(child.pidfd)
-        child.pidfd = -1
-        child.handle.join()
-        code = child.handle.exitcode
-        child.handle.close()
+        code = self._spawner.reap(child)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
         last_crashed = child.facts.incarnation
         if child.start_at == float("inf"):  # the daemon stops
             self._record(child, state=ProcessState.STOPPED, last_exit=how)
+            self._hang_up([child])
         elif code == EXIT_PARKED:
             log.info("%s is parked", child.name)
             self._park(child, last_exit=how)
         elif code == EXIT_CONFIG:
             log.error("%s cannot run and is not restarted", child.name)
             self._record(child, state=ProcessState.FAILED, last_exit=how, last_crashed=last_crashed)
+            self._hang_up([child])
+        elif code == EXIT_HANDOVER or (child.replaced_at and self._desired_state(child) != EngineState.PARKED):
+            log.info("%s (pid %d) has ended for its successor: %s", child.name, child.facts.pid, how)
+            child.succession.on_handover()
+            child.start_at = 0.0
+            self._record(child, state=ProcessState.DEAD, last_exit="replaced")  # not a crash
         elif self._desired_state(child) == EngineState.PARKED:
             log.error("%s (pid %d) died before it was parked: %s", child.name, child.facts.pid, how)
             self._park(child, last_exit=how, last_crashed=last_crashed)
         else:
-            self._schedule_restart(child, how, failed=code == EXIT_FAILED)
+            self._schedule_restart(child, how, code)
 
-    def _schedule_restart(self, child: Child, how: str, *, failed: bool) -> None:
-        """Record the crash of a child, which has ended by `how`, and set the time of its restart.
-
-        `failed`: it has ended by an exception of its own.
-        """
+    def _schedule_restart(self, child: Child, how: str, code: int) -> None:
+        """Record the crash of a child, which has ended by `how`, and set the time of its restart."""
         now = time.monotonic()
-        if now - child.facts.started_at > HEALTHY_AFTER:
-            child.backoff = FIRST_BACKOFF
-        log.error("%s (pid %d) died: %s; restart in %.1f s", child.name, child.facts.pid, how, child.backoff)
-        self._back_off(child, now)
+        death = child.death(code, now)
+        delay = child.backoff.after(death)
+        child.succession.on_death(death)
+        child.start_at = now + delay
+        log.error("%s (pid %d) died: %s; restart in %.1f s", child.name, child.facts.pid, how, delay)
         self._record(
             child,
             state=ProcessState.DEAD,
             last_exit=how,
             restarts=child.facts.restarts + 1,
             last_crashed=child.facts.incarnation,
-            last_failed=child.facts.incarnation if failed else child.facts.last_failed,
+            last_failed=child.facts.incarnation if code == EXIT_FAILED else child.facts.last_failed,
         )
 
     @staticmethod
-    def _back_off(child: Child, now: float) -> None:
-        child.start_at = now + child.backoff
-        child.backoff = min(MAX_BACKOFF, child.backoff * 2)
+    def _hang_up(children: list[Child]) -> None:
+        """Close the connections that are kept for these frontends, which will not run again."""
+        for child in children:
+            if child.keeper is not None:
+                child.keeper.hang_up_all()
 
     def _park(self, child: Child, **changes: Any) -> None:
         """Record that the engine is parked, then close its pool; the table must change before the descriptor."""
-        child.start_at, child.backoff = 0.0, FIRST_BACKOFF
+        child.start_at = 0.0
+        child.backoff.reset()
         self._record(child, state=ProcessState.PARKED, pool_fd=-1, pool_bytes=0, **changes)
-        self._close_pool(child)
+        self._spawner.close_pool(child)
 
     def _desired_state(self, child: Child) -> EngineState:
         role, index = self._topology.role(child.process)
@@ -391,17 +295,37 @@ class Supervisor:
     def _tick(self, now: float) -> None:
         """Reload the keys if asked to, start the children that must start, kill those long past their deadline."""
         self._keys.poll()
+        if (standby := self._spawner.standby) is not None:
+            standby.tick(now, calm=self._announced and all(c.serving for c in self._frontends()))
         for child in self._children:
             if self._must_start(child, now):
                 self._respawn(child, now)
+            elif child.alive and self._restart_orders.of(child.process) == child.facts.incarnation:
+                self._replace(child, now)
             elif child.alive and now > self._ignore_deadlines_until:
                 self._check_deadline(child, child.progress.overdue(now))
+
+    def _replace(self, child: Child, now: float) -> None:
+        """Have this incarnation end for its successor; kill it if it takes too long, as one that is stopped does.
+
+        A frontend waits for a standby, so that its clients hardly wait.
+        """
+        if not child.replaced_at:
+            child.ordered_at = child.ordered_at or now
+            standby = self._spawner.standby
+            if child.keeper and standby and not standby.loaded and now < child.ordered_at + STANDBY_WAIT:
+                return
+            child.replaced_at = now
+            log.info("%s (pid %d) is replaced", child.name, child.facts.pid)
+            self._signal(child, HANDOVER_SIGNAL if child.keeper is not None else STOP_SIGNAL)
+        elif now > child.replaced_at + STOP_GRACE:
+            self._signal(child, signal.SIGKILL)
 
     def _respawn(self, child: Child, now: float) -> None:
         try:
             self._spawn(child)
         except OSError as e:  # out of memory or descriptors: a later try can succeed
-            self._back_off(child, now)
+            child.start_at = now + child.backoff.next()
             log.error("cannot start %s: %s; next attempt in %.1f s", child.name, explain(e), child.start_at - now)
 
     def _check_deadline(self, child: Child, overdue: float) -> None:
@@ -413,6 +337,7 @@ class Supervisor:
             log.warning("%s (pid %d) has missed its deadline", child.name, child.facts.pid)
         if overdue > self._config.hang_timeout:
             log.error("%s (pid %d) is killed: it missed its deadline by %.0f s", child.name, child.facts.pid, overdue)
+            child.hung = True
             self._signal(child, signal.SIGKILL)
 
     def _signal(self, child: Child, number: signal.Signals) -> None:
@@ -461,16 +386,10 @@ class Supervisor:
         if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
+        if (standby := self._spawner.standby) is not None and standby.pidfd in ready:
+            standby.reap(time.monotonic())
         for child in self._children:
+            if child.keeper is not None and child.keeper.fileno() in ready and not child.keeper.read():
+                self._epoll.unregister(child.keeper.fileno())
             if child.pidfd in ready:
                 self._reap(child)
-
-
-@contextlib.contextmanager
-def _group_signals_blocked() -> Iterator[None]:
-    """Block GROUP_SIGNALS; a process that starts meanwhile has them blocked too. They arrive here afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

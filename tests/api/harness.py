@@ -18,6 +18,8 @@ from daemon.api.auth import KeyRing
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, RequestAttributes, TokenChunk, TooLong
 from daemon.api.key_file import parse_key
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
+from daemon.api.origins import OriginPolicy
+from daemon.api.service import Service
 from daemon.config import Config
 from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
@@ -57,6 +59,7 @@ class ScriptedStream:
     def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
         self.rid = rid
         self.cancelled, self.why = False, None
+        self.released = False
         self._generator = generator
         self._params = params
         self._tokens = tokens[: params.max_tokens]
@@ -88,6 +91,9 @@ class ScriptedStream:
         if not self.cancelled and self._at < len(self._tokens):
             self.cancelled, self.why = True, why
             self._generator.running -= 1
+
+    def release(self) -> None:
+        self.released = True
 
 
 class _Admission:
@@ -204,15 +210,18 @@ def make_api(model: Model, *, keys: list[str] | None = None, **options: object) 
             [snapshot(memoryview(page), FRONTEND)], [snapshot(memoryview(bytearray(ENGINE.nbytes)), ENGINE)], [None]
         ),
     )
-    app = build_app(
+    ring = KeyRing(filter(None, map(parse_key, keys))) if keys else None
+    service = Service(
         config=config,
         generator=generator,
         tokenizer=model.tokenizer,
         chat_template=model.chat,
         model_config=model.model_config,
-        keys=KeyRing(filter(None, map(parse_key, keys))) if keys else None,
         metrics=metrics,
+        origins=OriginPolicy(config, keys=ring is not None),
+        guard=None,
     )
+    app = build_app(service, ring)
     return ApiUnderTest(model, generator, config, app, page)
 
 

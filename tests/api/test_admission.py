@@ -34,7 +34,8 @@ class Frontend:
                     done += 1
         except Overloaded:
             for _ in range(done):  # the answer ends, and cancels the choices that were submitted
-                self.admission.close(holder, reservation)
+                self.admission.end(holder)
+                self.admission.free(holder, reservation)
             return False
         self.num_held += choices
         return True
@@ -84,7 +85,8 @@ def test_a_client_gets_its_share_back_and_greedy_clients_become_equal():
     held = {BATCH: frontend.flood(BATCH), OTHER: 0}
     for _ in range(2000):  # one of the larger client's requests ends, and both send again
         larger = max(held, key=held.__getitem__)
-        frontend.admission.close(larger, RESERVATION)
+        frontend.admission.end(larger)
+        frontend.admission.free(larger, RESERVATION)
         held[larger] -= 1
         for holder in (BATCH, OTHER):
             held[holder] += frontend.send(holder)

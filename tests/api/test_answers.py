@@ -370,7 +370,7 @@ def test_the_usage_of_every_event_counts_the_output_up_to_it(api, monkeypatch, n
         found = usage(answer)
         cached = sum(choice.num_cached_tokens for choice in answer.choices[::n])
         output = sum(choice.num_tokens for choice in answer.choices)
-        prompt = sum(len(prompt.tokens) for prompt in answer._prompts)
+        prompt = sum(prompt.num_tokens for prompt in answer.prompts)
         assert answer.num_tokens() == (prompt, output)
         seen.append((prompt, output, cached))
         assert found == {

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
+from daemon.api.origins import OriginPolicy
 from daemon.api.service import Service
 from daemon.config import Config
 from daemon.ipc.metrics_page import FRONTEND, MetricsPage
@@ -32,6 +33,8 @@ def service(model: Model):
         chat_template=model.chat,
         model_config=model.model_config,
         metrics=FrontendMetrics(page, lambda: DaemonSnapshot([], [], [])),
+        origins=OriginPolicy(Config(), keys=False),
+        guard=None,
     )
     yield made
     made.close()

@@ -16,7 +16,7 @@ class CountingStream:
 
     def __init__(self, end: int, lose: bool = False) -> None:
         self.delivered = 0
-        self.cancelled = False
+        self.cancelled = self.released = False
         self._end, self._lose = end, lose
 
     async def next(self) -> TokenChunk:
@@ -28,6 +28,10 @@ class CountingStream:
 
     def cancel(self, why: object = None) -> None:
         self.cancelled = True
+
+    def release(self) -> None:
+        assert self.cancelled
+        self.released = True
 
 
 @pytest.mark.parametrize("ends", [[5], [3, 7], [1, 4, 2, 9]])
@@ -45,7 +49,7 @@ def test_every_chunk_arrives_once_and_in_order(ends):
         return found
 
     assert asyncio.run(collect()) == [list(range(1, end + 1)) for end in ends]
-    assert all(s.cancelled for s in streams)
+    assert all(s.cancelled and s.released for s in streams)
 
 
 def test_slow_reader_takes_at_most_one_chunk_ahead():
@@ -95,4 +99,4 @@ def test_error_of_one_stream_ends_all():
 
     with pytest.raises(EngineLost):
         asyncio.run(collect())
-    assert all(s.cancelled for s in streams)
+    assert all(s.cancelled and s.released for s in streams)

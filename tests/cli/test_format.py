@@ -65,7 +65,7 @@ LINES: dict[Event, str] = {
 
 @pytest.fixture
 def fabric() -> Fabric:
-    return Fabric(Fabric.create(Topology(1, 1), 1 << 16), COORDINATOR, 1)
+    return Fabric(Fabric.create(Topology(1, 1), 1 << 16, 1 << 16), COORDINATOR, 1)
 
 
 def test_every_kind_has_a_line(fabric: Fabric):

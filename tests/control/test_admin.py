@@ -19,8 +19,10 @@ from daemon.control.desired_states import DesiredStates
 from daemon.control.key_order import KeyOrder
 from daemon.control.rebalancer import Rebalancer
 from daemon.control.request_orders import RequestOrders
+from daemon.control.restart_order import OTHER_LAYOUT, RestartOrder
 from daemon.control.status import StatusReader
 from daemon.ipc.child import ChildSpec
+from daemon.ipc.code_version import CodeVersion
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.fabric import COORDINATOR, Fabric, FabricHandles
 from daemon.ipc.journal import Journal
@@ -36,6 +38,7 @@ from daemon.ipc.messages import (
     encode,
 )
 from daemon.ipc.process_table import ProcessFacts, ProcessState
+from daemon.ipc.restart_orders import RestartOrders
 from daemon.ipc.ring import RingReader
 from tests.control.factories import engine_facts
 
@@ -55,9 +58,11 @@ def send(handles: FabricHandles, tmp_path: Path) -> Send:
     config = Config(devices=["cpu"] * 3)
     fabric = Fabric(handles, COORDINATOR, 1)
     events = EventWriter(fabric.events(COORDINATOR))
-    status = StatusReader(fabric, ChildSpec(config, handles, COORDINATOR, 1, os.getpid(), ""))
+    spec = ChildSpec(config, handles, COORDINATOR, 1, os.getpid(), "")
+    status = StatusReader(fabric, spec)
     rebalancer, desired_states = Rebalancer(fabric, config, events), DesiredStates(fabric, events)
-    app_parts = RequestOrders(fabric, status), rebalancer, desired_states, KeyOrder(fabric, timeout=0.5)
+    key_order, restart_order = KeyOrder(fabric, timeout=0.5), RestartOrder(fabric, spec)
+    app_parts = RequestOrders(fabric, status), rebalancer, desired_states, key_order, restart_order
     socket = str(tmp_path / "admin.sock")
 
     async def exchange(method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
@@ -75,6 +80,7 @@ def send(handles: FabricHandles, tmp_path: Path) -> Send:
     def send(method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
         return asyncio.run(exchange(method, path, headers))
 
+    send.restart_order = restart_order  # type: ignore[attr-defined]
     send.history = status.event_history()  # type: ignore[attr-defined]
     return send
 
@@ -258,3 +264,34 @@ def test_a_reload_waits_for_the_supervisor(send: Send, handles: FabricHandles):
     assert (done, failed[:3]) == (("reload", "", -1, "", BY), ("reload", "", -1))
     assert failed[3].startswith("api_key_file: line 4")
     assert send("GET", "/v1/status")[1]["keys"]["error"] == error
+
+
+@pytest.mark.parametrize(
+    ("path", "process", "event"),
+    [
+        ("/v1/engines/1/restart", "engine 1", 1),
+        ("/v1/frontends/0/restart", "frontend 0", -1),
+        ("/v1/coordinator/restart", "coordinator", -1),
+    ],
+)
+def test_a_restart_is_ordered_of_the_supervisor(
+    send: Send, handles: FabricHandles, path: str, process: str, event: int
+):
+    assert send("POST", path) == (200, {"process": process, "incarnation": 1})
+    assert orders(send) == [("restart", "", event, process, BY)]
+    words = RestartOrders(Fabric(handles, -1, 0).restart_orders())
+    names = [handles.topology.name(p) for p in range(handles.topology.processes)]
+    assert [names[p] for p in range(len(names)) if words.of(p) == 1] == [process]
+
+
+def test_restarts_that_are_refused(send: Send, handles: FabricHandles, monkeypatch: pytest.MonkeyPatch):
+    assert send("POST", "/v1/engines/3/restart")[0] == send("POST", "/v1/frontends/-1/restart")[0] == 409
+    Fabric(handles, -1, 0).table_writer().publish(1, ProcessFacts(state=ProcessState.DEAD, incarnation=1))
+    assert "frontend 0 does not run now" in send("POST", "/v1/frontends/0/restart")[1]["error"]
+    monkeypatch.setattr(send.restart_order, "_version", CodeVersion("another", "another"))  # type: ignore[attr-defined]
+    answer = send("POST", "/v1/engines/1/restart")[1]
+    assert answer["code"] == OTHER_LAYOUT
+    assert "restart the whole daemon" in answer["error"]
+    Fabric(handles, -1, 0).shutdown().begin(time.monotonic() + 30.0)
+    assert send("POST", "/v1/engines/1/restart")[1]["code"] == "shutting_down"
+    assert orders(send) == []

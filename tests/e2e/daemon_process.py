@@ -227,10 +227,10 @@ class Daemon:
 
         wait_for("no request and no block held", idle, timeout)
 
-    def ctl(self, *args: str) -> subprocess.CompletedProcess[str]:
+    def ctl(self, *args: str, timeout: float = 20.0) -> subprocess.CompletedProcess[str]:
         """Run `llumctl` as an operator does."""
         command = [*PYTHON, "daemon.cli.llumctl", "--run-dir", str(self.run_dir), *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
     # -- HTTP
 

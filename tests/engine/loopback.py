@@ -9,7 +9,7 @@ from daemon.engine.fake.hash import HashRunner
 from daemon.engine.frontend_inbox import FrontendInbox
 from daemon.engine.frontend_outbox import FrontendOutbox
 from daemon.engine.journal_reader import JournalReader
-from daemon.engine.migration.actions import ResetOutbox, Tell
+from daemon.engine.migration.actions import Readdress, Tell
 from daemon.engine.migration.llumlet import Llumlet
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.fabric import Fabric, Topology
@@ -38,7 +38,7 @@ class Loopback:
     def __init__(self, incarnation: int = 20) -> None:
         """`incarnation`: of the frontend."""
         topology = Topology(1, 1)
-        self.handles = Fabric.create(topology, 1 << 20)
+        self.handles = Fabric.create(topology, 1 << 20, 1 << 20)
         self.engine_process = topology.engine(0)
         fabric = Fabric(self.handles, self.engine_process, ENGINE_INCARNATION)
         self.runner = HashRunner(vocab_size=VOCAB, max_model_len=MAX_LEN, block_size=BLOCK_SIZE)
@@ -58,17 +58,17 @@ class Loopback:
         self._rids = count(incarnation << 32)
         self.restart_frontend(incarnation)
 
-    def restart_frontend(self, incarnation: int) -> None:
-        """Replace the frontend by a new incarnation with an empty journal."""
+    def restart_frontend(self, incarnation: int, *, adopt: bool = False) -> None:
+        """Replace the frontend by a new incarnation with an empty journal, or with the one of its predecessor."""
         self.incarnation = incarnation
         frontend = Fabric(self.handles, 1, incarnation)
-        self.journal = Journal(frontend.journal(0, writable=True))
+        self.journal = Journal(frontend.journal(0, writable=True), adopt=adopt, generation=incarnation)
         self.commands = frontend.writer(self.engine_process)
         self.outputs = frontend.reader(self.engine_process)
 
     def close(self) -> None:
         """Close the shared memory."""
-        for fd in (self.handles.segment, *self.handles.journals, *self.handles.doorbells):
+        for fd in (self.handles.segment, *self.handles.journals, *self.handles.outboxes, *self.handles.doorbells):
             os.close(fd)
 
     # -- the frontend's side -------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Loopback:
         """Return all messages on the ring for this incarnation of the frontend."""
         found: list[ToFrontend] = []
         while (record := self.outputs.read()) is not None:
-            if record.receiver == self.incarnation:
+            if self.journal.generation <= record.receiver <= self.incarnation:
                 found.append(decode_to_frontend(record.payload))
         self.outputs.ack()
         return found
@@ -114,8 +114,8 @@ class Loopback:
             match action:
                 case Tell(_, message):
                     self.outbox.tell(message)
-                case ResetOutbox(_, incarnation):
-                    self.outbox.reset(incarnation)
+                case Readdress(_, incarnation):
+                    self.outbox.readdress(incarnation)
                 case _:
                     raise AssertionError(f"there is no other engine, but the llumlet returned {action}")
         self.inbox.ack()

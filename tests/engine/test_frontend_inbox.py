@@ -9,7 +9,17 @@ from msgspec import DecodeError
 
 from daemon.engine.fake.hash import expected_stream
 from daemon.ipc.fabric import Fabric
-from daemon.ipc.messages import Cancel, Demand, OwnedRequests, Refused, Reprioritise, Start, StepOutput, encode
+from daemon.ipc.messages import (
+    Cancel,
+    Demand,
+    HandBack,
+    OwnedRequests,
+    Refused,
+    Reprioritise,
+    Start,
+    StepOutput,
+    encode,
+)
 from tests.engine.loopback import ENGINE_INCARNATION, MAX_LEN, VOCAB, Loopback
 
 
@@ -177,7 +187,7 @@ def test_owned_requests_drops_what_it_omits(loopback: Loopback):
     kept, omitted, older = (loopback.journal_request([n]) for n in (1, 2, 3))
     loopback.send(kept, omitted, older)
     loopback.step()
-    loopback.send(OwnedRequests([kept.rid, older.rid, 999], [1, 2, 1]))
+    loopback.send(OwnedRequests([kept.rid, older.rid, 999], [1, 2, 1], [0, 0, 0], [0, 0, 0]))
     assert loopback.held_rids() == {kept.rid}
     loopback.scheduler.check()
 
@@ -187,6 +197,7 @@ def test_a_new_incarnation_of_the_frontend_owns_nothing_of_the_old_one(loopback:
     loopback.send(old)
     loopback.step()
     loopback.restart_frontend(loopback.incarnation + 1)
+    loopback.send(OwnedRequests([], [], [], []))
     new = loopback.journal_request([4, 5], max_tokens=2)
     loopback.send(new)
     assert loopback.held_rids() == {new.rid}
@@ -194,15 +205,54 @@ def test_a_new_incarnation_of_the_frontend_owns_nothing_of_the_old_one(loopback:
     assert run(loopback) == {new.rid: expected_stream([4, 5], 3, 2, VOCAB)}
 
 
-def test_output_for_the_old_incarnation_of_the_frontend_is_dropped(loopback: Loopback):
+def test_a_successor_gets_the_requests_and_the_output_of_its_predecessor(loopback: Loopback):
+    """It has adopted the journal. Half of the output waits on the ring, the rest is computed later."""
+    start = loopback.journal_request([1, 2, 3], max_tokens=20)
+    loopback.send(start)
+    for _ in range(8):
+        loopback.step()
+    loopback.restart_frontend(loopback.incarnation + 1, adopt=True)
+    loopback.send(OwnedRequests([start.rid], [1], [0], [0]))
+    assert loopback.held_rids() == {start.rid}
+    assert run(loopback) == {start.rid: expected_stream([1, 2, 3], 3, 20, VOCAB)}
+
+
+def test_a_start_that_the_predecessor_sent_is_followed(loopback: Loopback):
+    start = loopback.journal_request([1, 2, 3], max_tokens=4)
+    assert loopback.commands.put(encode(start), ENGINE_INCARNATION)
+    loopback.restart_frontend(loopback.incarnation + 1, adopt=True)
+    loopback.send(OwnedRequests([start.rid], [1], [0], [0]))
+    assert run(loopback) == {start.rid: expected_stream([1, 2, 3], 3, 4, VOCAB)}
+
+
+def test_a_start_that_was_lost_is_handed_back_after_the_output_of_others(loopback: Loopback):
+    """The HandBack waits for rows that may have ended its request, here behind a full ring."""
+    other = loopback.journal_request([1, 2, 3], max_tokens=1)
+    lost = loopback.journal_request([4, 5], max_tokens=4)
+    loopback.send(other)
+    put, loopback.outbox._ring.put = loopback.outbox._ring.put, lambda *_: False
+    loopback.step()
+    loopback.restart_frontend(loopback.incarnation + 1, adopt=True)
+    loopback.send(OwnedRequests([lost.rid, other.rid], [1, 1], [0, 0], [0, 0]))
+    assert not loopback.outbox.flush()
+    loopback.outbox._ring.put = put
+    assert loopback.outbox.flush()
+    rows, *notes = loopback.receive()
+    assert isinstance(rows, StepOutput) and rows.rids == [other.rid]
+    assert notes == [HandBack(lost.rid, 1), HandBack(other.rid, 1)]
+
+
+def test_output_for_an_old_incarnation_goes_to_the_new_one(loopback: Loopback):
     old = loopback.journal_request([1, 2, 3])
     loopback.send(old)
     plan = loopback.scheduler.plan(0.0)
     for emission in loopback.scheduler.apply_result(plan, loopback.runner.execute(plan), 0.0):
         loopback.outbox.emit(emission)  # not flushed, as if the ring were full
     loopback.restart_frontend(loopback.incarnation + 1)
-    loopback.send(OwnedRequests([], []))
-    assert not loopback.outbox.flush()
+    loopback.send(OwnedRequests([], [], [], []))
+    assert loopback.outbox.flush()
+    (rows,) = loopback.receive()
+    assert isinstance(rows, StepOutput) and rows.rids == [old.rid]  # a frontend drops it if it knows no such request
 
 
 def test_commands_for_an_earlier_incarnation_of_the_engine_are_dropped(loopback: Loopback):
@@ -211,15 +261,17 @@ def test_commands_for_an_earlier_incarnation_of_the_engine_are_dropped(loopback:
     assert loopback.inbox.consumed.requests == 0
 
 
-def test_answers_to_the_old_incarnation_do_not_reach_the_new_one(loopback: Loopback):
+def test_answers_to_the_old_incarnation_reach_the_new_one(loopback: Loopback):
     """One read finds a Start that must be refused, and the first command of the next incarnation."""
     refused = loopback.journal_request([1] * MAX_LEN)
     assert loopback.commands.put(encode(refused), ENGINE_INCARNATION)
     successor = Fabric(loopback.handles, 1, loopback.incarnation + 1).writer(loopback.engine_process)
-    assert successor.put(encode(OwnedRequests([], [])), ENGINE_INCARNATION)
+    assert successor.put(encode(OwnedRequests([], [], [], [])), ENGINE_INCARNATION)
     loopback.read_commands()
     assert loopback.inbox.consumed == Demand(loopback.incarnation + 1, 0, 0)
-    assert not loopback.outbox.flush()
+    assert loopback.outbox.flush()
+    loopback.incarnation += 1
+    assert [m.rid for m in loopback.receive()] == [refused.rid]
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * MAX_LEN])

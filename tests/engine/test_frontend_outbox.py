@@ -30,7 +30,7 @@ def make_request(rid: int, epoch: int = 1, cached: int = 0) -> Request:
 def make_outbox(capacity: int) -> tuple[FrontendOutbox, RingReader]:
     memory = memoryview(bytearray(ring_bytes(capacity)))
     made = FrontendOutbox(RingWriter(memory, 1))
-    made.reset(RECEIVER)
+    made.readdress(RECEIVER)
     return made, RingReader(memory)
 
 

@@ -10,6 +10,7 @@ from daemon.engine.runner import NO_TOKEN, StepResult
 from daemon.engine.scheduler import fcfs
 from daemon.ipc.messages import Finish, RequestParams, TokenLogprobs
 from daemon.kvpool.block_manager import PoolError
+from tests.engine.migration.harness import owned
 from tests.engine.scheduler_harness import EOS, SIZE, add, make_request, make_scheduler, rids, run_step
 
 # -- prefixes ----------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def test_requests_that_owned_requests_omits_are_cancelled():
     add(scheduler, *(make_request(i, frontend=i % 2) for i in range(6)), make_request(6, epoch=2))
     run_step(scheduler)
     present = [*scheduler.running.values(), *scheduler.waiting]
-    Llumlet(scheduler, journals=None).on_owned_requests(0, {0: 1, 2: 2, 6: 2}, 0.0)  # it reads no journal
+    Llumlet(scheduler, journals=None).on_owned_requests(0, owned({0: 1, 2: 2, 6: 2}), 0.0)  # it reads no journal
     assert sorted(r.rid for r in present if r.finish is Finish.CANCELLED) == [2, 4]
     assert rids(scheduler) == ([0, 1], [3, 5, 6])
     scheduler.check()

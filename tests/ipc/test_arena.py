@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -73,3 +73,25 @@ def test_overlapping_frees_are_an_error_and_add_no_bytes():
         arena.free(a + ALIGN, 100)
     arena.free(b, 100)
     assert arena.free_bytes == SIZE
+
+
+@given(st.lists(st.tuples(st.integers(1, 3000), st.booleans()), max_size=20))
+def test_extents_that_are_reserved_are_as_if_allocated(wanted: list[tuple[int, bool]]):
+    """A successor reserves what its predecessor had allocated and not freed, and has the same arena."""
+    first, second, kept = Arena(1 << 14), Arena(1 << 14), []
+    for size, keep in wanted:
+        offset = first.allocate(size)
+        if offset is not None:
+            kept.append((offset, size, keep))
+    for offset, size, keep in kept:
+        if not keep:
+            first.free(offset, size)
+    for offset, size, keep in reversed(kept):
+        if keep:
+            second.reserve(offset, size)
+            with pytest.raises(ValueError, match="not free"):
+                second.reserve(offset, size)
+    assert second.free_bytes == first.free_bytes
+    assert second._free == first._free
+    with pytest.raises(ValueError, match="not free"):
+        second.reserve((1 << 14) - 64, 65)

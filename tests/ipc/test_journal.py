@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from daemon.ipc.journal import Journal, JournalFull, JournalTooSmall, JournalView, SlotState
-from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
+from daemon.ipc.journal import Crashes, Failure, Journal, JournalFull, JournalTooSmall, JournalView, SlotState
+from daemon.ipc.messages import Finish, RequestParams, SamplingParams, TokenLogprobs
 from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
 
 SIZE = 24 << 10
@@ -44,7 +44,7 @@ class JournalModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.memory = memory()
-        self.journal = Journal(self.memory)
+        self.journal = Journal(self.memory, generation=7)
         self.view = JournalView(self.memory.toreadonly())
         self.empty = self.journal.free_bytes
         self.rids = count(1)
@@ -70,15 +70,44 @@ class JournalModel(RuleBasedStateMachine):
             return
         assert slot not in self.live
         self.live[slot] = {"rid": rid, "params": wanted, "prompt": prompt, "output": [], "logprobs": [],
-                           "epoch": 0, "owner": (0xFFFF, 0), "priority": priority}  # fmt: skip
+                           "epoch": 0, "owner": (0xFFFF, 0), "priority": priority,
+                           "finish": Finish.NONE, "failure": Failure.NONE,
+                           "cached": 0, "crashes": Crashes()}  # fmt: skip
 
-    @precondition(lambda self: self.live)
+    def unfinished(self) -> list[int]:
+        return [slot for slot, entry in sorted(self.live.items()) if not (entry["finish"] or entry["failure"])]
+
+    @rule()
+    def adopt(self) -> None:
+        """The owner dies. Its successor keeps what an engine has been given, and drops what was being opened."""
+        self.live = {slot: entry for slot, entry in self.live.items() if entry["owner"][0] != 0xFFFF}
+        self.journal = Journal(self.memory, adopt=True, generation=9)
+
+    @precondition(lambda self: self.unfinished())
+    @rule(which=st.integers(0, 1000), finish=st.sampled_from(Finish), failure=st.sampled_from(Failure))
+    def end(self, which: int, finish: Finish, failure: Failure) -> None:
+        slot = self.unfinished()[which % len(self.unfinished())]
+        if finish or failure:
+            self.live[slot] |= {"finish": finish, "failure": failure}
+            self.journal.end(slot, finish, failure)
+
+    @precondition(lambda self: self.unfinished())
+    @rule(which=st.integers(0, 1000), cached=st.integers(0, 2**32 - 1), crashed=st.integers(0, 9))
+    def record(self, which: int, cached: int, crashed: int) -> None:
+        slot = self.unfinished()[which % len(self.unfinished())]
+        crashes = Crashes(self.live[slot]["epoch"], crashed // 2, crashed)
+        self.live[slot] |= {"cached": cached, "crashes": crashes}
+        self.journal.record_cached(slot, cached)
+        self.journal.record_crashes(slot, crashes)
+
+    @precondition(lambda self: self.unfinished())
     @rule(which=st.integers(0, 1000), by=st.integers(1, 9), engine=st.integers(0, 63), incarnation=st.integers(1, 99))
     def assign(self, which: int, by: int, engine: int, incarnation: int) -> None:
-        entry = self.live[self.pick(which)]
+        slot = self.unfinished()[which % len(self.unfinished())]
+        entry = self.live[slot]
         entry["epoch"] += by
         entry["owner"] = (engine, incarnation)
-        self.journal.assign(self.pick(which), entry["epoch"], engine, incarnation)
+        self.journal.assign(slot, entry["epoch"], engine, incarnation)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 1000), priority=priorities)
@@ -115,7 +144,9 @@ class JournalModel(RuleBasedStateMachine):
     @invariant()
     def a_view_reads_the_content_of_the_model(self) -> None:
         view = self.view
-        assert view.live_slots() == sorted(self.live)
+        assert view.generation == 7
+        assert view.live_slots() == self.unfinished()
+        assert view.kept_slots() == sorted(self.live)
         for slot, entry in self.live.items():
             assert view.rid(slot) == entry["rid"]
             assert view.params(slot) == entry["params"]  # as it was at admission
@@ -126,6 +157,8 @@ class JournalModel(RuleBasedStateMachine):
             assert view.output(slot) == entry["output"]
             middle = len(entry["output"]) // 2
             assert view.output(slot, middle) == entry["output"][middle:]
+            assert (view.finish(slot), view.failure(slot)) == (entry["finish"], entry["failure"])
+            assert (view.num_cached_tokens(slot), view.crashes(slot)) == (entry["cached"], entry["crashes"])
             assert (view.epoch(slot), view.owner(slot)) == (entry["epoch"], entry["owner"])
             assert [view.logprobs(slot, i) for i in range(len(entry["output"]))] == entry["logprobs"]
 
@@ -232,8 +265,64 @@ def test_a_crash_of_the_owner_at_any_store_leaves_no_partial_request():
     assert k > 15
 
 
+def test_a_successor_adopts_a_consistent_journal_whatever_store_was_the_last():
+    """At every store: owner and incarnation belong together, nothing overlaps, and all space comes back."""
+    empty = Journal(memory()).free_bytes
+    for k in count():
+        shared, budget, died = memory(), StoreBudget(k), False
+        first = Journal(shared, generation=1)
+        closing = first.open(4, params(4), [1])
+        first.assign(closing, 1, 0, 1)
+        try:
+            journal = _crashing(first, budget)
+            slot = journal.open(5, params(8, logprobs=0), [1, 2, 3])
+            for epoch, owner in enumerate([(2, 30), (0, 31), (1, 32)], 1):
+                journal.assign(slot, epoch, *owner)
+            journal.record_cached(slot, 16)
+            journal.append(slot, [10, 11], [TokenLogprobs(-1.0, [], [])] * 2)
+            journal.record_crashes(slot, Crashes(3, 0, 1))
+            journal.end(slot, Finish.STOP)
+            journal.close(closing)
+        except Crash:
+            died = True
+        second = Journal(shared, adopt=True, generation=2)
+        assert second.generation == 1
+        for slot in second.kept_slots():
+            if second.rid(slot) == 5:
+                owners = {1: (2, 30), 2: (0, 31), 3: (1, 32)}
+                assert second.owner(slot) == owners[second.epoch(slot)]
+                ended = second.state(slot) is SlotState.ENDED
+                assert not ended or (second.finish(slot), second.num_cached_tokens(slot)) == (Finish.STOP, 16)
+                assert not second.num_output(slot) or second.num_cached_tokens(slot) == 16
+        before = set(second.kept_slots())
+        others = [second.open(rid, params(8), [7] * 9) for rid in range(100, 103)]
+        assert not before & set(others)
+        for slot in second.kept_slots():
+            second.close(slot)
+        assert second.free_bytes == empty
+        if not died:
+            break
+    assert k > 20
+
+
+def test_a_journal_that_was_only_partly_emptied_is_not_adopted():
+    for k in count():
+        shared = memory()
+        first = Journal(shared, generation=1)
+        for rid in range(3):
+            first.assign(first.open(rid, params(), [1, 2]), 1, 0, 1)
+        try:
+            _crashing(first, StoreBudget(k))._discard(2)
+        except Crash:
+            assert (Journal(shared, adopt=True, generation=3).kept_slots() == []) == (k > 0)
+            assert JournalView(shared).generation == (3 if k else 1)
+        else:
+            break
+    assert k > 3
+
+
 def _crashing(journal: Journal, budget: StoreBudget) -> Journal:
     """Let `journal` spend `budget` for every store that it makes from now on."""
-    for name in ("_words", "_u32", "_view"):
+    for name in ("_header", "_words", "_u32", "_view"):
         setattr(journal, name, CrashingMemory(getattr(journal, name), budget))
     return journal

@@ -63,7 +63,7 @@ class CudaHarness:
         self.fake.fake_permit.argtypes = (ctypes.c_int64,)
         self.fake.fake_lose_context_after.argtypes = (ctypes.c_int64,)
         self._segment = segment.create(Layout(TOPOLOGY).size)
-        self._table = Fabric(FabricHandles(TOPOLOGY, self._segment, (), ()), -1, 0).table_writer()
+        self._table = Fabric(FabricHandles(TOPOLOGY, self._segment, (), (), ()), -1, 0).table_writer()
         self._peers: list[PeerProcess] = []
         self.bell = doorbell.create()
         self.fabric = engine_fabric(self._segment, TOPOLOGY.engine(ME), 1, self.bell)

@@ -37,7 +37,7 @@ def view(tensor: SimpleNamespace) -> memoryview:
 
 def engine_fabric(segment: int, process: int, incarnation: int, bell: int) -> Fabric:
     """Return the shared segment as an engine sees it; all doorbells are `bell`."""
-    return Fabric(FabricHandles(TOPOLOGY, segment, (), (bell,) * TOPOLOGY.processes), process, incarnation)
+    return Fabric(FabricHandles(TOPOLOGY, segment, (), (), (bell,) * TOPOLOGY.processes), process, incarnation)
 
 
 def connect(library: str, tensor: SimpleNamespace, fabric: Fabric) -> KvLink:

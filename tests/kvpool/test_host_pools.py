@@ -32,7 +32,7 @@ from daemon.ipc.fabric import Fabric, FabricHandles, Topology
 from daemon.kvpool.host_pools import HostPools
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
 topology = Topology(1, 2)
-table = Fabric(FabricHandles(topology, int(sys.argv[1]), (), ()), 0, 1).table()
+table = Fabric(FabricHandles(topology, int(sys.argv[1]), (), (), ()), 0, 1).table()
 pools = HostPools(table, topology, os.getppid(), doorbell.create())
 while (pool := pools.pool(1)) is None:
     time.sleep(0.01)
@@ -45,7 +45,7 @@ class FakeSupervisor:
 
     def __init__(self) -> None:
         self.fd = segment.create(Layout(TOPOLOGY).size)
-        self._fabric = Fabric(FabricHandles(TOPOLOGY, self.fd, (), ()), -1, 0)
+        self._fabric = Fabric(FabricHandles(TOPOLOGY, self.fd, (), (), ()), -1, 0)
         self._table: TableWriter = self._fabric.table_writer()
         self._incarnations = [0, 0]
         self.pools = [-1, -1]
@@ -214,7 +214,7 @@ def test_the_daemon_publishes_its_pools(tmp_path, bell):
     topology = Topology(frontends=1, engines=2)
     with running(tmp_path / "d", "--kv-memory", "1MiB", engine="hash") as daemon:
         pid = daemon.process.pid
-        handles = FabricHandles(topology, _fabric_segment(pid, topology), (), ())
+        handles = FabricHandles(topology, _fabric_segment(pid, topology), (), (), ())
         directory = HostPools(Fabric(handles, -1, 0).table(), topology, pid, bell)
         pools = [settled(directory, i) for i in range(2)]
         assert [len(pool) for pool in pools] == [1 << 20] * 2

@@ -306,8 +306,8 @@ class World:
                 self._execute_all(engine, llumlet.on_grant(rid, epoch, new_epoch, 0.0))
             case Reprioritise(rid, epoch, priority):
                 llumlet.on_reprioritise(rid, epoch, priority)
-            case OwnedRequests(rids, epochs):
-                self._execute_all(engine, llumlet.on_owned_requests(0, dict(zip(rids, epochs, strict=True)), 0.0))
+            case OwnedRequests():
+                self._execute_all(engine, llumlet.on_owned_requests(0, record.message, 0.0))
 
     def notice(self, observer: int, dead: EngineIncarnation) -> None:
         self.notices.remove((observer, dead))
@@ -446,7 +446,7 @@ class World:
                 for e in self.entries.values()
                 if e.open and e.ownership.owner == EngineIncarnation(*engine.identity)
             ]
-            message = OwnedRequests([c.rid for c in owned], [c.epoch for c in owned])
+            (message,) = self.rules.owned_requests(owned)
             self._send(FRONTEND, engine.index, self.incarnation, engine.incarnation, message)
 
     def _use_budget(self, what: str) -> None:

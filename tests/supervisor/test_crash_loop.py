@@ -12,7 +12,7 @@ import pytest
 
 from daemon.config import Config
 from daemon.ipc.child import EXIT_FAILED
-from daemon.supervisor import child_entry, supervisor
+from daemon.supervisor import child_entry, restarts
 from daemon.supervisor.supervisor import START_ATTEMPTS, Supervisor
 
 
@@ -37,7 +37,7 @@ def test_a_daemon_whose_children_die_at_once_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_signals: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(child_entry, "run", die)
-    monkeypatch.setattr(supervisor, "FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr(restarts, "FIRST_BACKOFF", 0.001)
     config = Config(devices=["cpu"], journal_memory=1 << 20, served_name="none")
     with socket.socket() as http, socket.socket() as admin:
         daemon = Supervisor(config, str(tmp_path), 1 << 20, http, admin)

@@ -17,6 +17,7 @@ The death of an engine is an event only after all messages that the engine had w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from daemon.ipc.messages import (
@@ -24,12 +25,16 @@ from daemon.ipc.messages import (
     EngineIncarnation,
     Grant,
     HandBack,
+    OwnedRequests,
     Reclaim,
     Release,
     Reprioritise,
     Takeover,
     TokenLogprobs,
 )
+
+_MAX_OWNED = 2000  # requests in one `OwnedRequests`: far below the size of a ring
+_LAST_RID = (1 << 64) - 1
 
 
 class Ownership(NamedTuple):
@@ -131,6 +136,24 @@ def reprioritise(ownership: Ownership, priority: int) -> Decision:
     """Set the priority of the request."""
     changed = ownership._replace(priority=priority, changed=True)
     return Decision(changed, orders=(_priority(changed, ownership.owner),) if ownership.owner else ())
+
+
+def owned_requests(owned: Iterable[Ownership]) -> list[OwnedRequests]:
+    """Return the messages that state to an engine all that it owns; each speaks of a range of ids."""
+    ordered = sorted(owned)
+    parts = [ordered[i : i + _MAX_OWNED] for i in range(0, len(ordered), _MAX_OWNED)] or [[]]
+    begins = [0, *(part[0].rid for part in parts[1:]), _LAST_RID + 1]
+    return [
+        OwnedRequests(
+            rids=[o.rid for o in part],
+            epochs=[o.epoch for o in part],
+            accepted=[o.accepted for o in part],
+            priorities=[o.priority for o in part],
+            first=begins[i],
+            last=begins[i + 1] - 1,
+        )
+        for i, part in enumerate(parts)
+    ]
 
 
 def _award(ownership: Ownership, winner: EngineIncarnation, claim: Takeover | Reclaim) -> Decision:

@@ -25,8 +25,8 @@ class Tell(NamedTuple):
     message: Note
 
 
-class ResetOutbox(NamedTuple):
-    """Drop everything that is queued for the frontend; from now on its ring is for `incarnation`."""
+class Readdress(NamedTuple):
+    """From now on everything for the frontend, also what is queued, is for this incarnation of it."""
 
     frontend: int
     incarnation: int
@@ -55,7 +55,7 @@ class Report(NamedTuple):
     frozen_seconds: float = 0.0
 
 
-Action = Send | Tell | ResetOutbox | Copy | Report
+Action = Send | Tell | Readdress | Copy | Report
 
 
 class Journals(Protocol):

@@ -21,6 +21,7 @@ class Incoming:
     reserve: Reserve
     table: list[int]  # reserved blocks
     request: Request | None = None  # set once it is pending: it waits for the frontend's Grant
+    claim: Takeover | None = None  # of the pending request
 
 
 class Destination:
@@ -94,8 +95,8 @@ class Destination:
             reason = "the journal no longer holds the request at this epoch"
             return [Send(peer, Declined(handover.move, handover.rid, handover.epoch, reason))]
         incoming.request = request
-        takeover = Takeover(request.rid, request.epoch, handover.start, handover.tokens, handover.logprobs)
-        return [Tell(request.frontend, takeover)]
+        incoming.claim = Takeover(request.rid, request.epoch, handover.start, handover.tokens, handover.logprobs)
+        return [Tell(request.frontend, incoming.claim)]
 
     def _rebuild(self, incoming: Incoming, handover: Handover) -> Request | None:
         """Build the request from its journal, the output in the Handover, and the copied KV."""
@@ -122,6 +123,14 @@ class Destination:
                 del self.incoming[key]
                 return request
         return None
+
+    def claim_again(self, concerns: Callable[[Request], bool]) -> list[Action]:
+        """Repeat the claims of the pending requests that match: the frontend may have died with its answer.
+
+        Every claim gets an answer, so a request that has ended or belongs to another engine is freed by it.
+        """
+        pending = [(i.request, i.claim) for i in self.incoming.values()]
+        return [Tell(r.frontend, claim) for r, claim in pending if r and claim and concerns(r)]
 
     def drop_pending(self, should_drop: Callable[[Request], bool]) -> None:
         """Free the pending requests that match."""

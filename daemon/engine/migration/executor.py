@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from daemon.engine.frontend_outbox import FrontendOutbox
-from daemon.engine.migration.actions import Action, Copy, Report, ResetOutbox, Send, Tell
+from daemon.engine.migration.actions import Action, Copy, Readdress, Report, Send, Tell
 from daemon.engine.telemetry import Telemetry
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.messages import encode
@@ -77,8 +77,8 @@ class MigrationExecutor:
                     self._peers[peer.engine].put(peer.incarnation, encode(message))
                 case Tell(frontend, message):
                     self._outboxes[frontend].tell(message)
-                case ResetOutbox(frontend, incarnation):
-                    self._outboxes[frontend].reset(incarnation)
+                case Readdress(frontend, incarnation):
+                    self._outboxes[frontend].readdress(incarnation)
                 case Copy():
                     self._copy(action)
                 case Report():

@@ -22,7 +22,7 @@ queued for the frontends; answer each `Copy` with `copied` or `copy_failed` once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from daemon.engine.migration.actions import Action, Journals, Report, Tell
 from daemon.engine.migration.destination import MAX_INCOMING, Destination, Incoming
@@ -37,6 +37,7 @@ from daemon.ipc.messages import (
     HandBack,
     Handover,
     MigrateTo,
+    OwnedRequests,
     Refused,
     Reserve,
     Reserved,
@@ -314,24 +315,54 @@ class Llumlet:
             if (request.rid, request.epoch) == (rid, epoch):
                 self.scheduler.reprioritise(request, priority)
 
-    def on_owned_requests(self, frontend: int, owned: Mapping[int, int], now: float) -> list[Action]:
-        """Compare with all requests (rid: epoch) that a frontend has given to this engine.
+    def on_owned_requests(self, frontend: int, message: OwnedRequests, now: float) -> list[Action]:
+        """Compare with all requests that a frontend, perhaps the successor of a dead one, has given to this engine.
 
-        Drop each request that `owned` omits; hand back each that `owned` names and this engine lacks; send Reclaim
-        again for each frozen one, because the frontend may have lost the earlier claim.
+        A Grant that was lost takes effect now. Drop each request that the message omits; hand back each that it
+        names and this engine lacks; claim again what waits for a decision. A pending request is not dropped although
+        another engine still owns it: its claim may be on its way.
         """
-        actions = self._drop(
-            lambda r: r.frontend == frontend and r.epoch < owned.get(r.rid, r.epoch + 1), now, moved=False
-        )
-        actions += self.source.reclaim_again(frontend)
-        missing = [rid for rid, epoch in owned.items() if self.epoch_of(rid) < epoch]
-        return actions + [Tell(frontend, HandBack(rid, owned[rid])) for rid in missing]
+        owned = dict(zip(message.rids, message.epochs, strict=True))
+        actions: list[Action] = []
+        for rid, epoch, accepted in zip(message.rids, message.epochs, message.accepted, strict=True):
+            actions += self._grant_lost(rid, epoch, accepted, now)
+
+        def concerns(request: Request) -> bool:
+            return request.frontend == frontend and message.first <= request.rid <= message.last
+
+        def is_older(request: Request) -> bool:
+            return concerns(request) and request.epoch < owned.get(request.rid, 0)
+
+        def is_not_owned(request: Request) -> bool:
+            return concerns(request) and (request.rid not in owned or is_older(request))
+
+        self.destination.drop_pending(is_older)
+        actions += self._drop_scheduled(is_not_owned, now, moved=False)
+        actions += self.source.claim_again(concerns) + self.destination.claim_again(concerns)
+        for rid, epoch, priority in zip(message.rids, message.epochs, message.priorities, strict=True):
+            if self.epoch_of(rid) < epoch:
+                actions.append(Tell(frontend, HandBack(rid, epoch)))
+            else:
+                self.on_reprioritise(rid, epoch, priority)
+        return actions
+
+    def _grant_lost(self, rid: int, epoch: int, accepted: int, now: float) -> list[Action]:
+        """Run a request that waits here for the Grant to `epoch`, if its output is exactly what is accepted."""
+        held = self.epoch_of(rid)
+        waiting = [r for r in (*self.source.undecided, *self.pending) if (r.rid, r.epoch) == (rid, held)]
+        if not waiting or held >= epoch or waiting[0].num_output != accepted:
+            return []
+        return self.on_grant(rid, held, epoch, now)
 
     def _drop(self, should_drop: Callable[[Request], bool], now: float, *, moved: bool) -> list[Action]:
         """Free the requests that match, in any state. `moved`: the destination owns those that were handed over."""
+        self.destination.drop_pending(should_drop)
+        return self._drop_scheduled(should_drop, now, moved=moved)
+
+    def _drop_scheduled(self, should_drop: Callable[[Request], bool], now: float, *, moved: bool) -> list[Action]:
+        """Free the requests that match and run, wait or are frozen here."""
         scheduler = self.scheduler
         actions = self.source.drop_frozen(should_drop, now, moved=moved)
-        self.destination.drop_pending(should_drop)
         for request in [r for r in (*scheduler.running.values(), *scheduler.waiting) if should_drop(r)]:
             scheduler.cancel(request.rid, request.epoch)
         return actions + self.source.abort_broken(now, MigrationResult.CANCELLED)

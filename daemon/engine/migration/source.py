@@ -41,6 +41,7 @@ class Phase(Enum):
 
 
 FROZEN = frozenset({Phase.COPYING_TAIL, Phase.HANDED_OVER, Phase.RECLAIMING})
+DECIDABLE = frozenset({Phase.HANDED_OVER, Phase.RECLAIMING})
 WITH_COPY = frozenset({Phase.COPYING, Phase.COPYING_TAIL, Phase.ABORTING})
 
 
@@ -109,6 +110,11 @@ class Source:
         self._max_outgoing = max_outgoing
         self._patience = patience
         self._block_seconds = 0.0  # time to copy one block, as last observed; 0: not observed yet
+
+    @property
+    def undecided(self) -> list[Request]:
+        """The frozen requests that the frontend can grant to this engine: no copy of them is in progress."""
+        return [o.request for o in self.outgoing.values() if o.phase in DECIDABLE]
 
     @property
     def frozen(self) -> list[Request]:
@@ -315,10 +321,9 @@ class Source:
                 actions += self._reclaim(outgoing)
         return actions
 
-    def reclaim_again(self, frontend: int) -> list[Action]:
-        """Reclaim the requests of `frontend` whose decision is due: the frontend may have lost an earlier claim."""
-        waiting = (Phase.HANDED_OVER, Phase.RECLAIMING)
-        due = [o for o in self.outgoing.values() if o.request.frontend == frontend and o.phase in waiting]
+    def claim_again(self, concerns: Callable[[Request], bool]) -> list[Action]:
+        """Reclaim the requests that match and wait for a decision: the frontend may have died with its answer."""
+        due = [o for o in self.outgoing.values() if o.phase in DECIDABLE and concerns(o.request)]
         return [action for outgoing in due for action in self._reclaim(outgoing)]
 
     def _reclaim(self, outgoing: Outgoing) -> list[Action]:

@@ -235,5 +235,6 @@ def _logprobs(batch: _Batch, row: int, rank: _Rank | None) -> TokenLogprobs | No
 
 
 def _logprob(logits: NDArray[np.float32], token: int, rank: _Rank) -> float:
+    """Return the logprob of `token`, rounded to float32: a journal holds it without a further loss."""
     logprob = min(float(logits[token]), float(np.finfo(np.float32).max)) - rank.log_total
-    return max(MIN_LOGPROB, min(logprob, 0.0)) if math.isfinite(logprob) else MIN_LOGPROB
+    return float(np.float32(max(MIN_LOGPROB, min(logprob, 0.0)))) if math.isfinite(logprob) else MIN_LOGPROB

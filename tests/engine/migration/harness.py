@@ -15,6 +15,7 @@ from daemon.ipc.messages import (
     Declined,
     EngineIncarnation,
     MigrateTo,
+    OwnedRequests,
     Reclaim,
     RequestParams,
     SamplingParams,
@@ -165,3 +166,9 @@ def move_until_takeover(source: Engine, destination: Engine) -> Takeover:
     sent = only(relay(handover, SOURCE, destination))
     assert isinstance(sent, Tell) and isinstance(sent.message, Takeover)
     return sent.message
+
+
+def owned(epochs: dict[int, int], *, accepted: int = 0, priority: int = 0, first: int = 0) -> OwnedRequests:
+    """Return the statement that an engine owns these requests (rid: epoch), and no other from id `first` on."""
+    n = len(epochs)
+    return OwnedRequests(list(epochs), list(epochs.values()), n * [accepted], n * [priority], first)

@@ -14,6 +14,7 @@ from tests.engine.migration.harness import (
     move_until_copying,
     move_until_takeover,
     only,
+    owned,
     relay,
     tell_reclaim,
 )
@@ -148,7 +149,7 @@ def test_only_aborted_frees_a_reservation(source, destination, make):
     move_until_copying(source, destination)
     used = destination.blocks.num_used
     destination.llumlet.on_release(rid=1, epoch=5, now=0.0)
-    destination.llumlet.on_owned_requests(0, {}, 0.0)
+    destination.llumlet.on_owned_requests(0, owned({}), 0.0)
     destination.llumlet.on_peer_death(EngineIncarnation(0, 0), 0.0)  # an earlier incarnation of the source
     destination.llumlet.on_peer_death(EngineIncarnation(2, 1), 0.0)
     destination.llumlet.tick(1e9)

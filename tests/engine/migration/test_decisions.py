@@ -13,6 +13,7 @@ from tests.engine.migration.harness import (
     move_until_copying,
     move_until_takeover,
     only,
+    owned,
     relay,
     tell_reclaim,
 )
@@ -94,20 +95,48 @@ def test_a_start_counts_only_above_the_epoch_held(source, destination, make, epo
 
 def test_owned_requests_drops_reclaims_and_hands_back(source, destination, make):
     source.run(make(), 2)
-    move_until_takeover(source, destination)
+    claim = move_until_takeover(source, destination)
     running = source.run(make(2))
-    assert source.llumlet.on_owned_requests(0, {1: 1, 2: 1, 3: 4}, 0.0) == [
+    assert source.llumlet.on_owned_requests(0, owned({1: 1, 2: 1, 3: 4}), 0.0) == [
         tell_reclaim(start=3),
         Tell(0, HandBack(3, 4)),
     ]
     assert source.scheduler.get(2) is running
-    destination.llumlet.on_owned_requests(0, {}, 0.0)
+    assert destination.llumlet.on_owned_requests(0, owned({}), 0.0) == [Tell(0, claim)]
+    destination.llumlet.on_release(1, 1, 0.0)  # the answer, if the request has ended
     assert destination.is_empty
-    source.llumlet.on_owned_requests(7, {}, 0.0)  # of another frontend
+    source.llumlet.on_owned_requests(7, owned({}), 0.0)  # of another frontend
+    source.llumlet.on_owned_requests(0, owned({}, first=3), 0.0)  # of other requests
     assert source.llumlet.frozen
-    source.llumlet.on_owned_requests(0, {2: 2}, 0.0)
+    source.llumlet.on_owned_requests(0, owned({2: 2}), 0.0)
     source.check()
     assert source.is_empty
+
+
+@pytest.mark.parametrize("winner", ["source", "destination"])
+def test_owned_requests_stands_in_for_a_lost_grant(source, destination, make, winner):
+    """The frontend has journaled the award, and has died before it sent the Grant."""
+    request = make()
+    source.run(request, 2)
+    move_until_takeover(source, destination)
+    if winner == "source":
+        source.llumlet.tick(1e9)
+    engine, other = (source, destination) if winner == "source" else (destination, source)
+    assert engine.llumlet.on_owned_requests(0, owned({1: 2}, accepted=request.num_output, priority=-3), 0.0) == []
+    running = engine.scheduler.running[1]
+    assert (running.epoch, running.params.priority) == (2, -3)
+    other.llumlet.on_release(1, 1, 0.0)
+    assert other.is_empty
+
+
+def test_a_lost_grant_of_other_output_is_not_taken(source, destination, make):
+    """The frontend has less output than this engine: the request was given to it again, by a Start that was lost."""
+    request = make()
+    source.run(request, 2)
+    move_until_takeover(source, destination)
+    less = owned({1: 2}, accepted=request.num_output - 1)
+    assert destination.llumlet.on_owned_requests(0, less, 0.0) == [Tell(0, HandBack(1, 2))]
+    assert destination.is_empty
 
 
 def test_frozen_and_pending_requests_are_never_preempted(journal, source, make):

@@ -1,0 +1,157 @@
+"""A client that reads the bytes of one response and checks their form strictly."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+TIMEOUT = 60.0  # seconds without a byte
+
+
+class Broken(Exception):
+    """The connection ended in the middle of a response, or its bytes are not valid HTTP."""
+
+
+@dataclass
+class Answer:
+    """A response: its events, or its body, without what differs between two equal requests."""
+
+    status: int
+    body: dict[str, Any] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
+    logprobs: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    finishes: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    roles: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    usage: list[Any] = field(default_factory=list)
+    errors: list[Any] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
+
+
+class Client:
+    """One connection. `received` counts the bytes of the response that is being read."""
+
+    def __init__(self, address: tuple[str, int], receive_buffer: int = 0) -> None:
+        self.sock = socket.socket()
+        if receive_buffer:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(address)
+        self._buffer = b""
+        self.received = 0
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def send(self, path: str, body: dict[str, Any], *, version: str = "1.1", headers: str = "") -> None:
+        """Send a request. `headers`: more lines, each with its line break."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
+        self.sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        self.received = len(self._buffer)
+
+    def read(self) -> Answer:
+        """Read one response to its end. Raises Broken."""
+        head = self._until(b"\r\n\r\n").decode()
+        status = int(head.split()[1])
+        fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        if fields.get("transfer-encoding") == "chunked":
+            body = self._chunks()
+        elif "content-length" in fields:
+            body = self._exactly(int(fields["content-length"]))
+        else:
+            body = self._to_the_end()
+        if fields["content-type"].startswith("text/event-stream"):
+            return _events(status, body)
+        return _whole(status, json.loads(body))
+
+    def _chunks(self) -> bytes:
+        body = b""
+        while size := int(self._until(b"\r\n"), 16):
+            body += self._exactly(size)
+            if self._exactly(2) != b"\r\n":
+                raise Broken("a chunk does not end where it should")
+        if self._exactly(2) != b"\r\n":
+            raise Broken("the last chunk does not end")
+        return body
+
+    def _more(self) -> None:
+        try:
+            data = self.sock.recv(1 << 16)
+        except OSError as e:
+            raise Broken(f"{e} after {self.received} bytes") from None
+        if not data:
+            raise Broken(f"the connection ended after {self.received} bytes")
+        self.received += len(data)
+        self._buffer += data
+
+    def _until(self, mark: bytes) -> bytes:
+        while mark not in self._buffer:
+            self._more()
+        found, self._buffer = self._buffer.split(mark, 1)
+        return found
+
+    def _exactly(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            self._more()
+        found, self._buffer = self._buffer[:size], self._buffer[size:]
+        return found
+
+    def _to_the_end(self) -> bytes:
+        while True:
+            try:
+                self._more()
+            except Broken as e:
+                if "ended" not in str(e):
+                    raise
+                found, self._buffer = self._buffer, b""
+                return found
+
+
+def _events(status: int, body: bytes) -> Answer:
+    answer = Answer(status)
+    *events, rest = body.decode().split("\n\n")
+    if rest:
+        raise Broken(f"the stream ends inside an event: {rest!r}")
+    for i, event in enumerate(events):
+        if event.startswith(":"):
+            continue
+        if event == "data: [DONE]":
+            if i != len(events) - 1:
+                raise Broken("an event comes after [DONE]")
+            return answer
+        _add(answer, json.loads(event.removeprefix("data: ")))
+    if not answer.errors:
+        raise Broken("the stream has no [DONE]")
+    return answer
+
+
+def _add(answer: Answer, event: dict[str, Any]) -> None:
+    if "error" in event:
+        answer.errors.append(event["error"])
+        return
+    answer.ids.add(f"{event['id']} {event['created']}")
+    if event.get("usage") is not None and not event["choices"]:
+        answer.usage.append(event["usage"])
+    for choice in event["choices"]:
+        index, delta = choice["index"], choice.get("delta", {})
+        answer.texts[index] += choice.get("text") or delta.get("content") or ""
+        answer.roles[index] += "role" in delta
+        if choice["finish_reason"]:
+            answer.finishes[index].append(choice["finish_reason"])
+        if found := choice.get("logprobs"):
+            answer.logprobs[index] += found["content"] if "content" in found else _entries(found)
+
+
+def _entries(found: dict[str, list[Any] | None]) -> list[dict[str, Any]]:
+    """Return the parallel lists of a text completion's logprobs as one entry for each token."""
+    names = [name for name, values in found.items() if values is not None]
+    return [dict(zip(names, values, strict=True)) for values in zip(*(found[name] for name in names), strict=True)]
+
+
+def _whole(status: int, body: dict[str, Any]) -> Answer:
+    if "error" in body:
+        return Answer(status, errors=[body["error"]])
+    return Answer(status, body={k: v for k, v in body.items() if k not in ("id", "created")})
