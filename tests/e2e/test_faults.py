@@ -1,6 +1,6 @@
 """kill -9 and SIGSTOP under load.
 
-A request continues to its last token unless its frontend dies. A lost request ends with an error; memory is freed.
+A request continues to its last token. A lost request ends with an error; memory is freed.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def test_all_children_killed_at_once(daemon: Daemon) -> None:
     assert all_exact(daemon)
 
 
-def test_requests_of_a_killed_frontend_are_freed_and_its_sibling_serves(daemon: Daemon) -> None:
+def test_requests_of_a_killed_frontend_continue_and_its_sibling_serves(daemon: Daemon) -> None:
     sent = bodies(24, LONG)
     with Clients(daemon, sent) as clients:
         clients.await_tokens(3)
@@ -140,23 +140,19 @@ def test_requests_of_a_killed_frontend_are_freed_and_its_sibling_serves(daemon: 
         assert all_exact(daemon)  # on new connections, while the frontend is down
         daemon.await_successor("frontend", victim, before)
         outcomes = clients.join()
-    for body, outcome in zip(sent, outcomes, strict=True):
-        if owners[outcome.id] == victim:
-            assert outcome.broken
-            assert not outcome.closed
-        else:
-            assert hash_engine.exact(body, outcome)
+    assert all(map(hash_engine.exact, sent, outcomes))
     daemon.await_idle()
     assert all_exact(daemon)
 
 
-def test_requests_of_killed_frontends_are_freed_at_once(daemon: Daemon) -> None:
+def test_requests_of_killed_frontends_are_freed_once_their_clients_hang_up(daemon: Daemon) -> None:
     with Clients(daemon, bodies(16, output=4000)) as clients:  # these would run for a minute
         clients.await_tokens(2)
         before = [daemon.kill("frontend", k) for k in (0, 1)]
         for k in (0, 1):
             daemon.await_successor("frontend", k, before[k])
-        daemon.await_idle()
+        assert len(daemon.requests()) == 16
+    daemon.await_idle()
 
 
 def test_connections_wait_for_the_restart_of_the_only_frontend(start: Start) -> None:

@@ -27,12 +27,13 @@ def test_random_deaths_under_load(start: Start) -> None:
                 assert hash_engine.exact(body, outcome)
                 served += 1
             else:
-                assert outcome.failed_cleanly or outcome.broken
+                # The frontend may have died before the request was journaled.
+                assert outcome.failed_cleanly or (outcome.broken and not outcome.tokens)
                 assert hash_engine.exact_so_far(body, outcome)
                 lost += 1
         daemon.await_serving().await_idle()
     assert served > 48  # engine 2 and frontend 1 never die
-    assert lost > 0
+    assert daemon.metric("llumd:responses_cut_total") == 0
     sent = [hash_engine.request(i) for i in range(24)]
     with Clients(daemon, sent) as clients:
         assert all(map(hash_engine.exact, sent, clients.join()))
