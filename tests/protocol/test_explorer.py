@@ -31,7 +31,7 @@ SCENES = {
     "a move": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1))),
     "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)])),
     "in the middle of a prefill": (
-        MOVED | {"HandBack"}, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 2)], batch_tokens=2)
+        MOVED | {"HandBack taken"}, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 2)], batch_tokens=2)
     ),
     "a cancel": (MOVED | {"Aborted", "Cancel"}, dict(budget=Budget(moves=2, cancels=1))),
     "a preemption": (MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=FOUR)),
@@ -55,20 +55,20 @@ SCENES = {
         MOVED | {"Aborted", "Reclaim"}, dict(budget=Budget(moves=1, crashes=1, failures=1))
     ),
     "a false suspicion": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, suspicions=1))),
-    "a succession without a move": ({"HandBack", "OwnedRequests"}, dict(budget=Budget(successions=1, cancels=1))),
-    "a succession": (MOVED | {"Reclaim", "HandBack"}, dict(budget=Budget(moves=1, successions=1))),
+    "a succession without a move": ({"HandBack taken", "OwnedRequests"}, dict(budget=Budget(successions=1, cancels=1))),
+    "a succession": (MOVED | {"Reclaim", "HandBack taken"}, dict(budget=Budget(moves=1, successions=1))),
     "a succession that loses no command": (
         MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, successions=1), lossless=True)
     ),
     "a succession and a change of priority": (
-        {"Reprioritise", "HandBack"}, dict(budget=Budget(changes=2, successions=1))
+        {"Reprioritise", "HandBack taken"}, dict(budget=Budget(changes=2, successions=1))
     ),
-    "two successions": ({"HandBack"}, dict(budget=Budget(successions=2), requests=[([1, 2, 3], 2)])),
-    "the frontend is lost": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, losses=1, crashes=1))),
+    "two successions": ({"HandBack taken"}, dict(budget=Budget(successions=2), requests=[([1, 2, 3], 2)])),
+    "the frontend is lost": (MOVED | {"Declined"}, dict(budget=Budget(moves=1, losses=1))),
     "two with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=EQUAL_PROMPTS, homes=[0, 1])),
     "two tenants with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=TWO_TENANTS, homes=[0, 1])),
     "two in a pool too small": (
-        MOVED | {"Declined", "HandBack"}, dict(budget=Budget(moves=1), requests=TWO_PROMPTS, homes=[0, 1], pool=3)
+        MOVED | {"Declined", "HandBack taken"}, dict(budget=Budget(moves=1), requests=TWO_PROMPTS, homes=[0, 1], pool=3)
     ),
 }  # fmt: skip
 LARGE_SCENES = {
@@ -80,6 +80,9 @@ LARGE_SCENES = {
     "two moves and a suspicion": (MOVED, dict(budget=Budget(moves=2, suspicions=1))),
     "a change of priority and a crash": (MOVED, dict(budget=Budget(moves=1, changes=1, crashes=1))),
     "a change of priority and a suspicion": (MOVED, dict(budget=Budget(moves=1, changes=1, suspicions=1))),
+    "the frontend is lost and a crash": (
+        MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, losses=1, crashes=1))
+    ),
     "a crash and a succession": (MOVED, dict(budget=Budget(moves=1, crashes=1, successions=1))),
     "a cancel and a succession": (MOVED, dict(budget=Budget(moves=1, cancels=1, successions=1))),
     "a change of priority and a succession": (MOVED, dict(budget=Budget(moves=1, changes=1, successions=1))),
