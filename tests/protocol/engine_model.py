@@ -96,6 +96,7 @@ class Entry:
         self.max_tokens = max_tokens
         self.salt = salt
         self.ownership = Ownership(rid, 0, None, 0)
+        self.owner: EngineIncarnation | None = None  # as journaled: the last one, also if it has lost the request
         self.output: list[int] = []
         self.open = True
 
@@ -125,11 +126,12 @@ class Journals:
 class Engine:
     """One incarnation of one engine."""
 
-    def __init__(self, world: World, index: int, incarnation: int, known: list[int]) -> None:
+    def __init__(self, world: World, index: int, incarnation: int, known: list[int], frontend: int) -> None:
+        """`frontend`: incarnation of the frontend, as this engine knows it; 0: no message has named it yet."""
         self.index = index
         self.incarnation = incarnation
         self.known = known  # incarnations of the engines, as this engine knows them
-        self.frontend = world.incarnation  # incarnation of the frontend, as this engine knows it
+        self.frontend = frontend
         self.memory: list[list[int]] = [[GARBAGE] * BLOCK_SIZE for _ in range(world.pool + 1)]
         self.copies: list[Copy] = []
         self.entries = world.entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +13,8 @@ from daemon.engine.migration.llumlet import Llumlet
 from daemon.engine.migration.source import Outgoing, Phase, Source
 from daemon.engine.request import Request
 from daemon.enums import MigrationResult
-from daemon.ipc.messages import EngineIncarnation, Release, Reprioritise, Reserve, Reserved
-from tests.protocol.engine_model import Entry, Journals
+from daemon.ipc.messages import EngineIncarnation, OwnedRequests, Release, Reprioritise, Reserve, Reserved
+from tests.protocol.engine_model import FRONTEND, Engine, Entry, Journals
 from tests.protocol.world import Action, World
 
 
@@ -171,8 +171,48 @@ class DeathBeforeDrain(World):
 class NoOwnedRequests(World):
     """A new frontend does not send the engines what they own."""
 
-    def send_owned_requests(self) -> None:
+    def send_owned_requests(self, engine: Engine) -> None:
         pass
+
+
+class DropsWhatIsNotOwned(Llumlet):
+    """It also drops the pending requests that the statement of ownership omits."""
+
+    def on_owned_requests(self, frontend: int, message: OwnedRequests, now: float) -> list[LlumletAction]:
+        self.destination.drop_pending(lambda request: request.rid not in message.rids)
+        return super().on_owned_requests(frontend, message, now)
+
+
+class DroppedClaim(World):
+    """A claim that is on its way to the successor is dropped at its engine, and then granted."""
+
+    llumlet_class = DropsWhatIsNotOwned
+
+
+class UnreadRings(World):
+    """A successor does not read what was addressed to its predecessor."""
+
+    def succeed(self, *how: Any) -> None:
+        super().succeed(*how)
+        for (_, reader), ring in self.rings.items():
+            if reader == FRONTEND:
+                ring.clear()
+
+
+class DoubledOutput(World):
+    """A successor takes output that it reads again for new."""
+
+    rules = broken_rules(fresh=lambda accepted, start, count: None if start > accepted else 0)
+
+
+def _without_priorities(owned: Iterable[ownership.Ownership]) -> list[OwnedRequests]:
+    return ownership.owned_requests(o._replace(priority=0) for o in owned)
+
+
+class UntoldPriority(World):
+    """A successor does not repeat a change of priority that its predecessor has journaled and not sent."""
+
+    rules = broken_rules(owned_requests=_without_priorities)
 
 
 def _without_output(*args: Any) -> ownership.Decision:

@@ -31,10 +31,10 @@ def state_key(world: World) -> tuple[Any, ...]:
 
     return (
         world.incarnation,
-        world.lossy,
+        world.generation,
         world.budget,
         tuple(world.known),
-        tuple((e.open, e.ownership, tuple(e.output)) for e in world.entries.values()),
+        tuple((e.open, e.ownership, e.owner, tuple(e.output)) for e in world.entries.values()),
         tuple(sorted(world.notices)),
         tuple(tuple(record_key(a, r) for r in ring) for (a, _), ring in world.rings.items()),
         tuple(_engine_key(e, orders[e.index], block_key) for e in world.engines),
@@ -65,9 +65,12 @@ def _engine_key(
         for o in llumlet.outgoing.values()
     )  # fmt: skip
     incoming = tuple(
-        (i.peer, _freeze(i.reserve), tuple(order[b] for b in i.table), i.request and _request_key(i.request, order))
+        (
+            i.peer, _freeze(i.reserve), tuple(order[b] for b in i.table),
+            i.request and _request_key(i.request, order), _freeze(i.claim),
+        )
         for i in llumlet.incoming.values()
-    )
+    )  # fmt: skip
     active_rows = engine.step_in_flight.rows if engine.step_in_flight else []
     copies = tuple(
         (c.move, c.peer, tuple((order[a], block_key(c.peer, b)) for a, b in c.pairs)) for c in engine.copies

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from daemon.control.policy import ownership
-from daemon.control.policy.ownership import Decision
+from daemon.control.policy.ownership import Decision, Ownership
 from daemon.engine.migration.actions import Copy, Report, Send, Tell
 from daemon.engine.migration.destination import Destination
 from daemon.engine.migration.llumlet import Llumlet
@@ -47,6 +47,7 @@ from tests.protocol.engine_model import (
     fact_of,
 )
 from tests.protocol.invariants import check_invariants
+from tests.protocol.succession import handled, lost
 
 
 class Budget(NamedTuple):
@@ -57,8 +58,8 @@ class Budget(NamedTuple):
     suspicions: int = 0
     cancels: int = 0
     preemptions: int = 0
-    restarts: int = 0  # of the frontend, whose journal survives
-    losses: int = 0  # of the frontend and its journal
+    successions: int = 0  # the frontend dies, and its successor adopts its journal
+    losses: int = 0  # the frontend dies, and its successor begins with an empty journal
     failures: int = 0  # of a copy
     changes: int = 0  # of a priority
 
@@ -88,14 +89,16 @@ class World:
         prefix_caching: bool = True,
         how: str = "live",
         overlap: bool = False,
+        lossless: bool = False,
     ) -> None:
         """Build a world whose requests have been dispatched.
 
         `requests`: (prompt, max_tokens) or (prompt, max_tokens, salt) each; `homes`: the engines that they start on;
         `pool`: blocks of an engine; `how`: the `MigrationMode` of all moves; `overlap`: a step is launched before the
-        results of the previous step are applied.
+        results of the previous step are applied; `lossless`: a frontend has sent all its commands when it dies.
         """
         self.overlap = overlap
+        self.lossless = lossless
         self.prefix_caching = prefix_caching
         self.how = how
         self.message_read = ""  # the type of the message that was read last
@@ -103,11 +106,11 @@ class World:
         self.pool = pool
         self.batch_tokens = batch_tokens
         self.incarnation = 1  # of the frontend
-        self.lossy = False  # True once the frontend has died: output may be missing
+        self.generation = 1  # the incarnation that began with an empty journal
         self.entries = {rid: Entry(rid, *request) for rid, request in enumerate(requests, 1)}
         self.journals = self.make_journals()
         self.known = [1] * engines  # incarnations of the engines, as the frontend knows them
-        self.engines = [Engine(self, i, 1, [1] * engines) for i in range(engines)]
+        self.engines = [Engine(self, i, 1, [1] * engines, 1) for i in range(engines)]
         ends = [FRONTEND, *range(engines)]
         self.rings: dict[tuple[int, int], list[Record]] = {(a, b): [] for a in ends for b in ends if a != b}
         self.notices: list[tuple[int, EngineIncarnation]] = []  # deaths that the observer has not handled yet
@@ -139,13 +142,12 @@ class World:
         for rid, entry in self.entries.items():
             if entry.open:
                 yield from self._request_actions(rid, entry)
-        if self.budget.restarts:
-            yield ("restart",)
-            for (a, b), ring in self.rings.items():
-                if b == FRONTEND and ring and not isinstance(ring[0].message, StepRows):
-                    yield "restart", a  # while it handles that record
+        if self.budget.successions:
+            unsent = list(lost({} if self.lossless else self.rings, len(self.engines)))
+            yield from (("succeed", *done, unsent_now) for done in handled(self.rings) for unsent_now in unsent)
         if self.budget.losses:
-            yield ("lose",)
+            yield "lose", True
+            yield "lose", False
 
     def _engine_actions(self, engine: Engine) -> Iterator[Action]:
         index, scheduler = engine.index, engine.scheduler
@@ -249,7 +251,7 @@ class World:
         """The engine dies. Its successor starts at once with an empty pool. The others have yet to notice."""
         self._use_budget("crashes")
         dead = self.engines[index].identity
-        successor = Engine(self, index, dead.incarnation + 1, [e.incarnation for e in self.engines])
+        successor = Engine(self, index, dead.incarnation + 1, [e.incarnation for e in self.engines], 0)
         self.engines[index] = successor
         successor.known[index] = successor.incarnation
         self.notices = [n for n in self.notices if n[0] != index]
@@ -272,7 +274,8 @@ class World:
 
     def _send(self, a: int, b: int, sender: int, receiver: int, message: Any) -> None:
         """Write a record. One for a dead incarnation is dropped here, as the successor would drop it."""
-        if receiver == (self.incarnation if b == FRONTEND else self.engines[b].incarnation):
+        known = range(self.generation, self.incarnation + 1) if b == FRONTEND else [self.engines[b].incarnation]
+        if receiver in known:
             self.rings[a, b].append(Record(sender, receiver, message))
 
     # -- rings -----------------------------------------------------------------------------------
@@ -317,6 +320,7 @@ class World:
             for entry in self.entries.values():
                 if entry.open:
                     self._apply_decision(entry, self.rules.engine_died(entry.ownership, EngineIncarnation(*dead)))
+            self.send_owned_requests(self.engines[dead.engine])
         else:
             engine = self.engines[observer]
             engine.known[dead.engine] = alive
@@ -340,7 +344,9 @@ class World:
             case Reclaim():
                 self._apply_decision(entry, self.rules.reclaim(entry.ownership, sender, message))
             case HandBack():
-                self._apply_decision(entry, self.rules.hand_back(entry.ownership, sender, message))
+                decision = self.rules.hand_back(entry.ownership, sender, message)
+                self.message_read = "HandBack taken" if decision.redispatch else "HandBack"
+                self._apply_decision(entry, decision)
 
     def _accept(self, rid: int, epoch: int, start: int, tokens: tuple[int, ...], finish: Finish) -> None:
         entry = self.entries[rid]
@@ -364,15 +370,15 @@ class World:
                 raise Violation(f"incoherent: a token drawn from {fact}, the client has {context}")
             entry.output.append(token)
 
-    def _apply_decision(self, entry: Entry, decision: Decision, *, send: bool = True) -> None:
-        if decision.fault and not self.lossy:
+    def _apply_decision(self, entry: Entry, decision: Decision) -> None:
+        if decision.fault:
             raise Violation("incoherent: output is missing")
         if decision.output:
             self._append(entry, decision.output.tokens)
         entry.ownership = decision.ownership
-        if send:
-            for order in decision.orders:
-                self._send_order(order)
+        entry.owner = decision.ownership.owner or entry.owner
+        for order in decision.orders:
+            self._send_order(order)
 
     def _send_order(self, order: ownership.Order) -> None:
         """Send an order to the incarnation that it names, which may be newer than the one that the frontend knows."""
@@ -382,6 +388,7 @@ class World:
         entry = self.entries[rid]
         owner = EngineIncarnation(index, self.known[index])
         entry.ownership = self.rules.started(entry.ownership, owner)
+        entry.owner = owner
         start = Start(rid, entry.ownership.epoch, rid, len(entry.prompt))
         self._send(FRONTEND, index, self.incarnation, owner.incarnation, start)
 
@@ -397,57 +404,64 @@ class World:
 
     def cancel(self, rid: int) -> None:
         self._use_budget("cancels")
+        self.entries[rid].open = False
         for order in self.rules.cancel(self.entries[rid].ownership):
             self._send_order(order)
-        self.entries[rid].open = False
 
-    def restart(self, reading: int | None = None) -> None:
-        """The frontend dies, and its successor goes on from the journal.
+    def succeed(self, reading: int, count: int, half: bool, unsent: tuple[int, ...]) -> None:
+        """The frontend dies, and its successor goes on from the journal and the rings.
 
-        `reading`: an engine whose next record the frontend has handled and journaled, without sending the orders.
+        The arguments are as in `succession.handled` and `succession.lost`.
         """
-        self._use_budget("restarts")
-        if reading is not None:
-            record = self.rings[reading, FRONTEND][0]
-            entry, sender = self.entries[record.message.rid], EngineIncarnation(reading, record.sender)
-            rule = {Takeover: "takeover", Reclaim: "reclaim", HandBack: "hand_back"}[type(record.message)]
-            if entry.open:
-                decision = getattr(self.rules, rule)(entry.ownership, sender, record.message)
-                self._apply_decision(entry, decision, send=False)
-        self._replace_frontend()
-        for entry in self.entries.values():
-            ownership = entry.ownership
-            if entry.open and ownership.owner and self.known[ownership.owner.engine] != ownership.owner.incarnation:
-                self._apply_decision(entry, self.rules.engine_died(ownership, ownership.owner))
-        self.send_owned_requests()
+        self._use_budget("successions")
+        for i, record in enumerate(self.rings[reading, FRONTEND][:count] if count else []):
+            if half and i == count - 1:
+                self._journal_output(record.message)
+            else:
+                self._handle_engine_message(EngineIncarnation(reading, record.sender), record.message)
+        for index, number in enumerate(unsent):
+            ring = self.rings[FRONTEND, index]
+            del ring[max(0, len(ring) - number) :]
+        self.incarnation += 1
+        self.known = [e.incarnation for e in self.engines]
+        for rid, entry in self.entries.items():
+            held = entry.ownership
+            entry.ownership = Ownership(rid, held.epoch, entry.owner, len(entry.output), held.priority, True)
+            dead = entry.owner is not None and entry.owner not in [e.identity for e in self.engines]
+            if entry.open and dead and (FRONTEND, entry.owner) not in self.notices:
+                self.notices.append((FRONTEND, entry.owner))
+        for engine in self.engines:
+            self.send_owned_requests(engine)
 
-    def lose(self) -> None:
-        """The frontend dies and its journal is lost."""
+    def _journal_output(self, message: Any) -> None:
+        """Journal the output of a message, and nothing else of it."""
+        if isinstance(message, StepRows):
+            for rid, epoch, start, tokens, _ in message.rows:
+                self._accept(rid, epoch, start, tokens, Finish.NONE)
+        elif isinstance(message, Takeover | Reclaim):
+            self._accept(message.rid, message.epoch, message.start, tuple(message.tokens), Finish.NONE)
+
+    def lose(self, queued: bool) -> None:
+        """The frontend dies and its journal is lost. `queued`: all output still waits at the engines, which address
+        it to the successor."""
         self._use_budget("losses")
         for entry in self.entries.values():
             entry.open = False
-        self._replace_frontend()
-        self.send_owned_requests()
-
-    def _replace_frontend(self) -> None:
-        self.lossy = True
         self.incarnation += 1
+        self.generation = self.incarnation
         self.known = [e.incarnation for e in self.engines]
         self.notices = [n for n in self.notices if n[0] != FRONTEND]
         for (_, b), ring in self.rings.items():
-            if b == FRONTEND:
+            if b == FRONTEND and not queued:
                 ring.clear()
-
-    def send_owned_requests(self) -> None:
-        """Send each engine the requests that it owns."""
         for engine in self.engines:
-            owned = [
-                e.ownership
-                for e in self.entries.values()
-                if e.open and e.ownership.owner == EngineIncarnation(*engine.identity)
-            ]
-            (message,) = self.rules.owned_requests(owned)
-            self._send(FRONTEND, engine.index, self.incarnation, engine.incarnation, message)
+            self.send_owned_requests(engine)
+
+    def send_owned_requests(self, engine: Engine) -> None:
+        """Send the engine what it owns."""
+        open_entries = [e.ownership for e in self.entries.values() if e.open]
+        (message,) = self.rules.owned_requests(o for o in open_entries if o.owner == engine.identity)
+        self._send(FRONTEND, engine.index, self.incarnation, engine.incarnation, message)
 
     def _use_budget(self, what: str) -> None:
         self.budget = self.budget._replace(**{what: getattr(self.budget, what) - 1})
@@ -466,6 +480,10 @@ class World:
 
 
 def _first_of_other_kind(ring: list[Record]) -> int:
-    """Return the first record that is step rows if the first is not, or the reverse; 0 if there is none."""
+    """Return the first record that is step rows if the first is not, or the reverse; 0 if there is none.
+
+    A HandBack never overtakes step rows, nor does what is behind it.
+    """
     kind = isinstance(ring[0].message, StepRows)
-    return next((i for i, r in enumerate(ring) if isinstance(r.message, StepRows) != kind), 0)
+    found = next((i for i, r in enumerate(ring) if isinstance(r.message, StepRows) != kind), 0)
+    return 0 if kind and isinstance(ring[found].message, HandBack) else found
