@@ -55,7 +55,9 @@ SCENES = {
         MOVED | {"Aborted", "Reclaim"}, dict(budget=Budget(moves=1, crashes=1, failures=1))
     ),
     "a false suspicion": (MOVED | {"Declined", "Aborted"}, dict(budget=Budget(moves=1, suspicions=1))),
-    "a succession without a move": ({"HandBack taken", "OwnedRequests"}, dict(budget=Budget(successions=1, cancels=1))),
+    "a succession without a move": (
+        {"HandBack taken", "OwnedRequests"}, dict(budget=Budget(successions=1, cancels=1))
+    ),
     "a succession": (MOVED | {"Reclaim", "HandBack taken"}, dict(budget=Budget(moves=1, successions=1))),
     "a succession that loses no command": (
         MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, successions=1), lossless=True)
@@ -68,7 +70,8 @@ SCENES = {
     "two with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=EQUAL_PROMPTS, homes=[0, 1])),
     "two tenants with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=TWO_TENANTS, homes=[0, 1])),
     "two in a pool too small": (
-        MOVED | {"Declined", "HandBack taken"}, dict(budget=Budget(moves=1), requests=TWO_PROMPTS, homes=[0, 1], pool=3)
+        MOVED | {"Declined", "HandBack taken"},
+        dict(budget=Budget(moves=1), requests=TWO_PROMPTS, homes=[0, 1], pool=3),
     ),
 }  # fmt: skip
 LARGE_SCENES = {
