@@ -122,9 +122,12 @@ class Standby:
 def wait_for_role(spec: ChildSpec, fd: int) -> ChildSpec:
     """Wait in the standby for its role. Return `spec` with it. The process ends if the supervisor drops it."""
     with contextlib.closing(socket.socket(fileno=fd)) as sock:
-        with contextlib.suppress(BrokenPipeError):  # it may have its role already
+        with contextlib.suppress(ConnectionError):  # it may have its role already
             sock.send(b"L")  # all is loaded
-        payload, fds = receive(sock, _ROLE.size, 1)
+        try:
+            payload, fds = receive(sock, _ROLE.size, 1)
+        except ConnectionResetError:  # the supervisor has not read our message; the role comes after the error
+            payload, fds = receive(sock, _ROLE.size, 1)
     if len(payload) != _ROLE.size or not fds:
         sys.exit(0)
     process, incarnation, adopt = _ROLE.unpack(payload)

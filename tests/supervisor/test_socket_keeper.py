@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import socket
@@ -121,6 +122,7 @@ def test_messages_before_an_unread_answer_are_not_lost(harness: Harness) -> None
 @pytest.mark.parametrize("number", [0, 1, BATCH, BATCH + 1, 3 * BATCH])
 def test_adoption_in_batches(harness: Harness, number: int) -> None:
     first = harness.start()
+    gc.collect()  # what earlier tests have left open
     before = len(os.listdir("/proc/self/fd"))
     tokens = []
     for _ in range(number):

@@ -89,6 +89,25 @@ def test_it_says_when_it_is_loaded(starter: Starter) -> None:
     assert not standby.loaded
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_its_message_need_not_be_read(starter: Starter, before: bool) -> None:
+    """The kernel reports the reset of the socket once, before the role that is in it."""
+    standby = ready(starter)
+    with ThreadPoolExecutor(1) as pool, socket.socket() as channel:
+        role = dataclasses.replace(SPEC, incarnation=3, keeper_fd=channel.fileno())
+        if before:
+            with socket.socket(fileno=os.dup(starter.roles[0])) as theirs:
+                theirs.send(b"L")
+            standby.take(role)
+        waiting = pool.submit(wait_for_role, SPEC, starter.roles[0])
+        if not before:
+            time.sleep(0.2)
+            standby.take(role)
+        got = waiting.result()
+    os.close(got.keeper_fd)
+    assert got.incarnation == 3
+
+
 def test_it_ends_when_the_supervisor_drops_it(starter: Starter) -> None:
     standby = ready(starter)
     standby._forget()
