@@ -7,8 +7,9 @@ replay of a graph, and the copy of the tokens. Kernels take no time and calls of
 result is the time of Python, PyTorch and FlashInfer on this machine's CPU. With overlap this time is hidden if it is
 shorter than the device's step.
 
-`--against`: the root of another revision's checkout. Both revisions run in turns, and the result is the ratio of
-their medians: on a busy machine trust only that. `--dry-run`: a tiny model on the CPU, to find errors in the command.
+`--against`: the root of another revision's checkout. Both revisions run in turns, and the result is the median of the
+ratios of all turns: on a busy machine trust only that. `--dry-run`: a tiny model on the CPU, to find errors in the
+command.
 """
 
 from __future__ import annotations
@@ -16,35 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import machine, revisions
-from bench.gpu_model import LLAMA_8B, TINY, model_config_of
+from bench import machine, revisions, step_loads
+from bench.gpu_model import LLAMA_8B, TINY
+from bench.step_loads import Load
 
 COMMAND = "-m tools.simgpu --launch-only -m bench.gpu_host"
 # As many layers, heads and calls as an 8B model. The widths only matter to the device and are small.
 SHAPE: dict[str, Any] = LLAMA_8B | {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 32000}
-BLOCK_SIZE = 16
-
-
-class Load(NamedTuple):
-    """A step: sequences that decode, tokens of each, and tokens of a prompt in one chunk."""
-
-    decodes: int
-    length: int
-    chunk: int
-
-    @property
-    def name(self) -> str:
-        decodes = f"decode, batch {self.decodes}"
-        if not self.chunk:
-            return decodes
-        return f"{decodes}, and chunk of {self.chunk}" if self.decodes else f"chunk of {self.chunk}"
+BLOCKS = 1400  # of the pool
 
 
 class Scale(NamedTuple):
@@ -76,16 +62,7 @@ DRY = Scale("cpu", TINY, (Load(2, 20, 0), Load(0, 0, 20), Load(2, 20, 20)), 4)
 
 def measure(scale: Scale) -> dict[str, Any]:
     """Return the median microseconds of launch and collect, by step."""
-    from bench import gpu_steps
-
-    most = max(load.decodes + (load.chunk > 0) for load in scale.loads)
-    longest = max(load.decodes + load.chunk for load in scale.loads)
-    blocks = max(
-        load.decodes * -(-(load.length + 1) // BLOCK_SIZE) + load.chunk // BLOCK_SIZE for load in scale.loads
-    )
-    options = gpu_steps.RunnerOptions(scale.device, most, longest, longest + 256, BLOCK_SIZE, kv_blocks=blocks + 8)
-    with tempfile.TemporaryDirectory() as folder:
-        runner = gpu_steps.make_runner(model_config_of(scale.shape, Path(folder)), options)
+    runner = step_loads.make_runner(scale.shape, scale.loads, device=scale.device, blocks=BLOCKS)
     return {
         load.name: _timed(runner, load, scale.rounds // 4 if load.chunk else scale.rounds) for load in scale.loads
     }
@@ -93,18 +70,7 @@ def measure(scale: Scale) -> dict[str, Any]:
 
 def _timed(runner: Any, load: Load, rounds: int) -> dict[str, float]:
     """Run the step `rounds` times; return the median microseconds of launch and of collect."""
-    from bench import gpu_steps
-    from daemon.engine.runner import Row, StepPlan
-
-    rows = []
-    for request in gpu_steps.decoding_requests(runner, load.decodes, load.length, 1, BLOCK_SIZE):
-        rows.append(Row(request, load.length - 1, 1, True))
-    if load.chunk:
-        [request] = gpu_steps.decoding_requests(runner, 1, load.chunk, 1, BLOCK_SIZE)
-        used = rows[-1].request.block_table[-1] if rows else 0
-        request.block_table = [used + block for block in request.block_table]
-        rows.append(Row(request, 0, load.chunk, True))
-    plan = StepPlan(rows, load.decodes)
+    plan = step_loads.plan_of(load, BLOCKS)
     times: dict[str, list[float]] = {"launch_us": [], "collect_us": []}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:

@@ -16,14 +16,14 @@ import argparse
 import ctypes
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench import machine, revisions
-from bench.gpu_model import LLAMA_8B, TINY, model_config_of
-from bench.launch_costs import Call, Load, costs, is_product, weight_of
+from bench import machine, revisions, step_loads
+from bench.gpu_model import LLAMA_8B, TINY
+from bench.launch_costs import Call, costs, is_product, weight_of
+from bench.step_loads import Load
 
 if TYPE_CHECKING:
     from bench.launch_recorder import Recorder, Step
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 COMMAND = "-m tools.simgpu --launch-only -m bench.gpu_launches"
 BANDWIDTH, RATE = 3.01e12, 771e12  # bytes/s of a copy, FLOP/s of a product: docs/gpu.md
 MULTIPROCESSORS = 132  # of an H100, and of the simulated GPU
-BLOCK_SIZE = 16
 BLOCKS = 400  # of the pool. Nothing is computed, so the sequences may share them.
-STEPS = ((1, 1024, 0), (8, 1024, 0), (64, 1024, 0), (256, 1024, 0), (64, 1024, 2048))  # fields of a Load
-DRY_STEPS = ((1, 20, 0), (4, 20, 20))
+STEPS = (Load(1, 1024, 0), Load(8, 1024, 0), Load(64, 1024, 0), Load(256, 1024, 0), Load(64, 1024, 2048))
+DRY_STEPS = (Load(1, 20, 0), Load(4, 20, 20))
 
 
 class Row(NamedTuple):
@@ -57,8 +56,7 @@ def count(*, dry: bool) -> dict[str, Any]:
     """Return the counts of all steps, by step."""
     from bench.launch_recorder import Recorder
 
-    shape, steps = (TINY, DRY_STEPS) if dry else (LLAMA_8B, STEPS)
-    loads = [Load(*step) for step in steps]
+    shape, loads = (TINY, DRY_STEPS) if dry else (LLAMA_8B, STEPS)
     with Recorder(dry=dry) as recorder:
         one, two = (_of_layers(shape, layers, loads, recorder, dry) for layers in (1, 2))
     found = {}
@@ -77,40 +75,13 @@ def _of_layers(
     shape: dict[str, Any], layers: int, loads: Sequence[Load], recorder: Recorder, dry: bool
 ) -> dict[str, tuple[Rows, int]]:
     """Return the rows and the number of replayed graphs of each step, for a model of `layers` layers."""
-    from daemon.engine.cuda.runner import CudaRunner
-    from daemon.engine.runner import RunnerSettings
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = model_config_of(shape | {"num_hidden_layers": layers}, Path(folder))
-    item = 4 if dry else 2
-    settings = RunnerSettings(
-        load_format="dummy",
-        block_size=BLOCK_SIZE,
-        max_num_seqs=max(load.decodes + (load.chunk > 0) for load in loads),
-        max_batch_tokens=max(load.decodes + load.chunk for load in loads),
-        max_model_len=max(max(load.context, load.chunk) for load in loads) + BLOCK_SIZE,
-        kv_memory=BLOCKS * 2 * layers * BLOCK_SIZE * config.num_kv_heads * config.head_dim * item,
-    )
-    # On a GPU an engine measures which path is faster for few rows. On an H100 "gemv" is.
-    runner = CudaRunner(config, settings, device="cpu" if dry else "cuda:0", decode_path="gemv")
-    runner.load()
+    shape = shape | {"num_hidden_layers": layers}
+    runner = step_loads.make_runner(shape, loads, device="cpu" if dry else "cuda:0", blocks=BLOCKS)
     return {load.name: _rows_of(_recorded(runner, load, recorder), load) for load in loads}
 
 
 def _recorded(runner: Any, load: Load, recorder: Recorder) -> Step:
-    from bench import gpu_steps
-    from daemon.engine.runner import Row as PlanRow
-    from daemon.engine.runner import StepPlan
-
-    rows = []
-    for request in gpu_steps.decoding_requests(runner, load.decodes, load.context, 1, BLOCK_SIZE):
-        rows.append(PlanRow(request, load.context - 1, 1, True))
-    if load.chunk:
-        [request] = gpu_steps.decoding_requests(runner, 1, load.chunk, 1, BLOCK_SIZE)
-        rows.append(PlanRow(request, 0, load.chunk, True))
-    for row in rows:
-        row.request.block_table = [1 + block % (BLOCKS - 1) for block in row.request.block_table]
-    plan = StepPlan(rows, load.decodes)
+    plan = step_loads.plan_of(load, BLOCKS)
     runner.execute(plan)  # the first step of a kind may prepare something
     recorder.take()
     runner.execute(plan)

@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from bench.step_loads import Load
+
 _FLOAT = 4  # bytes
 _LOOKUPS = ("aten.embedding", "aten.index_select", "aten.index_copy_")
 _GEMV = ("add", "gate", "logits", "heads")  # functions of our module of products for few rows
@@ -52,18 +54,6 @@ class Call(NamedTuple):
     results: tuple[Operand, ...]
     launches: tuple[Launch, ...]
     captured: bool
-
-
-class Load(NamedTuple):
-    """A step: `decodes` sequences of `context` tokens, and a prompt of `chunk` tokens in one chunk."""
-
-    decodes: int
-    context: int
-    chunk: int
-
-    @property
-    def name(self) -> str:
-        return f"decode {self.decodes}" + (f" + chunk {self.chunk}" if self.chunk else "")
 
 
 class Cost(NamedTuple):

@@ -15,31 +15,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_OURS = ("bench", "tests", "tools")
 _PACKAGES = ("torch", "flashinfer-python", "numpy")
 
 
 @contextmanager
 def combined(checkout: Path) -> Iterator[Path]:
-    """Make a directory with the `daemon` of `checkout`, and with the benchmarks and tools of this revision."""
+    """Make a directory with the `daemon` of `checkout` and the benchmarks of this revision."""
     if not (checkout / "daemon").is_dir():
         raise SystemExit(f"{checkout} is not the root of a checkout: it has no daemon/")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "daemon").symlink_to(checkout.absolute() / "daemon")
-        for name in _OURS:
-            (root / name).symlink_to(ROOT / name)
+        (root / "bench").symlink_to(ROOT / "bench")
         yield root
 
 
 def run_for_json(root: Path, command: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Run `python COMMAND --json FILE` in `root`, and return what it wrote. Ends the program if it fails."""
+    """Run `python COMMAND --json FILE` in `root`, and return what it wrote. Ends the program if it fails.
+
+    The simulation is that of this revision and starts with this revision's `daemon`: -P keeps its first Python from
+    looking into `root`. The Python that it starts looks there first.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        words = [sys.executable, *shlex.split(command), *arguments, "--json", str(file)]
-        # The simulation that this process may run on must not be taken from its own checkout.
-        env = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "SIMGPU")}
-        env["PYTHONPATH"] = str(root)
+        words = [sys.executable, "-P", *shlex.split(command), *arguments, "--json", str(file)]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{shlex.join(words)}, in {root}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

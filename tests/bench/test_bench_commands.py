@@ -128,6 +128,7 @@ def test_a_small_run_in_processes_ends_well(name, tmp_path):
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(400)  # the first start on a machine compiles
 @pytest.mark.parametrize("name", DAEMONS)
 def test_a_small_run_with_stub_engines_ends_well(name, tmp_path):
     if name != "serve":

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from bench.gpu_launches import DRY_STEPS, count
-from bench.launch_costs import Call, Cost, Launch, Load, Operand, costs
+from bench.launch_costs import Call, Cost, Launch, Operand, costs
+from bench.step_loads import Load
 
 addresses = itertools.count(1)
 BF16, INT32, FLOAT = 2, 4, 4
@@ -91,7 +92,7 @@ def test_the_time_is_that_of_the_slower_of_memory_and_arithmetic():
 def test_the_layers_of_a_step_are_counted():
     """On the CPU, where each operation counts as a kernel: a product of each kind for each of the two layers."""
     found = count(dry=True)
-    assert list(found) == [Load(*step).name for step in DRY_STEPS]
+    assert list(found) == [load.name for load in DRY_STEPS]
     step = found["decode 1"]
     products = [row for row in step["kernels"] if row["kernel"].startswith("aten.linear")]
     assert sum(row["calls"] for row in products) == 2 * 4 + 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from daemon.engine.cuda import kernels, product_choice
 from daemon.engine.cuda.cublaslt import CublasError, CublasLt, Product, Shape
+from daemon.engine.cuda.graphs import agrees
 from daemon.engine.cuda.ops import FlashInferOps, TorchOps
 from daemon.engine.cuda.product_choice import LIMITS, WORKSPACE_BYTES
 from daemon.engine.cuda.products import ChosenProduct, ChosenProducts
@@ -133,10 +134,13 @@ def test_a_runner_computes_its_decodes_by_the_chosen_algorithms(tmp_path, monkey
         return runner._forward.logits[:rows].cpu()
 
     by_graph = {rows: logits(rows) for rows in (1, 2, 3, 7, 8, 9, 11)}
-    runner.products.chosen = ChosenProducts({})
     monkeypatch.setattr(runner, "_compute_decodes", runner._decode_paths.run)
     for rows, got in by_graph.items():
-        torch.testing.assert_close(got, logits(rows), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(got, logits(rows), rtol=1e-2, atol=1e-2)
+    runner.products.chosen = ChosenProducts({})
+    for rows, got in by_graph.items():
+        # Sums in another order are rounded to other bf16 numbers, which the following layers see.
+        assert agrees(got, logits(rows), 2**-4)
 
 
 @pytest.mark.parametrize("shape", ONE_LAYER)

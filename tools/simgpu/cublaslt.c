@@ -43,7 +43,8 @@ _Static_assert(sizeof(cublasLtMatmulAlgo_t) == 64 && sizeof(cublasLtMatmulHeuris
 #define WEAK __attribute__((weak))
 extern int cudaLaunchHostFunc_(void *stream, void (*function)(void *), void *argument)
     __asm__("cudaLaunchHostFunc") WEAK;
-extern int sim_stderr(void) WEAK; /* of the simulated runtime only */
+extern int sim_stderr(void) WEAK; /* this and the next one: of the simulated runtime only */
+extern void sim_product(const char *) WEAK;
 extern int cudaMemsetAsync_(void *to, int value, size_t size, void *stream) __asm__("cudaMemsetAsync") WEAK;
 
 enum { ALGORITHMS = 4, ONE_PART = 0, TWO_PARTS = 1, INVALID = 2, FAILING = 3, NAN_BYTE = 0xFF };
@@ -209,6 +210,7 @@ EXPORT cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
                                      cudaStream_t stream) {
     const Layout *weight = layout_of(a_layout), *x = layout_of(b_layout), *out = layout_of(d_layout);
     const int simulated = sim_stderr != NULL;
+    if (sim_product) sim_product("cublasLtMatmul");
     if (!is_known(operation_of(operation), weight, x, out) || (simulated && !getenv("SIMGPU")))
         return CUBLAS_STATUS_SUCCESS;
     if (*(const float *)alpha != 1 || *(const float *)beta != 0 || weight->rows != x->rows ||
