@@ -206,7 +206,7 @@ class CudaRunner:
             max_tokens=self._capacity.chunks.tokens,
             prefill_backend=self._prefill,
         )
-        return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)
+        return FlashInferOps(self._device), attention, kernels.load_gemv(), CudaStream(self._device)
 
     def _choose_products(self, weights: DeviceWeights) -> None:
         if isinstance(self._stream, CudaStream) and self._product_limits is not None:
