@@ -77,15 +77,19 @@ def _replay(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
 @torch.inference_mode()
 def small_kernels(config: ModelConfig, device: str, rows: Sequence[int]) -> Iterator[KernelTime]:
     """Measure the kernels between products: norm with the residual added, and SiLU with its product."""
-    ops, weight = FlashInferOps(), torch.ones(config.hidden_size, device=device, dtype=torch.bfloat16)
+    ops, weight = (
+        FlashInferOps(torch.device(device)),
+        torch.ones(config.hidden_size, device=device, dtype=torch.bfloat16),
+    )
     hidden, width = config.hidden_size, config.intermediate_size
     for m in rows:
         copies = max(1, min(64, _CACHE_BYTES // (4 * m * width)))
         x, residual = (_random(m, hidden, device) for _ in range(2))
         wide = [_random(m, 2 * width, device) for _ in range(copies)]
+        gated = _random(m, width, device)
         norm = microseconds([partial(ops.add_rms_norm, x, residual, weight, config.rms_norm_eps)] * 16)
         yield KernelTime(f"add and norm, {m} rows", norm, 8.0 * m * hidden)
-        silu = microseconds([partial(ops.silu_mul, one) for one in wide] * max(1, 16 // copies))
+        silu = microseconds([partial(ops.silu_mul, one, gated) for one in wide] * max(1, 16 // copies))
         yield KernelTime(f"silu and product, {m} rows", silu, 6.0 * m * width)
 
 
@@ -184,7 +188,8 @@ def _plan_plain(fast: FlashInferAttention, driver: PassDriver, batch: int) -> No
     """Plan the same step as without a graph: FlashInfer then splits sequences only if too few fill the device."""
     host = driver.current.decodes.tensors
     wrapper = fast._decode_wrappers[batch]
-    wrapper._plan_info = fast._native_plan(wrapper, fast._decode, host, batch, batch, 0, graph=False, causal=False)
+    schedule = fast._native_plan(wrapper, fast._decode, host, batch, batch, 0, graph=False, causal=False)
+    fast._decode_calls[batch].schedule = schedule
     torch.cuda.synchronize()
 
 

@@ -28,8 +28,8 @@ class Load(NamedTuple):
 def make_runner(shape: dict[str, Any], loads: Sequence[Load], *, device: str, blocks: int) -> Any:
     """Return a loaded `CudaRunner` for all of `loads`, with dummy weights and `blocks` KV blocks.
 
-    A simulated device has no speed, so the path for few rows is not measured but fixed: the one that is fastest on an
-    H100.
+    A simulated device has no speed, so what an engine measures is fixed: the path for few rows that is fastest on an
+    H100, and one pass for mixed steps.
     """
     from daemon.engine.cuda.runner import CudaRunner
     from daemon.engine.runner import RunnerSettings
@@ -47,6 +47,7 @@ def make_runner(shape: dict[str, Any], loads: Sequence[Load], *, device: str, bl
     )
     runner = CudaRunner(config, settings, device=device, decode_path="gemv")
     runner.load()
+    runner._mixed_steps = "one pass"  # older revisions have no argument for it
     return runner
 
 

@@ -63,7 +63,13 @@ def small_llama(path: Path, **options: Any) -> Path:
 
 
 def make_gpu_runner(
-    path: Path, *, blocks: int = 400, decode_path: Any = "auto", product_limits: Limits = LIMITS, **options: Any
+    path: Path,
+    *,
+    blocks: int = 400,
+    decode_path: Any = "auto",
+    mixed_steps: Any = "one pass",
+    product_limits: Limits = LIMITS,
+    **options: Any,
 ) -> CudaRunner:
     """Return a loaded runner with a pool full of noise, so that a read of KV that was never written is visible."""
     defaults: dict[str, Any] = {"dtype": "bf16", "max_num_seqs": 24, "max_batch_tokens": 128}
@@ -72,7 +78,14 @@ def make_gpu_runner(
     elements = blocks * 2 * config.num_layers * settings.block_size * config.num_kv_heads * config.head_dim
     kv_memory = elements * (1 if settings.kv_dtype == "fp8" else 2)
     settings = replace(settings, kv_memory=kv_memory)
-    runner = CudaRunner(config, settings, device=DEVICE, decode_path=decode_path, product_limits=product_limits)
+    runner = CudaRunner(
+        config,
+        settings,
+        device=DEVICE,
+        decode_path=decode_path,
+        mixed_steps=mixed_steps,
+        product_limits=product_limits,
+    )
     runner.load()
     runner.pool_memory.view(-1)[runner.pool_spec(1).block_bytes :].fill_(0x41)  # about 10 in bf16, 2 in e4m3
     runner._synchronize()

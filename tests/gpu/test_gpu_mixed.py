@@ -81,8 +81,14 @@ def test_nothing_but_attention_is_computed_twice(runner, monkeypatch):
     plan, calls = planned(runner, 5, [(0, 40)]), []
     products = runner._forward._model._products
     apply, replay = products.apply, runner._compute_decodes
-    monkeypatch.setattr(products, "apply", lambda linear, x: (calls.append(len(x)), apply(linear, x))[1])
+    monkeypatch.setattr(products, "apply", lambda linear, x, out: (calls.append(len(x)), apply(linear, x, out)))
     monkeypatch.setattr(runner, "_compute_decodes", lambda bucket: (calls.append("graph"), replay(bucket)))
     runner.execute(plan)
     assert set(calls) == {48} and len(calls) == 4 * runner._config.num_layers  # five decodes in a bucket of eight
     assert torch.isfinite(runner._forward.logits[:9]).all()
+
+
+def test_the_faster_way_is_measured_at_load_and_used(tmp_path):
+    runner = make_gpu_runner(small_llama(tmp_path), mixed_steps="auto")
+    assert set(runner.mixed_seconds) == {"one pass", "two passes"}
+    assert runner._mixed_steps == min(runner.mixed_seconds, key=runner.mixed_seconds.get)

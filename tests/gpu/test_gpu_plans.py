@@ -103,7 +103,7 @@ def test_the_plans_of_chunks_fit_into_what_is_computed(heads, tokens):
                 new = [tokens // count] * count if even else cuts(tokens, count, rng)
                 spans = [Span(max(n, min(length, MAX_LEN)), n) for n in new]
                 driver.plan_chunks(attention, driver.rows(spans, blocks))
-                used.append(used_by(attention._prefill_wrapper._plan_info, heads))
+                used.append(used_by(attention._prefill_call.schedule, heads))
     assert max(floats for floats, _ in used) <= computed.floats
     assert max(ints for _, ints in used) <= computed.ints
 

@@ -30,7 +30,7 @@ ONE_LAYER = {"small": SMALL} if SIMULATED else {"small": SMALL, "8B": LLAMA_8B}
 
 @pytest.fixture(scope="module")
 def ops():
-    return FlashInferOps()
+    return FlashInferOps(torch.device(DEVICE))
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,13 @@ strides: it gets the views ``pool[:, layer, 0]`` and ``pool[:, layer, 1]``.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import Inputs, Size
 from daemon.engine.cuda.split_kv import part_pages
 from daemon.engine.cuda.workspace import HeadShape, chunk_workspace, decode_workspace
@@ -23,6 +26,10 @@ _LEAST_PART = 128
 
 _BLOCKS_PER_MULTIPROCESSOR = 2
 """Thread blocks that FlashInfer's plan puts on a multiprocessor."""
+
+_NOT_CAUSAL, _CAUSAL = 0, 1
+_NHD = 0  # layout of the pages: [page_size, kv_heads, head_dim]
+_NO_WINDOW = -1
 
 
 class Attention(Protocol):
@@ -110,6 +117,9 @@ class FlashInferAttention:
     schedules another one: the stream orders them. So a pass can have a schedule of each kind. Both kinds put partial
     results into the same memory: each attention call reads its own before the next one writes.
 
+    The modules' attention is called directly, too. The wrapper's `run` would check its arguments in each layer, and
+    the host launches the layers of a pass of chunks one by one: small models wait for it.
+
     FlashInfer's kernels read schedules, `indptr` arrays and lengths before they wait for the previous kernel (PDL).
     So only copies may write these, never a kernel.
     """
@@ -124,7 +134,7 @@ class FlashInferAttention:
         num_staging_sets: int,
         max_rows: int,
         max_tokens: int,
-        prefill_backend: str = "fa2",
+        prefill_backend: kernels.Prefill = "fa2",
     ) -> None:
         """`num_staging_sets`: number of staging sets. `max_rows`: of any pass. `max_tokens`: of a pass of chunks.
         `prefill_backend`: "fa2", or "fa3" (not with e4m3 KV).
@@ -133,6 +143,9 @@ class FlashInferAttention:
 
         self._fi: Any = flashinfer
         self._shape = shape
+        self._pdl: bool = flashinfer.utils.device_support_pdl(device)
+        backends: tuple[kernels.Prefill, ...] = ("fa2", prefill_backend)
+        self._modules = {backend: self._load(backend, dtype, kv_dtype) for backend in backends}
         self._dtypes = {"q_data_type": dtype, "kv_data_type": kv_dtype, "o_data_type": dtype}
         self._backend = prefill_backend
         blocks = _blocks_at_once(device)
@@ -142,8 +155,10 @@ class FlashInferAttention:
         self._decode = _PlanBuffers(device, num_staging_sets, decodes.ints)
         self._prefill = _PlanBuffers(device, num_staging_sets, chunks.ints)
         self._decode_wrappers: dict[int, Any] = {}
+        self._decode_calls: dict[int, _AttentionCall] = {}
         self._plans: dict[int, list[int]] = {}  # the plan info with which the graph of a bucket was captured
         self._prefill_wrapper: Any = None
+        self._prefill_call: _AttentionCall
         self._largest_split_by_plan = blocks // shape.kv_heads
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -171,6 +186,13 @@ class FlashInferAttention:
             **self._geometry("head_dim"),
         )
         self._decode_wrappers[bucket] = wrapper
+        arrays = (
+            wrapper._qo_indptr_buf,
+            wrapper._paged_kv_indptr_buf,
+            wrapper._paged_kv_indices_buf,
+            wrapper._paged_kv_last_page_len_buf,
+        )
+        self._decode_calls[bucket] = self._call("fa2", self._decode, wrapper._plan_info, arrays, _NOT_CAUSAL)
         self._plans[bucket] = [int(x) for x in wrapper._plan_info]
 
     def plan(self, host: Inputs, device: Inputs, size: Size, *, decode: bool, staging_index: int) -> None:
@@ -183,8 +205,37 @@ class FlashInferAttention:
         return self._layers[layer]
 
     def attend(self, layer: int, q: torch.Tensor, inputs: Inputs, out: torch.Tensor, *, decode: bool) -> None:
-        wrapper = self._decode_wrappers[len(q)] if decode else self._prefill_wrapper
-        wrapper.run(q, self._layers[layer], out=out)
+        call = self._decode_calls[len(q)] if decode else self._prefill_call
+        call.run(q, *self._layers[layer], out)
+
+    def _load(self, backend: kernels.Prefill, dtype: torch.dtype, kv_dtype: torch.dtype) -> Any:
+        return kernels.load_attention(
+            backend,
+            "bf16" if dtype == torch.bfloat16 else "fp16",
+            "auto" if kv_dtype == dtype else "fp8",
+            self._shape.head_dim,
+        )
+
+    def _call(
+        self,
+        backend: kernels.Prefill,
+        buffers: _PlanBuffers,
+        schedule: Any,
+        arrays: tuple[torch.Tensor, ...],
+        mask: int,
+    ) -> _AttentionCall:
+        """Return the attention of a pass. `schedule`: what the module's plan returned. `arrays`: where queries and
+        pages of each sequence are."""
+        options: tuple[Any, ...] = (None, mask, _NHD, _NO_WINDOW, self._pdl)  # None: no sums of the weights
+        scale = 1 / math.sqrt(self._shape.head_dim)
+        if backend == "fa2":
+            # No mask of our own (2 arguments), no ALiBi, no shared prefixes (3), no cap; then scale, rope, prefixes.
+            options += (None, None, None, None, None, None, 0.0, scale, 1.0, 1e-4, 0)
+        else:
+            # No shared prefixes (3), no scales of the values, no cap; then scale, scale of the values, prefixes.
+            options += (None, None, None, None, 0.0, scale, 1.0, 0)
+        function = self._modules[backend].paged_run
+        return _AttentionCall(function, (self._floats, buffers.workspace), schedule, arrays, options)
 
     def _first_plan(self, wrapper: Any, **arguments: Any) -> None:
         """Let `wrapper` make its own plan, which also loads its module. Raises ModelError if it lacks workspace."""
@@ -233,15 +284,11 @@ class FlashInferAttention:
         if self._prefill_wrapper is None:
             self._prefill_wrapper = self._make_prefill_wrapper(host, size)
         wrapper = self._prefill_wrapper
-        wrapper._plan_info = self._native_plan(
+        schedule = self._native_plan(
             wrapper, self._prefill, host, size.tokens, size.rows, staging_index, graph=False, causal=True
         )
-        wrapper._batch_size = size.rows
-        wrapper._qo_indptr_last = size.tokens
-        wrapper._qo_indptr_buf = device.qo_indptr
-        wrapper._paged_kv_indptr_buf = device.kv_indptr
-        wrapper._paged_kv_indices_buf = device.kv_indices
-        wrapper._paged_kv_last_page_len_buf = device.last_page_len
+        arrays = (device.qo_indptr, device.kv_indptr, device.kv_indices, device.last_page_len)
+        self._prefill_call = self._call(self._backend, self._prefill, schedule, arrays, _CAUSAL)
 
     def _make_prefill_wrapper(self, host: Inputs, size: Size) -> Any:
         wrapper = self._fi.BatchPrefillWithPagedKVCacheWrapper(self._floats, kv_layout="NHD", backend=self._backend)
@@ -292,6 +339,20 @@ class FlashInferAttention:
         if wrapper._backend == "fa2":
             arguments += [part_pages or -1, False, 0]  # -1: no fixed split size; split KV on, no blocks reserved
         return wrapper._cached_module.plan(*arguments)
+
+
+@dataclass(slots=True)
+class _AttentionCall:
+    """A module's attention with all arguments that do not differ between layers."""
+
+    function: Any
+    workspaces: tuple[torch.Tensor, torch.Tensor]
+    schedule: Any
+    arrays: tuple[torch.Tensor, ...]
+    options: tuple[Any, ...]
+
+    def run(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+        self.function(*self.workspaces, self.schedule, q, keys, values, *self.arrays, out, *self.options)
 
 
 def _blocks_at_once(device: torch.device) -> int:

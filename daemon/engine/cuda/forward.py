@@ -12,6 +12,7 @@ import torch
 
 from daemon.engine.cuda.arrays import Inputs, Size, input_fields
 from daemon.engine.cuda.attention import Attention
+from daemon.engine.cuda.buckets import widest_gap
 from daemon.engine.cuda.model import Llama, Part
 from daemon.engine.cuda.sampler import DeviceSampler, SamplingTensors
 from daemon.engine.cuda.small_batch import DecodePath
@@ -26,6 +27,19 @@ class Capacity(NamedTuple):
     sampled: int
     vocab_size: int
     slots: int  # without the dummy
+
+
+def capacity_of(buckets: Sequence[int], tokens: int, *, pages: int, vocab_size: int, in_flight: int) -> Capacity:
+    """Return the sizes for steps of at most ``buckets[-1]`` rows with `pages` pages each, and `tokens` in chunks."""
+    rows = buckets[-1]
+    return Capacity(
+        decodes=Size(rows, rows, rows, rows * pages),
+        chunks=Size(tokens, rows, rows, rows * pages),
+        # A step has at most `rows` rows, but the chunks' tokens are behind the padded decodes.
+        sampled=rows + widest_gap(buckets),
+        vocab_size=vocab_size,
+        slots=in_flight * rows,
+    )
 
 
 class Buffer:

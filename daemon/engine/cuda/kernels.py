@@ -300,6 +300,14 @@ def load_sampler() -> Any:
     return _load(sampler())
 
 
+def load_attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int) -> Any:
+    """Load FlashInfer's attention of chunks, which also computes decodes, as a tvm-ffi module. Call `use` first.
+
+    Raises KernelError.
+    """
+    return _load(_attention(backend, dtype, kv_dtype, head_dim))
+
+
 def load_append() -> Any:
     """Load our rotary embedding and append as a tvm-ffi module. Call `use` first. Raises KernelError."""
     return _load(append())

@@ -18,6 +18,9 @@ from daemon.engine.cuda.weights import DeviceWeights, Layer
 from daemon.engine.rope import rope_tables
 from daemon.models.model_config import ModelConfig
 
+_ALIGNMENT = 256
+"""Of each buffer of a pass, in entries. cuBLAS chooses its kernels by the alignment of what they read."""
+
 
 class Part(NamedTuple):
     """Rows of a pass that share one call of attention: decodes, or chunks.
@@ -27,6 +30,29 @@ class Part(NamedTuple):
 
     inputs: Inputs
     decode: bool
+
+
+class _PartViews(NamedTuple):
+    """A part's tokens in the buffers of a pass: [n, heads or kv_heads, head_dim] each."""
+
+    part: Part
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    attended: torch.Tensor
+
+
+class _Buffers(NamedTuple):
+    """What the layers of a pass write, one layer after the other. `parts`: views of `qkv` and `attended`.
+
+    Each row is a token. All are in one memory block. Attention and MLP use it in turn.
+    """
+
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    gate_up: torch.Tensor
+    gated: torch.Tensor
+    parts: list[_PartViews]
 
 
 class Llama:
@@ -83,12 +109,14 @@ class Llama:
 
     def _gemm_path(self, parts: Sequence[Part], residual: torch.Tensor, out: torch.Tensor) -> None:
         layers = self._weights.layers
-        counts = [len(part.inputs.tokens) for part in parts]
+        buffers = self._buffers(parts, residual)
         x = self._ops.rms_norm(residual, layers[0].attention_norm, self._eps)
         for i, layer in enumerate(layers):
-            x = self._attend(i, layer, x, parts, counts)
+            self._attend(i, layer, x, buffers)
             self._ops.add_rms_norm(x, residual, layer.mlp_norm, self._eps)
-            x = self._products.apply(layer.down, self._ops.silu_mul(self._products.apply(layer.gate_up, x)))
+            self._products.apply(layer.gate_up, x, buffers.gate_up)
+            self._ops.silu_mul(buffers.gate_up, buffers.gated)
+            self._products.apply(layer.down, buffers.gated, x)
             if i + 1 < len(layers):
                 self._ops.add_rms_norm(x, residual, layers[i + 1].attention_norm, self._eps)
         if not len(out):
@@ -105,20 +133,48 @@ class Llama:
         unknown = last_token.index_select(0, inputs.slots.index_select(0, inputs.rows))
         return torch.where(inputs.tokens < 0, unknown, inputs.tokens).clamp_(min=0)
 
-    def _attend(
-        self, index: int, layer: Layer, x: torch.Tensor, parts: Sequence[Part], counts: list[int]
-    ) -> torch.Tensor:
-        """Return the output of attention for x [n, hidden], of which each part has `counts` tokens."""
-        fused = self._products.apply(layer.qkv, x).unflatten(-1, (-1, self._head_dim))
-        out = fused.new_empty(sum(counts), self._heads, self._head_dim)
+    def _attend(self, index: int, layer: Layer, x: torch.Tensor, buffers: _Buffers) -> None:
+        """Replace x [n, hidden] by the output of attention for it."""
+        self._products.apply(layer.qkv, x, buffers.qkv)
         keys, values = self._attention.pages(index)
-        # split_with_sizes: as split, with a third of the host's time
-        slices = zip(parts, fused.split_with_sizes(counts), out.split_with_sizes(counts), strict=True)
-        for part, tokens, attended in slices:
-            q, k, v = tokens.split_with_sizes([self._heads, self._kv_heads, self._kv_heads], 1)
+        for part, q, k, v, attended in buffers.parts:
             self._ops.append(q, k, v, keys, values, part.inputs, self._angles)
             self._attention.attend(index, q, part.inputs, attended, decode=part.decode)
-        return self._products.apply(layer.out, out.flatten(1))
+        self._products.apply(layer.out, buffers.attended, x)
+
+    def _buffers(self, parts: Sequence[Part], residual: torch.Tensor) -> _Buffers:
+        """Return the buffers of a pass. Their views are made once here, and not in each layer: that takes time."""
+        layer, rows = self._weights.layers[0], len(residual)
+        (qkv, attended), (gate_up, gated) = _take_turns(
+            residual,
+            [(rows, len(layer.qkv.weight)), (rows, self._heads * self._head_dim)],
+            [(rows, len(layer.gate_up.weight)), (rows, layer.down.weight.shape[1])],
+        )
+        counts = [len(part.inputs.tokens) for part in parts]
+        slices = zip(
+            parts,
+            qkv.unflatten(-1, (-1, self._head_dim)).split(counts),
+            attended.unflatten(-1, (-1, self._head_dim)).split(counts),
+            strict=True,
+        )
+        views = []
+        for part, tokens, into in slices:
+            q, k, v = tokens.split([self._heads, self._kv_heads, self._kv_heads], 1)
+            views.append(_PartViews(part, q, k, v, into))
+        return _Buffers(qkv, attended, gate_up, gated, views)
+
+
+def _take_turns(like: torch.Tensor, *groups: Sequence[tuple[int, int]]) -> list[list[torch.Tensor]]:
+    """Return a tensor of each shape, with dtype and device of `like`. All groups are in the same memory."""
+    sizes = [[-(-rows * columns // _ALIGNMENT) * _ALIGNMENT for rows, columns in group] for group in groups]
+    memory = like.new_empty(max(map(sum, sizes)))
+    return [
+        [
+            part[: rows * columns].view(rows, columns)
+            for part, (rows, columns) in zip(memory[: sum(parts)].split(parts), group, strict=True)
+        ]
+        for parts, group in zip(sizes, groups, strict=True)
+    ]
 
 
 def _logits_indices(parts: Sequence[Part]) -> torch.Tensor:

@@ -42,8 +42,8 @@ class Ops(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Return silu(first half) * second half of [n, 2 * width], as [n, width]."""
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """Write silu(first half) * second half of [n, 2 * width] to out [n, width]."""
         ...
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
@@ -88,9 +88,9 @@ class TorchOps:
             low, high = heads.float().chunk(2, -1)
             heads.copy_(torch.cat([low * cos - high * sin, high * cos + low * sin], -1))
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         gate, up = gate_up.chunk(2, -1)
-        return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+        out.copy_(F.silu(gate.float()) * up.float())
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(F.linear(x.float(), weight.float()))
@@ -107,21 +107,28 @@ class FlashInferOps:
     Two are our own. The append replaces two kernels of FlashInfer, with e4m3 six. FlashInfer's SiLU computes part of
     each row twice.
 
-    All of them can be captured in a graph. Raises KernelError if our kernels are not built.
+    The modules' functions are called without FlashInfer's Python around them: the host launches the operations of
+    a pass of chunks one by one, and small models wait for it. All of them can be captured in a graph. Raises
+    KernelError if our kernels are not built.
     """
 
-    def __init__(self) -> None:
-        import flashinfer
+    def __init__(self, device: torch.device) -> None:
+        from flashinfer.norm import get_norm_module
+        from flashinfer.utils import device_support_pdl
 
-        self._fi: Any = flashinfer
+        norm: Any = get_norm_module()
+        self._rmsnorm, self._fused_add_rmsnorm = norm.rmsnorm, norm.fused_add_rmsnorm
+        self._pdl: bool = device_support_pdl(device)
         self._append = kernels.load_append().append
         self._silu_mul = kernels.load_silu().silu_mul
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._fi.rmsnorm(x, weight, eps=eps)
+        out = torch.empty_like(x)
+        self._rmsnorm(out, x, weight, eps, self._pdl)
+        return out
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        self._fi.fused_add_rmsnorm(x, residual, weight, eps=eps)
+        self._fused_add_rmsnorm(x, residual, weight, eps, self._pdl)
 
     def append(
         self,
@@ -137,10 +144,8 @@ class FlashInferOps:
             q, k, v, keys, values, inputs.kv_indices, inputs.kv_indptr, inputs.rows, inputs.positions, angles
         )
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         self._silu_mul(gate_up, out)
-        return out
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from daemon.engine.cuda.cublaslt import ALIGNMENT, Algorithm, Product, Shape
 from daemon.engine.cuda.ops import Ops
@@ -57,14 +56,14 @@ class Products:
         self.chosen = ChosenProducts({})
         self._ops = ops
 
-    def apply(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return x [n, width] through `linear`, [n, columns]."""
-        chosen = self._find(x, linear.weight, wide=False) if linear.bias is None else None
-        if chosen is None:
-            return F.linear(x, linear.weight, linear.bias)
-        out = x.new_empty(len(x), len(linear.weight))
-        chosen.compute(x, linear.weight, out)
-        return out
+    def apply(self, linear: Linear, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write x [n, width] through `linear` to `out` [n, columns], which must be plain (`is_plain`)."""
+        if linear.bias is not None:
+            torch.addmm(linear.bias, x, linear.transposed, out=out)
+        elif chosen := self._find(x, linear.weight, wide=False):
+            chosen.compute(x, linear.weight, out)
+        else:
+            torch.mm(x, linear.transposed, out=out)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """Write x @ weight.T to `out`, float32 [n, vocab]. See `Ops.project`."""
@@ -75,9 +74,10 @@ class Products:
             chosen.compute(x, weight, out)
 
     def _find(self, x: torch.Tensor, weight: torch.Tensor, *, wide: bool) -> ChosenProduct | None:
-        if not self.chosen.by_shape or not is_plain(x):
+        if not self.chosen.by_shape:
             return None
-        return self.chosen.by_shape.get(Shape(len(x), weight.shape[0], weight.shape[1], wide))
+        chosen = self.chosen.by_shape.get(Shape(len(x), weight.shape[0], weight.shape[1], wide))
+        return chosen if chosen and is_plain(x) else None
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -17,7 +17,7 @@ import torch
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import Size, SlotSampling, StepArrays
 from daemon.engine.cuda.attention import Attention, FlashInferAttention, TorchAttention
-from daemon.engine.cuda.buckets import choose_bucket, graph_buckets, widest_gap
+from daemon.engine.cuda.buckets import choose_bucket, graph_buckets
 from daemon.engine.cuda.decode_paths import DecodePaths
 from daemon.engine.cuda.device import (
     check_device,
@@ -26,8 +26,10 @@ from daemon.engine.cuda.device import (
     explained_out_of_memory,
     shared_memory_bytes,
 )
-from daemon.engine.cuda.forward import Capacity, ForwardPass, StagingSet
+from daemon.engine.cuda.dummy_steps import dummy_step, largest_step
+from daemon.engine.cuda.forward import ForwardPass, StagingSet, capacity_of
 from daemon.engine.cuda.memory import MIN_BLOCKS, pool_blocks, reserve_bytes
+from daemon.engine.cuda.mixed_steps import CHUNK, DECODES, MixedSteps, fastest_way, measure_ways
 from daemon.engine.cuda.model import Llama
 from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
 from daemon.engine.cuda.product_choice import LIMITS, Limits, choose_products
@@ -39,22 +41,15 @@ from daemon.engine.cuda.staging import CudaStream, HostStream, RoundRobin, Strea
 from daemon.engine.cuda.weights import DeviceWeights, load_weights
 from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
-from daemon.engine.runner import NO_TOKEN, PoolSpec, Row, RunnerSettings, StepPlan, StepResult
+from daemon.engine.runner import NO_TOKEN, PoolSpec, RunnerSettings, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
-from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
+from daemon.ipc.messages import SamplingParams, TokenLogprobs
 from daemon.models.model_config import ModelConfig, ModelError
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
 """Number of steps that may be launched and not yet collected."""
-
-MixedSteps = Literal["one pass", "two passes"]
-"""How a step of decodes and chunks is computed.
-
-"one pass": decodes and chunks share the products, so the weights are read once. "two passes": the decodes by their
-graph, then the chunks.
-"""
 
 _SEED_MASK = (1 << 64) - 1
 _LARGEST_INT32 = (1 << 31) - 1
@@ -83,9 +78,9 @@ class CudaRunner:
 
     `settings.dtype` "auto" means bf16 on CUDA and fp32 on the CPU. `prefill`: FlashInfer's backend for chunks.
     `decode_path`: how decodes of one to four rows are computed; "auto": by the fastest path. `gemv`: the small-batch
-    products on the CPU, for tests. `mixed_steps`: "two passes" is for comparisons. `product_limits`: how much is
-    measured to choose algorithms for products; None: torch computes all of them. Raises ModelError for settings that
-    cannot work here, before a weight is read.
+    products on the CPU, for tests. `mixed_steps`: how decodes beside chunks are computed; "auto": by the faster way,
+    on the CPU in one pass. `product_limits`: how much is measured to choose algorithms for products; None: torch
+    computes all of them. Raises ModelError for settings that cannot work here, before a weight is read.
     """
 
     def __init__(
@@ -97,7 +92,7 @@ class CudaRunner:
         prefill: Literal["fa2", "fa3"] = "fa2",
         decode_path: DecodePath | Literal["auto"] = "auto",
         gemv: Gemv | None = None,
-        mixed_steps: MixedSteps = "one pass",
+        mixed_steps: MixedSteps | Literal["auto"] = "auto",
         product_limits: Limits | None = LIMITS,
     ) -> None:
         self._device = torch.device(device)
@@ -108,18 +103,24 @@ class CudaRunner:
         self.num_blocks = 0
         self.products: Products  # set by `load`
         self.path_seconds: dict[int, dict[str, float]] = {}  # of a decode step, by bucket with several paths
+        self.mixed_seconds: dict[MixedSteps, float] = {}  # of a step of decodes and a chunk, if measured
         self._config = config
         self._settings = settings
         self._format = choose_format(self._device, settings)
         self._prefill = prefill
         self._decode_path: DecodePath | Literal["auto"] = decode_path
         self._gemv = gemv
-        self._mixed_steps: MixedSteps = mixed_steps
+        self._choose_mixed_steps = mixed_steps == "auto"
+        self._mixed_steps: MixedSteps = "one pass" if mixed_steps == "auto" else mixed_steps
         self._product_limits = product_limits
         self._heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim, settings.block_size)
         self._buckets = graph_buckets(settings.max_num_seqs)
-        self._capacity = _capacity(
-            self._buckets, settings.max_batch_tokens, self.max_model_len, settings.block_size, config.vocab_size
+        self._capacity = capacity_of(
+            self._buckets,
+            settings.max_batch_tokens,
+            pages=-(-self.max_model_len // settings.block_size),
+            vocab_size=config.vocab_size,
+            in_flight=IN_FLIGHT,
         )
         self._slots: Slots[Request] = Slots(self._capacity.slots)
         self._arrays = StepArrays(self._capacity.slots, self.max_model_len, settings.block_size)
@@ -166,11 +167,13 @@ class CudaRunner:
             self._synchronize()
             if isinstance(self._stream, CudaStream):
                 self._capture(self._stream)
+                if self._choose_mixed_steps:
+                    self._measure_mixed_steps()
                 # A capture empties the allocator's cache. Take the memory of the largest step again now: a prompt
                 # must not wait for it, and must not find it taken.
                 self.execute(self._largest_step())
-        self.execute(_dummy_plan(decodes=[2]))
-        self.execute(_dummy_plan(chunks=[2]))
+        self.execute(dummy_step(decodes=[2]))
+        self.execute(dummy_step(chunks=[2]))
         self._host_sampler.warm_up()
 
     def _build(self) -> None:
@@ -206,7 +209,7 @@ class CudaRunner:
             max_tokens=self._capacity.chunks.tokens,
             prefill_backend=self._prefill,
         )
-        return FlashInferOps(), attention, kernels.load_gemv(), CudaStream(self._device)
+        return FlashInferOps(self._device), attention, kernels.load_gemv(), CudaStream(self._device)
 
     def _choose_products(self, weights: DeviceWeights) -> None:
         if isinstance(self._stream, CudaStream) and self._product_limits is not None:
@@ -235,7 +238,7 @@ class CudaRunner:
 
         Compute the largest step to measure its memory.
         """
-        largest, decodes = self._largest_step(), _dummy_plan(decodes=[1] * self._buckets[-1])
+        largest, decodes = self._largest_step(), dummy_step(decodes=[1] * self._buckets[-1])
         for plan in (largest, decodes):
             if plan.num_decodes:
                 self._stream.submit(partial(self._prepare, choose_bucket(self._buckets, plan.num_decodes)))
@@ -269,17 +272,25 @@ class CudaRunner:
 
     def _largest_step(self) -> StepPlan:
         """Return a step of the most tokens that are computed in one pass: chunks, and decodes in the other rows."""
-        left = self._capacity.chunks.tokens
-        chunks: list[int] = []
-        while left and len(chunks) < self._capacity.chunks.rows:
-            chunks.append(min(left, self.max_model_len))
-            left -= chunks[-1]
-        decodes = self._buckets[-1] - len(chunks) if self._mixed_steps == "one pass" else 0
-        return _dummy_plan(decodes=[1] * decodes, chunks=chunks)
+        room, mixed = self._capacity.chunks, self._mixed_steps == "one pass"
+        return largest_step(rows=room.rows, tokens=room.tokens, max_len=self.max_model_len, mixed=mixed)
 
     def _capture(self, stream: CudaStream) -> None:
         graphs = self._decode_paths.capture(stream, self._buckets, self._prepare)
         self._compute_decodes, self.path_seconds = graphs.replay, graphs.seconds
+
+    def _measure_mixed_steps(self) -> None:
+        """Use the faster way for steps of decodes and chunks from now on."""
+        if (decodes := min(DECODES, self._buckets[-1] - 1)) < 1:
+            return  # a step has one row
+
+        def use(way: MixedSteps) -> None:
+            self._mixed_steps = way
+
+        chunk = min(CHUNK, self._capacity.chunks.tokens, self.max_model_len)
+        step = dummy_step(decodes=[1] * decodes, chunks=[chunk])
+        self.mixed_seconds = measure_ways(self, step, use, in_flight=IN_FLIGHT)
+        self._mixed_steps = fastest_way(self.mixed_seconds)
 
     def _prepare(self, bucket: int) -> None:
         """Prepare the buffers for decodes of `bucket` rows, and copy a decode step of dummy rows to the device."""
@@ -469,21 +480,6 @@ def _output_rows(ticket: CudaTicket) -> dict[int, int]:
     return output_rows | {i: ticket.bucket + n for n, i in enumerate(sampled)}
 
 
-def _capacity(
-    buckets: tuple[int, ...], max_batch_tokens: int, max_len: int, block_size: int, vocab_size: int
-) -> Capacity:
-    rows = buckets[-1]
-    pages = rows * -(-max_len // block_size)
-    return Capacity(
-        decodes=Size(rows, rows, rows, pages),
-        chunks=Size(max_batch_tokens, rows, rows, pages),
-        # A step has at most `rows` rows, but the chunks' tokens are behind the padded decodes.
-        sampled=rows + widest_gap(buckets),
-        vocab_size=vocab_size,
-        slots=IN_FLIGHT * rows,
-    )
-
-
 def _slot_sampling(sampling: SamplingParams) -> SlotSampling:
     seed = sampling.seed & _SEED_MASK
     return SlotSampling(
@@ -492,18 +488,4 @@ def _slot_sampling(sampling: SamplingParams) -> SlotSampling:
         top_k=min(sampling.top_k, _LARGEST_INT32),
         top_p=sampling.top_p,
         seed=seed - (seed >> 63 << 64),
-    )
-
-
-def _dummy_plan(*, decodes: Sequence[int] = (), chunks: Sequence[int] = ()) -> StepPlan:
-    """Return a step of decodes of sequences, and of chunks, with so many tokens each, all in the dummy block."""
-    rows = [Row(_dummy_request(count), count - 1, 1, True) for count in decodes]
-    rows += [Row(_dummy_request(count), 0, count, True) for count in chunks]
-    return StepPlan(rows, len(decodes))
-
-
-def _dummy_request(length: int) -> Request:
-    params = RequestParams(SamplingParams(max_tokens=1, seed=0), arrival=0.0)
-    return Request(
-        rid=0, epoch=0, frontend=0, params=params, tokens=[0] * length, prompt_len=length, block_table=[0] * length
     )

@@ -114,8 +114,8 @@ class SmallBatch:
         for i, layer in enumerate(self._weights.layers):
             self._attend(i, layer, inputs, residual, layer.out.weight if prefetch else None)
             gated = residual.new_empty(len(residual), layer.down.weight.shape[1])
-            self._gemv.gate(residual, layer.mlp_norm, self._eps, *layer.gate_up, gated)
-            self._gemv.add(gated, *layer.down, residual)
+            self._gemv.gate(residual, layer.mlp_norm, self._eps, layer.gate_up.weight, layer.gate_up.bias, gated)
+            self._gemv.add(gated, layer.down.weight, layer.down.bias, residual)
         self._gemv.logits(residual, self._weights.norm, self._eps, self._weights.head, out)
 
     def _attend(
@@ -126,7 +126,8 @@ class SmallBatch:
             residual,
             layer.attention_norm,
             self._eps,
-            *layer.qkv,
+            layer.qkv.weight,
+            layer.qkv.bias,
             q,
             *self._attention.pages(index),
             inputs.kv_indices,
@@ -137,4 +138,4 @@ class SmallBatch:
         )
         attended = torch.empty_like(q)
         self._attention.attend(index, q, inputs, attended, decode=True)
-        self._gemv.add(attended.flatten(1), *layer.out, residual)
+        self._gemv.add(attended.flatten(1), layer.out.weight, layer.out.bias, residual)

@@ -14,10 +14,15 @@ from daemon.models.model_config import ModelConfig
 
 
 class Linear(NamedTuple):
-    """Weight [out, in], and bias [out] or None."""
+    """Weight [out, in] and bias [out] or None. `transposed`: the weight as a view [in, out]."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    transposed: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return cls(weight, bias, weight.t())
 
 
 class Layer(NamedTuple):
@@ -85,7 +90,7 @@ def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: tor
     shape_of: Callable[[str], tuple[int, ...]] = checkpoint.expected_tensors(config).__getitem__
 
     def linear(at: str, *names: str, bias: bool) -> Linear:
-        return Linear(
+        return Linear.of(
             tensor(*(f"{at}.{name}.weight" for name in names)),
             tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None,
         )

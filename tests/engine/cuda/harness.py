@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from daemon.engine.cuda.runner import CudaRunner, MixedSteps
+from daemon.engine.cuda.mixed_steps import MixedSteps
+from daemon.engine.cuda.runner import CudaRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, StepPlan
 from daemon.models.loader import open_model
@@ -25,7 +26,7 @@ def make_cuda_runner(
     late: bool = False,
     decode_path: Any = "auto",
     gemv: Any = None,
-    mixed_steps: MixedSteps = "one pass",
+    mixed_steps: MixedSteps | Literal["auto"] = "one pass",
     **options: Any,
 ) -> CudaRunner:
     """Return a loaded fp32 runner on the CPU. Its pool is full of noise, so that a read of unwritten KV is visible.

@@ -1,14 +1,18 @@
-"""Our direct calls of FlashInfer's modules, compared with the calls of its wrappers.
+"""Our direct calls of FlashInfer's modules, compared with the calls of its wrappers and functions.
 
 Nothing is computed, without a GPU.
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import Inputs, Size, SlotSampling, StepArrays, input_fields
 from daemon.engine.cuda.attention import FlashInferAttention
+from daemon.engine.cuda.ops import FlashInferOps
 from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import Row
@@ -17,6 +21,7 @@ from tests.engine.cuda.test_arrays import make_request
 flashinfer = pytest.importorskip("flashinfer")
 SHAPE = HeadShape(8, 2, 64, 16)
 BF16 = torch.bfloat16
+ALIBI = 18  # index in the arguments of a run
 
 
 class Module:
@@ -32,14 +37,22 @@ class Module:
     def paged_run(self, *args):
         self.runs.append(args)
 
+    def ragged_run(self, *args):
+        raise AssertionError("not used")
+
 
 @pytest.fixture
 def module(monkeypatch):
     """FlashInfer with one compiled module, and with pageable memory instead of pinned memory."""
     module = Module()
+    make_module = flashinfer.prefill.get_batch_prefill_module.__wrapped__  # without its cache
+    built = SimpleNamespace(build_and_load=lambda: module)
+    monkeypatch.setattr(flashinfer.prefill, "gen_batch_prefill_module", lambda *args: built)
+    monkeypatch.setattr(kernels, "load_attention", lambda *args: module)
     for room in (flashinfer.decode, flashinfer.prefill):
-        monkeypatch.setattr(room, "get_batch_prefill_module", lambda *args: module)
+        monkeypatch.setattr(room, "get_batch_prefill_module", make_module)
         monkeypatch.setattr(room, "device_support_pdl", lambda device: True)
+    monkeypatch.setattr(flashinfer.utils, "device_support_pdl", lambda device: True)
     for name in ("empty", "zeros"):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, make=make, pin_memory=False, **k: make(*a, **k))
@@ -47,7 +60,12 @@ def module(monkeypatch):
 
 
 @pytest.fixture
-def attention(module):
+def prefill_backend():
+    return "fa2"
+
+
+@pytest.fixture
+def attention(module, prefill_backend):
     made = FlashInferAttention(
         SHAPE,
         dtype=BF16,
@@ -56,6 +74,7 @@ def attention(module):
         num_staging_sets=2,
         max_rows=4,
         max_tokens=256,
+        prefill_backend=prefill_backend,
     )
     made.use_pool(torch.zeros(50, 3, 2, 16, 2, 64, dtype=BF16))
     return made
@@ -132,23 +151,72 @@ def test_each_chunk_pass_runs_with_its_own_arrays(module, attention):
         assert given.data_ptr() == array.data_ptr() and given.shape == array.shape
 
 
+def same_run(ours, theirs):
+    """Assert that two calls of the compiled attention have the same arguments, but for the slopes of ALiBi."""
+    assert len(ours) == len(theirs)
+    for i, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
+        if mine is None and i == ALIBI:
+            continue  # the kernel is compiled without it
+        assert type(mine) is type(expected), i
+        if torch.is_tensor(mine):
+            assert (mine.data_ptr(), mine.shape, mine.stride()) == (
+                expected.data_ptr(),
+                expected.shape,
+                expected.stride(),
+            )
+        else:
+            assert mine == expected, i
+
+
+def test_a_decode_is_called_as_the_wrapper_calls_it(module, attention):
+    whole, cut, _ = step(decode=True)
+    attention.prepare(4, whole, whole)
+    q, out = torch.zeros(2, 4, 8, 64, dtype=BF16)
+    attention.attend(1, q, cut, out, decode=True)
+    attention._decode_wrappers[4].run(q, attention.pages(1), out=out)
+    same_run(*module.runs)
+
+
+@pytest.mark.parametrize("prefill_backend", ["fa2", "fa3"])
+def test_a_chunk_is_called_as_the_wrapper_calls_it(module, attention, prefill_backend):
+    _, cut, size = step(decode=False)
+    attention.plan(cut, cut, size, decode=False, staging_index=0)
+    q, out = torch.zeros(2, size.tokens, 8, 64, dtype=BF16)
+    attention.attend(2, q, cut, out, decode=False)
+    wrapper = attention._prefill_wrapper
+    wrapper._qo_indptr_buf, wrapper._paged_kv_indptr_buf = cut.qo_indptr, cut.kv_indptr
+    wrapper._paged_kv_indices_buf, wrapper._paged_kv_last_page_len_buf = cut.kv_indices, cut.last_page_len
+    wrapper.run(q, attention.pages(2), out=out)
+    same_run(*module.runs)
+
+
 def test_a_plan_that_differs_from_the_graphs_plan_raises(module, attention):
     whole, cut, size = step(decode=True)
     attention.prepare(4, whole, whole)
-    module.plan = lambda *args: [7, 8, 10]
+    attention._decode_wrappers[4]._cached_module.plan = lambda *args: [7, 8, 10]
     with pytest.raises(RuntimeError, match="captured"):
         attention.plan(cut, cut, size, decode=True, staging_index=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "used"),
-    [
-        ("rmsnorm", "input weight eps"),
-        ("fused_add_rmsnorm", "input residual weight eps"),
-    ],
-)
-def test_flashinfers_functions_have_the_parameters_that_we_pass(name, used):
-    import inspect
-
-    parameters = inspect.signature(getattr(flashinfer, name)).parameters
-    assert set(used.split()) <= set(parameters)
+def test_norms_are_called_as_flashinfer_calls_them(monkeypatch):
+    calls = []
+    module = SimpleNamespace(
+        rmsnorm=lambda out, *args: calls.append(("rmsnorm", out.shape, *args)),
+        fused_add_rmsnorm=lambda *args: calls.append(("fused_add_rmsnorm", *args)),
+    )
+    monkeypatch.setattr(flashinfer.norm, "_USE_CUDA_NORM", True)
+    monkeypatch.setattr(flashinfer.norm, "get_norm_module", lambda: module, raising=False)
+    monkeypatch.setattr(flashinfer.norm, "device_support_pdl", lambda device: True)
+    monkeypatch.setattr(flashinfer.utils, "device_support_pdl", lambda device: True)
+    for load in ("load_append", "load_silu"):
+        monkeypatch.setattr(kernels, load, lambda: SimpleNamespace(append=None, silu_mul=None))
+    ops = FlashInferOps(torch.device("cpu"))
+    x, residual, weight = torch.zeros(2, 8), torch.zeros(2, 8), torch.zeros(8)
+    ops.rms_norm(x, weight, 1e-5)
+    flashinfer.rmsnorm(x, weight, eps=1e-5)
+    ops.add_rms_norm(x, residual, weight, 1e-5)
+    flashinfer.fused_add_rmsnorm(x, residual, weight, eps=1e-5)
+    norm, theirs, added, theirs_added = calls
+    for ours, expected in ((norm, theirs), (added, theirs_added)):
+        assert len(ours) == len(expected)
+        assert all(a is b if torch.is_tensor(a) else a == b for a, b in zip(ours, expected, strict=True))

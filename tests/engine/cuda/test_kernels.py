@@ -470,10 +470,8 @@ def test_a_real_kernel_is_compiled_without_a_gpu_and_loaded(tmp_path):
 WRAPPER_CALLS = {
     "BatchDecodeWithPagedKVCacheWrapper.plan": "indptr indices last_page_len num_qo_heads num_kv_heads head_dim "
     "page_size q_data_type kv_data_type o_data_type non_blocking",
-    "BatchDecodeWithPagedKVCacheWrapper.run": "q paged_kv_cache out",
     "BatchPrefillWithPagedKVCacheWrapper.plan": "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len "
     "num_qo_heads num_kv_heads head_dim_qk page_size causal q_data_type kv_data_type o_data_type non_blocking",
-    "BatchPrefillWithPagedKVCacheWrapper.run": "q paged_kv_cache out",
 }
 
 

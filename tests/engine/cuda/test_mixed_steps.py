@@ -1,12 +1,14 @@
 """Steps of decodes and chunks in one pass, against the same steps in two passes, on the CPU."""
 
 import random
+from collections import deque
 from contextlib import contextmanager
 from itertools import count
 
 import pytest
 import torch
 
+from daemon.engine.cuda.mixed_steps import fastest_way, measure_ways
 from daemon.engine.cuda.model import Llama
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan
@@ -116,10 +118,10 @@ def memory_ends(runner, monkeypatch, *, above, layer):
         calls = count()
         compute(*args)
 
-    def limited(gate_up):
+    def limited(gate_up, out):
         if next(calls) == layer and len(gate_up) > above:
             raise torch.OutOfMemoryError("no memory")
-        return silu_mul(gate_up)
+        silu_mul(gate_up, out)
 
     with monkeypatch.context() as patch:
         patch.setattr(forward, "_compute", begun)
@@ -149,3 +151,55 @@ def test_decodes_keep_their_tokens_when_memory_ends_within_the_pass(model_dir, m
     assert [r.tokens for r in decodes] == [r.tokens for r in expected]
     assert two.tokens[2] == (NO_TOKEN if 2 in dropped else twin.tokens[20])
     assert two.tokens[3] == NO_TOKEN
+
+
+class TimedRunner:
+    """A runner of which a step takes a set time."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.way = seconds, 0.0, None
+        self.used, self.in_flight, self.most_in_flight = [], deque(), 0
+
+    def use(self, way):
+        self.way = way
+        self.used.append(way)
+
+    def launch(self, plan):
+        self.in_flight.append(plan)
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        return plan
+
+    def collect(self, ticket):
+        assert self.in_flight.popleft() is ticket
+        self.now += self.seconds[self.way] * (3 if len(self.used) <= 2 else 1)  # a slowdown in the first turn
+
+
+@pytest.mark.parametrize(("one", "two"), [(0.9, 1.0), (1.2, 1.0)])
+def test_the_faster_way_is_used(one, two):
+    runner = TimedRunner({"one pass": one, "two passes": two})
+    plan = StepPlan([], 0)
+    seconds = measure_ways(runner, plan, runner.use, in_flight=2, clock=lambda: runner.now)
+    assert seconds == pytest.approx(runner.seconds)
+    assert fastest_way(seconds) == ("one pass" if one < two else "two passes")
+    assert runner.used[:4] == ["one pass", "two passes"] * 2
+    assert runner.most_in_flight == 2
+    assert not runner.in_flight
+
+
+def test_a_runner_measures_both_ways_with_a_step_of_its_own_and_keeps_its_requests(model_dir):
+    runner, blocks = make_cuda_runner(model_dir, mixed_steps="auto", max_num_seqs=8), count(1)
+    assert runner._mixed_steps == "one pass"  # on the CPU nothing is measured
+    assert runner.mixed_seconds == {}
+    mine, twin = (made(random.Random(1), blocks, 9, temperature=0.0) for _ in range(2))
+    generate(runner, [mine, twin], 2)
+    runner._measure_mixed_steps()
+    assert set(runner.mixed_seconds) == {"one pass", "two passes"}
+    assert runner._mixed_steps == min(runner.mixed_seconds, key=runner.mixed_seconds.get)
+    generate(runner, [mine, twin], 2)
+    assert mine.tokens == twin.tokens
+
+
+def test_an_engine_for_one_request_has_no_mixed_steps_to_measure(model_dir):
+    runner = make_cuda_runner(model_dir, mixed_steps="auto", max_num_seqs=1)
+    runner._measure_mixed_steps()
+    assert runner.mixed_seconds == {}

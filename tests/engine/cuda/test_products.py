@@ -147,7 +147,8 @@ def products(library):
 def test_a_shape_with_an_algorithm_is_computed_by_it(products):
     made, calls = products
     x, weight = noise(3, 32), noise(64, 32)
-    near(made.apply(Linear(weight, None), x), F.linear(x, weight))
+    made.apply(Linear.of(weight, None), x, out := aligned(3, 64, dtype=x.dtype))
+    near(out, F.linear(x, weight))
     made.project(x, weight, out := aligned(3, 64, dtype=torch.float32))
     torch.testing.assert_close(out, x.float() @ weight.float().t())
     assert calls == [3, 3]
@@ -166,7 +167,8 @@ def test_a_shape_with_an_algorithm_is_computed_by_it(products):
 )
 def test_torch_computes_every_other_product(products, x, weight, bias):
     made, calls = products
-    assert torch.equal(made.apply(Linear(weight, bias), x), F.linear(x, weight, bias))
+    made.apply(Linear.of(weight, bias), x, out := aligned(len(x), len(weight), dtype=x.dtype))
+    assert torch.equal(out, F.linear(x, weight, bias))
     made.project(x, weight, out := aligned(len(x), len(weight), dtype=torch.float32))
     torch.testing.assert_close(out, x.float() @ weight.float().t())
     assert set(calls) <= ({3} if bias is not None else set())  # the output layer has no bias
@@ -284,7 +286,7 @@ def test_one_measurement_reads_all_weights_until_it_has_read_enough(library):
 
 def test_weights_are_grouped_by_shape():
     def linear(rows, columns, *, bias=False):
-        return Linear(noise(rows, columns), noise(rows) if bias else None)
+        return Linear.of(noise(rows, columns), noise(rows) if bias else None)
 
     def layer():
         return Layer(noise(32), linear(64, 32, bias=True), linear(32, 32), noise(32), linear(128, 32), linear(32, 64))
