@@ -26,7 +26,7 @@ def lost(rings: Rings, engines: int) -> Iterator[tuple[int, ...]]:
     Any number of them to one engine, or all of them to all engines. So also every order is lost that the frontend
     was about to send after its last store to the journal.
     """
-    waiting = [len(rings.get((FRONTEND, index), [])) for index in range(engines)]
+    waiting = [len(rings[FRONTEND, index]) for index in range(engines)]
     nothing = (0,) * engines
     yield nothing
     for i, most in enumerate(waiting):

@@ -89,16 +89,14 @@ class World:
         prefix_caching: bool = True,
         how: str = "live",
         overlap: bool = False,
-        lossless: bool = False,
     ) -> None:
         """Build a world whose requests have been dispatched.
 
         `requests`: (prompt, max_tokens) or (prompt, max_tokens, salt) each; `homes`: the engines that they start on;
         `pool`: blocks of an engine; `how`: the `MigrationMode` of all moves; `overlap`: a step is launched before the
-        results of the previous step are applied; `lossless`: a frontend has sent all its commands when it dies.
+        results of the previous step are applied.
         """
         self.overlap = overlap
-        self.lossless = lossless
         self.prefix_caching = prefix_caching
         self.how = how
         self.message_read = ""  # the type of the message that was read last
@@ -143,7 +141,7 @@ class World:
             if entry.open:
                 yield from self._request_actions(rid, entry)
         if self.budget.successions:
-            unsent = list(lost({} if self.lossless else self.rings, len(self.engines)))
+            unsent = list(lost(self.rings, len(self.engines)))
             yield from (("succeed", *done, unsent_now) for done in handled(self.rings) for unsent_now in unsent)
         if self.budget.losses:
             yield "lose", True

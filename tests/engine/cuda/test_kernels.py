@@ -1,6 +1,7 @@
 """Kernels compiled ahead of time: the right ones, complete or not at all, loaded by FlashInfer without a compiler."""
 
 import ast
+import errno
 import importlib.metadata
 import inspect
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +229,19 @@ def test_a_damaged_module_is_compiled_again(toolkit, tmp_path):
     assert build(where)[0] == ["norm"] and kernels.missing([NORM], where) == []
 
 
+def opened(gate, build):
+    """Wait until the compiler of the process `build` reads from the pipe `gate`, and return the other end."""
+    while True:
+        try:
+            fd = os.open(gate, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as e:
+            assert e.errno == errno.ENXIO and build.poll() is None, "the build ended before it compiled"
+            time.sleep(0.02)
+        else:
+            os.set_blocking(fd, True)
+            return os.fdopen(fd, "w")
+
+
 def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(toolkit, tmp_path, monkeypatch):
     where, gate = tmp_path / "kernels", tmp_path / "gate"
     os.mkfifo(gate)
@@ -236,7 +251,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(t
     )
     env = os.environ | {"FAKE": "blocked", "GATE": str(gate)}
     first = subprocess.Popen([sys.executable, "-c", program, where], env=env, stdout=subprocess.DEVNULL)
-    release = gate.open("w")  # returns when the compiler reads
+    release = opened(gate, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert kernels.missing([NORM], where) == [NORM]
@@ -261,12 +276,12 @@ def test_a_signal_ends_the_build_with_its_compilers(config, toolkit, tmp_path):
     env = os.environ | {"FAKE": "blocked", "GATE": str(gate), "LLUMD_KERNELS": str(tmp_path / "kernels")}
     command = [sys.executable, "-c", COMMAND, "kernels", "build", str(config.path), "--arch", "9.0"]
     build = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    release = os.open(gate, os.O_WRONLY)  # returns when the compiler reads
+    release = opened(gate, build)
     build.terminate()
     assert "stopped" in build.communicate(timeout=60)[1] and build.returncode == 130
     with pytest.raises(BrokenPipeError):  # the compiler is gone
-        os.write(release, b"\n")
-    os.close(release)
+        os.write(release.fileno(), b"\n")
+    release.close()
     (where,) = (f for f in (tmp_path / "kernels").iterdir())
     assert [f.name for f in where.iterdir()] == [".lock"]
 
@@ -280,7 +295,7 @@ def test_of_two_builds_at_the_same_time_only_one_compiles(toolkit, tmp_path):
     )
     env = os.environ | {"FAKE": "blocked", "GATE": str(gate)}
     first = subprocess.Popen([sys.executable, "-c", program, where], env=env, stdout=subprocess.DEVNULL)
-    release = gate.open("w")  # returns when the compiler reads
+    release = opened(gate, first)
 
     def on_message(text):
         if "waiting for another build" in text:
