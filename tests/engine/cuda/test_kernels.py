@@ -242,6 +242,13 @@ def opened(gate, build):
             return os.fdopen(fd, "w")
 
 
+def release_all(gate, release):
+    """Let all compilers end: those that read from the pipe, and those that start later."""
+    gate.unlink()
+    gate.touch()
+    release.close()
+
+
 def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(toolkit, tmp_path, monkeypatch):
     where, gate = tmp_path / "kernels", tmp_path / "gate"
     os.mkfifo(gate)
@@ -260,7 +267,7 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_waits_for_its_compiler(t
     def on_message(text):
         messages.append(text)
         if "waiting for another build" in text:
-            release.close()
+            release_all(gate, release)
 
     compiler.build([NORM], "9.0a", where, on_message, jobs=1)
     assert "waiting for another build" in messages[0]
@@ -299,7 +306,7 @@ def test_of_two_builds_at_the_same_time_only_one_compiles(toolkit, tmp_path):
 
     def on_message(text):
         if "waiting for another build" in text:
-            release.close()
+            release_all(gate, release)
 
     assert compiler.build([kernels.silu()], "9.0a", where, on_message, jobs=1) == []
     assert first.wait(60) == 0 and len(toolkit.read_text().splitlines()) == 1
