@@ -49,7 +49,7 @@ SLOW = {  # a real model, or many moves
     "scenarios": "--quick --json {out}/result.json",
     "transfer": "--blocks 4 --batch 1 --repeat 1 --rounds 1 --out {out}/result.json",
 }
-NEED_A_GPU = ("kernels", "copies")
+NEED_A_GPU = ("kernels", "products", "copies")
 SLOW_SECTIONS = ("moves", "http", "transformers")
 
 
