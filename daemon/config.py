@@ -20,7 +20,7 @@ from daemon.option import declare as _option
 from daemon.relations import MAX_ENGINES, check_relations, require
 from daemon.units import quoted
 
-__all__ = ["MAX_ENGINES", "Config", "ConfigError", "Option", "cache_dir", "load", "options", "run_dir"]
+__all__ = ["MAX_ENGINES", "Config", "ConfigError", "Option", "load", "options"]
 
 ENV_PREFIX = "LLUMD_"
 _MAX_TOKENS = 1 << 24  # above the context length of every known model
@@ -486,25 +486,3 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not valid TOML: {e}") from None
     except (ValueError, RecursionError):  # tomllib gives up on numbers of thousands of digits and on deep nesting
         raise ConfigError(f"{file} is not valid TOML: it has a value that is too long or too deeply nested") from None
-
-
-def cache_dir() -> Path:
-    """Return the directory of converted models and compiled kernels.
-
-    It is $LLUMD_CACHE, $CACHE_DIRECTORY (systemd), $XDG_CACHE_HOME/llumd or ~/.cache/llumd: the first that is set.
-    """
-    for name in ("LLUMD_CACHE", "CACHE_DIRECTORY"):
-        if os.environ.get(name):
-            return Path(os.environ[name])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llumd"
-
-
-def run_dir(config: Config | None = None) -> Path:
-    """Return the directory of the admin socket. The option `run_dir` of `config` wins over the environment."""
-    if config is not None and config.run_dir:
-        return Path(config.run_dir)
-    if os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(os.environ["RUNTIME_DIRECTORY"])
-    if os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(os.environ["XDG_RUNTIME_DIR"]) / "llumd"
-    return Path("/run/llumd") if os.geteuid() == 0 else Path(f"/tmp/llumd-{os.getuid()}")

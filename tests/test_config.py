@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon import config as config_module
-from daemon.config import Config, ConfigError, load, options, run_dir
+from daemon.config import Config, ConfigError, load, options
+from daemon.directories import cache_dir, run_dir
 from daemon.option import allowed
 from daemon.units import format_value, parse_seconds, parse_size, parse_value
 
@@ -356,14 +356,14 @@ def test_directories(monkeypatch: pytest.MonkeyPatch):
     for name in ("LLUMD_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME", "RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/user")
-    assert config_module.cache_dir() == Path("/home/user/.cache/llumd")
+    assert cache_dir() == Path("/home/user/.cache/llumd")
     for name, value, expected in (
         ("XDG_CACHE_HOME", "/xdg", "/xdg/llumd"),
         ("CACHE_DIRECTORY", "/systemd", "/systemd"),
         ("LLUMD_CACHE", "/mine", "/mine"),
     ):
         monkeypatch.setenv(name, value)
-        assert config_module.cache_dir() == Path(expected)
+        assert cache_dir() == Path(expected)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert run_dir() == Path("/run/user/7/llumd")
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/service")

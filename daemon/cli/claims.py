@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from daemon.config import Config, ConfigError, run_dir
+from daemon.config import Config, ConfigError
+from daemon.directories import run_dir
 
 _MAX_SOCKET_PATH = 107  # bytes, of the kernel
 _PROBE_TIMEOUT = 1.0  # seconds

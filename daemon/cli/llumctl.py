@@ -24,7 +24,7 @@ from daemon.cli import engine_orders, restarts
 from daemon.cli.admin_client import TIMEOUT, CtlError, call, read, stream
 from daemon.cli.engine_orders import VERBS
 from daemon.cli.format import RequestFilter, event_line, option_lines, request_lines, status_lines
-from daemon.config import run_dir
+from daemon.directories import run_dir
 from daemon.enums import MigrationMode
 from daemon.ipc.events import KINDS
 from daemon.units import parse_seconds

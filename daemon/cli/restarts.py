@@ -79,7 +79,7 @@ def _replace(path: Path, target: Target, within: float, write: Write) -> Row:
     status = _status(path, start + LIMIT)
     row = target.row(status)
     if target.role == "engine" and row["desired"] == "parked":
-        write(f"{target} is parked; it starts anew when it wakes")
+        write(f"{target} is parked; its next process starts when it wakes")
         return {"process": str(target), "restarted": False, "seconds": 0.0}
     if target.role == "engine":
         _replace_engine(path, target, status, within, write)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from daemon.config import cache_dir
+from daemon.directories import cache_dir
 
 
 def _stamp() -> str:

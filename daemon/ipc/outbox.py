@@ -161,21 +161,22 @@ class OutboxSlot:
         The caller makes sure that the kernel has taken all but the last ``ring_bytes - len(data)`` bytes. Raises
         ValueError for more than `ring_bytes`.
         """
-        begin = self.committed & self.ring_bytes - 1
-        end = begin + len(data)
-        if end <= self.ring_bytes:
-            self._view[self._ring + begin : self._ring + end] = data
-        else:
-            self._write_around(begin, data)
+        if len(data) > self.ring_bytes:
+            raise ValueError(f"{len(data)} bytes do not fit a ring of {self.ring_bytes}")
+        self._put(self.committed, data)
         self.committed += len(data)
         self._flip(state)
 
-    def _write_around(self, begin: int, data: bytes) -> None:
-        if len(data) > self.ring_bytes:
-            raise ValueError(f"{len(data)} bytes do not fit a ring of {self.ring_bytes}")
+    def _put(self, position: int, data: bytes) -> None:
+        """Write `data`, which fits the ring, from byte `position` of the response on."""
+        begin = position & self.ring_bytes - 1
         first = self.ring_bytes - begin
-        self._view[self._ring + begin : self._ring + self.ring_bytes] = data[:first]
-        self._view[self._ring : self._ring + len(data) - first] = data[first:]
+        at = self._ring + begin
+        if len(data) <= first:
+            self._view[at : at + len(data)] = data
+        else:
+            self._view[at : at + first] = data[:first]
+            self._view[self._ring : self._ring + len(data) - first] = data[first:]
 
     def _flip(self, state: Sequence[int]) -> None:
         """Write the copy that is not in use, and select it with one store."""
@@ -190,11 +191,7 @@ class OutboxSlot:
         kept = self.tail(max(0, self.committed - self.ring_bytes))
         old = self._ring, self.ring_bytes
         self._ring, self.ring_bytes = ring, ring_bytes
-        start = self.committed - len(kept) & ring_bytes - 1
-        first = min(len(kept), ring_bytes - start)
-        self._view[ring + start : ring + start + first] = kept[:first]
-        if first < len(kept):
-            self._view[ring : ring + len(kept) - first] = kept[first:]
+        self._put(self.committed - len(kept), kept)
         self._flip(self.state)
         self._outbox.free(*old)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from daemon.config import cache_dir
+from daemon.directories import cache_dir
 from daemon.models.model_config import ModelError
 from daemon.units import quoted
 

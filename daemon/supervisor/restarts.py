@@ -22,16 +22,31 @@ class Death(NamedTuple):
     killed: bool
 
 
-class Backoff:
+class DoublingDelay:
+    """Delays in seconds, each twice the one before: from `first` up to `most`. The one after a 0 is `least`."""
+
+    def __init__(self, first: float, most: float, least: float = 0.0) -> None:
+        self._next = self._first = first
+        self._most = most
+        self._least = least
+
+    def reset(self) -> None:
+        """Begin with the first delay again."""
+        self._next = self._first
+
+    def next(self) -> float:
+        """Return the next delay."""
+        delay, self._next = self._next, min(self._most, max(self._least, self._next * 2))
+        return delay
+
+
+class Backoff(DoublingDelay):
     """The delays of one child's restarts."""
 
     def __init__(self, *, frontend: bool) -> None:
         """`frontend`: clients wait for it, so the first restart is immediate, and health is counted in beats."""
+        super().__init__(0.0 if frontend else FIRST_BACKOFF, MAX_BACKOFF, FIRST_BACKOFF)
         self._frontend = frontend
-        self._next = self._first = 0.0 if frontend else FIRST_BACKOFF
-
-    def reset(self) -> None:
-        self._next = self._first
 
     def after(self, death: Death) -> float:
         """Return the seconds until the restart."""
@@ -41,11 +56,6 @@ class Backoff:
             self.reset()
         delay = self.next()
         return min(delay, MAX_KILLED_BACKOFF) if self._frontend and death.killed else delay
-
-    def next(self) -> float:
-        """Return the next delay; each is twice the one before."""
-        delay, self._next = self._next, min(MAX_BACKOFF, max(FIRST_BACKOFF, self._next * 2))
-        return delay
 
 
 class Succession:

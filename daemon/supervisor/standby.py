@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from daemon.ipc.child import EXIT_CONFIG, ChildSpec
 from daemon.ipc.kept_sockets import receive
+from daemon.supervisor.restarts import DoublingDelay
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Standby:
         self._process: Started | None = None
         self._socket: socket.socket | None = None
         self._start_at = float("inf")  # monotonic; infinite until all frontends serve
-        self._backoff = _FIRST_BACKOFF
+        self._backoff = DoublingDelay(_FIRST_BACKOFF, _MAX_BACKOFF)
         self._loaded = False
         self._failed = False
 
@@ -84,7 +85,7 @@ class Standby:
         except OSError:  # it has just died, which its pidfd will tell
             return None
         self._forget()
-        self._backoff = _FIRST_BACKOFF
+        self._backoff.reset()
         return process
 
     def reap(self, now: float) -> None:
@@ -98,7 +99,7 @@ class Standby:
         self._forget()
         self._failed = code == EXIT_CONFIG
         log.error("the %s died: exit code %d%s", NAME, code, "; no other is started" if self._failed else "")
-        self._start_at, self._backoff = now + self._backoff, min(_MAX_BACKOFF, self._backoff * 2)
+        self._start_at = now + self._backoff.next()
 
     def _open(self, now: float) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -108,7 +109,7 @@ class Standby:
             self._socket = ours
         except OSError as e:
             ours.close()
-            self._start_at, self._backoff = now + self._backoff, min(_MAX_BACKOFF, self._backoff * 2)
+            self._start_at = now + self._backoff.next()
             log.error("cannot start a %s: %s", NAME, e)
 
     def _forget(self) -> None:

@@ -216,7 +216,7 @@ class Supervisor:
 
     def _spawn(self, child: Child) -> None:
         if child.keeper is not None and not child.succession.adopts and (cut := child.keeper.hang_up_all()):
-            log.error("%s starts anew: %d connections of its predecessors are closed", child.name, cut)
+            log.error("%s starts with nothing: %d connections of its predecessors are closed", child.name, cut)
         self._record(child, **self._spawner.spawn(child))
 
     def _reap(self, child: Child) -> None:

@@ -51,7 +51,7 @@ async def test_a_successor_goes_on_from_any_position(harness: Harness) -> None:
     harness.start_engine(0, 1)
     request = harness.submit()
     harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7, 8]))
-    put(harness, step_output(request.rid, epoch=1, start=2, tokens=[9]))  # nobody reads it before the death
+    put(harness, step_output(request.rid, epoch=1, start=2, tokens=[9]))  # the dead process has not read it
     tracker = succeed(harness)
     assert tracker.active == 1
     adopted = heir(tracker, request)

@@ -82,7 +82,7 @@ def test_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         "/v1/coordinator/restart",
     ]
     assert "engine 0 is the only one that serves: its requests wait until it serves again" in lines
-    assert "engine 2 is parked; it starts anew when it wakes" in lines
+    assert "engine 2 is parked; its next process starts when it wakes" in lines
 
 
 def test_an_engine_is_emptied_before_and_serves_again_after(monkeypatch: pytest.MonkeyPatch) -> None:

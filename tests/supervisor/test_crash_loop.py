@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,6 @@ from daemon.config import Config
 from daemon.ipc.child import EXIT_FAILED
 from daemon.supervisor import child_entry, restarts
 from daemon.supervisor.supervisor import START_ATTEMPTS, Supervisor
-
-
-@pytest.fixture
-def restored_signals() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
-    wakeup = signal.set_wakeup_fd(-1)
-    yield
-    signal.set_wakeup_fd(wakeup)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def die(*_: object) -> None:

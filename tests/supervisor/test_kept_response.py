@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,17 +40,6 @@ class Client(threading.Thread):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.fixture
-def restored_signals() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
-    wakeup = signal.set_wakeup_fd(-1)
-    yield
-    signal.set_wakeup_fd(wakeup)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def serve(tmp_path: Path, name: str) -> bytes:
     """Run the supervisor until a client's connection has ended. Return what the client has received."""
     config = Config(devices=["cpu"], journal_memory=1 << 20, served_name=name, drain_timeout=1.0)
@@ -79,4 +67,4 @@ def test_a_response_that_kills_each_successor_is_cut(
     received = serve(tmp_path, POISON)
     assert 0 < len(received) < LENGTH
     assert received == expected(0, len(received))
-    assert "frontend 0 starts anew: 1 connections of its predecessors are closed" in caplog.text
+    assert "frontend 0 starts with nothing: 1 connections of its predecessors are closed" in caplog.text

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from daemon.config import cache_dir
+from daemon.directories import cache_dir
 from daemon.engine.cuda import toolkit
 from daemon.engine.cuda.kernels import KernelError
 from tests.engine.cuda import host_kernels

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from daemon.engine.cuda.staging import CudaStream
+from daemon.engine.cuda.turns import least_seconds
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +94,9 @@ class DecodeGraphs:
             return output.cpu()
 
     def _time(self, graphs: Mapping[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
-        """Return the least seconds of a replay, by path. The paths take turns, so that a temporary slowdown of the
-        device affects all of them."""
-        rounds = [
-            {path: replay_seconds(graph, self._stream, _REPLAYS) for path, graph in graphs.items()}
-            for _ in range(_ROUNDS)
-        ]
-        return {path: min(times[path] for times in rounds) for path in graphs}
+        """Return the least seconds of a replay, by path."""
+        runs = {path: partial(replay_seconds, graph, self._stream, _REPLAYS) for path, graph in graphs.items()}
+        return least_seconds(runs, _ROUNDS)
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, replays: int) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from daemon.config import cache_dir
+from daemon.directories import cache_dir
 from daemon.models.model_config import ModelConfig
 
 Dtype = Literal["bf16", "fp16"]

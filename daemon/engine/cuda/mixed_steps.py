@@ -11,8 +11,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
+from daemon.engine.cuda.turns import least_seconds
 from daemon.engine.runner import Overlapping, StepPlan
 
 log = logging.getLogger(__name__)
@@ -41,15 +43,14 @@ def measure_ways(
 ) -> dict[MixedSteps, float]:
     """Return the least seconds of a step by each way, with `in_flight` steps in flight as in serving.
 
-    `use`: makes the runner compute the steps that it launches next in this way. The ways take turns, so that a
-    temporary slowdown affects both.
+    `use`: makes the runner compute the steps that it launches next in this way.
     """
-    rounds: dict[MixedSteps, list[float]] = {way: [] for way in get_args(MixedSteps)}
-    for _ in range(_ROUNDS):
-        for way, seconds in rounds.items():
-            use(way)
-            seconds.append(_seconds(runner, plan, in_flight, clock))
-    return {way: min(seconds) for way, seconds in rounds.items()}
+
+    def run(way: MixedSteps) -> float:
+        use(way)
+        return _seconds(runner, plan, in_flight, clock)
+
+    return least_seconds({way: partial(run, way) for way in get_args(MixedSteps)}, _ROUNDS)
 
 
 def fastest_way(seconds: dict[MixedSteps, float]) -> MixedSteps:

@@ -19,6 +19,7 @@ from daemon.engine.cuda.cublaslt import Algorithm, CublasError, CublasLt, Produc
 from daemon.engine.cuda.graphs import agrees, replay_seconds
 from daemon.engine.cuda.products import Choice, ChosenProduct, ChosenProducts, is_plain
 from daemon.engine.cuda.staging import CudaStream
+from daemon.engine.cuda.turns import least_seconds
 from daemon.engine.cuda.weights import DeviceWeights
 
 log = logging.getLogger(__name__)
@@ -221,12 +222,10 @@ class Chooser:
             return self._timer.prepare(partial(_for_each, work, weights))
 
         runs = {i: prepare(work) for i, work in works.items()}
-        least = {i: run() for i, run in runs.items()}
+        least = least_seconds(runs, 1)
         close = {i: run for i, run in runs.items() if least[i] <= _SLOW * least[_TORCH]}
-        for _ in range(_ROUNDS if len(close) > 1 else 0):
-            # They take turns, so that a temporary slowdown of the device affects all of them.
-            for i, run in close.items():
-                least[i] = min(least[i], run())
+        if len(close) > 1:
+            least |= {i: min(least[i], s) for i, s in least_seconds(close, _ROUNDS).items()}
         return {i: s / len(weights) for i, s in least.items()}
 
 
