@@ -26,27 +26,26 @@ from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, RunnerSettings, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.models.architecture import LayerConfig, ModelConfig, RopeConfig
 from daemon.models.loader import open_model
-from daemon.models.model_config import ModelConfig
 
 SMOLLM2_135M = ModelConfig(
     path=Path("."),
     name="smollm2-135m-shape",
+    family="llama",
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
-    num_layers=30,
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
     rms_norm_eps=1e-5,
-    rope_theta=1e5,
-    rope_scaling=None,
+    layers=(LayerConfig(),) * 30,
+    ropes=(RopeConfig(1e5, 64),),
     max_position=8192,
     tie_embeddings=True,
-    attention_bias=False,
-    mlp_bias=False,
     eos_token_ids=(2,),
+    query_scale=64**-0.5,
 )
 BLOCK_SIZE = 16
 

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from daemon.models import checkpoint
 from daemon.models.model_config import ModelConfig, ModelError
+from daemon.models.tensors import expected_tensors
 
 
 class Weights(Protocol):
-    """Tensors by their Hugging Face names."""
+    """Tensors by their canonical names, see `daemon.models.tensors`."""
 
     def get(self, name: str) -> torch.Tensor:
         """Return the tensor in its stored dtype. Do not write to it: it may be mapped.
@@ -35,30 +36,32 @@ class CheckpointWeights:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        checkpoint.check(config)
         self._files: dict[Path, Any] = {}
-        self._file_of = checkpoint.weight_map(config.path)
+        self._places = checkpoint.check(config)
 
     def get(self, name: str) -> torch.Tensor:
-        file = self._file_of[name]
+        file, place = self._places[name]
         try:
             if file not in self._files:
                 self._files[file] = safe_open(file, framework="pt", device="cpu")
-            return self._files[file].get_tensor(name)
+            tensor: torch.Tensor = self._files[file].get_tensor(place.name)
         except (OSError, SafetensorError) as e:
-            raise ModelError(f"cannot read {name} from {file}: {e}") from None
+            raise ModelError(f"cannot read {place.name} from {file}: {e}") from None
+        rows = tensor if place.part is None else tensor[place.part]
+        return rows[place.begin : place.end]
 
 
 class DummyWeights:
     """Random weights that depend only on the tensor's name and shape: the same on every engine."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self._shapes = checkpoint.expected_tensors(config)
+        self._shapes = expected_tensors(config)
+        self._norm = 1.0 - config.norm_offset
 
     def get(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.full(shape, self._norm)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         return torch.empty(shape).uniform_(-0.03, 0.03, generator=generator)
 

@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from daemon.models.architecture import ModelConfig
+from daemon.models.families import Place
 from daemon.models.files import ModelError, read_json
-from daemon.models.model_config import ModelConfig
+from daemon.models.tensors import find_tensors
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SHARD_BYTES = 4 * 10**9
 _MAX_HEADER = 100 << 20
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_IGNORED = ("rotary_emb.inv_freq",)  # computed from the config instead, as Transformers does
 
 
 class Tensor(NamedTuple):
@@ -33,28 +34,6 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     end: int
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that the model needs. A linear layer has the shape [out, in]."""
-    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
-    layer["post_attention_layernorm.weight"] = (hidden,)
-    for module, linears, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
-        for name, shape in linears.items():
-            layer[f"{module}.{name}.weight"] = shape
-            if bias:
-                layer[f"{module}.{name}.bias"] = shape[:1]
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for i in range(config.num_layers):
-        out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    out["model.norm.weight"] = (hidden,)
-    if not config.tie_embeddings:
-        out["lm_head.weight"] = (vocab, hidden)
-    return out
 
 
 def weight_map(path: Path) -> dict[str, Path]:
@@ -102,24 +81,18 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check(config: ModelConfig) -> None:
-    """Check that the directory has exactly the weights that `config` describes. Raises ModelError."""
+def check(config: ModelConfig) -> dict[str, tuple[Path, Place]]:
+    """Check that the directory has exactly the weights that `config` describes. Raises ModelError.
+
+    Return the file and the place of each canonical tensor.
+    """
     files = weight_map(config.path)
     headers = {file: read_header(file) for file in set(files.values())}
-    expected = expected_tensors(config)
-    for name, shape in expected.items():
-        file = files.get(name)
-        if file is None or name not in headers[file]:
-            raise ModelError(f"{config.path}: the weights lack the tensor {name}")
-        _check_tensor(f"{file}: {name}", headers[file][name], shape)
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    extra = [n for n in files if n not in expected and n not in tied and not n.endswith(_IGNORED)]
-    if extra:
-        # Without these tensors we would compute another model.
-        raise ModelError(
-            f"{config.path}: the weights have {len(extra)} tensors that config.json has no place for, "
-            f"for example {extra[0]}"
-        )
+    stored = {name for name, file in files.items() if name in headers[file]}
+    found = {name: (files[place.name], place) for name, place in find_tensors(config, stored).items()}
+    for file, place in set(found.values()):
+        _check_tensor(f"{file}: {place.name}", headers[file][place.name], place.shape)
+    return found
 
 
 def write(

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from daemon.cli.memory_budget import MIN_POOL, kv_pool_bytes
 from daemon.config import Config, ConfigError, options
-from daemon.models.model_config import ModelConfig
+from daemon.models.architecture import LayerConfig, ModelConfig, RopeConfig
 
 MIB, GIB = 1 << 20, 1 << 30
 MODEL_CONFIG = ModelConfig(
-    path=Path("m"), name="m", vocab_size=1000, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, max_position=512,
-    tie_embeddings=True, attention_bias=False, mlp_bias=False, eos_token_ids=(2,),
+    path=Path("m"), name="m", family="llama", vocab_size=1000, hidden_size=64, intermediate_size=128, num_heads=4,
+    num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5, layers=(LayerConfig(),) * 2, ropes=(RopeConfig(1e4, 16),),
+    max_position=512, tie_embeddings=True, eos_token_ids=(2,), query_scale=0.25,
 )  # fmt: skip
 TOKEN = 2 * 2 * 2 * 16 * 4  # bytes of KV of one token: K and V, layers, heads, head_dim, fp32
 
@@ -71,7 +71,7 @@ def smallest_memory(config: Config, model_config: ModelConfig) -> int:
 
 
 def test_fp32_weights_need_twice_the_memory():
-    large = replace(MODEL_CONFIG, hidden_size=2048, intermediate_size=8192, num_layers=20)
+    large = replace(MODEL_CONFIG, hidden_size=2048, intermediate_size=8192, layers=(LayerConfig(),) * 20)
     pool = 64 * MIB
     bf16, fp32, deterministic = (
         smallest_memory(Config(kv_memory=pool, **settings), large)

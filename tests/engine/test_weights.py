@@ -9,9 +9,9 @@ import torch
 from daemon.engine.cpu.memory import activation_bytes, weights_bytes
 from daemon.engine.cpu.model import Llama
 from daemon.engine.weights import open_weights
-from daemon.models import checkpoint
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.tensors import expected_tensors
 from tests.engine.cpu.harness import make_runner
 from tests.models.tiny_model import make_tiny_llama, random_weights, write_weights
 
@@ -56,7 +56,7 @@ def test_the_error_for_a_wrong_checkpoint_names_the_tensor(tmp_path, change):
 def test_dummy_weights_depend_only_on_the_name(tmp_path):
     config = read_model_config(make_tiny_llama(tmp_path, weights=False))
     one, two = open_weights(config, "dummy"), open_weights(config, "dummy")
-    names = [n for n in checkpoint.expected_tensors(config) if "proj" in n]
+    names = [n for n in expected_tensors(config) if "proj" in n]
     for name in names:
         assert torch.equal(one.get(name), two.get(name))
     first_elements = [float(one.get(name).flatten()[0]) for name in names]

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from daemon.engine.cuda.product_choice import LIMITS, Limits
 from daemon.engine.cuda.runner import CudaRunner
+from daemon.models.architecture import LayerConfig, ModelConfig, RopeConfig
 from daemon.models.loader import open_model
-from daemon.models.model_config import ModelConfig
 from tests.engine.cpu.harness import runner_settings
 from tests.models.tiny_model import make_tiny_llama
 
@@ -30,21 +30,20 @@ def model_config_of(head_dim: int) -> ModelConfig:
     return ModelConfig(
         path=Path("."),
         name=f"head_dim {head_dim}",
+        family="llama",
         vocab_size=384,
         hidden_size=256,
         intermediate_size=512,
-        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=head_dim,
         rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        rope_scaling=None,
+        layers=(LayerConfig(),) * 2,
+        ropes=(RopeConfig(1e4, head_dim),),
         max_position=2048,
         tie_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
         eos_token_ids=(2,),
+        query_scale=head_dim**-0.5,
     )
 
 

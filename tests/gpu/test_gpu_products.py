@@ -178,7 +178,9 @@ def test_small_batch_heads(gemv, rows, shape, kv_dtype):
     x, norm = noise(rows, hidden), noise(hidden)
     weight = noise((heads + 2 * kv_heads) * head_dim, hidden, scale=hidden**-0.5)
     pool = torch.zeros(40, 3, 2, 16, kv_heads, head_dim, dtype=BF16, device=DEVICE).to(kv_dtype)
-    angles = torch.cat([torch.from_numpy(t) for t in rope_tables(model_config_of(head_dim), 128)], 1).to(DEVICE)
+    angles = torch.cat([torch.from_numpy(t) for t in rope_tables(model_config_of(head_dim).ropes[0], 128)], 1).to(
+        DEVICE
+    )
     positions = torch.randint(0, 128, (rows,), dtype=torch.int32, device=DEVICE)
     indptr = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE) * 8
     indices = torch.randperm(39, device=DEVICE)[: 8 * rows].int() + 1

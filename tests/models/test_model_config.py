@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from daemon.models import checkpoint
+from daemon.models.architecture import LayerConfig, RopeConfig
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.tensors import expected_tensors
 from tests.models.tiny_model import make_tiny_llama, random_weights
 
 LLAMA3 = {
@@ -19,6 +22,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+SCALED = RopeConfig(5e5, 24, "llama3", 8.0, 64, low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 def edit(path, **changes):
@@ -58,7 +62,8 @@ def test_open_model_reads_a_directory(tmp_path, shards, tie):
         model_config.max_position,
         model_config.tie_embeddings,
     ) == (2, 24, 512, tie)
-    assert (model_config.rope_theta, model_config.rope_scaling, model_config.eos_token_ids) == (5e5, LLAMA3, (2, 5))
+    assert (model_config.ropes, model_config.eos_token_ids) == ((SCALED,), (2, 5))
+    assert (model_config.qkv_bias, model_config.out_bias, model_config.mlp_bias) == (True, True, True)
     assert open_model(path).name == "m"
 
 
@@ -66,12 +71,11 @@ def test_rope_parameters_of_transformers_4_and_5(tmp_path):
     old = make_tiny_llama(tmp_path / "old", rope_theta=5e5, rope_scaling=LLAMA3)
     new = make_tiny_llama(tmp_path / "new")
     edit(new, rope_parameters={**LLAMA3, "rope_theta": 5e5}, rope_theta="absent", rope_scaling="absent")
-    assert open_model(old, "m").rope_scaling == open_model(new, "m").rope_scaling
-    assert open_model(old).rope_theta == open_model(new).rope_theta == 5e5
+    assert open_model(old).ropes == open_model(new).ropes == (replace(SCALED, rotary_dim=16),)
     edit(new, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
-    assert (open_model(new).rope_theta, open_model(new).rope_scaling) == (77.0, None)
+    assert open_model(new).ropes == (RopeConfig(77.0, 16),)
     edit(old, rope_scaling={"type": "linear", "factor": 2})
-    assert open_model(old).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert open_model(old).ropes == (RopeConfig(5e5, 16, "linear", 2.0),)
 
 
 def test_eos_ids_come_from_both_files(tmp_path):
@@ -83,23 +87,23 @@ def test_eos_ids_come_from_both_files(tmp_path):
     assert open_model(path).eos_token_ids == (2,)  # the tokenizer's
 
 
-def test_mistral_needs_a_null_sliding_window(tmp_path):
+def test_mistral_slides_unless_its_window_is_null(tmp_path):
     path = make_tiny_llama(tmp_path)
-    edit(path, architectures=["MistralForCausalLM"], sliding_window=None)
-    assert open_model(path).attention_bias is False
-    for window in (4096, "absent"):  # in Transformers an absent key means 4096
+    edit(path, architectures=["MistralForCausalLM"], sliding_window=None, attention_bias=True)
+    model_config = open_model(path)
+    assert (model_config.qkv_bias, model_config.layers) == (False, (LayerConfig(0),) * 2)
+    for window, tokens in ((77, 77), ("absent", 4096)):  # in Transformers an absent key means 4096
         edit(path, sliding_window=window)
-        with pytest.raises(ModelError, match="sliding"):
-            open_model(path)
+        assert open_model(path).layers == (LayerConfig(tokens),) * 2
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"architectures": ["BertModel"]}, "BertModel"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "spiral"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
         ({"partial_rotary_factor": 0.5}, "partial"),
@@ -182,7 +186,7 @@ def test_written_checkpoints_can_be_read(tmp_path, dtype):
     config = json.loads((path / "config.json").read_text())
     weights = random_weights(config, 3)
     model_config = read_model_config(path)
-    shapes = checkpoint.expected_tensors(model_config)
+    shapes = expected_tensors(model_config)
     assert shapes == {n: w.shape for n, w in weights.items()}
     checkpoint.write(path, shapes, dtype, weights.__getitem__, shard_bytes=100_000)
     files = set(checkpoint.weight_map(path).values())

@@ -34,9 +34,9 @@ def activation_bytes(
     qkv = attention + 2 * config.num_kv_heads * config.head_dim
     item = ITEM_BYTES[arithmetic]
     each = 4 * (config.hidden_size + attention)  # residual and rotated queries, in float32
-    each += item * (2 * config.hidden_size + attention + qkv + 3 * config.intermediate_size)
+    each += item * (2 * config.hidden_size + attention + qkv + 3 * config.mlp_width)
     logits = max_num_seqs * (config.vocab_size * (_LOGITS_BYTES + item) + item * config.hidden_size)
-    return max_batch_tokens * each + logits + max_model_len * config.head_dim * 4
+    return max_batch_tokens * each + logits + max_model_len * sum(rope.rotary_dim for rope in config.ropes) * 4
 
 
 def _embedding(config: ModelConfig) -> int:

@@ -58,7 +58,7 @@ class Llama:
         self._dtype = DTYPES[arithmetic]
         self._eps = np.float32(config.rms_norm_eps)
         self._scale = np.float32(shape.query_scale)
-        self._cos, self._sin = rope_tables(config, max_len)
+        self._cos, self._sin = rope_tables(config.ropes[0], max_len)
         build = _Builder(weights, self._dtype, deterministic)
         self._embedding = weights.get("model.embed_tokens.weight")
         self._layers = [build.layer(config, i) for i in range(config.num_layers)]
@@ -154,11 +154,11 @@ class _Builder:
 
     def layer(self, config: ModelConfig, index: int) -> Layer:
         at = f"model.layers.{index}"
-        attention, mlp = config.attention_bias, config.mlp_bias
+        mlp = config.mlp_bias
         return Layer(
             attention_norm=self.norm(f"{at}.input_layernorm"),
-            qkv=self.linear(*(f"{at}.self_attn.{x}_proj" for x in "qkv"), bias=attention),
-            out=self.linear(f"{at}.self_attn.o_proj", bias=attention),
+            qkv=self.linear(*(f"{at}.self_attn.{x}_proj" for x in "qkv"), bias=config.qkv_bias),
+            out=self.linear(f"{at}.self_attn.o_proj", bias=config.out_bias),
             mlp_norm=self.norm(f"{at}.post_attention_layernorm"),
             gate_up=self.linear(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj", bias=mlp),
             down=self.linear(f"{at}.mlp.down_proj", bias=mlp),

@@ -17,6 +17,7 @@ from daemon.engine.cpu.batch import build_batch
 from daemon.engine.cpu.linear import TILE, Arithmetic, choose_arithmetic
 from daemon.engine.cpu.memory import ITEM_BYTES
 from daemon.engine.cpu.model import Llama
+from daemon.engine.cuda.features import unsupported
 from daemon.engine.request import Request
 from daemon.engine.runner import PoolSpec, Row, RunnerSettings, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler
@@ -35,6 +36,8 @@ class CpuRunner:
     """
 
     def __init__(self, config: ModelConfig, settings: RunnerSettings) -> None:
+        if what := unsupported(config):
+            raise ModelError(f"{config.name}: the CPU engine does not compute {what} yet")
         if settings.deterministic and settings.dtype == "bf16":
             raise ModelError("deterministic needs fp32: set dtype to auto or fp32, or deterministic to false")
         _set_threads(settings.threads)

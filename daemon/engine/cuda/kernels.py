@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon.directories import cache_dir
+from daemon.engine.cuda.features import unsupported
 from daemon.models.model_config import ModelConfig
 
 Dtype = Literal["bf16", "fp16"]
@@ -73,6 +74,8 @@ def required(
     The fa2 prefill module also computes decodes on tensor cores, so it is always included. Raises KernelError for a
     model or a combination without a kernel.
     """
+    if what := unsupported(model_config):
+        raise KernelError(f"{model_config.name}: the CUDA engine does not compute {what}; serve it on cpu")
     if model_config.head_dim not in HEAD_DIMS:
         known = ", ".join(map(str, HEAD_DIMS))
         raise KernelError(

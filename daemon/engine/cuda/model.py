@@ -76,7 +76,7 @@ class Llama:
         self._attention = attention
         self._eps = config.rms_norm_eps
         self._heads, self._kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        angles = np.concatenate(rope_tables(config, max_len), axis=1)
+        angles = np.concatenate(rope_tables(config.ropes[0], max_len), axis=1)
         self._angles = torch.from_numpy(angles).to(weights.embedding.device)
         self._small_batch = SmallBatch(config, weights, gemv, attention, self._angles) if gemv is not None else None
 

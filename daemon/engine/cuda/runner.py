@@ -27,6 +27,7 @@ from daemon.engine.cuda.device import (
     shared_memory_bytes,
 )
 from daemon.engine.cuda.dummy_steps import dummy_step, largest_step
+from daemon.engine.cuda.features import unsupported
 from daemon.engine.cuda.forward import ForwardPass, StagingSet, capacity_of
 from daemon.engine.cuda.memory import MIN_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.mixed_steps import CHUNK, DECODES, MixedSteps, fastest_way, measure_ways
@@ -95,6 +96,8 @@ class CudaRunner:
         mixed_steps: MixedSteps | Literal["auto"] = "auto",
         product_limits: Limits | None = LIMITS,
     ) -> None:
+        if what := unsupported(config):
+            raise ModelError(f"{config.name}: the CUDA engine does not compute {what}; serve it on cpu")
         self._device = torch.device(device)
         self.device = device  # on CUDA: replaced by the name of the product below
         self.eos_token_ids = config.eos_token_ids

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from daemon.engine.weights import CheckpointWeights, DummyWeights, Weights
-from daemon.models import checkpoint
 from daemon.models.model_config import ModelConfig
+from daemon.models.tensors import expected_tensors
 
 
 class Linear(NamedTuple):
@@ -52,7 +52,7 @@ class DeviceDummy:
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._shapes = checkpoint.expected_tensors(config)
+        self._shapes = expected_tensors(config)
         self._device = device
         self._dtype = dtype
 
@@ -87,7 +87,7 @@ def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: tor
             part.copy_(source.get(name))
         return out
 
-    shape_of: Callable[[str], tuple[int, ...]] = checkpoint.expected_tensors(config).__getitem__
+    shape_of: Callable[[str], tuple[int, ...]] = expected_tensors(config).__getitem__
 
     def linear(at: str, *names: str, bias: bool) -> Linear:
         return Linear.of(
@@ -99,8 +99,8 @@ def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: tor
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         return Layer(
             attention_norm=tensor(f"{at}.input_layernorm.weight"),
-            qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.attention_bias),
-            out=linear(attention, "o_proj", bias=config.attention_bias),
+            qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
+            out=linear(attention, "o_proj", bias=config.out_bias),
             mlp_norm=tensor(f"{at}.post_attention_layernorm.weight"),
             gate_up=linear(mlp, "gate_proj", "up_proj", bias=config.mlp_bias),
             down=linear(mlp, "down_proj", bias=config.mlp_bias),

@@ -19,6 +19,7 @@ from daemon.models import checkpoint
 from daemon.models.gguf.tokenizer import write_tokenizer
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig, ModelError, read_model_config
+from daemon.models.tensors import expected_tensors
 from daemon.units import quoted
 
 _LAYER = {
@@ -100,9 +101,7 @@ def convert(source: GGUF, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(source.metadata, directory)
     model_config = read_model_config(directory)
-    checkpoint.write(
-        directory, checkpoint.expected_tensors(model_config), source.dtype, _Loader(source, model_config)
-    )
+    checkpoint.write(directory, expected_tensors(model_config), source.dtype, _Loader(source, model_config))
     open_model(directory)
 
 

@@ -35,7 +35,7 @@ class Paged:
             **{name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()}
         )
         config = model_config_of(shape.head_dim)
-        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(config, LONGEST)], 1).to(device)
+        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(config.ropes[0], LONGEST)], 1).to(device)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         fused = torch.from_numpy(rng.standard_normal((sum(counts), width), np.float32) * 3)
         self.fused = fused.to(device=device, dtype=torch.bfloat16)

@@ -153,7 +153,7 @@ def test_query_key_and_value(
     indptr = np.concatenate([[0], np.cumsum(positions // block_size + 1)])
     blocks = rng.permutation(indptr[-1])
     pool = torch.zeros(len(blocks), 2, 2, block_size, kv_heads, head_dim, dtype=BF16).to(kv_dtype)
-    angles = torch.from_numpy(np.concatenate(rope_tables(model_config_of(head_dim), 100), 1))
+    angles = torch.from_numpy(np.concatenate(rope_tables(model_config_of(head_dim).ropes[0], 100), 1))
     q = torch.empty(rows, heads, head_dim, dtype=BF16)
     indices, starts, token_positions = (torch.from_numpy(a.astype(np.int32)) for a in (blocks, indptr, positions))
     keys, values, prefetch = pool[:, 1, 0], pool[:, 1, 1], noise(3, 8)

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from daemon.models import checkpoint
+from daemon.models.architecture import RopeConfig
 from daemon.models.chat_template import ChatTemplate
 from daemon.models.gguf import convert
 from daemon.models.gguf.tokenizer import _SPLITS, write_tokenizer
@@ -48,7 +49,7 @@ def test_weights_and_config_are_converted(tmp_path, kind, rounded, tie):
     model_config = converted(tmp_path / "m.gguf", tmp_path / "out")
     assert (model_config.num_layers, model_config.hidden_size) == (1, 64)
     assert (model_config.num_heads, model_config.num_kv_heads) == (4, 2)
-    assert (model_config.rope_theta, model_config.rms_norm_eps, model_config.max_position) == (7e4, 1e-5, 77)
+    assert (model_config.ropes[0].theta, model_config.rms_norm_eps, model_config.max_position) == (7e4, 1e-5, 77)
     assert (model_config.tie_embeddings, model_config.eos_token_ids, model_config.vocab_size) == (tie, (2,), 384)
     weights = weights_of(model_config.path)
     assert weights.keys() == expected.keys()
@@ -76,7 +77,8 @@ def test_the_conversion_equals_transformers(tmp_path):
 def test_biases_are_reordered(tmp_path):
     expected = make_tiny_gguf(tmp_path / "m.gguf", attention_bias=True, mlp_bias=True)
     model_config = converted(tmp_path / "m.gguf", tmp_path / "out")
-    assert model_config.attention_bias
+    assert model_config.qkv_bias
+    assert model_config.out_bias
     assert model_config.mlp_bias
     weights = weights_of(model_config.path)
     name = "model.layers.1.self_attn.k_proj.bias"
@@ -131,13 +133,9 @@ def test_llama3_scaling_is_recognised_from_the_frequency_factors(tmp_path, facto
         extra={"rope_freqs.weight": rope},
         metadata={"llama.attention.key_length": dim, "llama.attention.value_length": dim},
     )
-    assert converted(tmp_path / "m.gguf", tmp_path / "out").rope_scaling == {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    assert converted(tmp_path / "m.gguf", tmp_path / "out").ropes == (
+        RopeConfig(theta, dim, "llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0),
+    )
     rope[5] = 3
     make_tiny_gguf(
         tmp_path / "m.gguf",
