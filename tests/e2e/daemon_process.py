@@ -59,7 +59,10 @@ def title_of(process: psutil.Process) -> str:
 
 
 class Daemon:
-    """`llumd serve` in a session of its own. All its files are in `home`."""
+    """`llumd serve` in a session of its own. All its files are in `home`.
+
+    Without `standby` it has no standby frontend: few tests need one, and each costs a second of CPU time.
+    """
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class Daemon:
         model: str = "demo",
         engine: str = "stub",
         key: str = "",
+        standby: bool = False,
         env: dict[str, str] | None = None,
     ) -> None:
         self.home = home
@@ -77,6 +81,8 @@ class Daemon:
         command = serve_command(model, "--engine", engine, "--run-dir", str(self.run_dir))
         if "--port" not in flags:
             command += ["--port", "0"]
+        if not standby:
+            command += ["--no-standby-frontend"]
         with open(home / "out", "w") as out, open(home / "err", "w") as err:
             self.process = subprocess.Popen(
                 [*command, *flags],

@@ -21,7 +21,7 @@ LANES = 4
 
 @pytest.fixture(scope="module")
 def daemon(start_shared) -> Iterator[Daemon]:
-    return start_shared("--devices", "cpu,cpu", "--frontends", "2", engine="hash")
+    return start_shared("--devices", "cpu,cpu", "--frontends", "2", engine="hash", standby=True)
 
 
 def stream(daemon: Daemon, lane: int, stop: Event) -> int:

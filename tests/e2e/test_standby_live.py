@@ -20,7 +20,7 @@ def standby(daemon: Daemon) -> psutil.Process | None:
 
 
 def test_a_standby_takes_over_and_is_replaced(start: Start) -> None:
-    daemon = start("--frontends", "2")
+    daemon = start("--frontends", "2", standby=True)
     first = wait_for("a standby", lambda: standby(daemon))
     before = daemon.kill("frontend", 1)
     row = daemon.await_successor("frontend", 1, before)
@@ -37,7 +37,7 @@ def test_a_standby_takes_over_and_is_replaced(start: Start) -> None:
 
 
 def test_no_standby_if_none_is_asked_for(start: Start) -> None:
-    daemon = start("--no-standby-frontend")
+    daemon = start()
     before = daemon.kill("frontend")
     daemon.await_successor("frontend", 0, before)
     assert standby(daemon) is None
