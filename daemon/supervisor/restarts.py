@@ -62,7 +62,8 @@ class Succession:
     """Whether the next incarnation of one frontend adopts: it goes on with the responses of its predecessors.
 
     A response must not kill its frontend for ever. So after several incarnations that have adopted and died soon, the
-    next one starts with nothing: the responses are cut, and the daemon serves on.
+    next one starts with nothing: the responses are cut, and the daemon serves on. A signal from outside counts only
+    against an incarnation that has hardly served: any other has brought its responses forward.
     """
 
     def __init__(self) -> None:
@@ -75,11 +76,12 @@ class Succession:
         if not self.adopts or death.beats >= HEALTHY_BEATS:
             self._failed = self._killed = 0
         elif death.killed:
-            self._killed += 1
+            self._killed += death.beats < WORKED_BEATS
         else:
             self._failed += 1
         self.adopts = self._failed < FAILED_ADOPTIONS and self._killed < KILLED_ADOPTIONS
 
     def on_handover(self) -> None:
-        """Have the successor of an incarnation that has handed over adopt."""
+        """Have the successor of an incarnation that has handed over adopt; forget the deaths before."""
+        self._failed = self._killed = 0
         self.adopts = True

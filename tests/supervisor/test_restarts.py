@@ -69,6 +69,14 @@ def test_responses_that_kill_each_successor_are_given_up(death: Death, limit: in
     assert succession.adopts
 
 
+def test_kills_of_frontends_that_have_served_never_end_succession() -> None:
+    succession = Succession()
+    succession.on_death(HEALTHY)
+    for _ in range(10 * KILLED_ADOPTIONS):
+        succession.on_death(KILL._replace(beats=WORKED_BEATS))
+        assert succession.adopts
+
+
 def test_a_healthy_successor_and_a_handover_clear_the_record() -> None:
     succession = Succession()
     for _ in range(3):
@@ -79,3 +87,8 @@ def test_a_healthy_successor_and_a_handover_clear_the_record() -> None:
     succession = Succession()
     succession.on_handover()
     assert succession.adopts
+    for _ in range(3):
+        for _ in range(FAILED_ADOPTIONS - 1):
+            succession.on_death(CRASH)
+        succession.on_handover()
+        assert succession.adopts
