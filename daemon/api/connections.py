@@ -3,6 +3,7 @@
 A connection costs a descriptor, so a client that opens connections and sends nothing could keep all others out.
 Therefore each one must send a whole request head in time, and the one that has been idle for longest is closed when
 the limit is reached. A connection with a request in progress is closed only if its client does not read the answer.
+Connections that a former process has left count, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.web_protocol import RequestHandler
 
 from daemon.api.errors import ApiError, bad_request, internal, too_many_connections
@@ -62,7 +64,8 @@ class Connections:
         self._write_timeout = config.request_deadline
         self._page = page
         self._loop = asyncio.get_running_loop()
-        self._open: dict[Connection, None] = {}  # the one whose last request is oldest comes first
+        # The one whose last request is oldest comes first.
+        self._open: dict[Connection | AdoptedConnection, None] = {}
         self._limit = max_connections(config)
         self._limit_log = RateLimitedLog(log, logging.WARNING)
         self.malformed_log = RateLimitedLog(log, logging.WARNING)
@@ -98,7 +101,7 @@ class Connections:
             sock.send(raw_error(too_many_connections(), common_headers()))
         sock.close()
 
-    def cut(self, connection: Connection, reason: ConnectionEnd) -> None:
+    def cut(self, connection: Connection | AdoptedConnection, reason: ConnectionEnd) -> None:
         """Close a connection and count it."""
         self._open.pop(connection, None)
         self._page.inc("connections_cut", 1, reason)
@@ -109,12 +112,12 @@ class Connections:
         else:
             connection.force_close()
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: Connection | AdoptedConnection) -> None:
         """Count a new connection, or record that a request has arrived on an open one."""
         self._open.pop(connection, None)
         self._open[connection] = None
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: Connection | AdoptedConnection) -> None:
         self._open.pop(connection, None)
 
     def count_malformed(self, reason: str) -> None:
@@ -136,10 +139,60 @@ class Connections:
             await asyncio.sleep(_SWEEP)
 
 
-class Connection(RequestHandler):
-    """One connection: aiohttp's protocol, with a deadline for request heads and OpenAI's error bodies."""
+class _Watched(BaseProtocol):
+    """A connection that knows for how long its client has not read."""
 
-    __slots__ = ("_blocked_since", "_connections", "_head_since", "_token", "has_partial_head", "sock")
+    _loop: asyncio.AbstractEventLoop
+    _blocked_since = 0.0  # time from which the client has not read its answer; 0: it reads
+
+    def blocked_for(self, now: float) -> float:
+        """Return the seconds in which the client has not read its answer."""
+        return now - self._blocked_since if self._blocked_since else 0.0
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._blocked_since = self._loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._blocked_since = 0.0
+
+
+class AdoptedConnection(_Watched):
+    """The connection of one response that a former process has begun. What the client sends is not read."""
+
+    has_partial_head = False
+
+    def __init__(self, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._connections = connections
+        self.waiting = False  # True once the response has ended: for its client to close the connection
+        self.lost = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None  # writes the response; cancelled if the connection is lost
+
+    def head_overdue(self, now: float) -> bool:
+        """Return False: no further request is read."""
+        return False
+
+    def force_close(self) -> None:
+        """Close the connection."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._connections.opened(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.closed(self)
+        super().connection_lost(exc)
+        self.lost.set()
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Connection(_Watched, RequestHandler):
+    """One connection: aiohttp's protocol, with a deadline for request heads and OpenAI's error bodies."""
 
     def __init__(
         self,
@@ -154,7 +207,6 @@ class Connection(RequestHandler):
         self.sock = sock
         self._token = 0  # under which the connection is kept; 0: it is not
         self._head_since = 0.0  # time from which a request head is due; 0: none is due
-        self._blocked_since = 0.0  # time from which the client has not read its answer; 0: it reads
         self.has_partial_head = False
 
     @property
@@ -165,10 +217,6 @@ class Connection(RequestHandler):
     def head_overdue(self, now: float) -> bool:
         """Return True if the head of a request should have been complete at `now`."""
         return self.waiting and 0 < self._head_since < now - HEAD_TIMEOUT
-
-    def blocked_for(self, now: float) -> float:
-        """Return the seconds in which the client has not read its answer."""
-        return now - self._blocked_since if self._blocked_since else 0.0
 
     async def keep(self) -> int:
         """Have this connection outlive this process; return its token, 0 if it cannot."""
@@ -204,14 +252,6 @@ class Connection(RequestHandler):
         elif data and self.waiting:
             self.has_partial_head = True
             self._head_since = self._head_since or self._loop.time()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._blocked_since = self._loop.time()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._blocked_since = 0.0
 
     def handle_error(
         self,

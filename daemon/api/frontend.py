@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT = 1.0  # seconds between two heartbeats
 _LATE = 0.5  # seconds by which a heartbeat may be late without a reason to distrust this process's own clock
-_HEARTBEAT_DEADLINE = 30.0  # seconds after a heartbeat at which the next one is overdue
+_HEARTBEAT_DEADLINE = 5.0  # seconds after a heartbeat at which the next one is overdue
+_LOADING_DEADLINE = 30.0  # seconds to load and to take over the responses of a former process
 
 
 def prepare(spec: ChildSpec) -> None:
@@ -65,7 +66,7 @@ def main(spec: ChildSpec) -> None:
     """Run the frontend process."""
     keep_large_blocks_apart()
     fabric = child.initialize(spec)
-    fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _HEARTBEAT_DEADLINE)
+    fabric.progress(fabric.process).enter(EngineState.LOADING, fabric.incarnation, _LOADING_DEADLINE)
     try:
         uvloop.run(_serve(spec, fabric))
     except (ConfigError, ModelError) as e:  # the files were good when the daemon started; a restart would not help
@@ -95,7 +96,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     loop.add_signal_handler(CUT_SIGNAL, cut.set)
     # What a successor needs is in shared memory at any moment, so there is nothing to do before.
     loop.add_signal_handler(HANDOVER_SIGNAL, os._exit, EXIT_HANDOVER)
-    succession = Succession(service, tracker, outbox, kept)
+    succession = Succession(service, tracker, outbox, kept, connections)
     await succession.start()
     listener = socket.socket(fileno=spec.listener_fd)
     listener.setblocking(False)

@@ -17,10 +17,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import msgspec
-from aiohttp.base_protocol import BaseProtocol
 
 from daemon.api.access_log import AccessLog
 from daemon.api.answer import Answer, AnswerWriter
+from daemon.api.connections import AdoptedConnection, Connections
 from daemon.api.errors import ApiError, deadline_exceeded, lost, to_api_error
 from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.request_state import RequestState
@@ -38,21 +38,6 @@ log = logging.getLogger(__name__)
 
 _LINGER = 5.0  # seconds for a client to close the connection after the end of its response
 _CLOSE_GRACE = 1.0  # seconds for responses to end when this process does
-
-
-class AdoptedConnection(BaseProtocol):
-    """The connection of one response that a former process has begun. What the client sends is not read."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self.lost = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        self.lost.set()
-        if self.task is not None:
-            self.task.cancel()
 
 
 @dataclass(slots=True)
@@ -76,10 +61,19 @@ class _Adopted:
 class Succession:
     """All responses of the former process."""
 
-    def __init__(self, service: Service, tracker: RequestTracker, outbox: Outbox, kept: KeptSockets) -> None:
+    def __init__(
+        self,
+        service: Service,
+        tracker: RequestTracker,
+        outbox: Outbox,
+        kept: KeptSockets,
+        connections: Connections,
+    ) -> None:
+        """`connections`: of this process; those of the former one count among them."""
         self._service = service
         self._tracker = tracker
         self._outbox = outbox
+        self._connections = connections
         self._kept = kept
         self._streams = tracker.adopted()
         self._access_log = AccessLog(service.config.access_log)
@@ -130,7 +124,7 @@ class Succession:
             log.warning("a response ends with the former process: %s", e)
             return None
         loop = asyncio.get_running_loop()
-        connection = AdoptedConnection(loop)
+        connection = AdoptedConnection(self._connections, loop)
         sock.setblocking(False)
         try:
             transport, _ = await loop.connect_accepted_socket(lambda: connection, sock)
@@ -173,8 +167,6 @@ class Succession:
             status = await self._respond(found)
         except (asyncio.CancelledError, ConnectionError):
             pass  # the client has hung up, or this process ends
-        except TimeoutError:  # the client does not read
-            found.writer.abort()
         except Exception as e:
             to_api_error(e)  # logs it
             found.writer.abort()
@@ -189,16 +181,14 @@ class Succession:
         facts = found.facts
         try:
             if found.ended:
-                async with self._write_timeout():
-                    await found.writer.finish()
+                await found.writer.finish()
             elif facts.form.stream:
                 await self._stream(found)
             else:
                 await self._whole(found)
         except ApiError as e:  # nothing is sent yet
             found.writer.start(raw_error(e, facts.headers, minor=facts.minor), chunked=False)
-            async with self._write_timeout():
-                await found.writer.write_eof()
+            await found.writer.write_eof()
             return e.status
         return 200
 
@@ -227,9 +217,8 @@ class Succession:
                 await answer.leave_deadline()
                 headers = JSON_HEADERS | {"Content-Length": str(len(body))} | found.facts.headers
                 found.writer.start(raw_head(200, "OK", headers, minor=found.facts.minor), chunked=False)
-                async with self._write_timeout():
-                    await found.writer.write_eof(body)
-        except (ConnectionError, TimeoutError):
+                await found.writer.write_eof(body)
+        except ConnectionError:
             raise
         except Exception as e:
             raise to_api_error(e) from None
@@ -269,10 +258,6 @@ class Succession:
 
     # -- its end ------------------------------------------------------------------------------------
 
-    def _write_timeout(self) -> asyncio.Timeout:
-        """Return the limit for a client to read what is written."""
-        return asyncio.timeout(self._service.config.request_deadline or None)
-
     def _count(self, found: _Adopted, status: int | None) -> None:
         facts = found.facts
         word = "disconnect" if status is None else f"{status // 100}xx"
@@ -286,6 +271,7 @@ class Succession:
         connection = found.connection
         try:
             if connection.transport is not None and not connection.transport.is_closing():
+                connection.waiting = True
                 connection.transport.write_eof()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LINGER):

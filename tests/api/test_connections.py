@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from daemon.api import connections as module
-from daemon.api.connections import Connections
+from daemon.api.connections import AdoptedConnection, Connections
 from daemon.api.frontend import ConnectionAcceptor
 from daemon.ipc.metrics_page import FRONTEND, MetricsPage, snapshot
 from tests.api.harness import CHAT, HELLO, make_api, until
@@ -22,8 +22,9 @@ from tests.api.harness import CHAT, HELLO, make_api, until
 class Served:
     """An application behind the acceptor and the connections of a frontend."""
 
-    def __init__(self, address: tuple[str, int], page: bytearray) -> None:
+    def __init__(self, address: tuple[str, int], page: bytearray, connections: Connections) -> None:
         self.address = address
+        self.connections = connections
         self._page = page
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -32,6 +33,16 @@ class Served:
         self.writers.append(writer)
         writer.write(data)
         return reader, writer
+
+    async def adopt(self) -> tuple[socket.socket, AdoptedConnection]:
+        """Return a client that reads nothing, and its connection, with a response that has begun."""
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            sock, _ = listener.accept()
+        sock.setblocking(False)
+        _, adopted = await loop.connect_accepted_socket(lambda: AdoptedConnection(self.connections, loop), sock)
+        return client, adopted
 
     def cut(self, reason: str) -> float:
         return snapshot(memoryview(self._page), FRONTEND).counter("connections_cut", reason)
@@ -48,7 +59,7 @@ async def serving(api):
     acceptor = ConnectionAcceptor(listener, connections)
     acceptor.start()
     sweep = asyncio.create_task(connections.sweep())
-    served = Served(listener.getsockname(), page)
+    served = Served(listener.getsockname(), page, connections)
     try:
         yield served
     finally:
@@ -167,6 +178,32 @@ def test_client_that_never_reads_is_cut_at_the_deadline(model, fast):
             for _ in range(100):
                 writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
             await until(lambda: served.cut("slow_reader") == 1)
+
+    asyncio.run(body())
+
+
+def test_adopted_connections_count_and_are_cut_like_others(model, fast):
+    api = make_api(model, request_deadline=0.5, max_connections=1)
+
+    async def body():
+        async with serving(api) as served:
+            client, adopted = await served.adopt()
+            refused, _ = await served.connect()
+            status, error = await answer_to(refused)
+            assert (status, error["error"]["code"]) == (503, "too_many_connections")
+            assert adopted.transport is not None
+            adopted.transport.write(bytes(32 << 20))
+            await asyncio.wait_for(adopted.lost.wait(), 5)
+            assert served.cut("slow_reader") == 1
+            client.close()
+
+            client, adopted = await served.adopt()
+            adopted.waiting = True  # its response has ended
+            reader, _ = await served.connect(GET)
+            assert (await answer_to(reader))[0] == 200
+            await asyncio.wait_for(adopted.lost.wait(), 5)
+            assert served.cut("limit") == 1
+            client.close()
 
     asyncio.run(body())
 
