@@ -288,7 +288,8 @@ class Config:
         0,
         "http",
         "Maximum number of connections of each frontend. At the limit, the one that is idle for longest is closed; "
-        "if none is idle, a new one gets status 503. 0: what the limit of open files allows.",
+        "if none is idle, a new one gets status 503. 0: what the limit of open files allows for each to outlive its "
+        "frontend.",
         "connections",
         at_least=0,
         at_most=1 << 17,

@@ -40,15 +40,20 @@ _MAX_CONNECTIONS = 65_536  # of one frontend, if no option says so
 _MAX_REASON = 120  # characters of the parser's explanation that an answer repeats
 
 
-def max_connections(config: Config) -> int:
-    """Return the maximum number of connections: the option, or what the descriptor limit of this process allows."""
+def max_connections(config: Config, num_kept: int = 0) -> int:
+    """Return the maximum number of connections: the option, or what the descriptor limit of this process allows.
+
+    `num_kept`: connections that the supervisor can keep. Without the option there are no more, so that each can
+    outlive this process. 0: it can keep none.
+    """
     if config.max_connections:
         return config.max_connections
+    most = min(_MAX_CONNECTIONS, num_kept or _MAX_CONNECTIONS)
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return _MAX_CONNECTIONS
+        return most
     used = len(os.listdir("/proc/self/fd"))
-    return max(1, min(_MAX_CONNECTIONS, limit - used - _OTHER_DESCRIPTORS))
+    return max(1, min(most, limit - used - _OTHER_DESCRIPTORS))
 
 
 class Connections:
@@ -66,7 +71,7 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         # The one whose last request is oldest comes first.
         self._open: dict[Connection | AdoptedConnection, None] = {}
-        self._limit = max_connections(config)
+        self._limit = max_connections(config, kept.capacity if kept is not None else 0)
         self._limit_log = RateLimitedLog(log, logging.WARNING)
         self.malformed_log = RateLimitedLog(log, logging.WARNING)
         self.failure_log = RateLimitedLog(log, logging.ERROR)

@@ -7,6 +7,7 @@ from daemon.ipc.fabric import Layout, Topology
 from daemon.machine import Machine
 from daemon.models.model_config import ModelConfig
 from daemon.relations import require
+from daemon.supervisor.socket_keeper import capacity_of
 
 _JOURNAL_TOKEN = 8  # bytes: a token of the longest request takes 4, and some room is lost between requests
 _DESCRIPTORS = 128  # of each process, for its libraries, its files and some connections
@@ -56,6 +57,18 @@ def check_machine_limits(config: Config, machine: Machine, pool_bytes: int) -> N
             f"the limit of open files is {machine.descriptors}, and {topology.processes} processes need at least "
             f"{needed} each; raise it (ulimit -n; systemd: LimitNOFILE)"
         )
+
+
+def kept_connections_warning(config: Config, machine: Machine) -> str:
+    """Return what to say if not every connection can outlive its frontend; "" if each can."""
+    kept = capacity_of(machine.descriptors, Topology(config.frontends, len(config.devices)))
+    if config.max_connections <= kept:
+        return ""
+    return (
+        f"warning: max_connections is {config.max_connections}, but with {machine.descriptors} open files only "
+        f"{kept} connections of each frontend can outlive it: a response on any other ends with it; lower "
+        "max_connections, or raise the limit of open files (ulimit -n; systemd: LimitNOFILE)"
+    )
 
 
 def _mib(size: int) -> str:

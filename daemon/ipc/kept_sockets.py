@@ -110,6 +110,11 @@ class KeptSockets:
         self._queue: deque[_Queued] = deque()
 
     @property
+    def capacity(self) -> int:
+        """The number of sockets that may be kept at once."""
+        return self._capacity
+
+    @property
     def num_held(self) -> int:
         """The number of sockets that the supervisor keeps, or will keep once it has read the channel."""
         return len(self._held)

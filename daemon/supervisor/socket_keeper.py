@@ -24,8 +24,11 @@ _DESCRIPTORS_PER_PROCESS = 8  # doorbell, journal, pool, pidfd, channel, pipes
 def capacity(topology: Topology) -> int:
     """Return how many sockets may be kept for each frontend: this process needs a descriptor for each."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return _MAX_KEPT
+    return _MAX_KEPT if limit == resource.RLIM_INFINITY else capacity_of(limit, topology)
+
+
+def capacity_of(limit: int, topology: Topology) -> int:
+    """Return the same for a supervisor that may open `limit` files."""
     free = limit - _OTHER_DESCRIPTORS - _DESCRIPTORS_PER_PROCESS * topology.processes
     return max(0, min(_MAX_KEPT, free // topology.frontends))
 

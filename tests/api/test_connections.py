@@ -15,6 +15,7 @@ from aiohttp import web
 from daemon.api import connections as module
 from daemon.api.connections import AdoptedConnection, Connections
 from daemon.api.frontend import ConnectionAcceptor
+from daemon.config import load
 from daemon.ipc.metrics_page import FRONTEND, MetricsPage, snapshot
 from tests.api.harness import CHAT, HELLO, make_api, until
 
@@ -257,3 +258,11 @@ def test_bytes_at_random_never_write_a_traceback(model, caplog):
     with caplog.at_level(logging.INFO):
         asyncio.run(body())
     assert [r for r in caplog.records if r.exc_info] == []
+
+
+def test_by_default_there_are_no_more_connections_than_can_be_kept():
+    config = load({}, None, {})
+    most = module.max_connections(config)
+    assert module.max_connections(config, most - 1) == most - 1
+    assert module.max_connections(config, most + 1) == most
+    assert module.max_connections(load({"max_connections": most + 5}, None, {}), 3) == most + 5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from daemon.cli.limits import check_machine_limits, check_model_limits
+from daemon.cli.limits import check_machine_limits, check_model_limits, kept_connections_warning
 from daemon.config import ConfigError, load
 from daemon.machine import Machine
 from tests.cli.test_memory_budget import MODEL_CONFIG
@@ -62,3 +64,24 @@ def test_what_the_machine_does_not_have(settings: dict[str, object], pool: int, 
 
 def test_what_the_machine_has():
     check_machine_limits(load({"devices": "cpu,cpu", "threads": 2}, None, {}), MACHINE, GIB)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({"max_connections": 352}, ""),
+        ({"max_connections": 0, "frontends": 16}, ""),  # the default follows the limit
+        (
+            {"max_connections": 353},
+            "warning: max_connections is 353, but with 512 open files only 352 connections of ",
+        ),
+        (
+            {"max_connections": 200, "frontends": 2},
+            "warning: max_connections is 200, but .* only 172 connections of ",
+        ),
+    ],
+)
+def test_connections_that_the_supervisor_cannot_keep(settings: dict[str, int], warning: str):
+    config = load({"devices": ["cpu", "cpu"]} | settings, None, {})
+    found = kept_connections_warning(config, MACHINE)
+    assert re.match(warning, found) if warning else not found
