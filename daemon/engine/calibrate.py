@@ -31,6 +31,7 @@ _BETTER = 0.95  # of a step's earlier time: a step this fast or faster shows tha
 _MIN_ROUNDS = 2  # a time that no second run confirms is not used
 _BATCH, _GROWTH = 16, 4  # rows of the first batch larger than 1, and the factor from one batch to the next
 _SHORT, _LONG = 8, 512  # tokens of context of a decode row
+_TOKEN_STRIDE = 7919  # a prime: tokens of neighbours are far apart
 _CHUNK = 64  # tokens of a prefill row: few enough that the cost of attention is negligible
 
 
@@ -53,7 +54,8 @@ def calibrate(
     """
     end = clock() + budget
     steps: list[_Step] = []
-    for step in _steps(runner.max_model_len, num_blocks, block_size, max_num_seqs, max_batch_tokens):
+    rows = _RowFactory(num_blocks, block_size, runner.vocab_size)
+    for step in _steps(rows, runner.max_model_len, max_num_seqs, max_batch_tokens):
         step.time(runner, clock)
         steps.append(step)
         if len(steps) >= INDISPENSABLE and clock() > end - budget * 2 / 3:  # the rest is for more rounds
@@ -87,12 +89,9 @@ class _Step:
         return seconds < _BETTER * before
 
 
-def _steps(
-    max_model_len: int, num_blocks: int, block_size: int, max_num_seqs: int, max_batch_tokens: int
-) -> Iterator[_Step]:
+def _steps(rows: _RowFactory, max_model_len: int, max_num_seqs: int, max_batch_tokens: int) -> Iterator[_Step]:
     """Yield decode batches with short and long context, then prefill chunks, in order of size."""
-    longest = min(max_model_len, (num_blocks - 1) * block_size)
-    rows = _RowFactory(num_blocks, block_size)
+    longest = min(max_model_len, rows.longest)
     most = min(max_num_seqs, max_batch_tokens)
     yield _Step(_decodes(rows, 1, min(_SHORT, longest)))
     for batch in _growing(min(_BATCH, most), most):
@@ -117,12 +116,22 @@ def _growing(first: int, last: int) -> Iterator[int]:
 
 
 class _RowFactory:
-    """Makes rows that are spread over the pool, so that KV comes from memory and not from a cache."""
+    """Makes rows that are spread over the pool, so that KV comes from memory and not from a cache.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    Their tokens are spread over the vocabulary: equal tokens would all choose the same experts of a mixture.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
+        self._vocab_size = vocab_size
         self._next = 0
+        self._tokens = 0  # in the rows until now
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a row can have."""
+        return (self._num_blocks - 1) * self._block_size
 
     def row(self, start: int, count: int) -> Row:
         """Return a row that reads arbitrary blocks and, from position `start` on, writes the dummy block."""
@@ -132,7 +141,9 @@ class _RowFactory:
         self._next += reads
         params = RequestParams(SamplingParams(max_tokens=1, seed=0), arrival=0.0)
         length = start + count
+        tokens = [(self._tokens + i) * _TOKEN_STRIDE % self._vocab_size for i in range(length)]
+        self._tokens += length
         request = Request(
-            rid=-1, epoch=0, frontend=0, params=params, tokens=[0] * length, prompt_len=length, block_table=table
+            rid=-1, epoch=0, frontend=0, params=params, tokens=tokens, prompt_len=length, block_table=table
         )
         return Row(request, start, count, True)
