@@ -117,10 +117,10 @@ def _decode(
     """Time a step that decodes one token for each of `batch` sequences of `length` tokens."""
     each = -(-length // BLOCK_SIZE)
     rows = [
-        Row(_request(config, length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
+        Row(new_request(config, length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
         for i in range(batch)
     ]
-    seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
+    seconds = median_seconds(lambda: runner.execute(StepPlan(rows, batch)), repeat)
     read = weights_bytes(config, runner.arithmetic)
     read += batch * length * runner.pool_spec(1).block_bytes // BLOCK_SIZE
     return {
@@ -136,12 +136,13 @@ def _decode(
 def _prefill(runner: CpuRunner, config: ModelConfig, chunk: int, before: int, repeat: int) -> dict[str, Any]:
     """Time a step with one chunk of `chunk` tokens, after `before` computed tokens."""
     length = before + chunk
-    row = Row(_request(config, length, list(range(1, 1 + -(-length // BLOCK_SIZE)))), before, chunk, True)
-    seconds = _median(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
+    row = Row(new_request(config, length, list(range(1, 1 + -(-length // BLOCK_SIZE)))), before, chunk, True)
+    seconds = median_seconds(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
     return {"chunk": chunk, "before": before, "ms": seconds * 1e3, "tokens_per_second": chunk / seconds}
 
 
-def _request(config: ModelConfig, length: int, blocks: list[int]) -> Request:
+def new_request(config: ModelConfig, length: int, blocks: list[int]) -> Request:
+    """Return a request of `length` tokens that holds `blocks`."""
     params = RequestParams(SamplingParams(max_tokens=1, seed=1, temperature=0.0), arrival=0.0)
     return Request(
         rid=1,
@@ -154,7 +155,8 @@ def _request(config: ModelConfig, length: int, blocks: list[int]) -> Request:
     )
 
 
-def _median(step: Callable[[], Any], repeat: int) -> float:
+def median_seconds(step: Callable[[], Any], repeat: int) -> float:
+    """Return the median time of `repeat` calls, after one more."""
     step()
     times = []
     for _ in range(repeat):
@@ -167,7 +169,7 @@ def _median(step: Callable[[], Any], repeat: int) -> float:
 def _read_bandwidth() -> float:
     """Return the GB/s at which one thread reads and sums 256 MB."""
     data = np.ones(32 << 20, np.int64)
-    return data.nbytes / _median(data.sum, 5) / 1e9
+    return data.nbytes / median_seconds(data.sum, 5) / 1e9
 
 
 def _cpu() -> str:

@@ -1,0 +1,91 @@
+"""Decode steps of a mixture of experts on the CPU, beside dense models with the same weights. Random weights.
+
+Each model has the same attention, embeddings and head. Their MLPs have: the mixture, EXPERTS experts of which each
+token uses PER_TOKEN; "dense", as many weights as all experts; "active", as many as the experts of one token. A step
+of the mixture should cost as one of "active" for one row, and no more than one of "dense" for many rows.
+
+    python -m bench.experts --out bench/results/experts.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.engine import BLOCK_SIZE, SMOLLM2_135M, median_seconds, new_request
+from bench.machine import describe
+from daemon.engine.cpu.runner import CpuRunner
+from daemon.engine.runner import Row, RunnerSettings, StepPlan
+from daemon.models.architecture import ExpertsConfig, LayerConfig, ModelConfig
+
+EXPERTS, PER_TOKEN, WIDTH, LAYERS = 32, 4, 384, 6
+ROWS = (1, 8, 32)
+_LENGTH = 64  # tokens of context: attention costs little
+_DENSE = replace(
+    SMOLLM2_135M, hidden_size=1024, num_heads=16, num_kv_heads=4, vocab_size=8192, layers=(LayerConfig(),) * LAYERS
+)
+MODELS: dict[str, ModelConfig] = {
+    "mixture": replace(
+        _DENSE,
+        layers=(LayerConfig(experts=True),) * LAYERS,
+        experts=ExpertsConfig(EXPERTS, PER_TOKEN, WIDTH, normalise=True),
+    ),
+    "dense": replace(_DENSE, intermediate_size=EXPERTS * WIDTH),
+    "active": replace(_DENSE, intermediate_size=PER_TOKEN * WIDTH),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--repeat", type=int, default=15, help="timed steps of each kind; the result is the median")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "machine": describe(),
+        "threads": args.threads,
+        "experts": {"count": EXPERTS, "per_token": PER_TOKEN, "width": WIDTH, "layers": LAYERS},
+        "models": {name: _measure(config, args) for name, config in MODELS.items()},
+    }
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text)
+
+
+def _measure(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    settings = RunnerSettings(
+        threads=args.threads,
+        dtype=args.dtype,
+        load_format="dummy",
+        block_size=BLOCK_SIZE,
+        max_num_seqs=max(ROWS),
+        max_batch_tokens=512,
+        max_model_len=1024,
+    )
+    runner = CpuRunner(config, settings)
+    runner.load(memoryview(bytearray(b"\x3c") * runner.pool_spec(1 + max(ROWS) * _LENGTH // BLOCK_SIZE).nbytes))
+    return {
+        "params": config.num_params,
+        "active_params": config.active_params,
+        "arithmetic": runner.arithmetic,
+        "step_ms": {rows: _step_seconds(runner, config, rows, args.repeat) * 1e3 for rows in ROWS},
+    }
+
+
+def _step_seconds(runner: CpuRunner, config: ModelConfig, batch: int, repeat: int) -> float:
+    each = _LENGTH // BLOCK_SIZE
+    rows = []
+    for i in range(batch):
+        request = new_request(config, _LENGTH, list(range(1 + i * each, 1 + (i + 1) * each)))
+        request.tokens[-1] = 7919 * i % config.vocab_size  # rows with equal tokens would choose the same experts
+        rows.append(Row(request, _LENGTH - 1, 1, True))
+    return median_seconds(lambda: runner.execute(StepPlan(rows, batch)), repeat)
+
+
+if __name__ == "__main__":
+    main()
