@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from daemon.engine.cpu.memory import activation_bytes, weights_bytes
-from daemon.engine.cpu.model import Llama
+from daemon.engine.cpu.model import Decoder
 from daemon.engine.weights import open_weights
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError, read_model_config
@@ -67,8 +67,8 @@ def test_dummy_weights_depend_only_on_the_name(tmp_path):
 def test_the_estimate_equals_the_size_of_the_weights(tmp_path, arithmetic, tie):
     path = make_tiny_llama(tmp_path, tie=tie)
     config = open_model(path)
-    model: Llama = make_runner(path, dtype=arithmetic)._model
-    linears = [x for layer in model._layers for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    model: Decoder = make_runner(path, dtype=arithmetic)._model
+    linears = [x for layer in model._layers for x in (layer.qkv, layer.out, *layer.mlp.linears)]
     params = sum(x.in_features * x.out_features for x in linears) + config.hidden_size * (2 * config.num_layers + 1)
     head = model._head.in_features * model._head.out_features * 4
     assert weights_bytes(config, arithmetic) == params * (4 if arithmetic == "fp32" else 2) + head

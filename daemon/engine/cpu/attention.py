@@ -1,9 +1,9 @@
 """Paged attention on the CPU: one kernel for single tokens, one for prefill chunks.
 
-Both read a sequence's blocks in groups of fixed size from position 0, with an online softmax. The query heads of a
-KV head's group share each key and value that is read. Queries are scaled by log2(e) / sqrt(head_dim) beforehand, so
-the softmax uses powers of 2. A token's result in `attend_tokens` depends only on its own sequence, bit for bit:
-deterministic engines use that kernel for prefill too.
+Both read a sequence's blocks in groups of fixed size from position 0, or from the group in which a sliding window
+begins, with an online softmax. The query heads of a KV head's group share each key and value that is read. Queries
+are scaled by LOG2E and the model's scale beforehand, so the softmax uses powers of 2. A token's result in
+`attend_tokens` depends only on its own sequence, bit for bit: deterministic engines use that kernel for prefill too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from daemon.engine.jit import F32, kernel, prange
 TILE_QUERIES = 32  # tokens of a prefill chunk that share one pass over the keys
 _ROWS = 4  # rows of one product in `attend_tiles`
 _SPAN = 64  # positions of one softmax step; a larger block is one step
+LOG2E = 1.4426950408889634
 _LOWEST = np.float32(-1e30)  # used as minus infinity: differences of it stay finite
 
 
@@ -52,18 +53,14 @@ class AttentionShape(NamedTuple):
         """Pool elements of a block."""
         return self.layers * self.layer_width
 
-    @property
-    def query_scale(self) -> float:
-        """Factor of the queries: the softmax scale, and the change from base e to base 2."""
-        return 1.4426950408889634 / self.head_dim**0.5
-
 
 class Attention(NamedTuple):
     """The compiled kernels.
 
-    attend_tokens(q, pool, layer_offset, positions, tables, blocks, out) computes out[i] for each i of `positions`.
-    attend_tiles(q, pool, layer_offset, positions, tables, blocks, tiles, out) computes `out` for the tokens of each
-    tile, which are consecutive tokens of one sequence: tiles [n, 2] int32 of (first token, count <= TILE_QUERIES).
+    attend_tokens(q, pool, layer_offset, window, positions, tables, blocks, out) computes out[i] for each i of
+    `positions`. attend_tiles(q, pool, layer_offset, window, positions, tables, blocks, tiles, out) computes `out` for
+    the tokens of each tile, which are consecutive tokens of one sequence: tiles [n, 2] int32 of (first token,
+    count <= TILE_QUERIES). `window`: of a kernel with a sliding window, see `LayerConfig`; others do not read it.
 
     q [tokens, heads * head_dim] f32; pool flat; positions [tokens] int32; tables [tokens] int32: index in `blocks`
     (int32) where the token's block table begins; out [tokens, heads * head_dim] f32 or bf16 bits.
@@ -73,9 +70,26 @@ class Attention(NamedTuple):
     attend_tiles: Callable[..., None]
 
 
-def compile_attention(shape: AttentionShape, parallel: bool) -> Attention:
-    """Compile the kernels for one model's shape. `parallel`: they divide the work between numba's threads."""
-    return Attention(_compile_tokens(shape, parallel), _compile_tiles(shape, parallel))
+def compile_attention(
+    shape: AttentionShape, parallel: bool, *, windowed: bool = False, softcap: float = 0.0
+) -> Attention:
+    """Compile the kernels for one model's shape. `parallel`: they divide the work between numba's threads.
+
+    `windowed`: with a sliding window. `softcap`: see `ModelConfig`.
+    """
+    kind = windowed, float(softcap * LOG2E)
+    return Attention(_compile_tokens(shape, parallel, *kind), _compile_tiles(shape, parallel, *kind))
+
+
+@kernel(inline=True, fastmath=True)
+def _cap(scores: Any, count: int, limit: F32) -> None:
+    """Replace the first `count` scores by ``limit * tanh(score / limit)``. Scores and limit are in base 2."""
+    factor = np.float32(-2.0 * 1.4426950408889634) / limit
+    for t in range(count):
+        x = scores[t]
+        e = exp2_nonpositive(abs(x) * factor)
+        size = limit * np.divide(np.float32(1.0) - e, np.float32(1.0) + e)
+        scores[t] = size if x >= 0 else -size
 
 
 @kernel(inline=True, fastmath=True)
@@ -119,27 +133,30 @@ def _copy(source: Any, out: Any) -> None:
         out[j] = widen(source[j])
 
 
-def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None]:
+def _compile_tokens(shape: AttentionShape, parallel: bool, windowed: bool, softcap: float) -> Callable[..., None]:
     heads, kv_heads, dim, block_size, _ = shape
     group = heads // kv_heads
     token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
     span = max(_SPAN, block_size)
+    capped, limit = softcap > 0, np.float32(softcap)
 
     @kernel(fastmath=True, parallel=parallel)
     def attend_tokens(
-        q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, out: Any
+        q: Any, pool: Any, layer_offset: int, window: int, positions: Any, tables: Any, blocks: Any, out: Any
     ) -> None:
         for item in prange(positions.shape[0] * kv_heads):
             r, head = item // kv_heads, item % kv_heads
             origin = layer_offset + head * dim  # in a block: this head's key of the block's first token
             length = positions[r] + 1
+            begin = max(0, length - window) if windowed else 0
             last = tables[r] + (length - 1) // block_size
             scores = np.empty((group, span), np.float32)
             sums = np.zeros((group, dim), np.float32)
             largest = np.full(group, _LOWEST)
             total = np.zeros(group, np.float32)
-            for first in range(0, length, span):
+            for first in range(begin // span * span, length, span):
                 count = min(span, length - first)
+                skip = max(0, begin - first) if windowed else 0
                 table = tables[r] + first // block_size
                 used = (count + block_size - 1) // block_size
                 for b in range(used):
@@ -161,8 +178,12 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
                         min(block_size, count - b * block_size),
                     )
                 for g in range(group):
-                    largest[g], shrink, added = _weigh(scores[g], count, largest[g], sums[g])
+                    if capped:
+                        _cap(scores[g], count, limit)
+                    largest[g], shrink, added = _weigh(scores[g, skip:], count - skip, largest[g], sums[g])
                     total[g] = total[g] * shrink + added
+                    if windowed:
+                        scores[g, :skip] = np.float32(0.0)
                 for b in range(used):
                     at = blocks[table + b] * block_width + origin + value_offset
                     multiply(
@@ -186,17 +207,26 @@ def _compile_tokens(shape: AttentionShape, parallel: bool) -> Callable[..., None
     return attend_tokens
 
 
-def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]:
+def _compile_tiles(shape: AttentionShape, parallel: bool, windowed: bool, softcap: float) -> Callable[..., None]:
     heads, kv_heads, dim, block_size, _ = shape
     group = heads // kv_heads
     token_width, value_offset, block_width = shape.token_width, shape.value_offset, shape.block_width
     span = max(_SPAN, block_size)
+    capped, limit = softcap > 0, np.float32(softcap)
     columns = _columns(dim)
     capacity = -(-TILE_QUERIES * group // _ROWS) * _ROWS
 
     @kernel(fastmath=True, parallel=parallel)
     def attend_tiles(
-        q: Any, pool: Any, layer_offset: int, positions: Any, tables: Any, blocks: Any, tiles: Any, out: Any
+        q: Any,
+        pool: Any,
+        layer_offset: int,
+        window: int,
+        positions: Any,
+        tables: Any,
+        blocks: Any,
+        tiles: Any,
+        out: Any,
     ) -> None:
         for item in prange(tiles.shape[0] * kv_heads):
             tile, head = item // kv_heads, item % kv_heads
@@ -214,7 +244,8 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
             sums = np.zeros((capacity, dim), np.float32)
             largest = np.full(capacity, _LOWEST)
             total = np.zeros(capacity, np.float32)
-            for first in range(0, length, span):
+            oldest = max(0, start + 1 - window) if windowed else 0
+            for first in range(oldest // span * span, length, span):
                 count = min(span, length - first)
                 for t in range(count):
                     block = blocks[tables[begin] + (first + t) // block_size]
@@ -228,8 +259,13 @@ def _compile_tiles(shape: AttentionShape, parallel: bool) -> Callable[..., None]
                         )
                 for r in range(rows):
                     seen = min(count, max(0, start + r // group + 1 - first))
-                    largest[r], shrink, added = _weigh(scores[r], seen, largest[r], sums[r])
+                    skip = min(seen, max(0, start + r // group + 1 - window - first)) if windowed else 0
+                    if capped:
+                        _cap(scores[r], seen, limit)
+                    largest[r], shrink, added = _weigh(scores[r, skip:], seen - skip, largest[r], sums[r])
                     total[r] = total[r] * shrink + added
+                    if windowed:
+                        scores[r, :skip] = np.float32(0.0)
                     scores[r, seen:count] = np.float32(0.0)
                 for r in range(0, rows, _ROWS):
                     for c in range(0, dim, columns):

@@ -76,7 +76,7 @@ def _layer_seconds(config: ModelConfig, arithmetic: Arithmetic, budget: float = 
     `budget`: seconds of timing.
     """
     dtype = DTYPES[arithmetic]
-    hidden, inner = min(config.hidden_size, 2048), min(config.intermediate_size, 3072)
+    hidden, inner = min(config.hidden_size, 2048), min(config.mlp_width, 3072)
     with torch.inference_mode():
         gate_up = Linear(torch.full((2 * inner, hidden), 0.01, dtype=dtype))
         down = Linear(torch.full((hidden, inner), 0.01, dtype=dtype))

@@ -35,6 +35,8 @@ def activation_bytes(
     item = ITEM_BYTES[arithmetic]
     each = 4 * (config.hidden_size + attention)  # residual and rotated queries, in float32
     each += item * (2 * config.hidden_size + attention + qkv + 3 * config.mlp_width)
+    if config.experts:
+        each += item * 2 * config.experts.per_token * config.hidden_size  # rows grouped by expert
     logits = max_num_seqs * (config.vocab_size * (_LOGITS_BYTES + item) + item * config.hidden_size)
     return max_batch_tokens * each + logits + max_model_len * sum(rope.rotary_dim for rope in config.ropes) * 4
 

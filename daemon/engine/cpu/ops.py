@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from daemon.engine.jit import F32, kernel, prange  # isort: skip  first: it points numba at its cache
 import numpy as np
+import numpy.typing as npt
+import torch
 from numba import types
 from numba.extending import overload
 
@@ -72,8 +74,12 @@ class Ops(NamedTuple):
     """The compiled kernels."""
 
     add_rms_norm: Callable[..., None]
+    add_rows: Callable[..., None]
+    norm_groups: Callable[..., None]
     silu_mul: Callable[..., None]
+    gelu_tanh_mul: Callable[..., None]
     rope_and_store: Callable[..., None]
+    add_experts: Callable[..., None]
 
 
 def add_rms_norm(residual: Any, delta: Any, rows: Any, weight: Any, eps: Any, out: Any) -> None:
@@ -95,6 +101,34 @@ def add_rms_norm(residual: Any, delta: Any, rows: Any, weight: Any, eps: Any, ou
             out[i, j] = narrow(residual[r, j] * scale * weight[j], out)
 
 
+def add_rows(residual: Any, delta: Any, rows: Any, out: Any) -> None:
+    """Add `delta` to the residual stream in place, then copy the row ``rows[i]`` to ``out[i]``. As `add_rms_norm`."""
+    for i in prange(rows.shape[0]):
+        r = rows[i]
+        for j in range(residual.shape[1]):
+            x = residual[r, j] + widen(delta[r, j])
+            residual[r, j] = x
+            out[i, j] = narrow(x, out)
+
+
+def norm_groups(x: Any, begin: Any, groups: Any, weight: Any, eps: Any) -> None:
+    """Normalise, in place, `groups` groups of columns of each row by itself; the first group begins at `begin`.
+
+    x [rows, columns] f32 or bf16; weight [columns of a group] f32; eps float32.
+    """
+    width = weight.shape[0]
+    for r in prange(x.shape[0]):
+        for group in range(groups):
+            part = x[r, begin + group * width : begin + (group + 1) * width]
+            squares = np.float32(0.0)
+            for j in range(width):
+                value = widen(part[j])
+                squares += value * value
+            scale = np.float32(1.0) / np.float32(np.sqrt(squares / np.float32(width) + eps))
+            for j in range(width):
+                part[j] = narrow(widen(part[j]) * scale * weight[j], x)
+
+
 def silu_mul(gate_up: Any, out: Any) -> None:
     """Compute ``silu(gate) * up``. gate_up [tokens, 2 * width]: gate, then up; out [tokens, width]."""
     size = out.shape[1]
@@ -109,17 +143,35 @@ def silu_mul(gate_up: Any, out: Any) -> None:
             result[j] = narrow(np.divide(numerator, one + e) * widen(up[j]), out)  # `/` would check for zero
 
 
+def gelu_tanh_mul(gate_up: Any, out: Any) -> None:
+    """Compute ``gelu(gate) * up`` with the tanh approximation of gelu: ``x * sigmoid(2 u)`` with
+    ``u = sqrt(2 / pi) * (x + 0.044715 x^3)``. Arguments as `silu_mul`."""
+    size = out.shape[1]
+    double = np.float32(2.0 * 0.7978845608028654 * 1.4426950408889634)  # the change to base 2 included
+    cubic = np.float32(0.044715)
+    one = np.float32(1.0)
+    for r in prange(out.shape[0]):
+        gate, up, result = gate_up[r, :size], gate_up[r, size:], out[r]
+        for j in range(size):
+            x = widen(gate[j])
+            e = exp2_nonpositive(-abs(x + cubic * x * x * x) * double)
+            numerator = x if x >= 0 else x * e
+            result[j] = narrow(np.divide(numerator, one + e) * widen(up[j]), out)
+
+
 @kernel(inline=True, fastmath=True)
-def _rotate(heads: Any, cos: Any, sin: Any, scale: F32, out: Any) -> None:
-    """Apply the rotary embedding to every head in one row: it rotates the pairs (i, i + head_dim / 2)."""
+def _rotate(heads: Any, cos: Any, sin: Any, dim: Any, scale: F32, out: Any) -> None:
+    """Apply the rotary embedding to every head in one row: it rotates the pairs (i, i + rotary_dim / 2)."""
     half = cos.shape[0]
-    for head in range(0, heads.shape[0], 2 * half):
+    for head in range(0, heads.shape[0], dim):
         low, high = heads[head : head + half], heads[head + half : head + 2 * half]
         out_low, out_high = out[head : head + half], out[head + half : head + 2 * half]
         for j in range(half):
             x, y = widen(low[j]), widen(high[j])
             out_low[j] = narrow((x * cos[j] - y * sin[j]) * scale, out)
             out_high[j] = narrow((y * cos[j] + x * sin[j]) * scale, out)
+        for j in range(head + 2 * half, head + dim):
+            out[j] = narrow(widen(heads[j]) * scale, out)
 
 
 def rope_and_store(
@@ -128,6 +180,7 @@ def rope_and_store(
     slots: Any,
     cos: Any,
     sin: Any,
+    dim: Any,
     scale: Any,
     layer_offset: Any,
     value_offset: Any,
@@ -138,20 +191,48 @@ def rope_and_store(
     """Rotate queries and keys. Write the queries times `scale` to q_out, and keys and values to the pool.
 
     qkv [tokens, (heads + 2 kv_heads) * head_dim]; positions [tokens] int32; slots [tokens] int64: pool element
-    where the token's key of layer 0 begins; cos, sin [positions, head_dim / 2] f32; q_out [tokens, heads *
-    head_dim] f32; pool flat. A value is `value_offset` elements after its key; each has `kv_width` elements.
+    where the token's key of layer 0 begins; cos, sin [positions, rotary_dim / 2] f32; `dim` is head_dim; q_out
+    [tokens, heads * head_dim] f32; pool flat. A value is `value_offset` elements after its key; each has `kv_width`
+    elements.
     """
     q_width = q_out.shape[1]
     for r in prange(qkv.shape[0]):
         key = slots[r] + layer_offset
         keys, values = pool[key : key + kv_width], pool[key + value_offset : key + value_offset + kv_width]
         row_cos, row_sin = cos[positions[r]], sin[positions[r]]
-        _rotate(qkv[r, :q_width], row_cos, row_sin, scale, q_out[r])
-        _rotate(qkv[r, q_width : q_width + kv_width], row_cos, row_sin, np.float32(1.0), keys)
+        _rotate(qkv[r, :q_width], row_cos, row_sin, dim, scale, q_out[r])
+        _rotate(qkv[r, q_width : q_width + kv_width], row_cos, row_sin, dim, np.float32(1.0), keys)
         for j in range(kv_width):
             values[j] = narrow(widen(qkv[r, q_width + kv_width + j]), pool)
 
 
+def add_experts(rows: Any, places: Any, weights: Any, normalise: Any, out: Any) -> None:
+    """Write the weighted sum of a token's experts: ``out[i] = sum of weights[i, k] * rows[places[i, k]]``.
+
+    rows [tokens * k, hidden] f32 or bf16; places [tokens, k] int64; weights [tokens, k] f32; out [tokens, hidden].
+    `normalise`: divide by the sum of the weights.
+    """
+    count = places.shape[1]
+    for i in prange(out.shape[0]):
+        total = np.float32(0.0)
+        for k in range(count):
+            total += weights[i, k]
+        scale = np.float32(1.0) / total if normalise else np.float32(1.0)
+        sums = np.zeros(out.shape[1], np.float32)
+        for k in range(count):
+            weight, row = weights[i, k] * scale, rows[places[i, k]]
+            for j in range(sums.shape[0]):
+                sums[j] += weight * widen(row[j])
+        for j in range(sums.shape[0]):
+            out[i, j] = narrow(sums[j], out)
+
+
 def compile_ops(parallel: bool) -> Ops:
     """Compile the kernels. `parallel`: they divide the rows between numba's threads."""
-    return Ops(*(kernel(fastmath=True, parallel=parallel)(f) for f in (add_rms_norm, silu_mul, rope_and_store)))
+    functions = (add_rms_norm, add_rows, norm_groups, silu_mul, gelu_tanh_mul, rope_and_store, add_experts)
+    return Ops(*(kernel(fastmath=True, parallel=parallel)(f) for f in functions))
+
+
+def raw(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the tensor as an array for the kernels: bfloat16 as uint16 bits, others as they are. Shares memory."""
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()

@@ -16,8 +16,7 @@ from daemon.engine.cpu.attention import AttentionShape
 from daemon.engine.cpu.batch import build_batch
 from daemon.engine.cpu.linear import TILE, Arithmetic, choose_arithmetic
 from daemon.engine.cpu.memory import ITEM_BYTES
-from daemon.engine.cpu.model import Llama
-from daemon.engine.cuda.features import unsupported
+from daemon.engine.cpu.model import Decoder
 from daemon.engine.request import Request
 from daemon.engine.runner import PoolSpec, Row, RunnerSettings, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler
@@ -36,8 +35,6 @@ class CpuRunner:
     """
 
     def __init__(self, config: ModelConfig, settings: RunnerSettings) -> None:
-        if what := unsupported(config):
-            raise ModelError(f"{config.name}: the CPU engine does not compute {what} yet")
         if settings.deterministic and settings.dtype == "bf16":
             raise ModelError("deterministic needs fp32: set dtype to auto or fp32, or deterministic to false")
         _set_threads(settings.threads)
@@ -62,7 +59,7 @@ class CpuRunner:
         settings = self._settings
         flat = np.frombuffer(pool, np.uint16 if self.arithmetic == "bf16" else np.float32)
         with torch.inference_mode():
-            self._model = Llama(
+            self._model = Decoder(
                 self._config,
                 open_weights(self._config, settings.load_format),
                 self._shape,

@@ -9,6 +9,7 @@ from daemon.models.families.family import Place as Place
 from daemon.models.families.family import Shape as Shape
 from daemon.models.families.gemma2 import GEMMA2
 from daemon.models.families.gemma3 import GEMMA3
+from daemon.models.families.granite import GRANITE
 from daemon.models.families.llama import LLAMA
 from daemon.models.families.mistral import MISTRAL
 from daemon.models.families.mixtral import MIXTRAL
@@ -19,9 +20,8 @@ from daemon.models.families.qwen3 import QWEN3
 from daemon.models.families.qwen3_moe import QWEN3_MOE
 from daemon.models.files import ModelError
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, PHI3, OLMO2)
-}
+_ALL = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA2, GEMMA3, PHI3, GRANITE, OLMO2)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from daemon.models.architecture import ExpertsConfig, LayerConfig, ModelConfig
-from daemon.models.config_values import RawConfig, count
-from daemon.models.families.experts import stacked_experts
+from daemon.models.architecture import LayerConfig, ModelConfig
+from daemon.models.config_values import RawConfig
+from daemon.models.families.experts import read_experts, stacked_experts
 from daemon.models.families.family import Family, Place, Shape, window_of
 
 _NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def _describe(base: ModelConfig, config: RawConfig) -> ModelConfig:
-    experts = ExpertsConfig(
-        count=count(config, "num_local_experts"),
-        per_token=count(config, "num_experts_per_tok"),
-        width=base.intermediate_size,
-        normalise=True,
-    )
+    experts = read_experts(config, "num_local_experts", width=base.intermediate_size, normalise=True)
     return replace(base, layers=(LayerConfig(window_of(config), 0, True),) * base.num_layers, experts=experts)
 
 

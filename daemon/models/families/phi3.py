@@ -28,7 +28,7 @@ def _ropes(config: RawConfig, head_dim: int) -> tuple[RopeConfig, ...]:
 def _places(config: ModelConfig, name: str, shape: Shape) -> Sequence[Place]:
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inner, hidden = config.intermediate_size, config.hidden_size
-    at, part = name.removesuffix(".weight").rsplit(".", 1)
+    at, _, part = name.removesuffix(".weight").rpartition(".")
     begins = {"q_proj": 0, "k_proj": q, "v_proj": q + kv, "gate_proj": 0, "up_proj": inner}
     if part not in begins:
         return ()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from daemon.models.architecture import ExpertsConfig, LayerConfig, ModelConfig
+from daemon.models.architecture import LayerConfig, ModelConfig
 from daemon.models.config_values import RawConfig, count, flag
-from daemon.models.families.experts import stacked_experts
+from daemon.models.families.experts import read_experts, stacked_experts
 from daemon.models.families.family import Family, window_of
 from daemon.models.files import ModelError
 
@@ -18,12 +18,9 @@ def _describe(base: ModelConfig, config: RawConfig) -> ModelConfig:
     if not isinstance(dense, list):
         raise ModelError(f"mlp_only_layers is {dense!r}; it must be a list of layers")
     layers = [LayerConfig(window, 0, i not in dense and (i + 1) % sparse == 0) for i in range(base.num_layers)]
-    experts = ExpertsConfig(
-        count=count(config, "num_experts", config.get("num_local_experts")),
-        per_token=count(config, "num_experts_per_tok"),
-        width=count(config, "moe_intermediate_size"),
-        normalise=flag(config, "norm_topk_prob"),
-    )
+    key = "num_experts" if "num_experts" in config else "num_local_experts"  # Transformers reads both
+    width = count(config, "moe_intermediate_size")
+    experts = read_experts(config, key, width=width, normalise=flag(config, "norm_topk_prob"))
     return replace(base, qkv_bias=bias, out_bias=bias, qk_norm="head", layers=tuple(layers), experts=experts)
 
 

@@ -6,22 +6,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.cpu.attention import TILE_QUERIES, AttentionShape, compile_attention
+from daemon.engine.cpu.attention import LOG2E, TILE_QUERIES, AttentionShape, compile_attention
 
 SHAPES = [AttentionShape(6, 2, 64, 16, 3), AttentionShape(4, 1, 24, 8, 2), AttentionShape(2, 2, 80, 128, 1)]
 _compiled = {}
 
 
-def kernels(shape):
-    if shape not in _compiled:
-        _compiled[shape] = compile_attention(shape, parallel=False)
-    return _compiled[shape]
+def kernels(shape, windowed=False, softcap=0.0):
+    key = shape, windowed, softcap
+    if key not in _compiled:
+        _compiled[key] = compile_attention(shape, parallel=False, windowed=windowed, softcap=softcap)
+    return _compiled[key]
 
 
 class Case:
-    """Sequences in one pool, with shuffled blocks. Elements of no sequence are NaN."""
+    """Sequences in one pool, with shuffled blocks. Elements of no sequence are NaN. `window` 0: full attention."""
 
-    def __init__(self, shape, lengths, seed, half=False, layer=None):
+    def __init__(self, shape, lengths, seed, half=False, layer=None, window=0, softcap=0.0):
+        self.window, self.softcap = window, softcap
+        self.kernels = kernels(shape, window > 0, softcap)
         rng = np.random.default_rng(seed)
         self.shape, self.lengths, self.half = shape, lengths, half
         self.layer = shape.layers - 1 if layer is None else layer
@@ -47,22 +50,26 @@ class Case:
         self.rng = rng
 
     def queries(self, count):
-        return self.rng.standard_normal((count, self.width)).astype(np.float32) * self.shape.query_scale
+        return self.rng.standard_normal((count, self.width)).astype(np.float32) * (LOG2E / self.shape.head_dim**0.5)
 
     def expected(self, query, sequence, position):
-        """Return the attention of one scaled query over positions 0..position, [heads * head_dim]."""
+        """Return the attention of one scaled query at `position`, [heads * head_dim]."""
         heads, kv_heads, dim = self.shape[:3]
-        k, v = np.repeat(self.kv[sequence][:, : position + 1].astype(np.float64), heads // kv_heads, axis=2)
+        first = max(0, position + 1 - self.window) if self.window else 0
+        k, v = np.repeat(self.kv[sequence][:, first : position + 1].astype(np.float64), heads // kv_heads, axis=2)
         scores = np.einsum("hd,thd->ht", query.astype(np.float64).reshape(heads, dim), k) * np.log(2)
+        if self.softcap:
+            scores = self.softcap * np.tanh(scores / self.softcap)
         weights = np.exp(scores - scores.max(1, keepdims=True))
         return np.einsum("ht,thd->hd", weights / weights.sum(1, keepdims=True), v).reshape(-1)
 
     def tokens(self, q, sequences, positions):
         out = np.full((len(q), self.width), np.nan, np.float32)
-        kernels(self.shape).attend_tokens(
+        self.kernels.attend_tokens(
             q,
             self.pool,
             self.layer_offset,
+            self.window,
             np.asarray(positions, np.int32),
             self.starts[list(sequences)],
             self.blocks,
@@ -74,10 +81,11 @@ class Case:
         """Compute queries at positions first..first + len(q) - 1 of one sequence by `attend_tiles`."""
         out = np.full((len(q), self.width), np.nan, np.float32)
         tiles = [(i, min(TILE_QUERIES, len(q) - i)) for i in range(0, len(q), TILE_QUERIES)]
-        kernels(self.shape).attend_tiles(
+        self.kernels.attend_tiles(
             q,
             self.pool,
             self.layer_offset,
+            self.window,
             np.arange(first, first + len(q), dtype=np.int32),
             np.full(len(q), self.starts[sequence], np.int32),
             self.blocks,
@@ -120,8 +128,32 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(shape, lengths, seed):
         assert alone.tobytes() == together[i].tobytes()
 
 
-def test_large_scores_do_not_overflow():
-    case = Case(SHAPES[0], [150], 1)
+VARIANTS = [
+    (SHAPES[1], 0, 0.8),
+    (SHAPES[1], 1, 0.0),
+    (SHAPES[1], 40, 0.0),
+    (SHAPES[1], 70, 0.8),
+    (SHAPES[2], 90, 0.0),
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(VARIANTS), st.integers(1, 150), st.integers(0, 200), st.integers(0, 99))
+def test_windows_and_soft_caps(variant, chunk, before, seed):
+    shape, window, softcap = variant
+    case = Case(shape, [before + chunk, 20], seed, window=window, softcap=softcap)
+    q = case.queries(chunk)
+    tiles = case.tiles(q, 0, before)
+    tokens = case.tokens(q, [0] * chunk, range(before, before + chunk))
+    for i in {0, chunk // 2, chunk - 1}:
+        expected = case.expected(q[i], 0, before + i)
+        np.testing.assert_allclose(tiles[i], expected, atol=2e-5)
+        np.testing.assert_allclose(tokens[i], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("shape", "softcap"), [(SHAPES[0], 0.0), (SHAPES[1], 0.8)])
+def test_large_scores_do_not_overflow(shape, softcap):
+    case = Case(shape, [150], 1, softcap=softcap)
     q = case.queries(1) * 1e4
     for out in (case.tokens(q, [0], [149]), case.tiles(q, 0, 149)):
         np.testing.assert_allclose(out[0], case.expected(q[0], 0, 149), atol=1e-3)

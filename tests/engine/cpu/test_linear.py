@@ -61,12 +61,45 @@ def test_arithmetic_is_the_faster_one(monkeypatch, tmp_path, slow, choice):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_silu_mul_matches_torch(dtype):
+def test_activations_match_torch(dtype):
     x = random(5, 2 * 40, dtype=dtype) * 30
+    x[0] /= 30
     out = torch.empty(5, 40, dtype=dtype)
-    OPS.silu_mul(bits(x), bits(out))
     gate, up = x.float().chunk(2, dim=1)
+    OPS.silu_mul(bits(x), bits(out))
     torch.testing.assert_close(out, (torch.nn.functional.silu(gate) * up).to(dtype))
+    OPS.gelu_tanh_mul(bits(x), bits(out))
+    torch.testing.assert_close(out, (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_norm_groups_normalises_some_columns(dtype):
+    x, weight = random(4, 40, dtype=dtype), random(8, seed=2)
+    expected = x.clone()
+    groups = x[:, 16:32].float().unflatten(1, (2, 8))
+    expected[:, 16:32] = torch.nn.functional.rms_norm(groups, (8,), weight, 1e-5).flatten(1).to(dtype)
+    OPS.norm_groups(bits(x), 16, 2, weight.numpy(), np.float32(1e-5))
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_add_rows_updates_the_residual_and_copies_rows(dtype):
+    residual, delta = random(6, 40), random(6, 40, dtype=dtype, seed=1)
+    total = residual + delta.float()
+    out = torch.empty(2, 40, dtype=dtype)
+    OPS.add_rows(residual.numpy(), bits(delta), np.array([4, 1], np.int32), bits(out))
+    torch.testing.assert_close(residual[[4, 1]], total[[4, 1]])
+    torch.testing.assert_close(out, total[[4, 1]].to(dtype))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_add_experts_sums_the_rows_of_each_token(normalise):
+    rows, weights = random(6, 40), random(3, 2, seed=1).abs()
+    places = torch.tensor([[5, 0], [1, 4], [2, 3]])
+    out = torch.empty(3, 40)
+    OPS.add_experts(rows.numpy(), places.numpy(), weights.numpy(), normalise, out.numpy())
+    share = weights / weights.sum(1, keepdim=True) if normalise else weights
+    torch.testing.assert_close(out, (rows[places] * share[:, :, None]).sum(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -89,5 +122,5 @@ def test_narrow_rounds_to_bfloat16_as_torch_does(value):
     pool, q = np.zeros(4, np.uint16), np.zeros((1, 2), np.float32)
     one, zero = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
     at = np.zeros(1, np.int64)
-    OPS.rope_and_store(qkv, at.astype(np.int32), at, one, zero, np.float32(1), 0, 2, 2, q, pool)
+    OPS.rope_and_store(qkv, at.astype(np.int32), at, one, zero, 2, np.float32(1), 0, 2, 2, q, pool)
     assert torch.equal(torch.from_numpy(pool).view(torch.bfloat16), torch.full((4,), value).bfloat16())
