@@ -133,13 +133,20 @@ class EngineLinks:
         """Return the incarnation of the engine that is alive now."""
         return EngineIncarnation(engine, self.links[engine].incarnation)
 
-    def may_serve_later(self, *, draining: bool) -> bool:
+    def weights(self, engine: int) -> int:
+        """Return what identifies the weights of the engine that is alive now; 0 if it has not told."""
+        facts = self.links[engine].facts
+        return facts.weights if facts is not None else 0
+
+    def may_serve_later(self, *, draining: bool, weights: int = 0) -> bool:
         """Return True if an engine may serve later although none serves now.
 
-        `draining`: the daemon drains, so the supervisor starts no engine any more.
+        `draining`: the daemon drains, so the supervisor starts no engine any more. `weights`: the engine must have
+        them; one that has not loaded yet may.
         """
         possible = (ProcessState.UP,) if draining else (ProcessState.UP, ProcessState.DEAD, ProcessState.ABSENT)
-        return any(self.table_row(link).state in possible for link in self.links)
+        rows = ((self.table_row(link), link.refresh()) for link in self.links)
+        return any(row.state in possible and (facts is None or _has(facts, weights)) for row, facts in rows)
 
     # -- facts --------------------------------------------------------------------------------------
 
@@ -153,9 +160,11 @@ class EngineLinks:
 
     def hung(self, now: float) -> list[EngineLink]:
         """Return the engines that are overdue by so much that their requests should continue elsewhere; none unless
-        another engine serves and is on time."""
-        punctual = [link for link in self.links if _serves(link.refresh()) and link.overdue(now) <= 0]
-        return [link for link in self.links if link.overdue(now) > HUNG_AFTER] if punctual else []
+        another engine with the same weights serves and is on time."""
+        on_time = [link.facts for link in self.links if _serves(link.refresh()) and link.overdue(now) <= 0]
+        weights = {facts.weights for facts in on_time if facts is not None}
+        late = [link for link in self.links if link.overdue(now) > HUNG_AFTER]
+        return [link for link in late if weights and (link.facts is None or link.facts.weights in weights)]
 
     def states(self) -> list[str]:
         """Return each engine's state, one of `process_table.ENGINE_STATES`."""
@@ -177,14 +186,15 @@ class EngineLinks:
         if self._affinity is not None:
             self._affinity.record(keys, engine)
 
-    def choose(self, avoid: int = -1, high: bool = False, prefix_keys: Sequence[int] = ()) -> int:
+    def choose(self, avoid: int = -1, high: bool = False, prefix_keys: Sequence[int] = (), weights: int = 0) -> int:
         """Return the index of the freest engine, or of one about as free that probably holds a prefix of the prompt.
 
         `avoid`: an engine that is returned only if no other serves. An engine that is overdue is avoided, too.
-        `high`: the request is of high priority. `prefix_keys`: of the prompt. Raises NoEngine.
+        `high`: the request is of high priority. `prefix_keys`: of the prompt. `weights`: those that the engine must
+        have; 0: any. Raises NoEngine.
         """
         now = time.monotonic()
-        facts = self.facts()
+        facts = [f if f is None or _has(f, weights) else None for f in self.facts()]
         facts = _without(facts, {link.index for link in self.links if link.overdue(now) > 0})
         facts = _without(facts, {avoid})
         frontends = [self._own_facts if peer is None else peer.refresh() for peer in self._peers]
@@ -235,6 +245,11 @@ class EngineLinks:
 
 def _serves(facts: EngineFacts | None) -> TypeGuard[EngineFacts]:
     return facts is not None and facts.state == EngineState.SERVING
+
+
+def _has(facts: EngineFacts, weights: int) -> bool:
+    """Return True if the engine has these weights; 0 stands for any."""
+    return not weights or facts.weights == weights
 
 
 def _without(facts: list[EngineFacts | None], avoided: set[int]) -> list[EngineFacts | None]:

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import uvloop
 from aiohttp import web
@@ -33,9 +34,10 @@ from daemon.ipc.kept_sockets import KeptSockets
 from daemon.ipc.keys_page import KeysReader
 from daemon.ipc.messages import EngineState
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, snapshot
+from daemon.ipc.model_text import CHANGED, text_digest
 from daemon.ipc.outbox import Outbox
 from daemon.ipc.process_table import Progress
-from daemon.models.model_config import ModelError, read_model_config
+from daemon.models.model_config import ModelConfig, ModelError, read_model_config
 from daemon.models.text_files import TextFiles, load_text_files
 
 log = logging.getLogger(__name__)
@@ -50,16 +52,30 @@ def prepare(spec: ChildSpec) -> None:
     """Load, in a standby, what `main` needs of the model. Exits if that cannot be loaded."""
     keep_large_blocks_apart()
     try:
-        _text_files(spec.model_dir)
+        _model_files(spec)
     except ModelError as e:
         log.error("%s", e)
         sys.exit(EXIT_CONFIG)
     _settle()
 
 
+class _ModelFiles(NamedTuple):
+    text: TextFiles
+    config: ModelConfig
+
+
+def _model_files(spec: ChildSpec) -> _ModelFiles:
+    """Load what a frontend needs of the model, once in a process. Raises ModelError."""
+    return _load_model_files(spec.model_dir, spec.config.served_name, spec.model_text)
+
+
 @functools.lru_cache(maxsize=1)
-def _text_files(model_dir: str) -> TextFiles:
-    return load_text_files(Path(model_dir))
+def _load_model_files(model_dir: str, name: str, digest: str) -> _ModelFiles:
+    path = Path(model_dir)
+    files = _ModelFiles(load_text_files(path), read_model_config(path, name))
+    if digest and digest != text_digest(model_dir):
+        raise ModelError(CHANGED.format(model_dir))
+    return files
 
 
 def main(spec: ChildSpec) -> None:
@@ -130,15 +146,15 @@ def _settle() -> None:
 def _application(
     spec: ChildSpec, fabric: Fabric, tracker: RequestTracker, guard: ResponseGuard
 ) -> tuple[Service, web.Application]:
-    config, model_dir = spec.config, Path(spec.model_dir)
-    tokenizer, chat_template = _text_files(spec.model_dir)
+    config = spec.config
+    (tokenizer, chat_template), model_config = _model_files(spec)
     keys = SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None
     service = Service(
         config=config,
         generator=tracker,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        model_config=read_model_config(model_dir, config.served_name),
+        model_config=model_config,
         metrics=FrontendMetrics(tracker.metrics, lambda: _read_all(fabric, tracker)),
         origins=OriginPolicy(config, keys=keys is not None),
         guard=guard,

@@ -25,7 +25,7 @@ class RequestState:
     __slots__ = (
         "_arrived", "_failure", "_finish", "_journal", "_logprobs", "_on_cancel", "_on_release", "_ownership",
         "_released", "_waiter", "accepted", "crashes", "epoch", "holder", "last_output_at", "num_cached_tokens",
-        "paused_since", "prefix_keys", "rid", "slot",
+        "paused_since", "prefix_keys", "rid", "slot", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,7 @@ class RequestState:
         self.accepted = ownership.accepted  # output tokens journaled
         self.epoch = ownership.epoch
         self.crashes = Crashes()  # that it has been through
+        self.weights = 0  # of the engine that it was last started on, as in `EngineFacts`; 0: not known
         self.last_output_at = 0.0  # when output last arrived, CLOCK_MONOTONIC seconds
         self.paused_since = 0.0  # `last_output_at` of before a takeover; 0 once output has arrived again
         self._arrived: list[int] = []
@@ -86,6 +87,7 @@ class RequestState:
         )
         state = cls(journal, slot, ownership, [], holder, on_cancel, on_release)
         state.crashes = journal.crashes(slot)
+        state.weights = journal.weights(slot)
         state.num_cached_tokens = journal.num_cached_tokens(slot)
         if journal.state(slot) is SlotState.ENDED:
             state._finish = journal.finish(slot)
@@ -118,10 +120,15 @@ class RequestState:
         """Current priority; lower goes first."""
         return self._ownership.priority
 
+    @property
+    def bound(self) -> int:
+        """The weights that its output comes from, which all of it must come from; 0 while it has none."""
+        return self.weights if self.accepted else 0
+
     def assign(self, ownership: Ownership) -> None:
-        """Journal the new epoch and owner with one store, and keep `ownership`."""
+        """Journal the new epoch and owner, and `weights`, with one store, and keep `ownership`."""
         assert ownership.owner is not None
-        self._journal.assign(self.slot, ownership.epoch, *ownership.owner)
+        self._journal.assign(self.slot, ownership.epoch, *ownership.owner, self.weights)
         self._ownership = ownership
         self.epoch = ownership.epoch
 

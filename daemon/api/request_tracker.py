@@ -49,6 +49,7 @@ from daemon.ipc.ring import Record
 log = logging.getLogger(__name__)
 
 _REDISPATCH_PERIOD = 0.1  # seconds between two attempts to dispatch stranded requests
+_OTHER_WEIGHTS = "the engines have other weights now than those that this answer began with; please send it again"
 _MAX_FAILURES = 1  # engines that may end by an exception of their own while they run a request
 
 
@@ -126,6 +127,7 @@ class RequestTracker:
         owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=attributes.priority)
         request = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel, self._release)
         self._requests[rid] = request
+        request.weights = self.engines.weights(engine)
         request.assign(owned)
         self._start(request, len(prompt))
         self._record_dispatch(request, len(prompt), record)
@@ -321,28 +323,37 @@ class RequestTracker:
         self._place_stranded()
 
     def _place_stranded(self) -> None:
-        """Dispatch stranded requests. Without an engine try again later, or fail them if no engine can come."""
+        """Dispatch stranded requests. Without an engine try again later, or fail them if no engine can come.
+
+        Output goes on only on the weights that it began with.
+        """
         if self._redispatch_timer is not None:
             self._redispatch_timer.cancel()
             self._redispatch_timer = None
+        missing: set[int] = set()  # weights that no engine has which serves
         for rid, why in list(self._stranded.items()):
             request = self._requests[rid]
+            if request.bound in missing:
+                continue
             high = request.priority < 0
             try:
-                engine = self.engines.choose(avoid=request.engine, high=high, prefix_keys=request.prefix_keys)
+                engine = self.engines.choose(request.engine, high, request.prefix_keys, request.bound)
             except NoEngine as e:
-                if self.engines.may_serve_later(draining=self.draining):
-                    loop = asyncio.get_running_loop()
-                    self._redispatch_timer = loop.call_later(_REDISPATCH_PERIOD, self._place_stranded)
-                    return
-                if self.draining:  # the supervisor starts no engine again
+                if self.engines.may_serve_later(draining=self.draining, weights=request.bound):
+                    missing.add(request.bound)
+                elif self.draining:  # the supervisor starts no engine again
                     self._cut_off(request)
                 else:
-                    self._fail(request, str(e))
+                    others = request.bound and self.engines.may_serve_later(draining=False)
+                    self._fail(request, _OTHER_WEIGHTS if others else str(e))
             else:
                 self._restart(request, engine, why)
+        if missing:
+            loop = asyncio.get_running_loop()
+            self._redispatch_timer = loop.call_later(_REDISPATCH_PERIOD, self._place_stranded)
 
     def _restart(self, request: RequestState, engine: int, why: str) -> None:
+        request.weights = self.engines.weights(engine)
         self._assign(request, ownership.started(request.ownership, self.engines.current(engine)))
         prompt_len = self._journal.prompt_len(request.slot)
         self._start(request, prompt_len)

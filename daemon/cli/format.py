@@ -28,6 +28,9 @@ _SPARE_REQUEST = ("MAX", "PRIORITY", "PROMPT", "PHASE", "AGE", "OUTPUT")
 def status_lines(status: Row, width: int = 0) -> list[str]:
     """Return the status of the daemon as lines of text, of at most `width` characters if it is not 0."""
     head = f"llumd {status['version']}  {status['model']}  {status['address']}"
+    weights = _weights(status["engines"])
+    if len(weights) == 1:
+        head += f"  weights {next(iter(weights))}"
     engines = table(_ENGINE_HEADINGS, [_engine_row(e) for e in status["engines"]], width, _SPARE_ENGINE)
     others = [
         ["coordinator", status["coordinator"]],
@@ -39,7 +42,7 @@ def status_lines(status: Row, width: int = 0) -> list[str]:
     headings = ("PROCESS", "STATE", "PID", "UP", "RESTARTS", "REQUESTS", "CONNECTIONS")
     processes = table(headings, rows, width, _SPARE_PROCESS)
     more = [*_connection_warnings(status["frontends"]), *_key_lines(status.get("keys"))]
-    return [head, *_notice(status), "", *engines, "", *processes, *more]
+    return [head, *_notice(status), *_different_weights(weights), "", *engines, "", *processes, *more]
 
 
 def _notice(status: Row) -> list[str]:
@@ -51,6 +54,22 @@ def _notice(status: Row) -> list[str]:
     if status.get("state") == "not_serving":
         return ["not serving: it starts, or no engine or no frontend runs"]
     return []
+
+
+def _weights(engines: list[Row]) -> dict[str, list[int]]:
+    """Return the engines by their weights, in short form."""
+    found: dict[str, list[int]] = {}
+    for engine in engines:
+        if "weights" in engine:
+            found.setdefault(engine["weights"][:8], []).append(engine["engine"])
+    return found
+
+
+def _different_weights(weights: dict[str, list[int]]) -> list[str]:
+    if len(weights) < 2:
+        return []
+    names = (f"{name} on engine {', '.join(map(str, engines))}" for name, engines in weights.items())
+    return [f"different weights: {'; '.join(names)}; a request ends on those that it began with"]
 
 
 def _count(number: int, noun: str) -> str:

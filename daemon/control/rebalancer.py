@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from daemon.config import Config
 from daemon.control.policy.freeness import policy_of
 from daemon.control.policy.rebalancing import Pair, RebalanceRules, explain, pair
-from daemon.control.refusal import Refusal, running_engine
+from daemon.control.refusal import OTHER_WEIGHTS, Refusal, running_engine
 from daemon.enums import MigrationMode, MigrationReason
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.events import Ordered
@@ -69,8 +69,14 @@ class Rebalancer:
         if taker.state != EngineState.SERVING:
             raise Refusal(f"engine {destination} accepts no requests: it is {EngineState(taker.state).name.lower()}")
         giver = running_engine(facts, source)
-        if taker.kv_format != giver.kv_format:
-            raise Refusal(f"engines {source} and {destination} keep their KV in different formats")
+        if taker.weights != giver.weights:
+            raise Refusal(
+                f"engines {source} and {destination} have different weights, and a request ends on the weights it "
+                "began with; `llumctl restart` the engine that has the old ones",
+                OTHER_WEIGHTS,
+            )
+        if taker.fingerprint != giver.fingerprint and how != MigrationMode.RECOMPUTE:
+            raise Refusal(f"engines {source} and {destination} keep KV of different forms; use --how recompute")
         if how != MigrationMode.RECOMPUTE:
             _check_pool(pool_state(giver, destination), source, destination)
         if not self._send(facts, source, self._order(destination, rid=rid, how=how)):

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from daemon.ipc.messages import EngineFacts
 
-REFUSED, NOT_FOUND, SHUTTING_DOWN = "refused", "not_found", "shutting_down"  # codes for scripts
+# codes for scripts
+REFUSED, NOT_FOUND, SHUTTING_DOWN = "refused", "not_found", "shutting_down"
+OTHER_WEIGHTS = "other_weights"
 
 
 class Refusal(Exception):

@@ -6,10 +6,11 @@ from daemon.control.refusal import NOT_FOUND, SHUTTING_DOWN, Refusal
 from daemon.ipc import code_version
 from daemon.ipc.child import ChildSpec
 from daemon.ipc.fabric import Fabric
+from daemon.ipc.model_text import CHANGED, text_digest
 from daemon.ipc.process_table import ProcessState
 from daemon.ipc.restart_orders import RestartOrders
 
-OTHER_LAYOUT = "other_layout"  # code for scripts
+OTHER_LAYOUT, OTHER_MODEL = "other_layout", "other_model"  # codes for scripts
 
 
 class RestartOrder:
@@ -18,13 +19,15 @@ class RestartOrder:
     def __init__(self, fabric: Fabric, spec: ChildSpec) -> None:
         self._fabric = fabric
         self._version = spec.code
+        self._spec = spec
         self._orders = RestartOrders(fabric.restart_orders())
         self._table = fabric.table()
 
     def restart(self, role: str, index: int) -> int:
         """Order the restart of a process. Return its incarnation; a later one is its successor.
 
-        Raises Refusal if it does not run, if the daemon shuts down, or if the installed code has another layout.
+        Raises Refusal if it does not run, if the daemon shuts down, or if its successor could not join: the installed
+        code has another layout, or the text files of the model have changed.
         """
         process = self._process(role, index)
         name = self._fabric.topology.name(process)
@@ -40,6 +43,9 @@ class RestartOrder:
                 "runs, so its processes cannot be replaced one by one; restart the whole daemon",
                 OTHER_LAYOUT,
             )
+        text = self._spec.model_text
+        if role != "coordinator" and text and text != text_digest(self._spec.model_dir):
+            raise Refusal(CHANGED.format(self._spec.model_dir), OTHER_MODEL)
         self._orders.put(process, row.incarnation)
         return row.incarnation
 

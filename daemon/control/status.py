@@ -168,6 +168,8 @@ class StatusReader:
             "outgoing": facts.outgoing,
             "migrated_bytes": int(page.counter("migrated_bytes")),
             "peer_pools": self._peer_pools(i, facts),
+            "weights": f"{facts.weights:016x}",
+            "fingerprint": f"{facts.fingerprint:016x}",
         }
 
     def _peer_pools(self, i: int, facts: EngineFacts) -> dict[str, str]:

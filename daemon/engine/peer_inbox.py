@@ -19,15 +19,14 @@ from daemon.ipc.process_table import ProcessState
 
 
 class PeerInbox:
-    """Messages from peers and coordinator. `kv_format`: blocks move only between engines with equal formats."""
+    """Messages from peers and coordinator."""
 
-    def __init__(self, fabric: Fabric, llumlet: Llumlet, kv_format: str) -> None:
+    def __init__(self, fabric: Fabric, llumlet: Llumlet) -> None:
         topology = fabric.topology
         _, me = topology.role(fabric.process)
         others = [i for i in range(topology.engines) if i != me]
         self._fabric = fabric
         self._llumlet = llumlet
-        self._kv_format = kv_format
         self._table = fabric.table()
         self._alive = dict.fromkeys(others, 0)  # engine: live incarnation, 0 if none
         self._dead = dict.fromkeys(others, 0)  # engine: last incarnation known to be dead
@@ -74,14 +73,15 @@ class PeerInbox:
         return actions
 
     def _handle_order(self, order: MigrateTo) -> list[Action]:
-        if not self._can_receive(order.engine):
+        peer = EngineIncarnation(order.engine, self._alive.get(order.engine, 0))
+        if self.facts_of(peer) is None:
             return []
-        peer = EngineIncarnation(order.engine, self._alive[order.engine])
         return self._llumlet.migrate_to(peer, order, time.monotonic())
 
     def facts_of(self, peer: EngineIncarnation) -> EngineFacts | None:
         """Return the last facts of that incarnation of an engine; None if it is dead or has published none."""
-        found = self._boards[peer.engine].read() if peer.incarnation == self._alive[peer.engine] else None
+        is_alive = peer.incarnation and peer.incarnation == self._alive[peer.engine]
+        found = self._boards[peer.engine].read() if is_alive else None
         facts = decode_engine_facts(found[1]) if found else None
         return facts if facts and facts.incarnation == peer.incarnation else None
 
@@ -90,9 +90,3 @@ class PeerInbox:
         alive = (EngineIncarnation(engine, incarnation) for engine, incarnation in self._alive.items() if incarnation)
         found = (self.facts_of(peer) for peer in alive)
         return [facts for facts in found if facts is not None]
-
-    def _can_receive(self, engine: int) -> bool:
-        """Return True if the engine is alive and its blocks have this engine's format."""
-        incarnation = self._alive.get(engine)
-        facts = self.facts_of(EngineIncarnation(engine, incarnation)) if incarnation else None
-        return facts is not None and facts.kv_format == self._kv_format

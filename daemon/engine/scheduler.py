@@ -378,9 +378,15 @@ class Scheduler:
         return self.blocks.match(request.hashes[: (len(request.tokens) - 1) // self.blocks.block_size])
 
     def _update_hashes(self, request: Request) -> None:
-        if len(request.hashes) < len(request.tokens) // self.blocks.block_size:
-            salt = request.params.cache_salt
-            request.hashes = block_hashes(request.tokens, self.blocks.block_size, salt, request.hashes)
+        blocks = self.blocks
+        if len(request.hashes) < len(request.tokens) // blocks.block_size:
+            request.hashes = block_hashes(
+                request.tokens,
+                blocks.block_size,
+                request.params.cache_salt,
+                request.hashes,
+                fingerprint=blocks.fingerprint,
+            )
 
     def _urgency(self, request: Request, now: float) -> Urgency:
         return request.params.priority, self._key(request, now), request.rid

@@ -13,16 +13,18 @@ from daemon.config import Config
 from daemon.engine.build_runner import build_runner
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
 from daemon.engine.cost import StepTime, fit_times
+from daemon.engine.identity import Identity, identify
 from daemon.engine.runner import DeviceRunner, Runner, Unavailable
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc import segment
 from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, ChildSpec
 from daemon.ipc.fabric import Fabric
+from daemon.ipc.model_text import CHANGED, text_digest
 from daemon.kvpool import host_transport
 from daemon.kvpool.block_manager import BlockManager
 from daemon.kvpool.link import KvLink
 from daemon.models.loader import open_model
-from daemon.models.model_config import ModelError
+from daemon.models.model_config import ModelConfig, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class LoadedEngine(NamedTuple):
     runner: Runner
     scheduler: Scheduler
     kv: KvLink
+    identity: Identity
     step_times: list[StepTime]  # measured on this engine
     ideal_tokens: int = 0  # set by the operator; 0: measured
 
@@ -64,15 +67,25 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
     started = time.monotonic()
     load_format = config.load_format if config.engine == "model" else "dummy"
     model_config = open_model(Path(spec.model_dir), config.served_name, load_format)
+    if spec.model_text and spec.model_text != text_digest(spec.model_dir):
+        raise ModelError(CHANGED.format(spec.model_dir))
     _, index = fabric.topology.role(fabric.process)
     runner = build_runner(config, model_config, config.devices[index])
+    weights = _WeightFiles(model_config) if load_format != "dummy" else None
     if config.on_gpus:
         kv = _load_on_device(fabric, cast(DeviceRunner, runner))
     else:
         kv = _load_on_host(spec, fabric, runner)
+    digest = weights.digest() if weights is not None else b""
+    identity = identify(config, model_config, digest, runner.pool_spec(1), config.devices[index])
     times = _measure(config, runner, kv.num_blocks)
     scheduler = Scheduler(
-        BlockManager(kv.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
+        BlockManager(
+            kv.num_blocks,
+            config.block_size,
+            prefix_caching=config.prefix_caching,
+            fingerprint=identity.fingerprint,
+        ),
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         max_model_len=runner.max_model_len,
@@ -85,7 +98,25 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
         kv.num_blocks - 1,
         config.block_size,
     )
-    return LoadedEngine(runner, scheduler, kv, times, config.ideal_tokens)
+    return LoadedEngine(runner, scheduler, kv, identity, times, config.ideal_tokens)
+
+
+class _WeightFiles:
+    """The weight files of a model. Create it before they are loaded."""
+
+    def __init__(self, model_config: ModelConfig) -> None:
+        from daemon.models import weights_digest  # imports numpy
+
+        self._module = weights_digest
+        self._path = model_config.path
+        self._before = weights_digest.file_stamps(self._path)
+
+    def digest(self) -> bytes:
+        """Return the digest of what was loaded, once it is. Raises Unavailable if a file was replaced meanwhile."""
+        digest = self._module.weights_digest(self._path)
+        if self._module.file_stamps(self._path) != self._before:
+            raise Unavailable(f"the weights in {self._path} were replaced while they were loaded")
+        return digest
 
 
 def _load_on_host(spec: ChildSpec, fabric: Fabric, runner: Runner) -> KvLink:

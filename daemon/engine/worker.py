@@ -86,8 +86,8 @@ class Worker:
         self._checked = True  # `Scheduler.check` has run since the last step
         self._counted = dict.fromkeys(("preemptions", "prefix_cache_queries", "prefix_cache_hits"), 0)
         pool_spec = engine.runner.pool_spec(1)
-        self._kv_format = _kv_format(pool_spec)
-        self._cost_group = f"{engine.runner.device} {self._kv_format}"
+        self._identity = engine.identity
+        self._cost_group = f"{engine.runner.device} {_kv_format(pool_spec)}"
         self._cost = SharedCost(self._cost_group, engine.step_times, engine.ideal_tokens)
         self._cost_interval = -1  # of the step statistics, in which `_cost` was updated
         self._pools = engine.kv.pools
@@ -96,13 +96,17 @@ class Worker:
         frontends = {k: topology.frontend(k) for k in range(topology.frontends)}
         journals = JournalReader([JournalView(fabric.journal(k)) for k in frontends])
         self.llumlet = Llumlet(
-            engine.scheduler, journals, is_busier_than=self._is_busier_than, copy_refusal=self._copy_refusal
+            engine.scheduler,
+            journals,
+            is_busier_than=self._is_busier_than,
+            copy_refusal=self._copy_refusal,
+            has_same_weights=self._has_same_weights,
         )
         self._outboxes = [FrontendOutbox(fabric.writer(process)) for process in frontends.values()]
         self._executor = MigrationExecutor(
             fabric, self._outboxes, engine.kv.pools, engine.kv.transport, pool_spec.block_bytes, self._telemetry
         )
-        self._peer_inbox = PeerInbox(fabric, self.llumlet, self._kv_format)
+        self._peer_inbox = PeerInbox(fabric, self.llumlet)
         self._frontend_inboxes = [
             FrontendInbox(k, fabric.incarnation, fabric.reader(process), journals, self.llumlet)
             for k, process in frontends.items()
@@ -269,7 +273,14 @@ class Worker:
         return theirs is not None and self._policy.migration(self._facts()) < self._policy.migration(theirs)
 
     def _copy_refusal(self, peer: EngineIncarnation) -> str:
+        theirs = self._peer_inbox.facts_of(peer)
+        if theirs is None or theirs.fingerprint != self._identity.fingerprint:
+            return "that engine has other weights, or KV of another form"
         return self._pools.refusal(peer.engine, peer.incarnation)
+
+    def _has_same_weights(self, peer: EngineIncarnation) -> bool:
+        theirs = self._peer_inbox.facts_of(peer)
+        return theirs is not None and theirs.weights == self._identity.weights
 
     def _facts(self) -> EngineFacts:
         scheduler, blocks = self._scheduler, self._scheduler.blocks
@@ -296,7 +307,8 @@ class Worker:
             preempted_waiting=sum(r.preemptions > 0 for r in scheduler.waiting),
             incoming=len(self.llumlet.incoming),
             outgoing=len(self.llumlet.outgoing),
-            kv_format=self._kv_format,
+            fingerprint=self._identity.fingerprint,
+            weights=self._identity.weights,
             pool_handle=self._pool_handle,
             peer_pools=self._pools.states,
             knee=self._cost.limits.knee,

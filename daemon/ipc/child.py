@@ -41,6 +41,7 @@ class ChildSpec:
     incarnation: int
     supervisor_pid: int
     model_dir: str
+    model_text: str = ""  # digest of the model's text files as the daemon began with them; "": they need no check
     listener_fd: int = -1  # frontends: the HTTP socket; coordinator: the admin socket
     pool_fd: int = -1  # engines: their KV pool segment
     keeper_fd: int = -1  # frontends: their channel to the supervisor, see `kept_sockets`

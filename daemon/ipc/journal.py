@@ -8,7 +8,7 @@ It outlives its frontend: a successor can adopt it. The owner may die at any sto
 one aligned store, and a slot that was not committed counts as free.
 
 The segment begins with one word, the *generation*: the incarnation of the frontend that has begun with an empty
-journal; 0 while that one empties it. At byte 64 begin the slots. A slot is twelve u64 words:
+journal; 0 while that one empties it. At byte 64 begin the slots. A slot is fourteen u64 words:
 
     0   request id
     1   epoch << 32 | owner << 16 | which << 8 | state      (one store commits all of them)
@@ -22,6 +22,8 @@ journal; 0 while that one empties it. At byte 64 begin the slots. A slot is twel
     9   priority as it is now, two's complement (params contain the priority at admission)
     10  prompt tokens from the prefix cache << 32 | failure << 16 | finish
     11  epoch of the last crash << 32 | engines that failed << 16 | engines that crashed
+    12  weights of the owner if `which` is 0
+    13  weights of the owner if `which` is 1
 
 Offsets count from the start of the segment, in bytes. Prompt and output are u32 arrays. A logprob record is
 f32 of the chosen token, then (u32 id, f32 logprob) for each alternative; unused alternatives have id 2^32-1.
@@ -40,7 +42,7 @@ from daemon.ipc.arena import ALIGN, Arena, rounded
 from daemon.ipc.messages import Finish, RequestParams, TokenLogprobs, decode_params, encode
 
 HEADER_BYTES = 64
-SLOT_WORDS = 12
+SLOT_WORDS = 14
 _NO_OWNER = 0xFFFF
 _NO_TOKEN = 0xFFFFFFFF
 _U64 = (1 << 64) - 1
@@ -140,6 +142,11 @@ class JournalView:
         base = slot * SLOT_WORDS
         word = int(self._words[base + 1])
         return word >> 16 & 0xFFFF, int(self._words[base + (8 if word & _WHICH else 7)])
+
+    def weights(self, slot: int) -> int:
+        """Return what identifies the weights of the owner; 0 if it is not known."""
+        base = slot * SLOT_WORDS
+        return int(self._words[base + (13 if self._words[base + 1] & _WHICH else 12)])
 
     def state(self, slot: int) -> SlotState:
         return SlotState(self._words[slot * SLOT_WORDS + 1] & 0xFF)
@@ -277,14 +284,19 @@ class Journal(JournalView):
         self._words[base + 9] = params.priority & _U64
         self._words[base + 10] = 0
         self._words[base + 11] = 0
+        self._words[base + 12] = 0
         self._words[base + 1] = _NO_OWNER << 16 | SlotState.LIVE
         return slot
 
-    def assign(self, slot: int, epoch: int, engine: int, incarnation: int) -> None:
-        """Make an engine the owner at `epoch`; one aligned store commits both, and the incarnation written before."""
+    def assign(self, slot: int, epoch: int, engine: int, incarnation: int, weights: int = 0) -> None:
+        """Make an engine, which has these weights, the owner at `epoch`.
+
+        One aligned store commits both, and what was written before: incarnation and weights.
+        """
         base = slot * SLOT_WORDS
         which = self._words[base + 1] & _WHICH ^ _WHICH
         self._words[base + (8 if which else 7)] = incarnation
+        self._words[base + (13 if which else 12)] = weights
         self._words[base + 1] = epoch << 32 | engine << 16 | which | SlotState.LIVE
 
     def reprioritise(self, slot: int, priority: int) -> None:

@@ -173,6 +173,7 @@ class Reserve(Struct, tag=1, array_like=True, frozen=True):
     num_tokens: int
     longest: int  # number of tokens that the request can reach
     hashes: list[bytes]  # reservation 0: hashes of the full blocks computed so far; later none
+    fingerprint: int = 0  # of the source's KV, see `EngineFacts`
 
 
 class Reserved(Struct, tag=2, array_like=True, frozen=True):
@@ -373,7 +374,8 @@ class EngineFacts(Struct, array_like=True, frozen=True):
     ideal_tokens: int = 0  # tokens of KV up to which a decode step takes nearly its ideal time; 0: not measured
     step_times: bytes = b""  # measured by this engine, see `engine.cost`; `knee` is what its `cost_group` agrees on
     cost_group: str = ""  # device and model: engines of one cost group take equally long for a step
-    kv_format: str = ""  # shape and dtype of a KV block; requests migrate only between engines with equal formats
+    fingerprint: int = 0  # of all that its KV depends on besides the tokens: blocks move only between equal ones
+    weights: int = 0  # identifies its weights; a request ends on the weights it began with
     pool_handle: bytes = b""  # how to open a KV pool in GPU memory: see kvpool/cuda_pools.py
     peer_pools: bytes = b""  # PoolState of each engine's pool, as seen from here; empty: not known
 

@@ -21,16 +21,16 @@ class PoolError(RuntimeError):
 
 
 def block_hashes(
-    tokens: Sequence[int], block_size: int, salt: bytes = b"", have: Sequence[bytes] = ()
+    tokens: Sequence[int], block_size: int, salt: bytes = b"", have: Sequence[bytes] = (), *, fingerprint: int = 0
 ) -> list[bytes]:
     """Return the hashes of the full blocks of `tokens`, 16 bytes each.
 
     The hash of a block is H(hash of the previous block, tokens of this block), so equal hashes mean equal tokens from
-    the first token on, within one `salt`. `have`: the hashes of the first blocks, if they are already known. Token
-    ids must fit in 32 bits.
+    the first token on, within one `salt`, and a KV of equal `fingerprint`. `have`: the hashes of the first blocks, if
+    they are already known. Token ids must fit in 32 bits.
     """
     hashes = list(have)
-    parent = hashes[-1] if hashes else _root(salt)
+    parent = hashes[-1] if hashes else _root(salt, fingerprint)
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         content = array("I", tokens[start : start + block_size]).tobytes()
         parent = blake2b(parent + content, digest_size=HASH_BYTES).digest()
@@ -38,9 +38,10 @@ def block_hashes(
     return hashes
 
 
-def _root(salt: bytes) -> bytes:
+def _root(salt: bytes, fingerprint: int) -> bytes:
     """Return the parent hash of first blocks. It is personalised, so no salt can equal the hash of a block."""
-    return blake2b(salt, digest_size=HASH_BYTES, person=b"kv-root").digest()
+    key = fingerprint.to_bytes(8, "little")
+    return blake2b(salt, digest_size=HASH_BYTES, key=key, person=b"kv-root").digest()
 
 
 class BlockManager:
@@ -50,12 +51,16 @@ class BlockManager:
     one that is registered first. Both blocks stay: to replace one would rewrite a block table that is in use.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, *, fingerprint: int = 0
+    ) -> None:
+        """`fingerprint`: of all that the KV in the blocks depends on besides the tokens."""
         if num_blocks < 2:
             raise ValueError(f"a pool needs a dummy block and at least one more, not {num_blocks} blocks")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.fingerprint = fingerprint
         self._refs = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks  # None: not in the prefix cache
         self._by_hash: dict[bytes, int] = {}

@@ -19,6 +19,7 @@ from daemon.ipc import code_version, segment
 from daemon.ipc.child import GROUP_SIGNALS, ChildSpec
 from daemon.ipc.fabric import Fabric, FabricHandles
 from daemon.ipc.messages import EngineState
+from daemon.ipc.model_text import text_digest
 from daemon.ipc.process_table import ProcessFacts, ProcessState, Progress
 from daemon.supervisor import child_entry
 from daemon.supervisor.restarts import Backoff, Death, Succession
@@ -89,6 +90,7 @@ class Spawner:
         self._epoll = epoll
         self._context = multiprocess.get_context("spawn")
         self._code = code_version.installed()
+        self._model_text = text_digest(model_dir)
         self._capacity = capacity(handles.topology)
         self.standby = Standby(self._start_standby) if config.standby_frontend else None
 
@@ -201,6 +203,7 @@ class Spawner:
             incarnation=0,
             supervisor_pid=os.getpid(),
             model_dir=self._model_dir,
+            model_text=self._model_text,
             listener_fd=listener.fileno() if listener is not None else -1,
             keeper_capacity=self._capacity,
             code=self._code,

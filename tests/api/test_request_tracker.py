@@ -72,11 +72,13 @@ class Harness:
         last_crashed: int = 0,
         last_failed: int = 0,
         state: EngineState = EngineState.SERVING,
+        weights: int = 0,
     ) -> None:
-        """Publish that this incarnation of engine i is up, with its state."""
+        """Publish that this incarnation of engine i is up, with its state and its weights."""
         row = ProcessFacts(ProcessState.UP, incarnation, last_crashed=last_crashed, last_failed=last_failed)
         self.table.publish(self.topology.engine(i), row)
-        self.engine(i, incarnation).board().publish(encode(engine_facts(incarnation=incarnation, state=state)))
+        facts = engine_facts(incarnation=incarnation, state=state, weights=weights)
+        self.engine(i, incarnation).board().publish(encode(facts))
         self.tracker.on_doorbell()
 
     def ends(self) -> list[tuple[int, str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from daemon.control.rebalancer import Rebalancer
 from daemon.control.request_orders import RequestOrders
 from daemon.control.restart_order import OTHER_LAYOUT, RestartOrder
 from daemon.control.status import StatusReader
+from daemon.enums import MigrationMode
 from daemon.ipc.child import ChildSpec
 from daemon.ipc.code_version import CodeVersion
 from daemon.ipc.event_ring import EventWriter
@@ -37,6 +39,7 @@ from daemon.ipc.messages import (
     decode_to_llumlet,
     encode,
 )
+from daemon.ipc.model_text import text_digest
 from daemon.ipc.process_table import ProcessFacts, ProcessState
 from daemon.ipc.restart_orders import RestartOrders
 from daemon.ipc.ring import RingReader
@@ -295,3 +298,38 @@ def test_restarts_that_are_refused(send: Send, handles: FabricHandles, monkeypat
     Fabric(handles, -1, 0).shutdown().begin(time.monotonic() + 30.0)
     assert send("POST", "/v1/engines/1/restart")[1]["code"] == "shutting_down"
     assert orders(send) == []
+
+
+def test_a_request_is_not_moved_to_other_weights(send: Send, handles: FabricHandles):
+    topology = handles.topology
+    journal = Journal(Fabric(handles, topology.frontend(0), 1).journal(0, writable=True))
+    params = RequestParams(SamplingParams(max_tokens=9, seed=1), time.monotonic(), label="cmpl-1-0")
+    journal.assign(journal.open(5, params, [1, 2, 3]), 1, 0, 1)
+    board = Fabric(handles, topology.engine(1), 1).board()
+    board.publish(encode(engine_facts(weights=7, fingerprint=7)))
+    for how in MigrationMode:
+        status, answer = send("POST", f"/v1/requests/cmpl-1/migrate/1?how={how}")
+        assert (status, answer["code"]) == (409, "other_weights")
+    assert "a request ends on the weights it began with" in answer["error"]
+    board.publish(encode(engine_facts(fingerprint=7)))  # the same weights, other KV
+    assert "--how recompute" in send("POST", "/v1/requests/cmpl-1/migrate/1")[1]["error"]
+    assert send("POST", "/v1/requests/cmpl-1/migrate/1?how=recompute")[0] == 200
+    rows = send("GET", "/v1/status")[1]["engines"]
+    assert [row["fingerprint"] for row in rows[:2]] == ["0" * 16, "0" * 15 + "7"]
+
+
+def test_no_process_restarts_over_changed_text_files_of_the_model(
+    send: Send, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "config.json").write_text("{}")
+    order = send.restart_order  # type: ignore[attr-defined]
+    spec = dataclasses.replace(order._spec, model_dir=str(tmp_path), model_text=text_digest(str(tmp_path)))
+    monkeypatch.setattr(order, "_spec", spec)
+    (tmp_path / "model.safetensors").write_text("other weights")
+    assert send("POST", "/v1/engines/1/restart")[0] == 200
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in ("/v1/engines/1/restart", "/v1/frontends/0/restart"):
+        status, answer = send("POST", path)
+        assert (status, answer["code"]) == (409, "other_model")
+        assert "tokenizer" in answer["error"] and "restart the whole daemon" in answer["error"]
+    assert send("POST", "/v1/coordinator/restart")[0] == 200

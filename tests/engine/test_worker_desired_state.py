@@ -9,6 +9,7 @@ import pytest
 
 from daemon.control.policy.freeness import policy_of
 from daemon.engine.fake.hash import expected_stream
+from daemon.engine.identity import Identity
 from daemon.engine.startup import LoadedEngine
 from daemon.engine.worker import Worker
 from daemon.ipc.desired_state import DesiredStateWriter
@@ -43,7 +44,7 @@ def make_worker(loopback: Loopback, incarnation: int = ENGINE_INCARNATION) -> Wo
     """Return the worker of engine 0."""
     fabric = Fabric(loopback.handles, loopback.engine_process, incarnation)
     kv = KvLink(NUM_BLOCKS, cast(PeerPools, NoPeers()), cast(Transport, NoPeers()))
-    engine = LoadedEngine(loopback.runner, loopback.scheduler, kv, [])
+    engine = LoadedEngine(loopback.runner, loopback.scheduler, kv, Identity(1, 1), [])
     return Worker(fabric, engine, policy_of("llumd"), overlap=False)
 
 

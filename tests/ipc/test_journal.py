@@ -101,13 +101,20 @@ class JournalModel(RuleBasedStateMachine):
         self.journal.record_crashes(slot, crashes)
 
     @precondition(lambda self: self.unfinished())
-    @rule(which=st.integers(0, 1000), by=st.integers(1, 9), engine=st.integers(0, 63), incarnation=st.integers(1, 99))
-    def assign(self, which: int, by: int, engine: int, incarnation: int) -> None:
+    @rule(
+        which=st.integers(0, 1000),
+        by=st.integers(1, 9),
+        engine=st.integers(0, 63),
+        incarnation=st.integers(1, 99),
+        weights=st.integers(0, 2**64 - 1),
+    )
+    def assign(self, which: int, by: int, engine: int, incarnation: int, weights: int) -> None:
         slot = self.unfinished()[which % len(self.unfinished())]
         entry = self.live[slot]
         entry["epoch"] += by
         entry["owner"] = (engine, incarnation)
-        self.journal.assign(slot, entry["epoch"], engine, incarnation)
+        entry["weights"] = weights
+        self.journal.assign(slot, entry["epoch"], engine, incarnation, weights)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 1000), priority=priorities)
@@ -160,6 +167,7 @@ class JournalModel(RuleBasedStateMachine):
             assert (view.finish(slot), view.failure(slot)) == (entry["finish"], entry["failure"])
             assert (view.num_cached_tokens(slot), view.crashes(slot)) == (entry["cached"], entry["crashes"])
             assert (view.epoch(slot), view.owner(slot)) == (entry["epoch"], entry["owner"])
+            assert view.weights(slot) == entry.get("weights", 0)
             assert [view.logprobs(slot, i) for i in range(len(entry["output"]))] == entry["logprobs"]
 
     def teardown(self) -> None:

@@ -95,6 +95,8 @@ def test_a_block_hash_covers_the_whole_prefix_and_is_computed_incrementally():
     assert block_hashes([9, *tokens[1:]], SIZE)[1] != hashes[1]
     assert not set(block_hashes(tokens, SIZE, b"tenant")) & set(hashes)
     assert not set(block_hashes(tokens[SIZE:], SIZE, hashes[0])) & set(hashes)  # a salt is no parent
+    assert not set(block_hashes(tokens, SIZE, fingerprint=7)) & set(hashes)  # KV of other weights
+    assert not set(block_hashes(tokens, SIZE, fingerprint=7)) & set(block_hashes(tokens, SIZE, fingerprint=8))
 
 
 def test_uncached_blocks_are_allocated_first_and_cached_prefixes_are_evicted_from_the_tail():

@@ -1,6 +1,6 @@
 """The model of an engine: the real scheduler, block manager and llumlet, with modelled KV, copies and journals.
 
-KV is modelled: the cell of a position is a number for the request's salt and all tokens up to that position. It is
+KV is modelled: the cell of a position is a number for the weights, the request's salt and all tokens up to it. It is
 computed from the cells that the engine *reads*. A token stands for the engine incarnation that drew it and the cells
 that it was drawn from. So an engine that reads KV that is lost, stale, overwritten or of another salt draws a token
 that does not follow from the client's text.
@@ -43,9 +43,9 @@ def fact_of(number: int) -> tuple[Any, ...]:
     return _facts[number]
 
 
-def cell_of(tokens: list[int], salt: bytes) -> int:
+def cell_of(tokens: list[int], salt: bytes, weights: int = 1) -> int:
     """Return the cell of the last of `tokens`, as a correct engine computes it for a request with this salt."""
-    cell = fact_id("begin", salt)
+    cell = fact_id("begin", salt, weights)
     for token in tokens:
         cell = fact_id("kv", cell, token)
     return cell
@@ -98,7 +98,13 @@ class Entry:
         self.ownership = Ownership(rid, 0, None, 0)
         self.owner: EngineIncarnation | None = None  # as journaled: the last one, also if it has lost the request
         self.output: list[int] = []
+        self.weights = 0  # of the owner, as journaled
+        self.begun: int | None = None  # the weights that the client's first token came from
         self.open = True
+
+    @property
+    def bound(self) -> int:
+        return self.weights if self.output else 0
 
 
 class Journals:
@@ -130,6 +136,7 @@ class Engine:
         """`frontend`: incarnation of the frontend, as this engine knows it; 0: no message has named it yet."""
         self.index = index
         self.incarnation = incarnation
+        self.weights = world.weights_of(incarnation)
         self.known = known  # incarnations of the engines, as this engine knows them
         self.frontend = frontend
         self.memory: list[list[int]] = [[GARBAGE] * BLOCK_SIZE for _ in range(world.pool + 1)]
@@ -138,13 +145,13 @@ class Engine:
         self.reports = 0  # number of moves reported
         self.step_in_flight: StepInFlight | None = None
         self.scheduler = Scheduler(
-            BlockManager(world.pool + 1, BLOCK_SIZE, world.prefix_caching),
+            BlockManager(world.pool + 1, BLOCK_SIZE, world.prefix_caching, fingerprint=self.weights),
             max_num_seqs=2,
             max_batch_tokens=world.batch_tokens,
             max_model_len=100,
             eos_token_ids=(),
         )
-        self.llumlet = world.make_llumlet(self.scheduler)
+        self.llumlet = world.make_llumlet(self.scheduler, self.weights)
 
     @property
     def identity(self) -> EngineIncarnation:
@@ -177,7 +184,7 @@ class Engine:
 
     def _read(self, active: ActiveRow, count: int) -> int:
         """Attend to the first `count` positions. Return the cell of the last, or garbage if any cell is wrong."""
-        cell = fact_id("begin", self.entries[active.row.request.rid].salt)
+        cell = fact_id("begin", self.entries[active.row.request.rid].salt, self.weights)
         for i in range(count):
             cell = fact_id("kv", cell, active.tokens[i])
             if self.memory[active.table[i // BLOCK_SIZE]][i % BLOCK_SIZE] != cell:

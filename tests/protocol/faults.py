@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 from daemon.control.policy import ownership
 from daemon.engine.migration.actions import Action as LlumletAction
 from daemon.engine.migration.destination import Destination
@@ -296,3 +298,24 @@ class LostSalt(World):
 
     def make_journals(self) -> Journals:
         return LosesSalts(self.entries)
+
+
+class IgnoresFingerprints(Destination):
+    """It takes KV of other weights."""
+
+    def on_reserve(self, peer: EngineIncarnation, reserve: Reserve) -> list[LlumletAction]:
+        mine = self._scheduler.blocks.fingerprint
+        return super().on_reserve(peer, msgspec.structs.replace(reserve, fingerprint=mine))
+
+
+class ForeignKv(World):
+    """KV moves between engines with different weights."""
+
+    destination_class = IgnoresFingerprints
+
+
+class ForeignWeights(World):
+    """A request goes on at any engine, whatever its weights."""
+
+    def may_continue(self, entry: Entry, index: int) -> bool:
+        return True

@@ -34,7 +34,7 @@ def state_key(world: World) -> tuple[Any, ...]:
         world.generation,
         world.budget,
         tuple(world.known),
-        tuple((e.open, e.ownership, e.owner, tuple(e.output)) for e in world.entries.values()),
+        tuple((e.open, e.ownership, e.owner, e.weights, e.begun, tuple(e.output)) for e in world.entries.values()),
         tuple(sorted(world.notices)),
         tuple(tuple(record_key(a, r) for r in ring) for (a, _), ring in world.rings.items()),
         tuple(_engine_key(e, orders[e.index], block_key) for e in world.engines),

@@ -66,6 +66,13 @@ SCENES = {
     ),
     "two successions": ({"HandBack taken"}, dict(budget=Budget(successions=2), requests=[([1, 2, 3], 2)])),
     "the frontend is lost": (MOVED | {"Declined"}, dict(budget=Budget(moves=1, losses=1))),
+    "other weights after a crash": (
+        MOVED | {"Declined"},
+        dict(budget=Budget(moves=1, crashes=1), requests=[([1, 2, 3, 4, 5], 2)], batch_tokens=2, replaced=True),
+    ),
+    "other weights and a succession": (
+        {"HandBack taken"}, dict(budget=Budget(crashes=1, successions=1), requests=[([1, 2, 3], 2)], replaced=True)
+    ),
     "two with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=EQUAL_PROMPTS, homes=[0, 1])),
     "two tenants with one prompt": (MOVED, dict(budget=Budget(moves=1), requests=TWO_TENANTS, homes=[0, 1])),
     "two in a pool too small": (
@@ -119,6 +126,8 @@ FAULTS = {
     faults.SilentTakeover: ("stuck", "a move"),
     faults.LostPriority: ("priority", "a change of priority"),
     faults.FrozenPriority: ("priority", "a change of priority"),
+    faults.ForeignKv: (r"drawn from \('garbage'", "other weights after a crash"),
+    faults.ForeignWeights: ("incoherent", "other weights after a crash"),
     faults.SameEpoch: ("two owners", "a false suspicion"),
 }
 

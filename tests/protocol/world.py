@@ -66,7 +66,7 @@ class Budget(NamedTuple):
 
 Action = tuple[Any, ...]
 # The actions that are no faults and no orders. A request must be able to end by these alone.
-PROGRESS = frozenset({"step", "read", "copy", "notice", "dispatch", "time_out"})
+PROGRESS = frozenset({"step", "read", "copy", "notice", "dispatch", "fail_request", "time_out"})
 
 
 class World:
@@ -89,13 +89,15 @@ class World:
         prefix_caching: bool = True,
         how: str = "live",
         overlap: bool = False,
+        replaced: bool = False,
     ) -> None:
         """Build a world whose requests have been dispatched.
 
         `requests`: (prompt, max_tokens) or (prompt, max_tokens, salt) each; `homes`: the engines that they start on;
         `pool`: blocks of an engine; `how`: the `MigrationMode` of all moves; `overlap`: a step is launched before the
-        results of the previous step are applied.
+        results of the previous step are applied; `replaced`: a successor of an engine has other weights.
         """
+        self.replaced = replaced
         self.overlap = overlap
         self.prefix_caching = prefix_caching
         self.how = how
@@ -118,8 +120,12 @@ class World:
     def make_journals(self) -> Journals:
         return Journals(self.entries)
 
-    def make_llumlet(self, scheduler: Scheduler) -> Llumlet:
-        llumlet = self.llumlet_class(scheduler, self.journals)
+    def weights_of(self, incarnation: int) -> int:
+        """Return the weights of each engine's incarnation."""
+        return incarnation if self.replaced else 1
+
+    def make_llumlet(self, scheduler: Scheduler, weights: int) -> Llumlet:
+        llumlet = self.llumlet_class(scheduler, self.journals, has_same_weights=SameWeights(self, weights))
         llumlet.source = self.source_class(scheduler, self.journals)
         llumlet.destination = self.destination_class(scheduler, self.journals)
         return llumlet
@@ -170,8 +176,10 @@ class World:
 
     def _request_actions(self, rid: int, entry: Entry) -> Iterator[Action]:
         if entry.ownership.owner is None:
-            for index in range(len(self.engines)):
-                yield "dispatch", rid, index
+            fit = [i for i in range(len(self.engines)) if self.may_continue(entry, i)]
+            yield from (("dispatch", rid, index) for index in fit)
+            if not fit:
+                yield "fail_request", rid
         elif self.budget.suspicions:
             yield "suspect", rid
         if self.budget.cancels:
@@ -221,9 +229,9 @@ class World:
         self._use_budget("moves")
         engine = self.engines[index]
         peer = EngineIncarnation(destination, engine.known[destination])
-        self._execute_all(
-            engine, engine.llumlet.migrate_to(peer, MigrateTo(destination, 1.0, rid, how=self.how), 0.0)
-        )
+        actions = engine.llumlet.migrate_to(peer, MigrateTo(destination, 1.0, rid, how=self.how), 0.0)
+        declined = [a for a in actions if isinstance(a, Report) and a.result is MigrationResult.DECLINED]
+        self._execute_all(engine, [a for a in actions if a not in declined])  # no move has begun
 
     def copy(self, index: int, i: int) -> None:
         engine = self.engines[index]
@@ -362,8 +370,10 @@ class World:
 
     def _append(self, entry: Entry, tokens: list[int]) -> None:
         for token in tokens:
-            context = cell_of(entry.prompt + entry.output, entry.salt)
             fact = fact_of(token)
+            if entry.begun is None:
+                entry.begun = self.weights_of(fact[2]) if fact[0] == "token" else 0
+            context = cell_of(entry.prompt + entry.output, entry.salt, entry.begun)
             if fact[0] != "token" or fact[3] != context:
                 raise Violation(f"incoherent: a token drawn from {fact}, the client has {context}")
             entry.output.append(token)
@@ -386,9 +396,17 @@ class World:
         entry = self.entries[rid]
         owner = EngineIncarnation(index, self.known[index])
         entry.ownership = self.rules.started(entry.ownership, owner)
-        entry.owner = owner
+        entry.owner, entry.weights = owner, self.weights_of(owner.incarnation)
         start = Start(rid, entry.ownership.epoch, rid, len(entry.prompt))
         self._send(FRONTEND, index, self.incarnation, owner.incarnation, start)
+
+    def may_continue(self, entry: Entry, index: int) -> bool:
+        """Return True if the engine has the weights that the output began with, as far as the frontend knows."""
+        return entry.bound in (0, self.weights_of(self.known[index]))
+
+    def fail_request(self, rid: int) -> None:
+        """No engine has the weights that the output began with any more."""
+        self.entries[rid].open = False
 
     def suspect(self, rid: int) -> None:
         self._use_budget("suspicions")
@@ -475,6 +493,17 @@ class World:
     def save(self) -> bytes:
         """Return the pickled state."""
         return pickle.dumps(self, pickle.HIGHEST_PROTOCOL)
+
+
+class SameWeights:
+    """Compares weights, for the llumlet of an engine that has `weights`."""
+
+    def __init__(self, world: World, weights: int) -> None:
+        self.world = world
+        self.weights = weights
+
+    def __call__(self, peer: EngineIncarnation) -> bool:
+        return self.world.weights_of(peer.incarnation) == self.weights
 
 
 def _first_of_other_kind(ring: list[Record]) -> int:

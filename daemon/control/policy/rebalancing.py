@@ -8,8 +8,9 @@ makes and breaks pairs, nor reverses them where both thresholds are equal, as in
 draining engine must give away all that it has: it is paired first, and if no engine is above the low threshold,
 with the freest one.
 
-An engine is no destination for a source that cannot copy into its KV pool (yet). Only a draining source is paired
-with it all the same if there is no other: its waiting requests need no copy.
+An engine is no destination for a source that cannot copy into its KV pool (yet), or whose KV has another
+fingerprint. Only a draining source is paired with it all the same if there is no other: its waiting requests need
+no copy.
 """
 
 from __future__ import annotations
@@ -134,8 +135,11 @@ class _Pairing:
     def _closed_pools(self, i: int) -> str:
         """Return into whose pools `i` cannot copy blocks (yet), as the end of a line; "" if it can into all."""
         serving = [j for j, other in enumerate(self.facts) if other is not None and other.state == SERVING and j != i]
-        closed = [str(j) for j in serving if not self._reaches(i, j)]
-        return f"; cannot copy to engine {', '.join(closed)} (yet)" if closed else ""
+        mine = self.facts[i]
+        other = [str(j) for j in serving if mine and mine.fingerprint != _fingerprint(self.facts[j])]
+        closed = [str(j) for j in serving if not self._reaches(i, j) and str(j) not in other]
+        text = f"; cannot copy to engine {', '.join(closed)} (yet)" if closed else ""
+        return f"{text}; other weights or KV than engine {', '.join(other)}" if other else text
 
     def _append(self, new: Pair) -> None:
         self.pairs.append(new)
@@ -183,9 +187,11 @@ class _Pairing:
         return source is not None and destination is not None and source.block_size == destination.block_size
 
     def _reaches(self, i: int, j: int) -> bool:
-        """Return True if engine `i` can copy blocks into the pool of engine `j`, or does not say."""
-        source = self.facts[i]
-        return source is not None and pool_state(source, j) is PoolState.OPEN
+        """Return True if engine `j` can use the KV of engine `i`, and `i` can copy it there or does not say."""
+        source, destination = self.facts[i], self.facts[j]
+        if source is None or destination is None or source.fingerprint != destination.fingerprint:
+            return False
+        return pool_state(source, j) is PoolState.OPEN
 
     def _accepts_drain(self, i: int, j: int, delta: float) -> bool:
         """Return True if `j` accepts the requests of the draining engine `i`.
@@ -224,6 +230,10 @@ class _Pairing:
         assert facts is not None
         shedding = self.rules.policy.sheds_preempted and facts.preempted_waiting
         return facts.state == SERVING and not shedding
+
+
+def _fingerprint(facts: EngineFacts | None) -> int:
+    return facts.fingerprint if facts is not None else 0
 
 
 def _text(freeness: float) -> str:

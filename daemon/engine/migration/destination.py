@@ -51,12 +51,8 @@ class Destination:
         """Reserve a place in the batch and the blocks for a new move. Blocks found in the prefix cache are held
         from now on. Return the answer, or the reason to decline."""
         blocks = self._scheduler.blocks
-        if not self.accepting or reserve.reservation:
-            return "the engine accepts no moves"
-        if reserve.longest > self._scheduler.max_len:
-            return f"the request can reach {reserve.longest} tokens, which do not fit here"
-        if len(self.incoming) >= self._max_incoming:
-            return f"{len(self.incoming)} requests are already being moved here"
+        if reason := self._refusal(reserve):
+            return reason
         matched = blocks.match(reserve.hashes) if blocks.prefix_caching else []
         fresh = blocks.blocks_for(reserve.num_tokens) - len(matched)
         if not self._has_room(fresh + blocks.num_idle(matched)):
@@ -67,6 +63,18 @@ class Destination:
         granted = self._scheduler.allocate_settled(fresh)
         self.incoming[peer, reserve.move] = Incoming(peer, reserve, matched + granted)
         return _reserved(reserve, len(matched), granted)
+
+    def _refusal(self, reserve: Reserve) -> str:
+        """Return why the engine takes no such move, whatever room it has; "" if it does."""
+        if not self.accepting or reserve.reservation:
+            return "the engine accepts no moves"
+        if reserve.fingerprint != self._scheduler.blocks.fingerprint:
+            return "the engine has other weights, or KV of another form"
+        if reserve.longest > self._scheduler.max_len:
+            return f"the request can reach {reserve.longest} tokens, which do not fit here"
+        if len(self.incoming) >= self._max_incoming:
+            return f"{len(self.incoming)} requests are already being moved here"
+        return ""
 
     def _extend(self, incoming: Incoming, reserve: Reserve) -> Reserved | str:
         """Reserve more blocks for a known move. Return the answer, or the reason to decline."""

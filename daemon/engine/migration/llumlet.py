@@ -49,6 +49,10 @@ def _always_busier(peer: EngineIncarnation) -> bool:
     return True
 
 
+def _always_the_same(peer: EngineIncarnation) -> bool:
+    return True
+
+
 def _never_refused(peer: EngineIncarnation) -> str:
     return ""
 
@@ -59,7 +63,8 @@ class Llumlet:
     `is_busier_than` returns True while this engine has more to do than a peer. It is called before each move of a
     standing order that is not a drain, so that a source does not give away too much before the lease ends.
     `copy_refusal` returns why no block can be copied to a peer now, or "". A standing order waits for it to change;
-    an order to move one request ends with it.
+    an order to move one request ends with it. `has_same_weights` returns True if a peer has this engine's weights: a
+    request with output ends on the weights it began with, so it is not handed back for a peer with other ones.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Llumlet:
         patience: float = PATIENCE,
         is_busier_than: Callable[[EngineIncarnation], bool] = _always_busier,
         copy_refusal: Callable[[EngineIncarnation], str] = _never_refused,
+        has_same_weights: Callable[[EngineIncarnation], bool] = _always_the_same,
     ) -> None:
         self.scheduler = scheduler
         self.source = Source(scheduler, journals, max_outgoing=max_outgoing, patience=patience)
@@ -79,6 +85,7 @@ class Llumlet:
         self.orders: dict[EngineIncarnation, MigrateTo] = {}
         self._is_busier_than = is_busier_than
         self._copy_refusal = copy_refusal
+        self._has_same_weights = has_same_weights
 
     # -- facts ---------------------------------------------------------------------------------
 
@@ -156,7 +163,7 @@ class Llumlet:
         self.orders = {peer: order for peer, order in self.orders.items() if now < order.lease}
         for peer, order in self.orders.items():
             if order.drain:
-                actions += self._hand_back_waiting(order)
+                actions += self._hand_back_waiting(peer, order)
             if self._copy_refusal(peer):
                 continue
             while self.source.may_begin(peer, drain=order.drain) and (request := self._choose(order)):
@@ -184,6 +191,8 @@ class Llumlet:
 
     def _move_away(self, request: Request, peer: EngineIncarnation, order: MigrateTo, now: float) -> list[Action]:
         """Move a request, or hand it back if it has no KV worth a copy."""
+        if not self._may_continue(request, peer):
+            return [_declined(request, peer, order, "that engine has other weights than its output came from")]
         if request.rid not in self.scheduler.running:
             return self._hand_back(request, order, "it waited")
         if request.pending > 1 and request.num_computed < self.scheduler.blocks.block_size:
@@ -191,13 +200,15 @@ class Llumlet:
         if order.how == MigrationMode.RECOMPUTE:
             return self._hand_back(request, order, "its KV is to be recomputed")
         if refusal := self._copy_refusal(peer):
-            declined = MigrationResult.DECLINED
-            return [Report(request=request, to=peer.engine, reason=order.reason, result=declined, detail=refusal)]
+            return [_declined(request, peer, order, refusal)]
         return self.source.begin(request, peer, order, now)
 
-    def _hand_back_waiting(self, order: MigrateTo) -> list[Action]:
-        """Hand all waiting requests back to their frontends, which start them on other engines."""
-        waiting = list(self.scheduler.waiting)
+    def _may_continue(self, request: Request, peer: EngineIncarnation) -> bool:
+        return not request.num_output or self._has_same_weights(peer)
+
+    def _hand_back_waiting(self, peer: EngineIncarnation, order: MigrateTo) -> list[Action]:
+        """Hand waiting requests back to their frontends, which start them on `peer` or other engines."""
+        waiting = [request for request in self.scheduler.waiting if self._may_continue(request, peer)]
         return [action for request in waiting for action in self._hand_back(request, order, "it waited")]
 
     def _hand_back(self, request: Request, order: MigrateTo, detail: str) -> list[Action]:
@@ -366,3 +377,8 @@ class Llumlet:
         for request in [r for r in (*scheduler.running.values(), *scheduler.waiting) if should_drop(r)]:
             scheduler.cancel(request.rid, request.epoch)
         return actions + self.source.abort_broken(now, MigrationResult.CANCELLED)
+
+
+def _declined(request: Request, peer: EngineIncarnation, order: MigrateTo, why: str) -> Report:
+    result = MigrationResult.DECLINED
+    return Report(request=request, to=peer.engine, reason=order.reason, result=result, detail=why)

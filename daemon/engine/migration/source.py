@@ -169,6 +169,7 @@ class Source:
             num_tokens=min(len(request.tokens) + scheduler.blocks.block_size, longest),
             longest=longest,
             hashes=[] if outgoing.reservation else scheduler.prefix_hashes(request),
+            fingerprint=scheduler.blocks.fingerprint,
         )
         return Send(outgoing.peer, message)
 

@@ -42,9 +42,9 @@ def test_each_engine_is_projected_to_its_desired_state(
 
 def test_an_emptied_engine_holds_nothing():
     """Every field is 0, unless it describes the engine itself and its speed."""
-    full = EngineFacts(**{name: 7 for name in EngineFacts.__struct_fields__} | {"consumed": [], "kv_format": "x"})
+    full = EngineFacts(**{name: 7 for name in EngineFacts.__struct_fields__} | {"consumed": []})
     left = {name for name in EngineFacts.__struct_fields__ if getattr(emptied(full, PARKED), name) == 7}
     assert left == {
         *("incarnation", "step", "time", "block_size", "total_blocks", "max_num_seqs", "max_model_len"),
-        *("step_seconds", "knee", "ideal_tokens", "step_times", "cost_group"),
+        *("step_seconds", "knee", "ideal_tokens", "step_times", "cost_group", "fingerprint", "weights"),
     }

@@ -395,3 +395,16 @@ def test_a_draining_engine_prefers_open_pools_and_is_paired_without_one_for_its_
 
 def test_facts_without_pool_states_say_nothing_against_a_pair():
     assert pair([engine_with_room(10), engine_with_room(200)], DEFAULT) == [Pair(0, 1, MigrationReason.MEMORY)]
+
+
+def test_engines_with_other_kv_are_paired_only_to_hand_back_what_waits_for_a_draining_one():
+    taker, equal = engine_with_room(300, fingerprint=7), engine_with_room(200)
+    assert pair([engine_with_room(10), taker], DEFAULT) == []
+    assert pair([engine_with_room(10), taker, equal], DEFAULT) == [Pair(0, 2, MigrationReason.MEMORY)]
+    assert pair([engine_with_room(10), taker], DEFAULT, [Pair(0, 1, MigrationReason.MEMORY)]) == []
+    draining = engine_with_room(10, state=EngineState.DRAINING)
+    assert pair([draining, taker, equal], DEFAULT) == [Pair(0, 2, MigrationReason.DRAINING)]
+    assert pair([draining, taker], DEFAULT) == [Pair(0, 1, MigrationReason.DRAINING)]
+    lines = explain([engine_with_room(10), taker, equal], DEFAULT).splitlines()
+    assert lines[1].endswith("other weights or KV than engine 1") and lines[3].endswith("KV than engine 1")
+    assert lines[2].endswith("other weights or KV than engine 0, 2") and "cannot copy" not in "".join(lines)

@@ -44,6 +44,14 @@ def test_a_move_without_room_is_declined(journal, options, sent):
     assert isinstance(answer.message, Declined) and destination.is_empty
 
 
+def test_kv_of_another_fingerprint_is_declined_by_name(journal):
+    destination = Engine(journal)
+    destination.blocks.fingerprint = 7
+    answer = only(destination.llumlet.on_peer(SOURCE, reserve(), 0.0))
+    assert answer.message.reason == "the engine has other weights, or KV of another form"
+    assert destination.is_empty
+
+
 def test_a_draining_engine_declines_every_move(destination):
     destination.llumlet.accept(False)
     answer = only(destination.llumlet.on_peer(SOURCE, reserve(), 0.0))

@@ -39,6 +39,19 @@ def test_a_drain_moves_all_requests_and_hands_waiting_ones_back(journal, make):
     assert {a.message.rid for a in actions[1:]} == {1, 2} and not source.scheduler.waiting
 
 
+def test_a_drain_to_other_weights_hands_back_only_what_has_no_output(journal, make):
+    source = Engine(journal, seqs=1, copy_refusal=lambda _: "other weights", has_same_weights=lambda _: False)
+    source.run(make(1, 5), steps=2)
+    source.scheduler.preempt(source.scheduler.running[1], 0.0)
+    source.llumlet.on_start(make(2, 5), 0.0)
+    source.llumlet.accept(False)
+    assert source.move(drain=True) == [Tell(0, HandBack(2, 1))]
+    assert [r.rid for r in source.scheduler.waiting] == [1]  # its output ends here
+    assert source.step() == [] and 1 in source.scheduler.running
+    assert source.move(rid=1, how=MigrationMode.RECOMPUTE) == []
+    assert "other weights" in source.llumlet.reports[-1].detail
+
+
 def test_an_engine_that_accepts_again_drains_no_longer(journal, make):
     source = Engine(journal, seqs=1, max_outgoing=1)
     source.run(make(1, 5))

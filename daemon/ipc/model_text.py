@@ -1,0 +1,31 @@
+"""The text files of the model: what all processes of a daemon must agree on besides the weights.
+
+Weights can be replaced one engine at a time, because each request ends on those it began with. A frontend's tokenizer
+and an engine's architecture cannot: a process that starts compares the files with those that the daemon began with.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+
+CHANGED = (
+    "config.json, the tokenizer or the chat template in {} has changed since llumd started. Weights can be replaced "
+    "while it runs, these files cannot: restart the whole daemon, or put the old files back"
+)
+_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+
+
+def text_digest(model_dir: str) -> str:
+    """Return a digest of the text files of a model directory, in hex. A file that is missing counts as empty."""
+    digest = blake2b(digest_size=16)
+    for name in _FILES:
+        try:
+            content = (Path(model_dir) / name).read_bytes()
+        except OSError:
+            content = b""
+        digest.update(b"%d " % len(content) + content)
+    return digest.hexdigest()
