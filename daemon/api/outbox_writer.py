@@ -69,22 +69,31 @@ class OutboxWriter(AbstractStreamWriter):
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head:
             data, self._head = self._head + data, b""
-        await self._put(data, state)
+        if not self._write_now(data, state):
+            await self._write_later(data, state)
+        elif self._protocol._paused:
+            await self._protocol._drain_helper()
 
-    async def _put(self, data: bytes, state: Sequence[int] | None) -> None:
-        protocol, slot = self._protocol, self._slot
-        transport = protocol.transport
+    def _write_now(self, data: bytes, state: Sequence[int] | None) -> bool:
+        """Commit and write; return False, and do nothing, if the ring has no room. Raises ConnectionError."""
+        slot, transport = self._slot, self._protocol.transport
         if transport is None or transport.is_closing():
             raise ClientConnectionResetError("the client has hung up")
+        size = len(data)
         if slot is not None:
-            if len(data) + transport.get_write_buffer_size() > slot.ring_bytes:
-                await self._make_room(slot, len(data))
-                return await self._put(data, state)
+            if size + transport.get_write_buffer_size() > slot.ring_bytes:
+                return False
             slot.commit(data, slot.state if state is None else state)
-        self.output_size += len(data)
+        self.output_size += size
         transport.write(data)
-        if protocol._paused:
-            await protocol._drain_helper()
+        return True
+
+    async def _write_later(self, data: bytes, state: Sequence[int] | None) -> None:
+        while True:
+            if (slot := self._slot) is not None:  # else it has been unguarded for lack of room
+                await self._make_room(slot, len(data))
+            if self._write_now(data, state):
+                return await self.drain()
 
     async def _make_room(self, slot: OutboxSlot, size: int) -> None:
         """Wait until the kernel has taken enough for `size` more bytes, or enlarge the ring.
@@ -146,7 +155,8 @@ class OutboxWriter(AbstractStreamWriter):
             state = self._slot.state
             state[0] |= ENDED
         self._ended = True
-        await self._put(data, state)
+        if not self._write_now(data, state):
+            await self._write_later(data, state)
         await self.finish()
 
     async def write_headers(self, status_line: str, headers: CIMultiDict[str]) -> None:

@@ -122,8 +122,8 @@ class OutboxSlot:
     """One response in the outbox. `committed`: its bytes so far. `ring_bytes`: how many of the last ones are kept."""
 
     __slots__ = (
-        "_base", "_copies", "_fixed", "_form", "_open", "_outbox", "_ring", "_slot", "_version", "_view", "_words",
-        "baseline", "committed", "facts", "ring_bytes", "token",
+        "_base", "_copies", "_fixed", "_form", "_open", "_outbox", "_pack", "_ring", "_ring_word", "_slot",
+        "_version", "_view", "_words", "baseline", "committed", "facts", "ring_bytes", "token",
     )  # fmt: skip
 
     def __init__(self, outbox: Outbox, view: memoryview, words: memoryview, slot: int) -> None:
@@ -142,8 +142,9 @@ class OutboxSlot:
         self._fixed = at, 2 * count * 8 + facts_len
         self._copies = [view[at + i * count * 8 : at + (i + 1) * count * 8] for i in (0, 1)]
         self._form = struct.Struct(f"={count}Q")
-        self.committed, ring, *_ = self._form.unpack(bytes(self._copies[self._version & 1]))
-        self._ring, self.ring_bytes = ring >> 32, ring & _LOW
+        self._pack = self._form.pack
+        self.committed, self._ring_word, *_ = self._form.unpack(bytes(self._copies[self._version & 1]))
+        self._ring, self.ring_bytes = self._ring_word >> 32, self._ring_word & _LOW
         self._open = True
 
     @property
@@ -158,14 +159,22 @@ class OutboxSlot:
     def commit(self, data: bytes, state: Sequence[int]) -> None:
         """Append `data`, together with the state that it brings the response to.
 
+        It writes the copy that is not in use, and selects it with one store.
         The caller makes sure that the kernel has taken all but the last ``ring_bytes - len(data)`` bytes. Raises
         ValueError for more than `ring_bytes`.
         """
-        if len(data) > self.ring_bytes:
-            raise ValueError(f"{len(data)} bytes do not fit a ring of {self.ring_bytes}")
-        self._put(self.committed, data)
-        self.committed += len(data)
-        self._flip(state)
+        size, begin = len(data), self.committed & self.ring_bytes - 1
+        if begin + size <= self.ring_bytes:  # without a call: this is the daemon's hottest path
+            at = self._ring + begin
+            self._view[at : at + size] = data
+        elif size > self.ring_bytes:
+            raise ValueError(f"{size} bytes do not fit a ring of {self.ring_bytes}")
+        else:
+            self._put(self.committed, data)
+        self.committed += size
+        version = self._version + 1
+        self._copies[version & 1][:] = self._pack(self.committed, self._ring_word, *state)
+        self._version = self._words[self._base + 1] = version
 
     def _put(self, position: int, data: bytes) -> None:
         """Write `data`, which fits the ring, from byte `position` of the response on."""
@@ -178,21 +187,15 @@ class OutboxSlot:
             self._view[at : at + first] = data[:first]
             self._view[self._ring : self._ring + len(data) - first] = data[first:]
 
-    def _flip(self, state: Sequence[int]) -> None:
-        """Write the copy that is not in use, and select it with one store."""
-        version = self._version + 1
-        packed = self._form.pack(self.committed, self._ring << 32 | self.ring_bytes, *state)
-        self._copies[version & 1][0 : len(packed)] = packed
-        self._version = self._words[self._base + 1] = version
-
     def grow(self, ring_bytes: int) -> None:
         """Replace the ring by a larger one with the same bytes. `ring_bytes`: a power of two. Raises OutboxFull."""
         ring = self._outbox.allocate(ring_bytes)
         kept = self.tail(max(0, self.committed - self.ring_bytes))
         old = self._ring, self.ring_bytes
         self._ring, self.ring_bytes = ring, ring_bytes
+        self._ring_word = ring << 32 | ring_bytes
         self._put(self.committed - len(kept), kept)
-        self._flip(self.state)
+        self.commit(b"", self.state)
         self._outbox.free(*old)
 
     def tail(self, start: int) -> bytes:

@@ -43,11 +43,11 @@ class CrashingMemory:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if self._torn and isinstance(key, slice) and len(value) > 1:
-            half, start = len(value) // 2, key.start
+            half, (start, stop, _) = len(value) // 2, key.indices(len(self._view))
             self._budget.spend()
             self._view[start : start + half] = value[:half]
             self._budget.spend()
-            self._view[start + half : key.stop] = value[half:]
+            self._view[start + half : stop] = value[half:]
         else:
             self._budget.spend()
             self._view[key] = value
