@@ -141,6 +141,7 @@ def _settle() -> None:
     """Take what is loaded now out of garbage collection: a full collection would stop all requests to visit it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _application(

@@ -7,12 +7,12 @@ and sentencepiece with byte fallback. Opening a tokenizer with another decoder r
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 
 from daemon.models.encoding import TrackedEncoder, encode_text
@@ -39,14 +39,14 @@ class Tokenizer:
         file = path / "tokenizer.json"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            state = json.loads(self._tokenizer.to_str())
+            state = msgspec.json.decode(self._tokenizer.to_str(), type=_State)
         except Exception as e:  # the library raises plain Exception
             raise ModelError(f"{file} cannot be used: {e}") from None
         # Files of encoder models have these settings. They would silently truncate or pad prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        added = {t["id"]: t for t in state["added_tokens"]}
+        added = {t["id"]: t for t in state.added_tokens}
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         self.special_ids = frozenset(i for i, t in added.items() if t["special"])
         self.eos_ids = end_token_ids(path, config)
@@ -56,8 +56,8 @@ class Tokenizer:
             raise ModelError(f"{file} has token ids up to {largest}, but the model has only {model_vocab} embeddings")
         marked = marked_special(path)
         control = self.special_ids.union(self.eos_ids, (i for i, t in added.items() if t["content"] in marked))
-        self._tracked = TrackedEncoder(self._tokenizer, control, _unknown_id(state["model"], vocab))
-        to_bytes, self._strip_space = _decoder_rules(state.get("decoder"), file)
+        self._tracked = TrackedEncoder(self._tokenizer, control, _unknown_id(state.model, vocab))
+        to_bytes, self._strip_space = _decoder_rules(state.decoder, file)
         self.max_token_chars = _max_token_chars(state, vocab)
         self._bytes = [b""] * self.vocab_size
         for token, i in vocab.items():
@@ -160,6 +160,22 @@ def _text_or_none(data: bytes) -> str | None:
         return None
 
 
+class _ModelFacts(msgspec.Struct):
+    """What is needed of the model in a tokenizer.json: not its vocabulary and merges, nearly all of the file."""
+
+    unk_token: str | None = None
+    unk_id: int | None = None
+    byte_fallback: bool | None = None
+
+
+class _State(msgspec.Struct):
+    added_tokens: list[dict[str, Any]]
+    model: _ModelFacts
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+
+
 def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable[[str], bytes], bool]:
     """Return (function from token string to bytes, True if the first space of a text is to be removed).
 
@@ -185,25 +201,25 @@ def _decoder_rules(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable
     )
 
 
-def _unknown_id(model: dict[str, Any], vocab: Mapping[str, int]) -> int | None:
-    """Return the id of the unknown token of `model`, a part of tokenizer.json; None if it has none."""
-    named = vocab.get(model.get("unk_token") or "")
-    return model.get("unk_id") if named is None else named
+def _unknown_id(model: _ModelFacts, vocab: Mapping[str, int]) -> int | None:
+    """Return the id of the unknown token of `model`; None if it has none."""
+    named = vocab.get(model.unk_token or "")
+    return model.unk_id if named is None else named
 
 
-def _max_token_chars(state: dict[str, Any], vocab: Iterable[str]) -> int:
+def _max_token_chars(state: _State, vocab: Iterable[str]) -> int:
     """Return the largest number of characters that one token can stand for; 0 if there is no bound.
 
-    `state` is tokenizer.json. A token of byte-level BPE has a character for each byte, so its string is at least as
+    A token of byte-level BPE has a character for each byte, so its string is at least as
     long as its text. There is no bound if characters vanish: in a normalizer or pre-tokenizer, at an added token that
     takes the spaces beside it, or in an unknown token.
     """
-    steps = [step for name in ("normalizer", "pre_tokenizer") for step in _flatten([state.get(name)])]
+    steps = [step for name in ("normalizer", "pre_tokenizer") for step in _flatten([getattr(state, name)])]
     kinds = {step["type"] for step in steps}
     removes = any(_removes_characters(step) for step in steps)
-    strips = any(t["lstrip"] or t["rstrip"] for t in state["added_tokens"])
-    byte_level = any(step["type"] == "ByteLevel" for step in _flatten([state.get("decoder")]))
-    if removes or strips or not (byte_level or state["model"].get("byte_fallback")):
+    strips = any(t["lstrip"] or t["rstrip"] for t in state.added_tokens)
+    byte_level = any(step["type"] == "ByteLevel" for step in _flatten([state.decoder]))
+    if removes or strips or not (byte_level or state.model.byte_fallback):
         return 0
     # NFC composes a letter and its marks, at most four characters, to one.
     return max(map(len, vocab), default=0) * (4 if "NFC" in kinds else 1)
@@ -240,16 +256,19 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 def _byte_level_bytes(token: str) -> bytes:
     try:
-        return bytes([_BYTE_OF_CHAR[c] for c in token])
-    except KeyError:  # an added token: its string is its text
+        return token.translate(_BYTE_OF_CHAR).encode("latin-1")
+    except UnicodeEncodeError:  # an added token: its string is its text
         return token.encode()
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level BPE: printable Latin-1 is itself, the rest is from U+0100."""
+def _byte_alphabet() -> dict[int, int]:
+    """Return the byte of each character of byte-level BPE: printable Latin-1 is itself, the rest is from U+0100.
+
+    The other characters of Latin-1 stand for no byte, so they become one that is not in it.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    return dict.fromkeys(others, 0x100) | {0x100 + i: b for i, b in enumerate(others)}
 
 
 _BYTE_OF_CHAR = _byte_alphabet()

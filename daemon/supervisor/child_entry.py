@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 from multiprocess.context import get_spawning_popen
@@ -32,6 +33,7 @@ class Inherited:
 
 def run_standby(spec: ChildSpec, role_fd: int, _inherited: Inherited) -> None:
     """Load what a frontend needs, wait for the role of one that has ended, then run it."""
+    gc.disable()  # as in `run`
     child.detach(spec, NAME)
     frontend = importlib.import_module(_MAIN["frontend"])
     frontend.prepare(spec)
@@ -41,4 +43,6 @@ def run_standby(spec: ChildSpec, role_fd: int, _inherited: Inherited) -> None:
 def run(spec: ChildSpec, _inherited: Inherited) -> None:
     """Run the process that `spec` names."""
     role, _ = spec.handles.topology.role(spec.process)
+    if role == "frontend":
+        gc.disable()  # until it has loaded: clients wait, and hardly anything that is loaded is garbage
     importlib.import_module(_MAIN[role]).main(spec)
