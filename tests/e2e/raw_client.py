@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import Any
 
+from bench.answers import Answer, Broken, read_body, read_events
+
 TIMEOUT = 60.0  # seconds without a byte
-
-
-class Broken(Exception):
-    """The connection ended in the middle of a response, or its bytes are not valid HTTP."""
-
-
-@dataclass
-class Answer:
-    """A response: its events, or its body, without what differs between two equal requests."""
-
-    status: int
-    body: dict[str, Any] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
-    logprobs: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    finishes: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
-    roles: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    usage: list[Any] = field(default_factory=list)
-    errors: list[Any] = field(default_factory=list)
-    ids: set[str] = field(default_factory=set)
 
 
 class Client:
@@ -64,8 +45,8 @@ class Client:
         else:
             body = self._to_the_end()
         if fields["content-type"].startswith("text/event-stream"):
-            return _events(status, body)
-        return _whole(status, json.loads(body))
+            return read_events(status, body)
+        return read_body(status, json.loads(body))
 
     def _chunks(self) -> bytes:
         body = b""
@@ -108,50 +89,3 @@ class Client:
                     raise
                 found, self._buffer = self._buffer, b""
                 return found
-
-
-def _events(status: int, body: bytes) -> Answer:
-    answer = Answer(status)
-    *events, rest = body.decode().split("\n\n")
-    if rest:
-        raise Broken(f"the stream ends inside an event: {rest!r}")
-    for i, event in enumerate(events):
-        if event.startswith(":"):
-            continue
-        if event == "data: [DONE]":
-            if i != len(events) - 1:
-                raise Broken("an event comes after [DONE]")
-            return answer
-        _add(answer, json.loads(event.removeprefix("data: ")))
-    if not answer.errors:
-        raise Broken("the stream has no [DONE]")
-    return answer
-
-
-def _add(answer: Answer, event: dict[str, Any]) -> None:
-    if "error" in event:
-        answer.errors.append(event["error"])
-        return
-    answer.ids.add(f"{event['id']} {event['created']}")
-    if event.get("usage") is not None and not event["choices"]:
-        answer.usage.append(event["usage"])
-    for choice in event["choices"]:
-        index, delta = choice["index"], choice.get("delta", {})
-        answer.texts[index] += choice.get("text") or delta.get("content") or ""
-        answer.roles[index] += "role" in delta
-        if choice["finish_reason"]:
-            answer.finishes[index].append(choice["finish_reason"])
-        if found := choice.get("logprobs"):
-            answer.logprobs[index] += found["content"] if "content" in found else _entries(found)
-
-
-def _entries(found: dict[str, list[Any] | None]) -> list[dict[str, Any]]:
-    """Return the parallel lists of a text completion's logprobs as one entry for each token."""
-    names = [name for name, values in found.items() if values is not None]
-    return [dict(zip(names, values, strict=True)) for values in zip(*(found[name] for name in names), strict=True)]
-
-
-def _whole(status: int, body: dict[str, Any]) -> Answer:
-    if "error" in body:
-        return Answer(status, errors=[body["error"]])
-    return Answer(status, body={k: v for k, v in body.items() if k not in ("id", "created")})
