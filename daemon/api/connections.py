@@ -14,7 +14,7 @@ import logging
 import os
 import resource
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
@@ -173,7 +173,13 @@ class AdoptedConnection(_Watched):
         self._connections = connections
         self.waiting = False  # True once the response has ended: for its client to close the connection
         self.lost = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None  # writes the response; cancelled if the connection is lost
+        self.task: asyncio.Task[Any] | None = None  # writes the response; cancelled if the connection is lost
+
+    def begin(self) -> None:
+        """Have the current task cancelled when the client hangs up. Raises ConnectionResetError if it has already."""
+        if self.lost.is_set():
+            raise ConnectionResetError("the client has hung up")
+        self.task = asyncio.current_task()
 
     def head_overdue(self, now: float) -> bool:
         """Return False: no further request is read."""

@@ -31,6 +31,7 @@ from daemon.api.response_head import EVENT_HEADERS, JSON_HEADERS, raw_error, raw
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup
+from daemon.enums import EarlyEnd
 from daemon.ipc.kept_sockets import KeptSockets, bytes_taken
 from daemon.ipc.outbox import Outbox, OutboxSlot
 
@@ -146,7 +147,6 @@ class Succession:
 
     def _run(self, found: _Adopted) -> None:
         task = asyncio.get_running_loop().create_task(self._continue(found))
-        found.connection.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -164,6 +164,7 @@ class Succession:
     async def _continue(self, found: _Adopted) -> None:
         status: int | None = None
         try:
+            found.connection.begin()  # not before: a task that is cancelled before its first step frees nothing
             status = await self._respond(found)
         except (asyncio.CancelledError, ConnectionError):
             pass  # the client has hung up, or this process ends
@@ -172,6 +173,9 @@ class Succession:
             found.writer.abort()
         finally:
             found.connection.task = None
+            for request in self._requests_of(found).values():  # if the client hung up before all was begun
+                request.cancel(EarlyEnd.CLIENT)
+                request.release()
             found.writer.unguard()
             self._count(found, status)
             await self._hang_up(found)

@@ -18,18 +18,24 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
+from bench.answers import Answer
+from bench.nemesis.shared_memory import SharedMemory
 from tests.e2e.daemon_process import Daemon, wait_for
 from tests.e2e.hash_engine import expected, prompt_of, request
-from tests.e2e.raw_client import Answer, Client
+from tests.e2e.raw_client import Client
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 OUTPUT = 80  # tokens; a step of the engine takes 20 ms
 
 
+JOURNAL, OUTBOX = 3 << 20, 5 << 20  # bytes; no other segment has these sizes
+
+
 @pytest.fixture(scope="module")
 def daemon(start_shared) -> Iterator[Daemon]:
     # Without prefix caching a request counts as many cached tokens the second time as the first time.
-    return start_shared("--devices", "cpu,cpu", "--no-prefix-caching", engine="hash")
+    sizes = ("--journal-memory", str(JOURNAL), "--outbox-memory", str(OUTBOX))
+    return start_shared("--devices", "cpu,cpu", "--no-prefix-caching", *sizes, engine="hash")
 
 
 def address(daemon: Daemon) -> tuple[str, int]:
@@ -103,6 +109,8 @@ def _nothing_leaks(daemon: Daemon) -> None:
     wait_for("no request", lambda: daemon.status()["frontends"][0]["active"] == 0)
     wait_for("idle engines", lambda: all(not row["kv_used_blocks"] for row in daemon.status()["engines"]))
     assert daemon.metric("llumd:responses_cut_total") == 0
+    memory = SharedMemory(daemon.process.pid, JOURNAL, OUTBOX)
+    wait_for("free slots", lambda: memory.journal_slots() == memory.outbox_slots() == 0)
 
 
 def test_a_response_outlives_frontend_after_frontend(daemon: Daemon):
@@ -193,4 +201,22 @@ def test_hanging_up_on_a_successor_frees_the_request(daemon: Daemon):
     kill(daemon)
     assert _running(daemon) == 1
     client.close()
+    _nothing_leaks(daemon)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_clients_that_hang_up_when_their_frontend_dies_leave_nothing(daemon: Daemon, dead: bool):
+    """`dead`: they hang up just after its death, so that the successor finds their connections broken."""
+    clients = [Client(address(daemon), receive_buffer=4096) for _ in range(6)]
+    for i, client in enumerate(clients):  # they read nothing
+        client.send(TEXT, body(60 + i, n=3, logprobs=5, max_tokens=400))
+    wait_for("all choices", lambda: _running(daemon) == 18)
+    before = daemon.status()["frontends"][0]
+    if dead:
+        os.kill(before["pid"], signal.SIGKILL)
+    for client in clients:
+        client.close()
+    if not dead:
+        os.kill(before["pid"], signal.SIGKILL)
+    daemon.await_successor("frontend", 0, before)
     _nothing_leaks(daemon)
