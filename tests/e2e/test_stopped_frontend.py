@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from bench.answers import Answer
 from tests.e2e.daemon_process import Daemon, is_alive, wait_for
 from tests.e2e.hash_engine import expected, request
-from tests.e2e.raw_client import Answer, Client
+from tests.e2e.raw_client import Client
 
 pytestmark = pytest.mark.e2e
 TEXT = "/v1/completions"

@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from bench.answers import Answer
 from daemon.cli import admin_client
 from tests.e2e.conftest import Start
 from tests.e2e.daemon_process import Daemon, wait_for
-from tests.e2e.raw_client import Answer, Client
+from tests.e2e.raw_client import Client
 from tests.models.tiny_model import make_tiny_llama
 
 pytestmark = pytest.mark.e2e
