@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEAD_TIMEOUT = 10.0  # seconds from the first byte of a request, or from the connect, to the end of its head
+_FIRST_REQUEST = 0.25  # seconds from the connect in which a hand-over waits for the first request
 _SWEEP = 1.0  # seconds between two looks for connections that are too slow
 _OTHER_DESCRIPTORS = 64  # that a frontend may open beside those of its start and its connections
 _MAX_CONNECTIONS = 65_536  # of one frontend, if no option says so
@@ -99,6 +100,20 @@ class Connections:
             return False
         self.cut(found, ConnectionEnd.LIMIT)
         return True
+
+    def let_go(self) -> bool:
+        """Close every connection that waits for a further request. Return True if no other would be missed.
+
+        A connection would be missed if its request is not complete yet, or is in progress with a response that no
+        successor can continue. The first request of a new connection gets a moment to arrive.
+        """
+        now, missed = self._loop.time(), False
+        for connection in list(self._open):
+            if connection.expects_request(now) or not (connection.waiting or connection.continued):
+                missed = True
+            elif connection.waiting:
+                connection.force_close()
+        return not missed
 
     def _refuse(self, sock: socket.socket) -> None:
         self._page.inc("connections_cut", 1, ConnectionEnd.REFUSED)
@@ -167,6 +182,7 @@ class AdoptedConnection(_Watched):
     """The connection of one response that a former process has begun. What the client sends is not read."""
 
     has_partial_head = False
+    continued = True
 
     def __init__(self, connections: Connections, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
@@ -183,6 +199,10 @@ class AdoptedConnection(_Watched):
 
     def head_overdue(self, now: float) -> bool:
         """Return False: no further request is read."""
+        return False
+
+    def expects_request(self, now: float) -> bool:
+        """Return False, as `head_overdue` does."""
         return False
 
     def force_close(self) -> None:
@@ -219,6 +239,7 @@ class Connection(_Watched, RequestHandler):
         self._token = 0  # under which the connection is kept; 0: it is not
         self._head_since = 0.0  # time from which a request head is due; 0: none is due
         self.has_partial_head = False
+        self.continued = False  # a successor of this process can go on with the response that is in progress
 
     @property
     def waiting(self) -> bool:
@@ -228,6 +249,10 @@ class Connection(_Watched, RequestHandler):
     def head_overdue(self, now: float) -> bool:
         """Return True if the head of a request should have been complete at `now`."""
         return self.waiting and 0 < self._head_since < now - HEAD_TIMEOUT
+
+    def expects_request(self, now: float) -> bool:
+        """Return True if a request has begun to arrive, or if the connection is so new that its first one may."""
+        return self.has_partial_head or 0 < now - _FIRST_REQUEST < self._head_since
 
     async def keep(self) -> int:
         """Have this connection outlive this process; return its token, 0 if it cannot."""
@@ -258,7 +283,7 @@ class Connection(_Watched, RequestHandler):
         count = self._request_count
         super().data_received(data)
         if self._request_count != count:
-            self._head_since, self.has_partial_head = 0.0, False
+            self._head_since, self.has_partial_head, self.continued = 0.0, False, False
             self._connections.opened(self)
         elif data and self.waiting:
             self.has_partial_head = True

@@ -43,6 +43,7 @@ from daemon.models.text_files import TextFiles, load_text_files
 log = logging.getLogger(__name__)
 
 _HEARTBEAT = 1.0  # seconds between two heartbeats
+_HANDOVER_WAIT, _HANDOVER_POLL = 1.0, 0.005  # seconds for requests that have just arrived to be journaled
 _LATE = 0.5  # seconds by which a heartbeat may be late without a reason to distrust this process's own clock
 _HEARTBEAT_DEADLINE = 5.0  # seconds after a heartbeat at which the next one is overdue
 _LOADING_DEADLINE = 30.0  # seconds to load and to take over the responses of a former process
@@ -110,7 +111,6 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     stop, cut = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(STOP_SIGNAL, stop.set)
     loop.add_signal_handler(CUT_SIGNAL, cut.set)
-    # What a successor needs is in shared memory at any moment, so there is nothing to do before.
     loop.add_signal_handler(HANDOVER_SIGNAL, os._exit, EXIT_HANDOVER)
     succession = Succession(service, tracker, outbox, kept, connections)
     await succession.start()
@@ -118,12 +118,15 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     listener.setblocking(False)
     acceptor = ConnectionAcceptor(listener, connections)
     acceptor.start()
+    handing_over = asyncio.Event()
+    loop.add_signal_handler(HANDOVER_SIGNAL, handing_over.set)
     _settle()
     progress = fabric.progress(fabric.process)
     progress.enter(EngineState.SERVING, fabric.incarnation, _HEARTBEAT_DEADLINE)
     tasks = [
         asyncio.create_task(_send_heartbeats(progress, tracker, spec.config.hang_timeout)),
         asyncio.create_task(connections.sweep()),
+        asyncio.create_task(_hand_over(handing_over, acceptor, connections)),
     ]
     await stop.wait()
     tracker.draining = True
@@ -174,6 +177,22 @@ def _read_all(fabric: Fabric, tracker: RequestTracker) -> DaemonSnapshot:
         tracker.engines.facts(),
         tracker.engines.states(),
     )
+
+
+async def _hand_over(ordered: asyncio.Event, acceptor: ConnectionAcceptor, connections: Connections) -> None:
+    """End the process for its successor once this is ordered.
+
+    What the successor needs is in shared memory at any moment. So only requests that have just arrived are waited
+    for, until they are there too; new connections wait in the listener.
+    """
+    await ordered.wait()
+    acceptor.stop()
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _HANDOVER_WAIT
+    await asyncio.sleep(_HANDOVER_POLL)  # until what is accepted is a connection
+    while not connections.let_go() and loop.time() < end:
+        await asyncio.sleep(_HANDOVER_POLL)
+    os._exit(EXIT_HANDOVER)
 
 
 async def _send_heartbeats(progress: Progress, tracker: RequestTracker, hang_timeout: float) -> None:

@@ -34,6 +34,7 @@ class ResponseGuard:
             self._page.inc("responses_unguarded")
         else:
             writer.guard(slot)
+            protocol.continued = True
 
     def _open_slot(self, connection: Connection, token: int, facts: ResponseFacts) -> OutboxSlot | None:
         taken = bytes_taken(connection.sock)

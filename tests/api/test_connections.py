@@ -266,3 +266,40 @@ def test_by_default_there_are_no_more_connections_than_can_be_kept():
     assert module.max_connections(config, most - 1) == most - 1
     assert module.max_connections(config, most + 1) == most
     assert module.max_connections(load({"max_connections": most + 5}, None, {}), 3) == most + 5
+
+
+def test_before_a_hand_over_only_requests_that_have_just_arrived_are_waited_for(model, monkeypatch):
+    """An idle connection is closed, what a successor continues is left, and the rest is answered first."""
+    monkeypatch.setattr(module, "_FIRST_REQUEST", 0.2)
+
+    async def body():
+        api = make_api(model)
+        api.generator.delay = 0.05
+        async with serving(api) as served:
+            let_go = served.connections.let_go
+            idle, _ = await served.connect(GET)
+            assert (await answer_to(idle))[0] == 200
+            assert let_go() and await asyncio.wait_for(idle.read(), 5) == b""
+
+            _, new = await served.connect()
+            await until(lambda: served.connections._open)
+            assert not let_go()
+            await asyncio.sleep(0.3)
+            assert let_go()
+            new.close()
+
+            reader, half = await served.connect(post(HELLO)[:20])
+            await until(lambda: any(c.has_partial_head for c in served.connections._open))
+            await asyncio.sleep(0.3)
+            assert not let_go()
+            half.write(post(HELLO)[20:])
+            await until(lambda: api.generator.running)
+            assert not let_go()
+            [connection] = served.connections._open
+            connection.continued = True  # as the guard of the response does
+            assert let_go() and not connection.waiting
+            assert (await answer_to(reader))[0] == 200
+            await until(lambda: connection.waiting)
+            assert let_go() and await asyncio.wait_for(reader.read(), 5) == b""
+
+    asyncio.run(body())

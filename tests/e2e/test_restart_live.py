@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.daemon_process import Daemon
+from daemon.cli import admin_client
+from tests.e2e.daemon_process import Daemon, wait_for
 from tests.e2e.hash_engine import expected, request
 from tests.e2e.raw_client import Client
 
@@ -79,6 +80,25 @@ def test_one_process_or_what_cannot_be_replaced(daemon: Daemon) -> None:
     ):
         done = daemon.ctl("restart", *arguments)
         assert done.returncode and text in done.stderr
+
+
+def test_a_request_that_arrives_during_the_hand_over_is_answered(daemon: Daemon) -> None:
+    """Half of its head has arrived when both frontends are told to hand over."""
+    url, fields = urlsplit(daemon.url), request(8888, output=60)
+    data = json.dumps(fields).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    sent = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    with closing(Client((str(url.hostname), url.port or 0))) as client:
+        client.sock.sendall(sent[:30])
+        before, replaced = incarnations(daemon), daemon.log.count(" is replaced")
+        for k in (0, 1):
+            admin_client.call(daemon.run_dir / "admin.sock", "POST", f"/v1/frontends/{k}/restart")
+        wait_for("both orders followed", lambda: daemon.log.count(" is replaced") >= replaced + 2)
+        client.sock.sendall(sent[30:])
+        answer = client.read()
+    assert [entry["tokens"] for entry in answer.logprobs[0]] == expected(fields)
+    wait_for("both successors", lambda: incarnations(daemon)["frontend 1"] > before["frontend 1"])
+    daemon.await_serving()
 
 
 def test_a_drained_engine_stays_so_and_the_last_one_is_restarted_with_its_requests(daemon: Daemon) -> None:
