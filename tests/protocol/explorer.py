@@ -56,8 +56,9 @@ def _explore(start: World, limit: int) -> Outcome:
         world: World = pickle.loads(blob)
         if is_finished(world):
             final_states.append(here)
-        for action in list(world.actions()):
-            world = pickle.loads(blob)
+        for i, action in enumerate(list(world.actions())):
+            if i:  # the first action changes the world that is loaded already
+                world = pickle.loads(blob)
             edges += 1
             try:
                 world.apply(action)

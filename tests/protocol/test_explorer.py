@@ -20,7 +20,9 @@ from tests.protocol.explorer import Outcome, explore
 from tests.protocol.world import Action, Budget, World
 
 THREE = [([1, 2, 3], 3)]  # three tokens are the least for a freeze between two of them
+TWO = [([1, 2, 3], 2)]
 FOUR = [([1, 2, 3], 4)]
+FIVE = [([1, 2, 3], 5)]
 EQUAL_PROMPTS = [
     ([1, 2, 3], 3),
     ([1, 2, 3], 2),
@@ -31,7 +33,7 @@ TWO_PROMPTS = [([1, 2, 3], 3), ([4, 5, 6], 3)]
 MOVED = {"Reserve", "Reserved", "Handover", "Takeover", "Release", "Grant 2"}
 SCENES = {
     "a move": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1))),
-    "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)])),
+    "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=FOUR)),
     "in the middle of a prefill": (
         MOVED | {"HandBack taken"}, dict(budget=Budget(moves=1), requests=[([1, 2, 3, 4, 5], 2)], batch_tokens=2)
     ),
@@ -41,7 +43,7 @@ SCENES = {
         MOVED | {"Aborted"}, dict(budget=Budget(moves=1, preemptions=1), requests=FOUR, prefix_caching=False)
     ),
     "a copy that fails": (
-        MOVED | {"Aborted", "Reclaim"}, dict(budget=Budget(moves=2, failures=1), requests=[([1, 2, 3], 4)])
+        MOVED | {"Aborted", "Reclaim"}, dict(budget=Budget(moves=2, failures=1), requests=FOUR)
     ),
     "a change of priority": (MOVED | {"Reclaim", "Reprioritise"}, dict(budget=Budget(moves=1, changes=2))),
     "a change of priority where two compete": (
@@ -49,6 +51,7 @@ SCENES = {
         dict(budget=Budget(moves=1, changes=1), requests=[([1, 2, 3], 3), ([4, 5, 6], 1)], homes=[0, 0], pool=3),
     ),
     "a crash": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1))),
+    "a crash before a freeze": ({"Reserve", "HandBack taken"}, dict(budget=Budget(moves=1, crashes=1), requests=TWO)),
     "frozen for the whole copy": (
         MOVED | {"Reclaim", "Aborted"}, dict(budget=Budget(moves=1, crashes=1, cancels=1), how="blocking")
     ),
@@ -64,7 +67,7 @@ SCENES = {
     "a succession and a change of priority": (
         {"Reprioritise", "HandBack taken"}, dict(budget=Budget(changes=2, successions=1))
     ),
-    "two successions": ({"HandBack taken"}, dict(budget=Budget(successions=2), requests=[([1, 2, 3], 2)])),
+    "two successions": ({"HandBack taken"}, dict(budget=Budget(successions=2), requests=TWO)),
     "the frontend is lost": (MOVED | {"Declined"}, dict(budget=Budget(moves=1, losses=1))),
     "other weights after a crash": (
         MOVED | {"Declined"},
@@ -81,8 +84,9 @@ SCENES = {
     ),
 }  # fmt: skip
 LARGE_SCENES = {
+    "there and back with time between": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=FIVE)),
     "a crash among three": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1), engines=3)),
-    "on to a third": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)], engines=3)),
+    "on to a third": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=FIVE, engines=3)),
     "two crashes": (MOVED, dict(budget=Budget(moves=1, crashes=2))),
     "a crash and a suspicion": (MOVED, dict(budget=Budget(moves=1, crashes=1, suspicions=1))),
     "two moves and a crash": (MOVED, dict(budget=Budget(moves=2, crashes=1), requests=FOUR)),
@@ -115,7 +119,7 @@ FAULTS = {
     faults.UnseenPreemption: (r"drawn from \('garbage'", "a preemption without a prefix cache"),
     faults.StaleStart: ("stuck", "a false suspicion"),
     faults.LostFrozen: ("leaked|not held|holders", "a crash and a copy that fails"),
-    faults.DeathBeforeDrain: ("stuck", "a crash"),
+    faults.DeathBeforeDrain: ("stuck", "a crash before a freeze"),
     faults.NoOwnedRequests: ("stuck", "the frontend is lost"),
     faults.DroppedClaim: ("stuck", "a succession"),
     faults.UnreadRings: ("output is missing", "a succession without a move"),
@@ -224,7 +228,7 @@ OVERLAPPED = {
     "a copy that fails": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, failures=1), requests=FOUR_OVERLAPPED)),
 }  # fmt: skip
 LARGE_OVERLAPPED = {
-    "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=[([1, 2, 3], 5)])),
+    "there and back": (MOVED | {"Grant 3"}, dict(budget=Budget(moves=2), requests=FIVE)),
     "a crash": (MOVED | {"Reclaim"}, dict(budget=Budget(moves=1, crashes=1), requests=FOUR_OVERLAPPED)),
     "into blocks of a request that left": (
         MOVED | {"Cancel"}, dict(budget=Budget(moves=1, cancels=1), requests=LONG_AND_SHORT, homes=[0, 1], pool=7)
