@@ -21,6 +21,7 @@ echo "$(basename "$0") $*" >>"$CALLS"
 case "$*" in
 *version_info*) [[ $FAKE != *old* ]] ;;
 *ensurepip*) [[ $FAKE != *bare* ]] ;;
+*torch.version.cuda*) [[ $FAKE != *cpu-build* ]] ;;
 *'m.version("torch")'*) [[ -e $(dirname "$0")/torch ]] ;;
 *'import pip'*) [[ -e $(dirname "$0")/pip ]] ;;
 *"-m venv"*)
@@ -190,6 +191,17 @@ def test_with_a_gpu_cuda_and_flashinfer_are_installed_into_a_new_environment(che
     assert "--index-url" not in torch_install(calls) and "flashinfer" in installs(calls)[-1]
     assert "[cuda]" in installs(calls)[-2]  # it brings nvcc
     assert "[cuda,test]" in installs(checkout.run("test", "x", LLUMD_TORCH="cuda")[2])[-2]
+
+
+def test_a_build_for_the_cpu_is_never_taken_for_one_with_cuda(checkout):
+    status, output, calls = checkout.run("serve", LLUMD_TORCH="cuda", FAKE="cpu-build")
+    _, version = torch_install(calls).split("torch==")
+    assert version == f"{version.split(',')[0]},!={version.split(',')[0]}+cpu"  # which pip prefers to the plain one
+    assert status == 1 and "the package index of pip has PyTorch" in output and "for the CPU only" in output
+    assert "LLUMD_TORCH_INDEX=https://download.pytorch.org/whl/cu130" in output and "LLUMD_TORCH=cpu" in output
+    assert SERVE not in calls
+    _, output, calls = checkout.run("serve", "--port", "1", LLUMD_TORCH="cuda")
+    assert any("-m venv" in c for c in calls) and calls[-1] == SERVE
 
 
 def put_tool(checkout: Checkout, name: str, script: str) -> None:
