@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +56,36 @@ def restart(path: Path, what: str, number: int | None, within: float, write: Wri
     `within`: seconds that an engine has to become empty. `write`: prints a line of progress. An engine that is parked
     or drained stays so. The first failure is the end: what is left goes on to run. Raises CtlError.
     """
+    with _alone(path, write):
+        return _restart(path, what, number, within, write)
+
+
+@contextlib.contextmanager
+def _alone(path: Path, write: Write) -> Iterator[None]:
+    """Wait for another restart of this daemon to end: to each of two, an engine that the other empties is drained.
+
+    The kernel releases the lock of a process that is killed. Without permission to read the directory there is none.
+    """
+    try:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            write("another `llumctl restart` runs: waiting for its end")
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX)
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted while another `llumctl restart` ran; nothing was replaced") from None
+        yield
+    finally:
+        os.close(directory)
+
+
+def _restart(path: Path, what: str, number: int | None, within: float, write: Write) -> list[Row]:
     done: list[Row] = []
     todo = targets(read(path, "/v1/status"), what, number)
     for i, target in enumerate(todo):

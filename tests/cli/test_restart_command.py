@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +139,22 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
         run("engine", 4)
     with pytest.raises(Refused, match="there is no frontend -1"):
         run("frontend", -1)
+
+
+def test_a_second_restart_waits_for_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeDaemon(["serving", "serving"], monkeypatch)
+    lines: list[str] = []
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(restart, tmp_path / "admin.sock", "coordinator", None, 1.0, lines.append)
+        while not lines:
+            time.sleep(0.01)
+        assert lines == ["another `llumctl restart` runs: waiting for its end"] and not second.done()
+        os.close(directory)
+        assert [row["process"] for row in second.result(10)] == ["coordinator"]
+
+
+def test_a_directory_that_cannot_be_read_has_no_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeDaemon(["serving"], monkeypatch)
+    assert restart(tmp_path / "nothing" / "admin.sock", "coordinator", None, 1.0, lambda _: None)[0]["restarted"]

@@ -50,8 +50,10 @@ def test_everything_is_replaced_under_load(daemon: Daemon) -> None:
     before, stop = incarnations(daemon), Event()
     with ThreadPoolExecutor(LANES) as pool:
         lanes = [pool.submit(stream, daemon, lane, stop) for lane in range(LANES)]
-        done = daemon.ctl("restart", "all", timeout=200)
-        stop.set()
+        try:
+            done = daemon.ctl("restart", "all", timeout=200)
+        finally:
+            stop.set()
         assert all(lane.result() for lane in lanes)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "replaced: engine 0, engine 1, frontend 0, frontend 1, coordinator\n"
