@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from bench.answers import Answer
 from tests.e2e.daemon_process import Daemon, wait_for
 from tests.e2e.hash_engine import expected, prompt_of, request
-from tests.e2e.raw_client import Answer, Client
+from tests.e2e.raw_client import Client
 
 pytestmark = pytest.mark.e2e
 LANES = 3
