@@ -83,15 +83,23 @@ class Connections:
         """Return the protocol of a new connection."""
         return Connection(self, self._server, self._loop, self._keep_alive, sock)
 
-    def accept(self, sock: socket.socket) -> asyncio.Task[object] | None:
-        """Serve a new connection. At the limit, close the longest idle one first, or refuse the new one."""
+    def accept(self, sock: socket.socket, head: bytes = b"") -> asyncio.Task[None] | None:
+        """Serve a new connection. At the limit, close the longest idle one first, or refuse the new one.
+
+        `head`: of a request that another process has read from it.
+        """
         self._page.inc("connections_accepted")
         if len(self._open) >= self._limit:
             self._limit_log.write("the limit of %d connections is reached", self._limit)
             if not self.close_idle():
                 self._refuse(sock)
                 return None
-        return self._loop.create_task(self._loop.connect_accepted_socket(lambda: self(sock), sock))
+        return self._loop.create_task(self._serve(sock, head))
+
+    async def _serve(self, sock: socket.socket, head: bytes) -> None:
+        _, connection = await self._loop.connect_accepted_socket(lambda: self(sock), sock)
+        if head:
+            connection.data_received(head)
 
     def close_idle(self) -> bool:
         """Close the connection that has waited for a request for longest. Return False if none waits."""
@@ -264,6 +272,14 @@ class Connection(_Watched, RequestHandler):
                 return 0
             self._token = token
         return self._token
+
+    def detach(self) -> None:
+        """Close this process's descriptor of the connection, with which another process goes on: without a FIN."""
+        if self._token and self._connections.kept is not None:
+            self._connections.kept.forget(self._token)
+            self._token = 0
+        if self.transport is not None:
+            self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

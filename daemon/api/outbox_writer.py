@@ -110,10 +110,10 @@ class OutboxWriter(AbstractStreamWriter):
                 self._page.inc("responses_unguarded")
                 return
             await asyncio.sleep(_ROOM_POLL)
-        await self._drain_to(slot.ring_bytes - size)
+        await self.drain_to(slot.ring_bytes - size)
         self._limit(slot.ring_bytes // 2)
 
-    async def _drain_to(self, size: int) -> None:
+    async def drain_to(self, size: int) -> None:
         """Wait until the transport holds back at most `size` bytes."""
         transport = self._protocol.transport
         if transport is None or transport.is_closing():
@@ -129,7 +129,7 @@ class OutboxWriter(AbstractStreamWriter):
     async def finish(self) -> None:
         """Wait until the kernel has every byte, then forget the response."""
         if self._slot is not None:
-            await self._drain_to(0)
+            await self.drain_to(0)
             self.unguard()
         elif self._protocol._paused:
             await self._protocol._drain_helper()

@@ -8,6 +8,7 @@ numbers: 0 is the coordinator, then come the frontends, then the engines.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,6 +106,7 @@ class FabricHandles:
     journals: tuple[int, ...]  # one per frontend
     outboxes: tuple[int, ...]  # one per frontend
     doorbells: tuple[int, ...]  # one per process
+    handovers: tuple[tuple[int, int], ...] = ()  # one per frontend: where it reads, where the others write
 
 
 class Fabric:
@@ -127,6 +129,7 @@ class Fabric:
             tuple(segment.create(journal_bytes) for _ in range(topology.frontends)),
             tuple(segment.create(outbox_bytes) for _ in range(topology.frontends)),
             tuple(doorbell.create() for _ in range(topology.processes)),
+            tuple(_channel() for _ in range(topology.frontends)) if topology.frontends > 1 else (),
         )
 
     @property
@@ -191,6 +194,14 @@ class Fabric:
     def outbox(self, frontend: int) -> memoryview:
         return segment.attach(self._handles.outboxes[frontend])
 
+    def handovers(self) -> tuple[tuple[int, int], ...]:
+        """Return the channel of each frontend for connections that others pass to it; none if it is the only one.
+
+        The two descriptors are the ends where it reads and where all others write. They outlive it, so a message
+        that it has not read reaches its successor.
+        """
+        return self._handles.handovers
+
     def _table_boards(self) -> list[memoryview]:
         return [self._at(self._layout.table + p * BOARD_BYTES, BOARD_BYTES) for p in range(self.topology.processes)]
 
@@ -199,6 +210,13 @@ class Fabric:
 
     def _at(self, offset: int, size: int) -> memoryview:
         return self._view[offset : offset + size]
+
+
+def _channel() -> tuple[int, int]:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        end.setblocking(False)
+    return ends[0].detach(), ends[1].detach()
 
 
 def _page_up(offset: int) -> int:

@@ -27,7 +27,7 @@ from asyncio.trsock import TransportSocket
 from collections import deque
 from typing import NamedTuple, Protocol
 
-HOLD, RELEASE, ADOPT = 1, 2, 3
+HOLD, RELEASE, ADOPT, FORGET = 1, 2, 3, 4
 MESSAGE = struct.Struct("=BQ")
 BATCH = 128  # descriptors in one message; the kernel allows 253
 ANSWER_TIMEOUT = 20.0  # seconds; the supervisor answers within milliseconds unless it is stopped
@@ -140,10 +140,17 @@ class KeptSockets:
 
     def release(self, token: int) -> None:
         """Have the supervisor shut down and close its duplicate. Unknown tokens, and 0, do nothing."""
+        self._end(RELEASE, token)
+
+    def forget(self, token: int) -> None:
+        """Have the supervisor close its duplicate, but not shut down: another process goes on with the connection."""
+        self._end(FORGET, token)
+
+    def _end(self, kind: int, token: int) -> None:
         if token not in self._held:
             return
         self._held.discard(token)
-        payload = MESSAGE.pack(RELEASE, token)
+        payload = MESSAGE.pack(kind, token)
         if self._queue or not self._try_send(payload, -1):
             self._enqueue(_Queued(payload, -1, None))
 

@@ -11,14 +11,14 @@ import sys
 from itertools import islice
 
 from daemon.ipc.fabric import Topology
-from daemon.ipc.kept_sockets import ADOPT, BATCH, HOLD, MESSAGE, RELEASE, hang_up, receive
+from daemon.ipc.kept_sockets import ADOPT, BATCH, FORGET, HOLD, MESSAGE, RELEASE, hang_up, receive
 
 log = logging.getLogger(__name__)
 
 _MAX_KEPT = 1 << 16  # sockets of one frontend
 _BURST = 256  # messages after which the supervisor looks at its other children
 _OTHER_DESCRIPTORS = 128  # of the supervisor, for its files and libraries
-_DESCRIPTORS_PER_PROCESS = 8  # doorbell, journal, pool, pidfd, channel, pipes
+_DESCRIPTORS_PER_PROCESS = 10  # doorbell, journal, outbox, pool, pidfd, channels, pipes
 
 
 def capacity(topology: Topology) -> int:
@@ -103,6 +103,8 @@ class SocketKeeper:
                 )
         elif kind == RELEASE and token in self._kept:
             hang_up(self._kept.pop(token))
+        elif kind == FORGET and token in self._kept:
+            self._kept.pop(token).close()
         elif kind == ADOPT:
             self._answer(token)
 

@@ -245,9 +245,20 @@ def test_the_capacity_follows_the_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-        assert capacity(Topology(1, 1)) == 1024 - 128 - 3 * 8
-        assert capacity(Topology(4, 1)) == (1024 - 128 - 6 * 8) // 4
+        assert capacity(Topology(1, 1)) == 1024 - 128 - 3 * 10
+        assert capacity(Topology(4, 1)) == (1024 - 128 - 6 * 10) // 4
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
         assert capacity(Topology(1, 1)) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_connection_that_another_process_goes_on_with_is_not_shut_down(harness: Harness) -> None:
+    kept = harness.start()
+    client, ours = harness.pair()
+    token = asyncio.run(kept.hold(ours))
+    kept.forget(token)
+    kept.forget(token)
+    assert harness.keeper.read() and harness.keeper.num_kept == kept.num_held == 0
+    ours.sendall(b"more")
+    assert client.recv(4) == b"more"
