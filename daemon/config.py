@@ -368,6 +368,16 @@ class Config:
         at_least=1 << 20,
         below=4 << 30,
     )
+    keep_streams: float = _option(
+        60.0,
+        "http",
+        "How long a stream whose client has asked to keep it (`X-Llumd-Keep: 1`) can be read again after its end; "
+        "less if the journal needs its room. 0: no stream is kept.",
+        "seconds",
+        at_least=1,
+        at_most=86400,
+        or_zero=True,
+    )
     heartbeat: float = _option(
         0.0,
         "http",

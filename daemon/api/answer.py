@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from daemon.api import sse
 from daemon.api.choice import Choice
-from daemon.api.errors import cancelled, lost
+from daemon.api.errors import cancelled, deadline_exceeded, lost
 from daemon.api.generator import TokenChunk
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
 from daemon.api.request_metrics import REASONS, RequestMetrics
@@ -38,13 +38,19 @@ class Answer:
         created: int,
         arrival: float,
         deadline: asyncio.Timeout,
+        *,
+        kept: bool = False,
     ) -> None:
-        """`created`: seconds of the epoch. `deadline`: if it expires, it ends the context with CancelledError."""
+        """`created`: seconds of the epoch. `deadline`: if it expires, it ends the context with CancelledError.
+
+        `kept`: the answer goes on after this reader of it has hung up.
+        """
         self._service = service
         self.form = form
         self.prompts = prompts
         self.arrival = arrival
         self._deadline = deadline
+        self._kept = kept
         self.id = id
         self.chat = form.chat
         self.created = created
@@ -62,10 +68,13 @@ class Answer:
         prompt = self.prompts[len(self.choices) // self.form.n]
         self._add(RequestMetrics(self._service.page, self.arrival, prompt.num_tokens, max_tokens))
 
-    def resume(self, chunk: TokenChunk) -> None:
-        """Add the next choice, of which a former process has written `chunk`, all output up to here."""
+    def resume(self, chunk: TokenChunk, metrics: RequestMetrics | None = None) -> None:
+        """Add the next choice, of which `chunk` is written already, all output up to here.
+
+        `metrics`: those of the choice; None: a former process has counted this output.
+        """
         index = len(self.choices)
-        self._add(RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
+        self._add(metrics or RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
         choice = self.choices[index]
         choice.push(chunk)
         if choice.logprobs is not None:
@@ -74,6 +83,11 @@ class Answer:
         if choice.finish:
             self._metrics[index].close()
             self.unfinished -= 1
+
+    def detach(self) -> list[RequestMetrics]:
+        """Return the metrics of all choices and forget the choices: another answer goes on with them."""
+        metrics, self._metrics, self.choices = self._metrics, [], []
+        return metrics
 
     def _add(self, metrics: RequestMetrics) -> None:
         form, tokenizer = self.form, self._service.tokenizer
@@ -106,14 +120,16 @@ class Answer:
         choice, metrics = self.choices[index], self._metrics[index]
         before, cached_before = choice.num_tokens, choice.num_cached_tokens
         text = choice.push(chunk)
-        if choice.num_tokens > before:
-            metrics.output(time.monotonic(), choice.num_tokens - before)
+        if choice.num_tokens > metrics.tokens:  # an earlier reader of a kept stream may have had some of them
+            metrics.output(time.monotonic(), choice.num_tokens - metrics.tokens)
         self._count(index, choice.num_tokens - before, choice.num_cached_tokens - cached_before)
         if choice.finish:
             self.unfinished -= 1
             metrics.end(time.monotonic(), choice.finish, choice.num_cached_tokens)
             if choice.finish is Finish.CANCELLED:
                 raise cancelled()
+            if choice.finish is Finish.DEADLINE:
+                raise deadline_exceeded(self._service.config.request_deadline)
             if choice.finish is Finish.ERROR:
                 raise lost("computing it failed; the server's log has the details", retry=False)
         return text
@@ -134,6 +150,8 @@ class Answer:
         finish = Finish.ERROR
         if isinstance(error, asyncio.CancelledError | ConnectionError):
             finish = Finish.DEADLINE if self._deadline.expired() else Finish.CANCELLED
+            if self._kept and finish is Finish.CANCELLED:
+                return
         for choice, metrics in zip(self.choices, self._metrics, strict=True):
             metrics.end(time.monotonic(), finish, choice.num_cached_tokens)
 

@@ -21,10 +21,12 @@ from daemon.api.errors import ApiError, body_too_large, to_api_error
 from daemon.api.loop_clock import LoopClock
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
+from daemon.api.other_frontends import PassedOn
 from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
 from daemon.api.response_head import response_headers
 from daemon.api.service import Service
+from daemon.api.streams import Streams
 from daemon.config import Config
 from daemon.ipc.metrics_page import MetricsPage
 
@@ -47,7 +49,7 @@ def build_app(service: Service, keys: Keys | None) -> web.Application:
     middleware = _Middleware(config, keys, service.page, origins)
     app = web.Application(middlewares=[middleware.handle], client_max_size=config.max_body)
     for route in _routes(service):
-        resource = app.router.add_resource(route.path)
+        resource = app.router.add_resource(route.path)  # the same one for two routes in a row with one path
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
             middleware.add(resource.add_route(method, route.handler), route)
 
@@ -66,12 +68,14 @@ def build_app(service: Service, keys: Keys | None) -> web.Application:
 
 def _routes(service: Service) -> list[Route]:
     api = OpenAI(service)
-    health = _Health(service)
+    health, streams = _Health(service), Streams(service)
     return [
         Route("POST", "/v1/chat/completions", api.chat_completions, "chat"),
         Route("POST", "/v1/completions", api.completions, "completions"),
         Route("GET", "/v1/models", api.models, "models"),
         Route("GET", "/v1/models/{model:.+}", api.model, "models"),
+        Route("GET", "/v1/streams/{id}", streams.read, "streams"),
+        Route("DELETE", "/v1/streams/{id}", streams.cancel, "streams"),
         Route("POST", "/tokenize", api.tokenize, "tokenize"),
         Route("POST", "/detokenize", api.detokenize, "detokenize"),
         Route("GET", "/health", health.alive, "health", public=True),
@@ -139,6 +143,8 @@ class _Middleware:
             if name in _COMPLETION_ROUTES:
                 count_rejection(self._page, error)
             response = error.response()
+        if isinstance(response, PassedOn):
+            return response  # the frontend that answers it counts it
         self._page.inc("http_requests", 1, name, f"{response.status // 100}xx")
         self._access_log.write(request, response.status, time.monotonic() - start, request_id(request))
         return response

@@ -109,6 +109,18 @@ def cancelled() -> ApiError:
     return ApiError(503, message, type="server_error", code="cancelled", headers=_NO_RETRY)
 
 
+def stream_cancelled() -> ApiError:
+    return ApiError(409, "The client has cancelled this stream.", code="cancelled", headers=_NO_RETRY)
+
+
+def stream_not_found(id: str) -> ApiError:
+    message = (
+        f"There is no stream `{id}` here. It can be read again if its request had the header `X-Llumd-Keep: 1`: "
+        "by the client that has sent it, and for a limited time after its end."
+    )
+    return ApiError(404, message, param="id", code="stream_not_found")
+
+
 def lost(reason: str, *, retry: bool) -> ApiError:
     message = f"The engine could not finish this request: {reason}"
     return ApiError(500, message, type="server_error", code="engine_error", headers={} if retry else _NO_RETRY)

@@ -19,8 +19,10 @@ from daemon.api.app import build_app
 from daemon.api.auth import SharedKeys
 from daemon.api.body_memory import keep_large_blocks_apart
 from daemon.api.connections import Connections
+from daemon.api.kept_streams import KeptStreams
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.api.origins import OriginPolicy
+from daemon.api.other_frontends import OtherFrontends
 from daemon.api.rate_limited_log import RateLimitedLog
 from daemon.api.request_tracker import RequestTracker
 from daemon.api.response_guard import ResponseGuard
@@ -97,7 +99,8 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     kept = KeptSockets(spec.keeper_fd, spec.incarnation, spec.keeper_capacity)
     _, index = fabric.topology.role(fabric.process)
     outbox = Outbox(fabric.outbox(index), adopt=spec.adopt)
-    service, app = _application(spec, fabric, tracker, ResponseGuard(outbox, tracker.metrics))
+    others = OtherFrontends(fabric, tracker.metrics) if fabric.topology.frontends > 1 else None
+    service, app = _application(spec, fabric, tracker, outbox, others)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     assert runner.server is not None
@@ -116,7 +119,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     await succession.start()
     listener = socket.socket(fileno=spec.listener_fd)
     listener.setblocking(False)
-    acceptor = ConnectionAcceptor(listener, connections)
+    acceptor = ConnectionAcceptor(listener, connections, others)
     acceptor.start()
     handing_over = asyncio.Event()
     loop.add_signal_handler(HANDOVER_SIGNAL, handing_over.set)
@@ -134,6 +137,7 @@ async def _serve(spec: ChildSpec, fabric: Fabric) -> None:
     # Accept connections while requests run: a 503 is a better answer than a connection reset at the end.
     await _drain(tracker, spec.config.drain_timeout, cut)
     acceptor.stop()
+    service.kept.close()
     for task in tasks:
         task.cancel()
     await succession.close()
@@ -148,11 +152,12 @@ def _settle() -> None:
 
 
 def _application(
-    spec: ChildSpec, fabric: Fabric, tracker: RequestTracker, guard: ResponseGuard
+    spec: ChildSpec, fabric: Fabric, tracker: RequestTracker, outbox: Outbox, others: OtherFrontends | None
 ) -> tuple[Service, web.Application]:
     config = spec.config
     (tokenizer, chat_template), model_config = _model_files(spec)
     keys = SharedKeys(KeysReader(fabric.keys_page())) if config.api_key_file else None
+    _, index = fabric.topology.role(fabric.process)
     service = Service(
         config=config,
         generator=tracker,
@@ -161,8 +166,12 @@ def _application(
         model_config=model_config,
         metrics=FrontendMetrics(tracker.metrics, lambda: _read_all(fabric, tracker)),
         origins=OriginPolicy(config, keys=keys is not None),
-        guard=guard,
+        guard=ResponseGuard(outbox, tracker.metrics),
+        others=others,
+        frontend=index,
     )
+    service.kept = KeptStreams(service, outbox)
+    tracker.store.make_room = service.kept.make_room
     return service, build_app(service, keys)
 
 
@@ -232,7 +241,11 @@ class ConnectionAcceptor:
     every connection of a burst. With one at a time a busy frontend accepts slowly, and its siblings accept the rest.
     """
 
-    def __init__(self, listener: socket.socket, connections: Connections) -> None:
+    def __init__(
+        self, listener: socket.socket, connections: Connections, others: OtherFrontends | None = None
+    ) -> None:
+        """`others`: they may pass on connections; None: there are none."""
+        self._others = others
         self._listener = listener
         self._connections = connections
         self._loop = asyncio.get_running_loop()
@@ -241,9 +254,13 @@ class ConnectionAcceptor:
 
     def start(self) -> None:
         self._loop.add_reader(self._listener, self._accept)
+        if self._others is not None:
+            self._others.start(self._connections)
 
     def stop(self) -> None:
         self._loop.remove_reader(self._listener)
+        if self._others is not None:
+            self._others.stop()
 
     def _accept(self) -> None:
         try:

@@ -58,9 +58,32 @@ class TokenStream(Protocol):
 
     rid: int
     slot: int  # in the journal
+    accepted: int  # output tokens journaled
 
     async def next(self) -> TokenChunk:
         """Wait for output and return all of it. Raises EngineLost or ShuttingDown."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """True once the request has ended, with or without an error."""
+        ...
+
+    @property
+    def finish(self) -> Finish:
+        """How the request has ended; NONE if it has not, or has ended with an error."""
+        ...
+
+    @property
+    def failure(self) -> Exception | None:
+        """The error that the request has ended with."""
+        ...
+
+    def replay(self, position: int) -> TokenChunk:
+        """Return the journaled output before `position`; `next` goes on from there, whatever it has returned before.
+
+        Raises ValueError if less output is journaled.
+        """
         ...
 
     def cancel(self, why: EarlyEnd | None = None) -> None:

@@ -15,11 +15,11 @@ from daemon.api.errors import forbidden
 from daemon.config import Config
 
 _PREFLIGHT = {
-    "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
     "Access-Control-Allow-Headers": "*, Authorization",
     "Access-Control-Max-Age": "600",
 }
-_EXPOSED = "x-request-id, Retry-After"
+_EXPOSED = "x-request-id, Retry-After, X-Llumd-Stream"
 _LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback", "host.docker.internal"})
 
 

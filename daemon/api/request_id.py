@@ -9,7 +9,20 @@ from aiohttp import web
 
 ANSWER_ID: web.RequestKey[str] = web.RequestKey("answer_id", str)  # `id` in the answer of a completion
 _REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+_KEPT = re.compile(r"(?:chatcmpl|cmpl)-([0-9a-f])[0-9a-f]{31}")
 _VALID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
+
+
+def kept_id(id: str, frontend: int) -> str:
+    """Return this new id of an answer with the frontend that keeps it in its first digit."""
+    kind, _, digits = id.partition("-")
+    return f"{kind}-{frontend:x}{digits[1:]}"
+
+
+def frontend_of(id: str) -> int | None:
+    """Return the frontend that keeps the answer with this id; None if it is no id of an answer."""
+    found = _KEPT.fullmatch(id)
+    return int(found[1], 16) if found else None
 
 
 def sent_request_id(http: web.Request) -> str:

@@ -24,13 +24,13 @@ _REJECTED = {
 class RequestMetrics:
     """Records the latencies and token counts of one choice. All times are CLOCK_MONOTONIC seconds."""
 
-    __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_resumed", "_tokens")
+    __slots__ = ("_arrival", "_ended", "_first", "_last", "_page", "_resumed", "tokens")
 
     def __init__(self, page: MetricsPage, arrival: float, prompt_tokens: int, max_tokens: int) -> None:
         self._page = page
         self._arrival = arrival
         self._first = self._last = -1.0
-        self._tokens = 0
+        self.tokens = 0  # output tokens that are counted
         self._ended = False
         self._resumed = False
         page.inc("prompt_tokens", prompt_tokens)
@@ -44,7 +44,7 @@ class RequestMetrics:
         When these arrived is not known, so it records no latencies between them.
         """
         found = cls.__new__(cls)
-        found._page, found._arrival, found._tokens = page, arrival, tokens
+        found._page, found._arrival, found.tokens = page, arrival, tokens
         found._first = found._last = -1.0
         found._ended, found._resumed = False, tokens > 0
         return found
@@ -62,7 +62,7 @@ class RequestMetrics:
         else:
             self._page.observe("inter_token_latency_seconds", (now - self._last) / tokens, tokens)
         self._last = now
-        self._tokens += tokens
+        self.tokens += tokens
         self._page.inc("generation_tokens", tokens)
 
     def end(self, now: float, finish: Finish, cached: int) -> None:
@@ -74,12 +74,12 @@ class RequestMetrics:
         page.inc("request_success", 1, REASONS[finish])
         page.inc("cached_prompt_tokens", cached)
         page.observe("e2e_request_latency_seconds", now - self._arrival)
-        page.observe("request_generation_tokens", self._tokens)
-        if self._tokens and not self._resumed:
+        page.observe("request_generation_tokens", self.tokens)
+        if self.tokens and not self._resumed:
             decode = self._last - self._first
             page.observe("request_decode_time_seconds", decode)
-            if self._tokens > 1:
-                page.observe("request_time_per_output_token_seconds", decode / (self._tokens - 1))
+            if self.tokens > 1:
+                page.observe("request_time_per_output_token_seconds", decode / (self.tokens - 1))
 
 
 def count_rejection(page: MetricsPage, error: ApiError) -> None:

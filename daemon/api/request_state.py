@@ -12,6 +12,8 @@ from daemon.enums import EarlyEnd
 from daemon.ipc.journal import Crashes, Failure, Journal, SlotState
 from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
 
+CANCELLED_AS = {None: Finish.STOP, EarlyEnd.DEADLINE: Finish.DEADLINE}  # by cause; the others: Finish.CANCELLED
+_FAILED = (Finish.CANCELLED, Finish.ERROR, Finish.DEADLINE)  # for the reader these are errors
 SHUTTING_DOWN = "The server is shutting down and has ended this request; please send it again."
 
 
@@ -213,25 +215,38 @@ class RequestState:
         """True once the request has ended, with or without an error."""
         return self._finish is not Finish.NONE or self._failure is not None
 
+    @property
+    def finish(self) -> Finish:
+        """How the request has ended; NONE if it has not, or has ended with an error."""
+        return self._finish
+
+    @property
+    def failure(self) -> Exception | None:
+        """The error that the request has ended with."""
+        return self._failure
+
     async def next(self) -> TokenChunk:
         """Wait for output and take all that has arrived. Raises the error of `fail`."""
         while not self._arrived and not self.done:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                await waiter
             finally:
-                self._waiter = None
+                if self._waiter is waiter:  # otherwise another reader of a kept stream waits already
+                    self._waiter = None
         if self._failure is not None and not self._arrived:
             raise self._failure
-        finish = Finish.NONE if self._failure is not None else self._finish
+        finish = self._finish
+        if finish and self._arrived and finish in _FAILED:
+            finish = Finish.NONE  # the output comes before it
         chunk = TokenChunk(self._arrived, self._logprobs, finish, self.num_cached_tokens)
         self._arrived, self._logprobs = [], None
         return chunk
 
     def replay(self, position: int) -> TokenChunk:
-        """Return the journaled output before `position`; `next` goes on from there.
+        """Return the journaled output before `position`; `next` goes on from there, whatever it has returned before.
 
-        Call it before the first `next`. Raises ValueError if less output is journaled.
+        Raises ValueError if less output is journaled.
         """
         if position > self.accepted:
             raise ValueError(f"request {self.rid} has {self.accepted} output tokens, not {position}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -23,6 +23,8 @@ class RequestStore:
     def __init__(self, journal: Journal, max_queued: int) -> None:
         """Count what `journal` contains already: the requests of a predecessor."""
         self.journal = journal
+        self.make_room: Callable[[Holder], bool] = lambda holder: False
+        """Frees the slots of a stream that has ended and is kept; returns False if there is none."""
         kept = {slot: journal.reserved_bytes(slot) for slot in journal.kept_slots()}
         self._admission = Admission(max_queued, journal.free_bytes + sum(kept.values()), journal.num_slots)
         for slot, size in kept.items():
@@ -49,7 +51,18 @@ class RequestStore:
         self._admission.check_journal(len(lengths), holder_of(attributes), size)
 
     def open(self, rid: int, record: RequestParams, prompt: Sequence[int], holder: Holder) -> int:
-        """Open a journal slot that counts for `holder`. Raises Overloaded or TooLong."""
+        """Open a journal slot that counts for `holder`. A kept stream that has ended makes room for it.
+
+        Raises Overloaded or TooLong.
+        """
+        while True:
+            try:
+                return self._open(rid, record, prompt, holder)
+            except Overloaded:
+                if not self.make_room(holder):
+                    raise
+
+    def _open(self, rid: int, record: RequestParams, prompt: Sequence[int], holder: Holder) -> int:
         try:
             slot = self.journal.open(rid, record, prompt)
         except JournalFull as e:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from daemon.api.admission import Holder, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
 from daemon.api.generator import EngineLost, NoEngine, RequestAttributes, ShuttingDown, TooLong
-from daemon.api.request_state import SHUTTING_DOWN, RequestState
+from daemon.api.request_state import CANCELLED_AS, SHUTTING_DOWN, RequestState
 from daemon.api.request_store import RequestStore, holder_of, journaled_params, record_holder
 from daemon.config import Config
 from daemon.control.policy import ownership
@@ -62,7 +62,7 @@ class RequestTracker:
         self._fabric = fabric
         self._config = config
         self._journal = Journal(fabric.journal(index, writable=True), adopt=adopt, generation=fabric.incarnation)
-        self._store = RequestStore(self._journal, config.max_queued)
+        self.store = RequestStore(self._journal, config.max_queued)
         self.engines = EngineLinks(fabric, config)
         self._coordinator = fabric.reader(COORDINATOR)
         self.metrics = MetricsPage(fabric.metrics(fabric.process), FRONTEND)
@@ -96,7 +96,7 @@ class RequestTracker:
         """Take `count` places in the queue limit, released on exit. Raises Overloaded, TooMany or NoEngine."""
         if not self.ready:
             raise NoEngine("shutting down" if self.draining else "no engine is ready")
-        return self._store.take(count, Holder(client, priority < 0))
+        return self.store.take(count, Holder(client, priority < 0))
 
     def check_room(
         self,
@@ -105,7 +105,7 @@ class RequestTracker:
         attributes: RequestAttributes,
     ) -> None:
         """Raise TooMany if the journal can never hold all choices of a request."""
-        self._store.check_room(lengths, params, attributes)
+        self.store.check_room(lengths, params, attributes)
 
     def submit(
         self,
@@ -122,7 +122,7 @@ class RequestTracker:
         self._refuse_oversized(engine, len(prompt))
         rid = self._next_rid
         record = journaled_params(params, time.monotonic(), attributes)
-        slot = self._store.open(rid, record, prompt, holder := holder_of(attributes))
+        slot = self.store.open(rid, record, prompt, holder := holder_of(attributes))
         self._next_rid += 1
         owned = Ownership(rid, epoch=1, owner=self.engines.current(engine), accepted=0, priority=attributes.priority)
         request = RequestState(self._journal, slot, owned, prefix_keys, holder, self.cancel, self._release)
@@ -199,14 +199,12 @@ class RequestTracker:
         return self._journal.generation <= record.receiver <= self._fabric.incarnation
 
     def cancel(self, request: RequestState, why: EarlyEnd | None) -> None:
-        """Cancel a request: its engine frees its blocks, its stream ends with `Finish.CANCELLED`.
-
-        `why`: None if its output is complete.
-        """
-        self._close(request, why or _result(Finish.STOP), finish=Finish.CANCELLED if why else Finish.STOP)
+        """Cancel a request: its engine frees its blocks, its stream ends. `why`: None if its output is complete."""
+        finish = CANCELLED_AS.get(why, Finish.CANCELLED)
+        self._close(request, why or _result(finish), finish=finish)
         for order in ownership.cancel(request.ownership):
             self._send(order)
-        request.end(Finish.CANCELLED)
+        request.end(finish)
 
     def give_up(self) -> None:
         """End every unfinished request, because the daemon ends."""
@@ -219,7 +217,7 @@ class RequestTracker:
 
     def _release(self, request: RequestState) -> None:
         self._adopted.pop(request.slot, None)
-        self._store.free(request.slot, request.holder)
+        self.store.free(request.slot, request.holder)
 
     def _read_outputs(self, link: EngineLink) -> None:
         link.refresh()  # here, because no request waits for a dispatch now
@@ -469,7 +467,7 @@ class RequestTracker:
         """Journal the end of a request, and write its last event. Its slot stays until its output is delivered."""
         del self._requests[request.rid]
         self._stranded.pop(request.rid, None)
-        self._store.end(request.slot, request.holder, finish, failure)
+        self.store.end(request.slot, request.holder, finish, failure)
         record = self._journal.params(request.slot)
         event = Finished(
             rid=request.rid,

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
@@ -19,18 +20,21 @@ from daemon.api.access_log import USAGE
 from daemon.api.answer import Answer, AnswerWriter, Prompt
 from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
-from daemon.api.errors import deadline_exceeded, to_api_error
+from daemon.api.errors import ApiError, deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
 from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
-from daemon.api.request_id import ANSWER_ID, request_id, sent_request_id
+from daemon.api.request_id import ANSWER_ID, kept_id, request_id, sent_request_id
 from daemon.api.response_facts import PromptFacts, ResponseFacts, answer_form
-from daemon.api.response_head import EVENT_HEADERS, response_headers
+from daemon.api.response_head import EVENT_HEADERS, STREAM_HEADER, response_headers
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup
-from daemon.api.validation import check_length, priority_class
+from daemon.api.validation import KEEP_HEADER, check_length, priority_class, wants_keep
+
+if TYPE_CHECKING:
+    from daemon.api.kept_streams import KeptStream
 
 _WORK_OF_SUBMISSION = 2000  # in tokens that are written to the journal in the same time
 _MAX_WORK = 200_000  # tokens; they take a few milliseconds
@@ -64,6 +68,7 @@ class CheckedRequest:
         self._tokenise = tokenise
         self.id = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(16)
         self.x_request_id = ""  # that the client has sent
+        self.keep = False  # its stream goes on after a hang-up, and can be read again
         self.arrival = time.monotonic()
 
     def attributes(self, label: str) -> RequestAttributes:
@@ -87,6 +92,8 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
     Raises ApiError and the generator's errors as long as no byte is sent. A later error is the last event of the
     stream.
     """
+    if wants_keep(http.headers.get(KEEP_HEADER), request.body, request.num_prompts, service.config.keep_streams):
+        request.keep, request.id = True, kept_id(request.id, service.frontend)
     service.page.observe("request_params_n", request.body.n or 1)
     http[ANSWER_ID], request.x_request_id = request.id, sent_request_id(http)
     writer = OutboxWriter(http.protocol, service.page)
@@ -115,19 +122,33 @@ async def _whole(
 async def _stream(
     service: Service, http: web.Request, request: CheckedRequest, writer: OutboxWriter
 ) -> web.StreamResponse:
-    response = web.StreamResponse(headers=EVENT_HEADERS)
+    response = web.StreamResponse(headers=EVENT_HEADERS | _kept_header(request))
     events = EventStream(writer, service.config.heartbeat, lambda: response.prepare(http))
+    kept: KeptStream | None = None
     async with events:
         try:
             async with _submitted(service, http, request, writer) as (answer, streams):
-                await write_events(AnswerWriter(answer), answer, streams, events)
+                if request.keep:
+                    facts = _facts(service, http, request, answer, streams, writer)
+                    kept = service.kept.add(facts, streams.detach(), answer.detach())
+                else:
+                    await write_events(AnswerWriter(answer), answer, streams, events)
+            if kept is not None:
+                await service.kept.read(kept, events, kept.state_after(""), writer.abort)
         except ConnectionError:
             pass  # the client has hung up
         except Exception as e:
             if not events.started:
                 raise
             await events.fail(to_api_error(e))
+        finally:
+            if kept is not None:
+                http[USAGE] = kept.num_tokens()
     return response
+
+
+def _kept_header(request: CheckedRequest) -> dict[str, str]:
+    return {STREAM_HEADER: request.id} if request.keep else {}
 
 
 @asynccontextmanager
@@ -151,7 +172,9 @@ async def _submitted(
                     answer = Answer(service, form, facts, request.id, int(time.time()), request.arrival, deadline)
                     await _submit(service, request, places, prompts, answer, streams)
                 if service.guard is not None:
-                    await service.guard.open(http.protocol, writer, _facts(service, http, answer, streams, writer))
+                    await service.guard.open(
+                        http.protocol, writer, _facts(service, http, request, answer, streams, writer)
+                    )
                 try:
                     with answer:
                         yield answer, streams
@@ -162,7 +185,12 @@ async def _submitted(
 
 
 def _facts(
-    service: Service, http: web.Request, answer: Answer, streams: StreamGroup, writer: OutboxWriter
+    service: Service,
+    http: web.Request,
+    request: CheckedRequest,
+    answer: Answer,
+    streams: StreamGroup,
+    writer: OutboxWriter,
 ) -> ResponseFacts:
     return ResponseFacts(
         id=answer.id,
@@ -174,11 +202,13 @@ def _facts(
         rids=[stream.rid for stream in streams],
         minor=http.version.minor,
         head_sent=writer.output_size > 0,
-        headers=response_headers(http, service.origins),
+        headers=response_headers(http, service.origins) | _kept_header(request),
         client=http.remote or "",
         method=http.method,
         path=http.rel_url.raw_path,
         request_id=request_id(http),
+        keep=request.keep,
+        owner=request.client,
     )
 
 
@@ -248,10 +278,15 @@ async def write_events(writer: AnswerWriter, answer: Answer, streams: StreamGrou
         if out:
             await events.send(b"".join(out), writer.state)
             out = []
-        for i, chunk in await streams.next():
-            writer.begin(i, out)
-            writer.write(i, answer.push(i, chunk), out)
-            if answer.choices[i].finish:
-                streams.stop(i)
+        try:
+            for i, chunk in await streams.next():
+                writer.begin(i, out)
+                writer.write(i, answer.push(i, chunk), out)
+                if answer.choices[i].finish:
+                    streams.stop(i)
+        except ApiError:
+            if out:  # of other choices
+                await events.send(b"".join(out), writer.state)
+            raise
     writer.end(out)
     await events.close(b"".join(out))

@@ -14,6 +14,7 @@ from daemon.ipc.messages import Finish
 from daemon.models.model_config import ModelConfig
 
 ENDED = 1  # bit of the answer's word: the last byte of the response is committed
+USAGE_SENT = 2  # bit of the same: the event with the usage is sent
 _BEGUN = 16  # bit of a choice's word: the events before its first output are committed
 _FINISH = 15  # mask of its finish, NONE if its end is not committed
 _POSITION = 8  # shift of its position: output tokens that are committed, with those after a stop string
@@ -45,6 +46,7 @@ class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
 
     `slots` and `rids`: of the choices in the journal. `minor`: of the HTTP version. `head_sent`: the head of the
     response is not in the outbox, because the client got it before. `headers`: those that all responses have.
+    `keep`: its stream is kept, and `owner` may read it again.
     """
 
     id: str
@@ -61,6 +63,8 @@ class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
     method: str
     path: str
     request_id: str
+    keep: bool = False
+    owner: str = ""
 
 
 encode_facts = msgspec.msgpack.Encoder().encode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp.base_protocol import BaseProtocol
 
 from daemon.api.connections import Connection
@@ -19,9 +21,16 @@ class ResponseGuard:
         self._outbox = outbox
         self._page = page
 
-    async def open(self, protocol: BaseProtocol | None, writer: OutboxWriter, facts: ResponseFacts) -> None:
+    async def open(
+        self,
+        protocol: BaseProtocol | None,
+        writer: OutboxWriter,
+        facts: ResponseFacts,
+        state: Sequence[int] | None = None,
+    ) -> None:
         """Let `writer`, on the connection `protocol`, commit the bytes of this response from now on.
 
+        `state`: what the client has already of the answer; None: nothing.
         If there is no room, or the connection cannot be kept, the response goes on without, and is counted.
         """
         if not isinstance(protocol, Connection):
@@ -29,21 +38,23 @@ class ResponseGuard:
         token = await protocol.keep()
         if protocol.transport is None:  # the writer will notice
             return
-        slot = self._open_slot(protocol, token, facts) if token else None
+        slot = self._open_slot(protocol, token, facts, state) if token else None
         if slot is None:
             self._page.inc("responses_unguarded")
         else:
             writer.guard(slot)
             protocol.continued = True
 
-    def _open_slot(self, connection: Connection, token: int, facts: ResponseFacts) -> OutboxSlot | None:
+    def _open_slot(
+        self, connection: Connection, token: int, facts: ResponseFacts, state: Sequence[int] | None
+    ) -> OutboxSlot | None:
         taken = bytes_taken(connection.sock)
         if taken is None:
             return None
         assert connection.transport is not None
         # An earlier response to a client that pipelines may still wait: it goes first.
         baseline = taken + connection.transport.get_write_buffer_size()
-        state = [0] * (1 + len(facts.slots))
+        state = state or [0] * (1 + len(facts.slots))
         try:
             return self._outbox.open(
                 encode_facts(facts), state, token=token, baseline=baseline, ring_bytes=RING_BYTES

@@ -12,6 +12,7 @@ from daemon.api.errors import ApiError
 from daemon.api.origins import OriginPolicy
 from daemon.api.request_id import request_id
 
+STREAM_HEADER = "X-Llumd-Stream"  # id of a kept stream
 EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
@@ -25,6 +25,10 @@ from daemon.models.chat_template import ChatError, ChatTemplate
 from daemon.models.model_config import ModelConfig
 from daemon.models.tokenizer import Tokenizer
 from daemon.models.tracked_text import track
+
+if TYPE_CHECKING:
+    from daemon.api.kept_streams import KeptStreams
+    from daemon.api.other_frontends import OtherFrontends
 
 T = TypeVar("T")
 
@@ -47,8 +51,13 @@ class Service:
         metrics: FrontendMetrics,
         origins: OriginPolicy,
         guard: ResponseGuard | None,
+        others: OtherFrontends | None = None,
+        frontend: int = 0,
     ) -> None:
-        """`guard`: makes responses outlive this process; None: they do not."""
+        """`guard`: makes responses outlive this process; None: they do not.
+
+        `others`: the other frontends; None: there are none. `frontend`: index of this one.
+        """
         self.config = config
         self.generator = generator
         self.tokenizer = tokenizer
@@ -58,6 +67,9 @@ class Service:
         self.page = metrics.page
         self.origins = origins
         self.guard = guard
+        self.others = others
+        self.frontend = frontend
+        self.kept: KeptStreams  # it needs this object, so it is set later
         self.limits = Limits(
             vocab_size=model_config.vocab_size,
             max_choices=min(config.max_choices, config.max_queued),

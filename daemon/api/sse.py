@@ -37,9 +37,9 @@ class ChunkWriter:
         self._text_mid = (b"}" if chat else b"") + b',"logprobs":'
         self._text_tail = self._text_mid + b'null,"finish_reason":null' + self._tail
 
-    def role(self, usage: Any = None) -> bytes:
+    def role(self, usage: Any = None, text: str = "") -> bytes:
         """Return the first event of a chat choice, the only one that names the role."""
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        delta = b'"delta":{"role":"assistant","content":%b},"logprobs":null,"finish_reason":null' % _json(text)
         return self._open + delta + self._end(usage)
 
     def text(self, text: str, logprobs: Any = None, usage: Any = None) -> bytes:
@@ -54,6 +54,13 @@ class ChunkWriter:
         empty = b'"delta":{}' if self._chat else b'"text":""'
         middle = b',"logprobs":null,"finish_reason":"%s"' % reason.encode()
         return self._open + empty + middle + self._end(usage)
+
+    def last(self, text: str, logprobs: Any, reason: str, usage: Any = None) -> bytes:
+        """Return the last event of the choice with the last text and logprobs, if there are any, in it."""
+        if not text and logprobs is None:
+            return self.finish(reason, usage)
+        end = b',"finish_reason":"%s"' % reason.encode()
+        return self._text_head + _json(text) + self._text_mid + _json(logprobs) + end + self._end(usage)
 
     def _end(self, usage: Any) -> bytes:
         return self._tail if usage is None else b'}],"usage":' + _json(usage) + b"}\n\n"

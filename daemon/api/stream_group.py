@@ -12,15 +12,16 @@ from daemon.enums import EarlyEnd
 
 class StreamGroup:
     """Reads whichever streams have output. A context manager: on exit it cancels the streams that have not ended,
-    and releases all.
+    and releases all. Those of a kept stream it never releases, and leaves running if their reader has hung up.
 
     A single stream, the common case, is awaited directly. Several streams have one task each until they end.
     A task waits until its last chunk was taken, so output that a slow reader has not taken stays in the journal.
     """
 
-    def __init__(self, deadline: asyncio.Timeout | None = None) -> None:
+    def __init__(self, deadline: asyncio.Timeout | None = None, *, kept: bool = False) -> None:
         """`deadline`: if it expires, it ends the context with CancelledError."""
         self._deadline = deadline
+        self._kept = kept
         self._streams: list[TokenStream] = []
         self._ready: list[tuple[int, TokenChunk]] = []
         self._error: BaseException | None = None
@@ -36,10 +37,15 @@ class StreamGroup:
     def __iter__(self) -> Iterator[TokenStream]:
         return iter(self._streams)
 
+    def detach(self) -> list[TokenStream]:
+        """Return all streams and forget them, before the first `next`: the caller cancels and releases them."""
+        streams, self._streams = self._streams, []
+        return streams
+
     async def next(self) -> list[tuple[int, TokenChunk]]:
         """Wait for output and return (stream index, chunk) pairs, at most one for each stream.
 
-        Raises the error of a stream.
+        Raises the error of a stream, once the output that has arrived of the others is taken.
         """
         if len(self._streams) == 1:
             return [(0, await self._streams[0].next())]
@@ -49,8 +55,9 @@ class StreamGroup:
             for i in self._stopped:
                 self._tasks[i].cancel()
         await self._wake.wait()
-        self._wake.clear()
-        if self._error is not None:
+        if self._error is None:
+            self._wake.clear()
+        elif not self._ready:
             raise self._error
         ready, self._ready = self._ready, []
         for i, _ in ready:
@@ -85,11 +92,13 @@ class StreamGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        why = None
+        why = EarlyEnd.ENGINE if error is not None else None
         if isinstance(error, asyncio.CancelledError | ConnectionError):
             why = EarlyEnd.DEADLINE if self._deadline and self._deadline.expired() else EarlyEnd.CLIENT
         for stream in self._streams:
-            stream.cancel(why)
-            stream.release()
+            if not (self._kept and why is EarlyEnd.CLIENT):
+                stream.cancel(why)
+            if not self._kept:
+                stream.release()
         for task in self._tasks:
             task.cancel()

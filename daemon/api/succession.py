@@ -21,13 +21,16 @@ import msgspec
 from daemon.api.access_log import AccessLog
 from daemon.api.answer import Answer, AnswerWriter
 from daemon.api.connections import AdoptedConnection, Connections
-from daemon.api.errors import ApiError, deadline_exceeded, lost, to_api_error
+from daemon.api.errors import ApiError, lost, to_api_error
+from daemon.api.event_ids import NumberedWriter
+from daemon.api.kept_streams import NO_TOKEN
 from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
 from daemon.api.respond import whole_body, write_events
-from daemon.api.response_facts import ENDED, ResponseFacts, choice_position, decode_facts
+from daemon.api.response_facts import ENDED, ResponseFacts, decode_facts
 from daemon.api.response_head import EVENT_HEADERS, JSON_HEADERS, raw_error, raw_head
+from daemon.api.resumption import resumed
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup
@@ -83,16 +86,20 @@ class Succession:
     async def start(self) -> None:
         """Take over all that can be continued; close the other connections, and cancel their requests."""
         sockets = self._kept.adopt()
-        claimed: set[int] = set()
         adopted = 0
+        records = [slot for slot in self._outbox.slots() if slot.token == NO_TOKEN]
+        claimed = {slot for record in records for slot in self._keep(record)}
         for slot in self._outbox.slots():
+            if slot.token == NO_TOKEN:
+                continue
             sock = sockets.pop(slot.token, None)
             found = await self._adopt(slot, sock) if sock is not None else None
             if found is None:
-                self._service.page.inc("responses_cut")
+                if not self._is_kept(slot):
+                    self._service.page.inc("responses_cut")
                 self._close(slot, sock)
                 continue
-            claimed.update(self._requests_of(found))
+            claimed.update(self._held_by(found))
             self._service.page.inc("responses_adopted")
             adopted += 1
             self._run(found)
@@ -100,12 +107,36 @@ class Succession:
             sock.close()
             self._kept.release(token)
         self._tracker.abandon_unclaimed(claimed)
+        await asyncio.sleep(0)  # so that the readers of kept streams begin
+        self._service.kept.settle()
         if adopted or sockets:
             log.info(
                 "this process goes on with %d responses of the former one; %d connections without one are closed",
                 adopted,
                 len(sockets),
             )
+
+    def _keep(self, record: OutboxSlot) -> list[int]:
+        """Keep a stream that the former process has kept. Return the journal slots of its requests."""
+        try:
+            facts = decode_facts(record.facts)
+        except msgspec.MsgspecError as e:
+            log.warning("a kept stream ends with the former process: %s", e)
+            record.close()
+            return []
+        requests = self._requests_of(facts)
+        if len(requests) < len(facts.slots):  # it was just being freed
+            record.close()
+            return []
+        self._service.kept.adopt(facts, list(requests.values()), record)
+        return list(requests)
+
+    def _is_kept(self, slot: OutboxSlot) -> bool:
+        """Return True if the stream of a response whose connection is lost can be read again."""
+        try:
+            return self._service.kept.get(decode_facts(slot.facts).id) is not None
+        except msgspec.MsgspecError:
+            return False
 
     def _close(self, slot: OutboxSlot, sock: socket.socket | None) -> None:
         slot.close()
@@ -137,13 +168,16 @@ class Succession:
         begun = facts.head_sent or slot.committed > 0
         return _Adopted(facts, slot.token, slot.state, begun, connection, writer)
 
-    def _requests_of(self, found: _Adopted) -> dict[int, RequestState]:
+    def _requests_of(self, facts: ResponseFacts) -> dict[int, RequestState]:
         """Return the requests of the response's choices that the journal still has, by slot."""
-        if found.ended:
-            return {}
-        facts = found.facts
         named = ((slot, rid, self._streams.get(slot)) for slot, rid in zip(facts.slots, facts.rids, strict=True))
         return {slot: request for slot, rid, request in named if request is not None and request.rid == rid}
+
+    def _held_by(self, found: _Adopted) -> dict[int, RequestState]:
+        """Return the same, if they end with the response: it has not ended, and its stream is not kept."""
+        if found.ended or self._service.kept.get(found.facts.id) is not None:
+            return {}
+        return self._requests_of(found.facts)
 
     def _run(self, found: _Adopted) -> None:
         task = asyncio.get_running_loop().create_task(self._continue(found))
@@ -173,7 +207,7 @@ class Succession:
             found.writer.abort()
         finally:
             found.connection.task = None
-            for request in self._requests_of(found).values():  # if the client hung up before all was begun
+            for request in self._held_by(found).values():  # if the client hung up before all was begun
                 request.cancel(EarlyEnd.CLIENT)
                 request.release()
             found.writer.unguard()
@@ -203,8 +237,14 @@ class Succession:
         events = EventStream(found.writer, self._service.config.heartbeat, None if found.begun else start)
         async with events:
             try:
+                if (kept := self._service.kept.get(found.facts.id)) is not None:
+                    try:
+                        await self._service.kept.read(kept, events, found.state, found.writer.abort)
+                    finally:
+                        found.usage = kept.num_tokens() if found.facts.method == "POST" else None
+                    return
                 async with self._resumed(found) as (answer, streams):
-                    writer = AnswerWriter(answer)
+                    writer = NumberedWriter(answer) if found.facts.keep else AnswerWriter(answer)
                     writer.state[:] = found.state
                     await write_events(writer, answer, streams, events)
             except ConnectionError:
@@ -233,39 +273,26 @@ class Succession:
 
         Raises ApiError if the journal has not all of them, or if the deadline of the request passes.
         """
-        facts, seconds = found.facts, self._service.config.request_deadline
-        left = max(0.0, facts.arrival + seconds - time.monotonic()) if seconds > 0 else None
-        try:
-            async with asyncio.timeout(left) as deadline:
-                with StreamGroup(deadline) as streams:
-                    requests = self._requests_of(found)
-                    for request in requests.values():
-                        streams.add(request)
-                    if len(requests) < len(facts.slots):
-                        raise lost("the process that served it died; please send it again", retry=True)
-                    form, prompts = facts.form, facts.prompts
-                    answer = Answer(self._service, form, prompts, facts.id, facts.created, facts.arrival, deadline)
-                    for i, request in enumerate(requests.values()):
-                        written = choice_position(found.state[1 + i])
-                        answer.resume(request.replay(written.position)._replace(finish=written.finish))
-                        if answer.choices[i].finish:
-                            streams.stop(i)
-                    try:
-                        with answer:
-                            yield answer, streams
-                    finally:
-                        found.usage = answer.num_tokens()
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise deadline_exceeded(seconds) from None
+        facts = found.facts
+        requests = self._requests_of(facts)
+        if len(requests) < len(facts.slots):
+            for request in requests.values():
+                request.cancel(EarlyEnd.FRONTEND)
+                request.release()
+            raise lost("the process that served it died; please send it again", retry=True)
+        async with resumed(self._service, facts, list(requests.values()), found.state) as (answer, streams):
+            try:
+                yield answer, streams
+            finally:
+                found.usage = answer.num_tokens()
 
     # -- its end ------------------------------------------------------------------------------------
 
     def _count(self, found: _Adopted, status: int | None) -> None:
         facts = found.facts
         word = "disconnect" if status is None else f"{status // 100}xx"
-        self._service.page.inc("http_requests", 1, "chat" if facts.form.chat else "completions", word)
+        handler = "streams" if facts.method == "GET" else "chat" if facts.form.chat else "completions"
+        self._service.page.inc("http_requests", 1, handler, word)
         request = f"{facts.client or '-'} {facts.method} {facts.path}"
         seconds = time.monotonic() - facts.arrival
         self._access_log.write_line(request, status, seconds, facts.request_id, facts.id, found.usage)

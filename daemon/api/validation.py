@@ -22,6 +22,9 @@ from daemon.control.policy.priority import ALLOWED, LOWEST, PRIORITIES
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+KEEP_HEADER = "X-Llumd-Keep"
+MAX_KEPT_CHOICES = 64  # of a kept stream: the ids of its events name each of them
+
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -60,6 +63,27 @@ def check_completion(request: CompletionRequest, limits: Limits) -> None:
     if len(prompts) * n > limits.max_queued:
         message = f"`prompt` has {len(prompts)} prompts; times n={n} this is more than {limits.max_queued} choices."
         raise bad_request(message, "prompt")
+
+
+def wants_keep(
+    header: str | None, request: ChatRequest | CompletionRequest, num_prompts: int, keep_streams: float
+) -> bool:
+    """Return True if the client asks to keep the stream. `header`: as sent; `keep_streams`: the option.
+
+    Raises ApiError (400) for another value than 0 or 1, and for a request that cannot be kept.
+    """
+    if header is None or header.strip() == "0":
+        return False
+    if header.strip() != "1":
+        raise bad_request(f"The header `{KEEP_HEADER}` must be 1 or 0.", KEEP_HEADER)
+    if not request.stream:
+        raise bad_request(f"`{KEEP_HEADER}: 1` needs `stream` to be true.", KEEP_HEADER)
+    if not keep_streams:
+        message = "This server keeps no streams: its option keep_streams is 0."
+        raise bad_request(message, KEEP_HEADER, "unsupported_parameter")
+    if num_prompts * (request.n or 1) > MAX_KEPT_CHOICES:
+        raise bad_request(f"A stream that is kept may have at most {MAX_KEPT_CHOICES} choices.", KEEP_HEADER)
+    return True
 
 
 def check_tokenize(request: TokenizeRequest) -> None:

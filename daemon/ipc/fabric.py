@@ -106,7 +106,7 @@ class FabricHandles:
     journals: tuple[int, ...]  # one per frontend
     outboxes: tuple[int, ...]  # one per frontend
     doorbells: tuple[int, ...]  # one per process
-    handovers: tuple[tuple[int, int], ...] = ()  # one per frontend: where it reads, where the others write
+    frontend_channels: tuple[tuple[int, int], ...] = ()  # one per frontend: where it reads, where the others write
 
 
 class Fabric:
@@ -194,13 +194,13 @@ class Fabric:
     def outbox(self, frontend: int) -> memoryview:
         return segment.attach(self._handles.outboxes[frontend])
 
-    def handovers(self) -> tuple[tuple[int, int], ...]:
+    def frontend_channels(self) -> tuple[tuple[int, int], ...]:
         """Return the channel of each frontend for connections that others pass to it; none if it is the only one.
 
         The two descriptors are the ends where it reads and where all others write. They outlive it, so a message
         that it has not read reaches its successor.
         """
-        return self._handles.handovers
+        return self._handles.frontend_channels
 
     def _table_boards(self) -> list[memoryview]:
         return [self._at(self._layout.table + p * BOARD_BYTES, BOARD_BYTES) for p in range(self.topology.processes)]

@@ -145,7 +145,7 @@ _TURNS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Label values.
 FINISHED = ("stop", "length", "abort", "error", "deadline")
 REJECTED = tuple(Rejection)
-HANDLERS = ("chat", "completions", "models", "tokenize", "detokenize", "health", "metrics", "unknown")
+HANDLERS = ("chat", "completions", "models", "tokenize", "detokenize", "streams", "health", "metrics", "unknown")
 STATUSES = ("2xx", "4xx", "5xx", "disconnect")
 DISPATCHES = tuple(DispatchKind)
 MOVE_REASONS = tuple(MigrationReason)
@@ -171,6 +171,7 @@ FRONTEND = Table(
         Counter(
             "responses_unguarded", "Responses without a place in the outbox: they would end with their frontend."
         ),
+        Counter("stream_reconnects", "Requests to go on with a kept stream."),
         Counter("malformed_requests", "Requests that are not valid HTTP."),
     ),
     histograms=(
@@ -190,6 +191,7 @@ FRONTEND = Table(
     gauges=(
         Gauge("connections", "HTTP connections that are open."),
         Gauge("max_connections", "Maximum number of open HTTP connections."),
+        Gauge("streams_kept", "Streams that their clients have asked to keep, running or ended."),
         Gauge("request_body_bytes", "Bytes of request bodies in memory that count against body_memory."),
     ),
 )

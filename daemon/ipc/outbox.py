@@ -47,20 +47,20 @@ class Outbox:
     def __init__(self, view: memoryview, *, adopt: bool = False) -> None:
         """`adopt`: keep the responses that a predecessor has left; otherwise discard them."""
         self._view = view
-        self._num_slots = len(view) // BYTES_PER_SLOT
-        self._words = view[: self._num_slots * SLOT_WORDS * 8].cast("Q")
-        self._arena_offset = rounded(self._num_slots * SLOT_WORDS * 8)
+        self.num_slots = len(view) // BYTES_PER_SLOT
+        self._words = view[: self.num_slots * SLOT_WORDS * 8].cast("Q")
+        self._arena_offset = rounded(self.num_slots * SLOT_WORDS * 8)
         self.capacity = len(view) - self._arena_offset & -ALIGN
         self._arena = Arena(self.capacity)
         self._live: dict[int, OutboxSlot] = {}
-        for slot in range(self._num_slots):
+        for slot in range(self.num_slots):
             if self._words[slot * SLOT_WORDS] == SlotState.LIVE and adopt:
                 self._live[slot] = found = OutboxSlot(self, view, self._words, slot)
                 for at, size in found.extents():
                     self._arena.reserve(at - self._arena_offset, size)
             else:
                 self._words[slot * SLOT_WORDS] = SlotState.FREE
-        self._free = [slot for slot in range(self._num_slots - 1, -1, -1) if slot not in self._live]
+        self._free = [slot for slot in range(self.num_slots - 1, -1, -1) if slot not in self._live]
 
     @property
     def free_bytes(self) -> int:

@@ -168,7 +168,7 @@ class Spawner:
         """Return the descriptors of the fabric and `more`; those below 0 do not exist."""
         handles = self._handles
         fds = [handles.segment, *handles.journals, *handles.outboxes, *handles.doorbells, *more]
-        fds += [fd for pair in handles.handovers for fd in pair]
+        fds += [fd for pair in handles.frontend_channels for fd in pair]
         return child_entry.Inherited([fd for fd in fds if fd >= 0])
 
     def _start_standby(self, role_fd: int) -> Started:

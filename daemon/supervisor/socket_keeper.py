@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _MAX_KEPT = 1 << 16  # sockets of one frontend
 _BURST = 256  # messages after which the supervisor looks at its other children
 _OTHER_DESCRIPTORS = 128  # of the supervisor, for its files and libraries
-_DESCRIPTORS_PER_PROCESS = 10  # doorbell, journal, outbox, pool, pidfd, channels, pipes
+_DESCRIPTORS_PER_PROCESS = 8  # doorbell, journal, outbox, pool, pidfd, channels, pipes
 
 
 def capacity(topology: Topology) -> int:

@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from daemon.api.app import build_app
 from daemon.api.auth import KeyRing
 from daemon.api.generator import EngineLost, NoEngine, Overloaded, RequestAttributes, TokenChunk, TooLong
+from daemon.api.kept_streams import KeptStreams
 from daemon.api.key_file import parse_key
 from daemon.api.metrics import DaemonSnapshot, FrontendMetrics
 from daemon.api.origins import OriginPolicy
@@ -57,29 +58,58 @@ class ScriptedStream:
     """One choice: sends chunks of `generator.chunk_size` tokens, `generator.delay` seconds apart."""
 
     def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
-        self.rid = rid
+        self.rid = self.slot = rid
         self.cancelled, self.why = False, None
         self.released = False
+        self.accepted = 0  # tokens that were generated, as if a journal had them
+        self.failure: Exception | None = None
         self._generator = generator
         self._params = params
         self._tokens = tokens[: params.max_tokens]
         self._finish = Finish.STOP if self._tokens and self._tokens[-1] == EOS_ID else Finish.LENGTH
         self._at = 0
 
+    @property
+    def done(self) -> bool:
+        return self.cancelled or self.failure is not None or self.accepted >= len(self._tokens)
+
+    @property
+    def finish(self) -> Finish:
+        if not self.done or self.failure is not None:
+            return Finish.NONE
+        if not self.cancelled:
+            return self._generator.finish or self._finish
+        return {None: Finish.STOP, EarlyEnd.DEADLINE: Finish.DEADLINE}.get(self.why, Finish.CANCELLED)
+
     async def next(self) -> TokenChunk:
-        g = self._generator
-        await asyncio.sleep(g.delay)
-        if g.hang_after is not None and self._at >= g.hang_after:
-            await asyncio.Event().wait()
-        if g.lose_after is not None and self._at >= g.lose_after:
-            raise EngineLost("gone")
-        tokens = self._tokens[self._at : self._at + g.chunk_size]
-        self._at += len(tokens)
-        done = self._at >= len(self._tokens)
-        finish = (g.finish or self._finish) if done else Finish.NONE
-        if done:
-            g.running -= 1
+        g, begin = self._generator, self._at
+        if self.accepted == begin and not self.done:
+            await asyncio.sleep(g.delay)
+            if g.hang_after is not None and begin >= g.hang_after:
+                await self._end()
+            elif g.lose_after is not None and begin >= g.lose_after:
+                self.failure = EngineLost("gone")
+                g.running -= 1
+            elif not self.cancelled:
+                self.accepted = min(begin + g.chunk_size, len(self._tokens))
+                if self.accepted == len(self._tokens):
+                    g.running -= 1
+        self._at = self.accepted
+        tokens = self._tokens[begin : self._at]
+        if self.failure is not None and not tokens:
+            raise self.failure
+        failed = self.finish in (Finish.CANCELLED, Finish.ERROR, Finish.DEADLINE)
+        finish = Finish.NONE if tokens and failed else self.finish
         return TokenChunk(tokens, self._logprobs(tokens), finish, g.num_cached_tokens)
+
+    async def _end(self) -> None:
+        while not self.cancelled:
+            await asyncio.sleep(0.01)
+
+    def replay(self, position: int) -> TokenChunk:
+        self._at = position
+        tokens = self._tokens[:position]
+        return TokenChunk(tokens, self._logprobs(tokens), Finish.NONE, self._generator.num_cached_tokens)
 
     def _logprobs(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
         k = self._params.logprobs
@@ -88,7 +118,7 @@ class ScriptedStream:
         return [TokenLogprobs(-0.5, list(range(10, 10 + k)), [-1.0 - i for i in range(k)]) for _ in tokens]
 
     def cancel(self, why: EarlyEnd | None = None) -> None:
-        if not self.cancelled and self._at < len(self._tokens):
+        if not self.done:
             self.cancelled, self.why = True, why
             self._generator.running -= 1
 
@@ -180,6 +210,7 @@ class ApiUnderTest:
     config: Config
     app: web.Application
     page: bytearray
+    kept: KeptStreams
     client: TestClient | None = None
 
     def gauge(self, name: str) -> float:
@@ -221,8 +252,9 @@ def make_api(model: Model, *, keys: list[str] | None = None, **options: object) 
         origins=OriginPolicy(config, keys=ring is not None),
         guard=None,
     )
+    service.kept = kept = KeptStreams(service)
     app = build_app(service, ring)
-    return ApiUnderTest(model, generator, config, app, page)
+    return ApiUnderTest(model, generator, config, app, page, kept)
 
 
 def with_client(api: ApiUnderTest, body: Callable[[TestClient], object]) -> None:

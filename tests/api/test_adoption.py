@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from msgspec.structs import replace
 
@@ -98,7 +100,7 @@ async def test_a_request_that_has_ended_keeps_its_end_and_its_logprobs(harness: 
         adopted.replay(3)
     adopted.release()
     adopted.release()
-    assert tracker._store._admission._journal.used == 0
+    assert tracker.store._admission._journal.used == 0
 
 
 @with_harness
@@ -181,3 +183,38 @@ async def test_successors_of_successors_accept_records_to_all_of_the_generation(
     put(harness, step_output(request.rid, epoch=1, start=2, tokens=[9]), INCARNATION)
     tracker.on_doorbell()
     assert (await heir(tracker, request).next()).tokens == [7, 8, 9]
+
+
+@with_harness
+async def test_a_second_reader_starts_while_the_first_waits(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7, 8]))
+    first = asyncio.create_task(request.next())
+    await asyncio.sleep(0)
+    assert first.done() and first.result().tokens == [7, 8]
+    first = asyncio.create_task(request.next())
+    await asyncio.sleep(0)
+    assert request.replay(1).tokens == [7]
+    assert (await request.next()).tokens == [8]
+    second = asyncio.create_task(request.next())
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=2, tokens=[9], finish=Finish.STOP))
+    assert await asyncio.wait_for(second, 5) == ([9], None, Finish.STOP, 0)
+    for position in (3, 0):
+        assert request.replay(position).tokens == [7, 8, 9][:position]
+        assert await request.next() == ([7, 8, 9][position:], None, Finish.STOP, 0)
+
+
+@with_harness
+async def test_output_comes_before_the_end_that_is_an_error(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request = harness.submit()
+    harness.send(0, 1, step_output(request.rid, epoch=1, start=0, tokens=[7, 8]))
+    request.cancel(EarlyEnd.DEADLINE)
+    for reader in (request, heir(succeed(harness), request)):
+        reader.replay(1)
+        assert await reader.next() == ([8], None, Finish.NONE, 0)
+        assert await reader.next() == ([], None, Finish.DEADLINE, 0)

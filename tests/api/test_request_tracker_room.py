@@ -37,3 +37,31 @@ async def test_room_is_refused_for_ever_exactly_if_an_empty_journal_has_none(har
                 tracker.check_room([(3, max_tokens)] * 3, params, attributes)
         tracker.check_room([(3, max_tokens)], params, attributes)
     assert fitted == {True, False}
+
+
+@with_harness
+async def test_streams_that_have_ended_make_room_one_by_one(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    tracker, params, attributes = harness.tracker, SamplingParams(20_000, 1), RequestAttributes("x")
+    kept: list[RequestState] = []
+    with pytest.raises(Overloaded):
+        for _ in range(100):
+            kept.append(tracker.submit([1], params, attributes))
+            kept[-1].cancel()  # it has ended, and its slot stays
+    held = len(kept)
+    assert held > 5
+
+    def make_room(holder: object) -> bool:
+        if not kept:
+            return False
+        kept.pop(0).release()
+        return True
+
+    tracker.store.make_room = make_room
+    tracker.submit([1], params, attributes)
+    assert held - 2 <= len(kept) < held
+    tracker.submit([1], SamplingParams(60_000, 1), attributes)
+    with pytest.raises(Overloaded):
+        for _ in range(100):
+            tracker.submit([1], params, attributes)
+    assert not kept

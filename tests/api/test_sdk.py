@@ -144,3 +144,24 @@ def test_client_retries_a_temporary_refusal(api):
         await recovery
 
     with_sdk(api, body)
+
+
+def test_a_kept_stream(api):
+    async def body(sdk):
+        stream = await sdk.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, extra_headers={"X-Llumd-Keep": "1"}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+        assert stream.response.headers["X-Llumd-Stream"] == chunks[0].id
+        again = await sdk.get(
+            f"/streams/{chunks[0].id}?from=3",
+            cast_to=openai.types.chat.ChatCompletionChunk,
+            stream=True,
+            stream_cls=openai.AsyncStream[openai.types.chat.ChatCompletionChunk],
+        )
+        rest = [chunk async for chunk in again]
+        assert ANSWER.endswith("".join(chunk.choices[0].delta.content or "" for chunk in rest))
+        assert rest[-1].choices[0].finish_reason == "stop"
+
+    with_sdk(api, body)

@@ -19,6 +19,6 @@ def fabric_handles(frontends: int, engines: int) -> Iterator[FabricHandles]:
         *created.journals,
         *created.outboxes,
         *created.doorbells,
-        *sum(created.handovers, ()),
+        *sum(created.frontend_channels, ()),
     ):
         os.close(fd)

@@ -245,8 +245,8 @@ def test_the_capacity_follows_the_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-        assert capacity(Topology(1, 1)) == 1024 - 128 - 3 * 10
-        assert capacity(Topology(4, 1)) == (1024 - 128 - 6 * 10) // 4
+        assert capacity(Topology(1, 1)) == 1024 - 128 - 3 * 8
+        assert capacity(Topology(4, 1)) == (1024 - 128 - 6 * 8) // 4
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
         assert capacity(Topology(1, 1)) == 0
     finally:

@@ -36,27 +36,31 @@ class PassedOn(web.Response):
     """Stands for the response that another frontend gives. It is not sent: the connection is closed here."""
 
 
-class Handover:
+class OtherFrontends:
     """One frontend's channels to all others. Each has a channel of its own for what all others send."""
 
     def __init__(self, fabric: Fabric, page: MetricsPage) -> None:
         _, self._index = fabric.topology.role(fabric.process)
-        channels = fabric.handovers()
+        channels = fabric.frontend_channels()
         self._incoming = _socket(channels[self._index][0])
         self._outgoing = {k: _socket(pair[1]) for k, pair in enumerate(channels) if k != self._index}
         self._page = page
 
-    def reaches(self, frontend: int) -> bool:
+    def reach(self, frontend: int) -> bool:
         """Return True if it is another frontend of this daemon."""
         return frontend in self._outgoing
 
     async def pass_on(self, http: web.Request, frontend: int) -> PassedOn:
         """Let `frontend` answer this request. Raises ApiError if it takes no connections now."""
+        if http.can_read_body:
+            raise bad_request("A request for a stream has no body.")  # it would be read as the next request
         connection = http.protocol
-        if not isinstance(connection, Connection) or connection.transport is None:
-            raise ConnectionResetError("the client has hung up")
-        await http.read()  # a body would be read as the next request
-        await OutboxWriter(connection, self._page).drain_to(0)  # an earlier response to a client that pipelines
+        assert isinstance(connection, Connection)
+        try:
+            await OutboxWriter(connection, self._page).drain_to(0)  # an earlier response to a client that pipelines
+        except ConnectionError:
+            return PassedOn()  # the client has hung up
+        assert connection.transport is not None
         connection.transport.pause_reading()
         try:
             await self._send(self._outgoing[frontend], _head(http), connection.sock.fileno())

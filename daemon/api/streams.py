@@ -1,0 +1,97 @@
+"""The routes of kept streams: go on with one, or cancel it."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+from msgspec.structs import replace
+
+from daemon.api.auth import client_name, current_key
+from daemon.api.errors import bad_request, stream_not_found
+from daemon.api.event_ids import BadEventId
+from daemon.api.kept_streams import KeptStream
+from daemon.api.outbox_writer import OutboxWriter
+from daemon.api.request_id import ANSWER_ID, frontend_of, request_id
+from daemon.api.response_head import EVENT_HEADERS, STREAM_HEADER, response_headers
+from daemon.api.service import Service
+from daemon.api.sse import EventStream
+
+_MAX_SHOWN = 100  # characters of what the client has sent that an error repeats
+
+
+class Streams:
+    """The handlers of these routes."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def read(self, http: web.Request) -> web.StreamResponse:
+        """Send the events of a kept stream that come after the one that the client names."""
+        if (passed := await self._pass_on(http)) is not None:
+            return passed
+        service, kept = self._service, self._find(http)
+        state = self._state(http, kept)
+        http[ANSWER_ID] = kept.facts.id
+        headers = EVENT_HEADERS | {STREAM_HEADER: kept.facts.id}
+        if http.method == "HEAD":
+            return web.Response(headers=headers)
+        service.page.inc("stream_reconnects")
+        writer = OutboxWriter(http.protocol, service.page)
+        http._payload_writer = writer
+        response = web.StreamResponse(headers=headers)
+        try:
+            if service.guard is not None:
+                facts = replace(
+                    kept.facts,
+                    minor=http.version.minor,
+                    head_sent=False,
+                    headers=response_headers(http, service.origins) | {STREAM_HEADER: kept.facts.id},
+                    client=http.remote or "",
+                    method=http.method,
+                    path=http.rel_url.raw_path,
+                    request_id=request_id(http),
+                )
+                await service.guard.open(http.protocol, writer, facts, state)
+            async with EventStream(writer, service.config.heartbeat, lambda: response.prepare(http)) as events:
+                await service.kept.read(kept, events, state, writer.abort)
+        except ConnectionError:
+            pass  # the client has hung up
+        finally:
+            writer.unguard()
+        return response
+
+    async def cancel(self, http: web.Request) -> web.StreamResponse:
+        """Cancel a kept stream, or free one that has ended."""
+        if (passed := await self._pass_on(http)) is not None:
+            return passed
+        kept = self._find(http)
+        http[ANSWER_ID] = kept.facts.id
+        self._service.kept.cancel(kept)
+        body = {"id": kept.facts.id, "object": "stream", "deleted": True}
+        return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+    async def _pass_on(self, http: web.Request) -> web.StreamResponse | None:
+        """Have the frontend that has the stream answer, on the same connection; None if it is this one, or none."""
+        others, frontend = self._service.others, frontend_of(http.match_info["id"])
+        if others is None or frontend is None or not others.reach(frontend):
+            return None
+        return await others.pass_on(http, frontend)
+
+    def _find(self, http: web.Request) -> KeptStream:
+        """Return the stream that the path names, if its client may read it. Raises ApiError (404)."""
+        id, key = http.match_info["id"], current_key.get()
+        kept = self._service.kept.get(id)
+        if kept is None or (key is not None and client_name(key, None) != kept.facts.owner):
+            raise stream_not_found(id[:_MAX_SHOWN])
+        return kept
+
+    def _state(self, http: web.Request, kept: KeptStream) -> list[int]:
+        # A browser's EventSource repeats the URL that it began with, so its header is the newer of the two.
+        name, id = "Last-Event-ID", http.headers.get("Last-Event-ID", "")
+        if not id:
+            name, id = "from", http.query.get("from", "")
+        try:
+            return kept.state_after(id)
+        except BadEventId as e:
+            message = f"{name} {id[:_MAX_SHOWN]!r} is not an event id of this stream: {e}."
+            raise bad_request(message, name, "invalid_event_id") from None
