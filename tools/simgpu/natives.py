@@ -24,7 +24,7 @@ from tools.simgpu.device import on_host, submit_computation
 _NHD = 0
 _CAUSAL = 1
 _ALL = 1 << 30
-_OPS = TorchOps()  # the reference
+_OPS, _GEMMA_OPS = TorchOps(), TorchOps(1.0)  # the reference
 
 
 def rmsnorm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
@@ -35,8 +35,22 @@ def fused_add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Ten
     _OPS.add_rms_norm(x, residual, weight, eps)
 
 
+def gemma_rmsnorm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any) -> None:
+    out.copy_(_GEMMA_OPS.rms_norm(x, weight, eps))
+
+
+def gemma_fused_add_rmsnorm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *_: Any
+) -> None:
+    _GEMMA_OPS.add_rms_norm(x, residual, weight, eps)
+
+
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     _host_silu().silu_mul(gate_up, out)
+
+
+def gelu_tanh_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    _host_silu().gelu_tanh_mul(gate_up, out)
 
 
 class Plan(NamedTuple):
@@ -129,9 +143,10 @@ class Paged(NamedTuple):
 
 
 def paged_run(_floats: torch.Tensor, schedule: torch.Tensor, info: Any, *more: Any) -> None:
-    batch, (out, _lse, mask, layout), rest = Paged(*more[:7]), more[7:11], more[11:]
+    batch, (out, _lse, mask, layout, window), rest = Paged(*more[:7]), more[7:12], more[12:]
     assert layout == _NHD
-    scale = [x for x in rest if isinstance(x, float)][1]  # after the logits cap, which is unused
+    cap, scale = [x for x in rest if isinstance(x, float)][:2]
+    scoring = Scoring(scale, cap, window, mask == _CAUSAL)
     # Only the schedules of the fa2 kernels are read.
     tiles = (
         tiles_of(Plan(*map(int, info)), schedule)
@@ -140,23 +155,35 @@ def paged_run(_floats: torch.Tensor, schedule: torch.Tensor, info: Any, *more: A
     )
     partial = Partial(*batch.q.shape)
     for tile in tiles:
-        _attend(batch, tile, partial, scale, causal=mask == _CAUSAL)
+        _attend(batch, tile, partial, scoring)
     out.copy_(partial.total())
 
 
-def _attend(batch: Paged, tile: Tile, partial: Partial, scale: float, *, causal: bool) -> None:
+class Scoring(NamedTuple):
+    scale: float
+    cap: float  # 0: none
+    window: int  # keys that a token sees before its own; -1: all
+    causal: bool
+
+
+def _attend(batch: Paged, tile: Tile, partial: Partial, scoring: Scoring) -> None:
     rows, heads = batch.rows(tile)
-    length = batch.length(tile.request)
-    wanted = torch.arange(tile.first_kv, min(tile.end_kv, length))
+    length, stop = batch.length(tile.request), int(batch.qo_indptr[tile.request + 1])
+    # With a window, the parts of the KV begin where the first row's window begins.
+    first = max(0, length - stop + int(rows[0]) - scoring.window) if len(rows) and scoring.window >= 0 else 0
+    wanted = torch.arange(min(first + tile.first_kv, length), min(first + tile.end_kv, length))
     if not len(rows) or not len(wanted):
         return
-    stop = int(batch.qo_indptr[tile.request + 1])
-    own = length - stop + rows if causal else torch.full_like(rows, length)
-    hidden = wanted > own[:, None]
+    positions = length - stop + rows
+    hidden = wanted > (positions if scoring.causal else torch.full_like(rows, length))[:, None]
+    if scoring.window >= 0:
+        hidden |= wanted < (positions - scoring.window)[:, None]
     keys, values = batch.kv(tile.request, wanted)
     for kv_head in range(keys.shape[1]):
         at = rows, kv_head * batch.group + heads
-        scores = batch.q[at].float() @ keys[:, kv_head].T * scale
+        scores = batch.q[at].float() @ keys[:, kv_head].T * scoring.scale
+        if scoring.cap:
+            scores = scoring.cap * torch.tanh(scores / scoring.cap)
         partial.merge(at, scores.masked_fill(hidden, -torch.inf), values[:, kv_head])
 
 
@@ -242,7 +269,10 @@ _COMPUTATIONS: dict[str, Callable[..., None]] = {
     for f in (
         rmsnorm,
         fused_add_rmsnorm,
+        gemma_rmsnorm,
+        gemma_fused_add_rmsnorm,
         silu_mul,
+        gelu_tanh_mul,
         paged_run,
         draw,
         append,

@@ -100,6 +100,11 @@ class _Append(ctypes.Structure):
         ("heads", ctypes.c_uint32),
         ("kv_heads", ctypes.c_uint32),
         ("half", ctypes.c_uint32),
+        ("rotated", ctypes.c_uint32),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("norm_offset", ctypes.c_float),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -226,6 +231,10 @@ class HostAppend:
         rows: torch.Tensor,
         positions: torch.Tensor,
         angles: torch.Tensor,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_offset: float = 0.0,
+        eps: float = 0.0,
     ) -> None:
         tokens = [_Tokens(_at(x), x.stride(0)) for x in (q, k, v)]
         description = _Append(
@@ -240,12 +249,17 @@ class HostAppend:
             q.shape[1],
             k.shape[1],
             q.shape[2] // 2,
+            angles.shape[1] // 2,
+            _at(q_norm),
+            _at(k_norm),
+            norm_offset,
+            eps,
         )
         self._library.append(ctypes.byref(description), ctypes.c_bool(keys.dtype == torch.float8_e4m3fn))
 
 
 class HostSilu:
-    """The function of `silu.cu`, for bfloat16 tensors on the CPU."""
+    """The functions of `silu.cu`, for bfloat16 tensors on the CPU."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -253,3 +267,7 @@ class HostSilu:
     def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
         rows, width = out.shape
         self._library.silu_mul(_at(gate_up), _at(out), ctypes.c_uint32(rows), ctypes.c_uint32(width))
+
+    def gelu_tanh_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        rows, width = out.shape
+        self._library.gelu_tanh_mul(_at(gate_up), _at(out), ctypes.c_uint32(rows), ctypes.c_uint32(width))

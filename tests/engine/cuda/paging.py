@@ -8,18 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from daemon.engine.cuda.ops import HeadNorms
 from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.rope import rope_tables
-from tests.gpu.parts import model_config_of
+from daemon.models.architecture import RopeConfig
 
 BEFORE = 150  # at most so many tokens are already in the pages
 LONGEST = 1200
 
 
 class Paged:
-    """`counts`: tokens of each sequence, after a random number of earlier ones. All tensors are on `device`."""
+    """`counts`: tokens of each sequence, after a random number of earlier ones. All tensors are on `device`.
 
-    def __init__(self, shape: HeadShape, counts: list[int], rng: np.random.Generator, device: str = "cpu") -> None:
+    `rotated`: columns of a head that are rotated; 0: all.
+    """
+
+    def __init__(
+        self, shape: HeadShape, counts: list[int], rng: np.random.Generator, device: str = "cpu", *, rotated: int = 0
+    ) -> None:
         self.shape = shape
         starts = [int(rng.integers(0, BEFORE)) for _ in counts]
         pages = [-(-(start + count) // shape.block_size) for start, count in zip(starts, counts, strict=True)]
@@ -34,8 +40,8 @@ class Paged:
         self.inputs: Any = SimpleNamespace(
             **{name: torch.from_numpy(array.astype(np.int32)).to(device) for name, array in arrays.items()}
         )
-        config = model_config_of(shape.head_dim)
-        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(config.ropes[0], LONGEST)], 1).to(device)
+        rope = RopeConfig(1e4, rotated or shape.head_dim)
+        self.angles = torch.cat([torch.from_numpy(t) for t in rope_tables(rope, LONGEST)], 1).to(device)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         fused = torch.from_numpy(rng.standard_normal((sum(counts), width), np.float32) * 3)
         self.fused = fused.to(device=device, dtype=torch.bfloat16)
@@ -45,6 +51,13 @@ class Paged:
         heads = self.fused.clone().unflatten(1, (-1, self.shape.head_dim))
         q, k, v = heads.split([self.shape.heads, self.shape.kv_heads, self.shape.kv_heads], 1)
         return q, k, v
+
+    def norms(self, offset: float) -> HeadNorms:
+        """Return random norms of heads, whose weights are about 1 with `offset` added."""
+        generator = torch.Generator().manual_seed(int(self.fused.shape[0]))
+        weights = torch.randn(2, self.shape.head_dim, generator=generator) * 0.2 + 1 - offset
+        q, k = weights.to(device=self.fused.device, dtype=torch.bfloat16)
+        return HeadNorms(q, k, 1e-6)
 
     def pages(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of one of three layers, all zeros."""

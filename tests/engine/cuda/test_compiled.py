@@ -11,8 +11,14 @@ from daemon.engine.cuda.small_batch import MAX_ROWS
 
 pytestmark = pytest.mark.integration
 
-FLAGS = {"sampler": kernels.SAMPLER_NVCC_FLAGS, "append": kernels.APPEND_NVCC_FLAGS, "gemv": kernels.GEMV_NVCC_FLAGS}
-VARIANTS = {"sampler": 1, "append": 2, "gemv": 5 * MAX_ROWS}  # gemv: add, gate, logits, and heads in two formats
+FLAGS = {
+    "sampler": kernels.SAMPLER_NVCC_FLAGS,
+    "append": kernels.APPEND_NVCC_FLAGS,
+    "gemv": kernels.GEMV_NVCC_FLAGS,
+    "silu": kernels.SILU_NVCC_FLAGS,
+}
+# append: two formats, with norms and without. gemv: add, gate, logits, and heads in two formats. silu: and GELU.
+VARIANTS = {"sampler": 1, "append": 4, "gemv": 5 * MAX_ROWS, "silu": 2}
 
 
 @pytest.fixture(scope="module")
