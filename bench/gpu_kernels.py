@@ -187,9 +187,9 @@ def attention(config: ModelConfig, device: str, case: AttentionCase) -> KernelTi
 def _plan_plain(fast: FlashInferAttention, driver: PassDriver, batch: int) -> None:
     """Plan the same step as without a graph: FlashInfer then splits sequences only if too few fill the device."""
     host = driver.current.decodes.tensors
-    wrapper = fast._decode_wrappers[batch]
-    schedule = fast._native_plan(wrapper, fast._decode, host, batch, batch, 0, graph=False, causal=False)
-    fast._decode_calls[batch].schedule = schedule
+    wrapper, kind = fast._decode_wrappers[batch], fast._first
+    schedule = fast._native_plan(wrapper, kind, kind.decode, host, batch, batch, 0, graph=False, causal=False)
+    kind.decode_calls[batch].schedule = schedule
     torch.cuda.synchronize()
 
 

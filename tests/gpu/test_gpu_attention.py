@@ -1,15 +1,17 @@
 """FlashInfer's attention against the slow reference, over one blocks-first pool."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.attention_pass import PassDriver, Span
 from daemon.engine.cuda import kernels
-from daemon.engine.cuda.attention import FlashInferAttention, TorchAttention
+from daemon.engine.cuda.attention import FlashInferAttention, Scoring, TorchAttention
 from daemon.engine.cuda.ops import TorchOps
 from daemon.engine.cuda.workspace import HeadShape
+from daemon.models.architecture import LayerConfig
 from tests.gpu.parts import BF16, DEVICE, model_config_of
 
 LAYERS, LAYER = 3, 1
@@ -45,7 +47,7 @@ def pools(heads, blocks, kv_dtype):
     return first, first.clone()
 
 
-def engines(heads, kv_dtype, prefill="fa2"):
+def engines(heads, kv_dtype, prefill="fa2", scoring=None):
     fast = FlashInferAttention(
         heads,
         dtype=BF16,
@@ -54,9 +56,10 @@ def engines(heads, kv_dtype, prefill="fa2"):
         num_staging_sets=2,
         max_rows=256,
         max_tokens=8192,
+        scoring=scoring,
         prefill_backend=prefill,
     )
-    return fast, TorchAttention(heads)
+    return fast, TorchAttention(heads, scoring)
 
 
 def qkv(heads, count):
@@ -66,17 +69,17 @@ def qkv(heads, count):
     return fused.split([heads.heads, heads.kv_heads, heads.kv_heads], 1)
 
 
-def compare(attentions, both, heads, inputs, *, decode, real):
+def compare(attentions, both, heads, inputs, *, decode, real, layer=LAYER):
     q, k, v = qkv(heads, len(inputs.tokens))
     half = torch.ones(MAX_LEN, heads.head_dim // 2, device=DEVICE)
     unrotated = torch.cat([half, torch.zeros_like(half)], 1)
     for attention, pool in zip(attentions, both, strict=True):
         attention.use_pool(pool)
-        keys, values = attention.pages(LAYER)
+        keys, values = attention.pages(layer)
         TorchOps().append(q.clone(), k.clone(), v.clone(), keys, values, inputs, unrotated)
     got, expected = torch.empty(2, *q.shape, dtype=BF16, device=DEVICE)
     for attention, out in zip(attentions, (got, expected), strict=True):
-        attention.attend(LAYER, q, inputs, out, decode=decode)
+        attention.attend(layer, q, inputs, out, decode=decode)
     torch.testing.assert_close(got[:real].float(), expected[:real].float(), rtol=2e-2, atol=2e-2)
 
 
@@ -110,7 +113,7 @@ def test_long_decodes_among_many_short_ones(heads, kv_dtype):
     rows = driver.rows(sequences, blocks)
     inputs = driver.plan_decodes(attentions[0], rows, bucket)
     longest = -(-6000 // heads.block_size)
-    assert attentions[0]._part_pages(driver.current.decodes.tensors, bucket) < longest / 2
+    assert attentions[0]._part_pages(attentions[0]._first, driver.current.decodes.tensors, bucket) < longest / 2
     compare(attentions, both, heads, inputs, decode=True, real=bucket)
 
 
@@ -138,6 +141,65 @@ def check_chunks(attentions, heads, parts, kv_dtype):
     driver = PassDriver(heads, rows=8, max_len=MAX_LEN, tokens=512)
     inputs = driver.plan_chunks(attentions[0], driver.rows(sequences, blocks))
     compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens))
+
+
+def windowed(heads, kv_dtype, cap):
+    """Return engines whose layers have no window, a window of 300 tokens, and one of less than a block."""
+    arch = kernels.arch_of(*torch.cuda.get_device_capability())
+    layers = tuple(LayerConfig(window) for window in (0, 300, 7))
+    config = replace(model_config_of(heads.head_dim), layers=layers, attention_softcap=cap)
+    kv = "auto" if kv_dtype == BF16 else "fp8"
+    try:
+        kernels.check(kernels.required(config, arch=arch, kv_dtype=kv), arch)
+    except kernels.KernelError as e:
+        pytest.skip(str(e))
+    return engines(heads, kv_dtype, scoring=Scoring.of(replace(config, query_scale=0.2)))
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("heads", [SHAPES[0], SHAPES[3]], ids=lambda h: "-".join(map(str, h)))
+@pytest.mark.parametrize("lengths", DECODES, ids=str)
+def test_decodes_with_windows_and_caps(heads, lengths, cap, kv_dtype):
+    sequences = [Span(n) for n in DECODES[lengths]]
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = windowed(heads, kv_dtype, cap), pools(heads, blocks, kv_dtype)
+    driver = PassDriver(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.use_pool(pool)
+    driver.prepare(attentions[0], 8)
+    inputs = driver.plan_decodes(attentions[0], driver.rows(sequences, blocks), 8)
+    for layer in range(LAYERS):
+        compare(attentions, both, heads, inputs, decode=True, real=len(sequences), layer=layer)
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("heads", [SHAPES[0], SHAPES[3]], ids=lambda h: "-".join(map(str, h)))
+@pytest.mark.parametrize("parts", CHUNKS, ids=str)
+def test_chunks_with_windows_and_caps(heads, parts, cap, kv_dtype):
+    sequences = [Span(*part) for part in CHUNKS[parts]]
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = windowed(heads, kv_dtype, cap), pools(heads, blocks, kv_dtype)
+    driver = PassDriver(heads, rows=8, max_len=MAX_LEN, tokens=512)
+    inputs = driver.plan_chunks(attentions[0], driver.rows(sequences, blocks))
+    for layer in range(LAYERS):
+        compare(attentions, both, heads, inputs, decode=False, real=len(inputs.tokens), layer=layer)
+
+
+def test_long_decodes_with_a_window_among_many_short_ones():
+    """Only what is in the window is split into the spare parts of the graph."""
+    heads, bucket, kv_dtype = SHAPES[0], 200, BF16
+    sequences = [Span(1 + i % 60) for i in range(bucket)]
+    for place, length in ((0, 6000), (77, 3001), (190, 1500)):
+        sequences[place] = Span(length)
+    blocks = 1 + sum(-(-n // heads.block_size) for n, _ in sequences)
+    attentions, both = windowed(heads, kv_dtype, 0.0), pools(heads, blocks, kv_dtype)
+    driver = PassDriver(heads, rows=bucket, max_len=MAX_LEN, tokens=512)
+    for attention, pool in zip(attentions, both, strict=True):
+        attention.use_pool(pool)
+    driver.prepare(attentions[0], bucket)
+    inputs = driver.plan_decodes(attentions[0], driver.rows(sequences, blocks), bucket)
+    for layer in range(LAYERS):
+        compare(attentions, both, heads, inputs, decode=True, real=bucket, layer=layer)
 
 
 def test_each_chunk_plan_replaces_the_previous_one(kv_dtype):

@@ -82,7 +82,7 @@ def test_the_plans_of_decodes_take_what_is_computed(heads, rows):
     buckets = graph_buckets(rows)
     for bucket in buckets:
         driver.prepare(attention, bucket)
-    used = [used_by(attention._plans[bucket], heads) for bucket in buckets]
+    used = [used_by(attention._first.plans[bucket], heads) for bucket in buckets]
     computed = decode_workspace(heads, rows=rows, blocks_at_once=_blocks_at_once(torch.device(DEVICE)))
     assert max(floats for floats, _ in used) == computed.floats
     assert 0 <= computed.ints - max(ints for _, ints in used) < 64  # padding between arrays
@@ -103,7 +103,7 @@ def test_the_plans_of_chunks_fit_into_what_is_computed(heads, tokens):
                 new = [tokens // count] * count if even else cuts(tokens, count, rng)
                 spans = [Span(max(n, min(length, MAX_LEN)), n) for n in new]
                 driver.plan_chunks(attention, driver.rows(spans, blocks))
-                used.append(used_by(attention._prefill_call.schedule, heads))
+                used.append(used_by(attention._first.prefill_call.schedule, heads))
     assert max(floats for floats, _ in used) <= computed.floats
     assert max(ints for _, ints in used) <= computed.ints
 

@@ -16,15 +16,15 @@ from typing import Any
 EMPTY_HEADERS = "empty"  # directory beside FlashInfer's own
 
 
-def _attention(_name: str, backend: str, q: str, kv: str, head_dim: int) -> Any:
+def _attention(_name: str, backend: str, q: str, kv: str, head_dim: int, window: bool, cap: bool) -> Any:
     import torch
     from flashinfer.jit import gen_batch_prefill_module
 
     dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn}
-    no_position, sliding_window, soft_cap, fp16_reduction = 0, False, False, False
+    no_position, fp16_reduction = 0, False
     return gen_batch_prefill_module(
         backend, dtypes[q], dtypes[kv], dtypes[q], torch.int32, head_dim, head_dim,
-        no_position, sliding_window, soft_cap, fp16_reduction,
+        no_position, window, cap, fp16_reduction,
     )  # fmt: skip
 
 

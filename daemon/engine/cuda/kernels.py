@@ -14,8 +14,9 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from daemon.directories import cache_dir
 from daemon.engine.cuda.features import unsupported
@@ -35,6 +36,8 @@ RECORD = "built.json"
 _SOURCES = Path(__file__).parent / "csrc"
 _LEAST_MAJOR = 8  # bf16 on tensor cores
 _FA3_MAJOR = 9
+_ROTATED_AT_A_TIME = 16
+EXPERT_ARCHS = ("9.", "10.")  # of which PyTorch computes grouped products in one kernel
 
 
 class KernelError(Exception):
@@ -48,7 +51,21 @@ class KernelSpec:
     name: str  # FlashInfer's name for it, and the name of its file
     purpose: str
     generator: str
-    args: tuple[str | int, ...] = ()
+    args: tuple[str | int, ...] = ()  # a bool is an int
+
+
+class Scores(NamedTuple):
+    """What an attention kernel does with the scores of queries and keys, beside scale and causal mask."""
+
+    window: bool  # it can leave out what is before a sliding window
+    cap: bool  # it caps them
+
+    @property
+    def purpose(self) -> str:
+        return (", sliding window" if self.window else "") + (", capped scores" if self.cap else "")
+
+
+PLAIN = Scores(False, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +93,32 @@ def required(
     """
     if what := unsupported(model_config):
         raise KernelError(f"{model_config.name}: the CUDA engine does not compute {what}; serve it on cpu")
+    if model_config.experts and not arch.startswith(EXPERT_ARCHS):
+        raise KernelError(
+            f"{model_config.name}: a mixture of experts needs a GPU of compute capability 9.0 or 10.0, for which "
+            f"PyTorch has grouped products, not {arch}; serve it on cpu"
+        )
     if model_config.head_dim not in HEAD_DIMS:
         known = ", ".join(map(str, HEAD_DIMS))
         raise KernelError(
             f"{model_config.name}: CUDA kernels exist for head_dim {known}, "
             f"not {model_config.head_dim}; serve it on cpu"
         )
-    attention = [_attention("fa2", dtype, kv_dtype, model_config.head_dim)]
+    for rope in model_config.ropes:
+        if rope.rotary_dim % _ROTATED_AT_A_TIME:
+            raise KernelError(
+                f"{model_config.name}: CUDA kernels rotate multiples of {_ROTATED_AT_A_TIME} elements of a head, "
+                f"not {rope.rotary_dim}; serve it on cpu"
+            )
+    scores = scores_of(model_config)
+    attention = [_attention("fa2", dtype, kv_dtype, model_config.head_dim, scores)]
     if prefill == "fa3":
         if not arch.startswith(f"{_FA3_MAJOR}."):
             raise KernelError(f"fa3 prefill is for 9.0a only, not for {arch}; use fa2")
         if kv_dtype == "fp8":
             raise KernelError("fa3 prefill cannot read an fp8 KV cache; use fa2")
+        if scores != PLAIN:
+            raise KernelError("fa3 prefill is for models without sliding windows and capped scores; use fa2")
         attention.append(_attention("fa3", dtype, kv_dtype, model_config.head_dim))
     return [
         silu(),
@@ -101,26 +132,34 @@ def required(
 
 def known_names() -> frozenset[str]:
     """Return the name of every module that any configuration loads."""
-    attention = [
-        _attention(backend, dtype, kv, head_dim).name
-        for backend in ("fa2", "fa3")
-        for dtype in ("bf16", "fp16")
-        for kv in ("auto", "fp8")
-        for head_dim in HEAD_DIMS
-    ]
-    return frozenset([spec().name for spec in (silu, sampler, append, gemv)] + ["norm", *attention])
+    kinds = list(product(get_args(Dtype), get_args(KvDtype), HEAD_DIMS))
+    attention = [_attention("fa3", *kind) for kind in kinds]
+    for window, cap in product((False, True), repeat=2):
+        attention += [_attention("fa2", *kind, Scores(window, cap)) for kind in kinds]
+    return frozenset(
+        [spec().name for spec in (silu, sampler, append, gemv)] + ["norm", *(spec.name for spec in attention)]
+    )
 
 
-def _attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int) -> KernelSpec:
+def scores_of(model_config: ModelConfig) -> Scores:
+    """Return what the attention kernel of a model does with scores. Layers without a window use the same kernel."""
+    windows = any(layer.window for layer in model_config.layers)
+    return Scores(windows, bool(model_config.attention_softcap))
+
+
+def _attention(
+    backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int, scores: Scores = PLAIN
+) -> KernelSpec:
     q = {"bf16": "bf16", "fp16": "f16"}[dtype]
     kv = "e4m3" if kv_dtype == "fp8" else q
     name = (
         f"batch_prefill_with_kv_cache_dtype_q_{q}_dtype_kv_{kv}_dtype_o_{q}_dtype_idx_i32_"
-        f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}_posenc_0_use_swa_False_use_logits_cap_False_f16qk_False"
+        f"head_dim_qk_{head_dim}_head_dim_vo_{head_dim}_posenc_0_use_swa_{scores.window}_use_logits_cap_{scores.cap}_f16qk_False"
     )
     what = "prefill and decode attention" if backend == "fa2" else "prefill attention"
-    purpose = f"{what}, {backend}, head_dim {head_dim}, {kv} KV"
-    return KernelSpec(name + ("_sm90" if backend == "fa3" else ""), purpose, "attention", (backend, q, kv, head_dim))
+    purpose = f"{what}, {backend}, head_dim {head_dim}, {kv} KV{scores.purpose}"
+    arguments = (backend, q, kv, head_dim, *scores)
+    return KernelSpec(name + ("_sm90" if backend == "fa3" else ""), purpose, "attention", arguments)
 
 
 def sampler() -> KernelSpec:
@@ -303,12 +342,12 @@ def load_sampler() -> Any:
     return _load(sampler())
 
 
-def load_attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int) -> Any:
+def load_attention(backend: Prefill, dtype: Dtype, kv_dtype: KvDtype, head_dim: int, scores: Scores = PLAIN) -> Any:
     """Load FlashInfer's attention of chunks, which also computes decodes, as a tvm-ffi module. Call `use` first.
 
     Raises KernelError.
     """
-    return _load(_attention(backend, dtype, kv_dtype, head_dim))
+    return _load(_attention(backend, dtype, kv_dtype, head_dim, scores))
 
 
 def load_append() -> Any:

@@ -23,6 +23,7 @@ from daemon.engine.cuda import kernels
 from daemon.engine.cuda import toolkit as toolkits
 from daemon.engine.cuda.kernels import KernelError, KernelSpec
 from daemon.ipc.child import EXIT_CONFIG
+from daemon.models.architecture import ExpertsConfig, LayerConfig, RopeConfig
 from daemon.models.model_config import read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
@@ -92,6 +93,10 @@ def names(specs):
     return [spec.name for spec in specs]
 
 
+def attention_specs(config):
+    return [spec for spec in kernels.required(config, arch="9.0a") if spec.generator == "attention"]
+
+
 def attention(specs):
     return [spec.args for spec in specs if spec.generator == "attention"]
 
@@ -102,10 +107,14 @@ def attention(specs):
 @pytest.mark.parametrize(
     ("head_dim", "options", "expected"),
     [
-        (64, {}, [("fa2", "bf16", "bf16", 64)]),
-        (128, {"dtype": "fp16"}, [("fa2", "f16", "f16", 128)]),
-        (128, {"kv_dtype": "fp8"}, [("fa2", "bf16", "e4m3", 128)]),
-        (256, {"prefill": "fa3"}, [("fa2", "bf16", "bf16", 256), ("fa3", "bf16", "bf16", 256)]),
+        (64, {}, [("fa2", "bf16", "bf16", 64, False, False)]),
+        (128, {"dtype": "fp16"}, [("fa2", "f16", "f16", 128, False, False)]),
+        (128, {"kv_dtype": "fp8"}, [("fa2", "bf16", "e4m3", 128, False, False)]),
+        (
+            256,
+            {"prefill": "fa3"},
+            [("fa2", "bf16", "bf16", 256, False, False), ("fa3", "bf16", "bf16", 256, False, False)],
+        ),
     ],
 )
 def test_attention_is_compiled_for_the_dtypes_and_head_dim_of_the_model(config, head_dim, options, expected):
@@ -113,6 +122,40 @@ def test_attention_is_compiled_for_the_dtypes_and_head_dim_of_the_model(config, 
     assert attention(specs) == expected
     ours = {spec().name for spec in (kernels.silu, kernels.sampler, kernels.append, kernels.gemv)}
     assert {"norm"} | ours < set(names(specs))
+
+
+WINDOW_IN_ONE_LAYER = {"layers": (LayerConfig(), LayerConfig(window=40))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (WINDOW_IN_ONE_LAYER, ("fa2", "bf16", "bf16", 64, True, False)),
+        ({"attention_softcap": 50.0}, ("fa2", "bf16", "bf16", 64, False, True)),
+        ({**WINDOW_IN_ONE_LAYER, "attention_softcap": 50.0}, ("fa2", "bf16", "bf16", 64, True, True)),
+    ],
+)
+def test_all_layers_of_a_model_use_one_attention_kernel(config, changes, expected):
+    specs = kernels.required(replace(config, **changes), arch="8.9")
+    assert attention(specs) == [expected]
+    assert set(names(specs)) <= kernels.known_names()
+    with pytest.raises(KernelError, match="fa3 prefill is for models without sliding windows"):
+        kernels.required(replace(config, **changes), arch="9.0a", prefill="fa3")
+
+
+@pytest.mark.parametrize(("arch", "served"), [("9.0a", True), ("10.0a", True), ("8.0", False), ("12.0f", False)])
+def test_experts_need_a_gpu_with_grouped_products(config, arch, served):
+    mixture = replace(config, experts=ExpertsConfig(count=4, per_token=2, width=64, normalise=True))
+    if served:
+        assert names(kernels.required(mixture, arch=arch)) == names(kernels.required(config, arch=arch))
+    else:
+        with pytest.raises(KernelError, match=f"mixture of experts needs .* 9.0 or 10.0.* not {arch}"):
+            kernels.required(mixture, arch=arch)
+
+
+def test_a_rope_that_the_append_kernel_cannot_rotate_is_rejected(config):
+    with pytest.raises(KernelError, match="multiples of 16 elements of a head, not 24"):
+        kernels.required(replace(config, ropes=(RopeConfig(1e4, 24),)), arch="9.0a")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +175,8 @@ def test_a_configuration_without_kernels_is_rejected(config, head_dim, arch, opt
 def test_flashinfer_has_the_same_names_for_all_kernels(config, toolkit, tmp_path):
     specs = kernels.required(config, arch="9.0a", prefill="fa3")
     specs += [s for s in kernels.required(config, arch="9.0a", kv_dtype="fp8") if s not in specs]
+    specs += attention_specs(replace(config, attention_softcap=50.0))
+    specs += attention_specs(replace(config, **WINDOW_IN_ONE_LAYER))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     env = compiler._environment(toolkits.toolchain(), "9.0a", scratch)
