@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from msgspec.structs import replace
+from safetensors.torch import load_file, save_file
 
 from daemon.engine.cuda.product_choice import LIMITS, Limits
 from daemon.engine.cuda.runner import CudaRunner
 from daemon.models.architecture import LayerConfig, ModelConfig, RopeConfig
 from daemon.models.loader import open_model
 from tests.engine.cpu.harness import runner_settings
+from tests.models.tiny_families import make_tiny
 from tests.models.tiny_model import make_tiny_llama
 
 DEVICE = "cuda:0"
@@ -59,6 +61,20 @@ def small_llama(path: Path, **options: Any) -> Path:
         "max_position": 2048,
     }
     return make_tiny_llama(path, **defaults | options)
+
+
+def small_family(path: Path, kind: tuple[str, dict[str, Any]]) -> Path:
+    """Write a bf16 model of `kind`, a value of `tiny_families.FAMILIES`, with heads for which kernels exist.
+
+    Tokens go to all experts: which few are chosen jumps with a rounding, and then the answers of both differ.
+    """
+    _, arguments = kind
+    experts = arguments.get("num_experts") or arguments.get("num_local_experts")
+    every = {"num_experts_per_tok": experts} if experts else {}
+    make_tiny(path, kind, hidden_size=256, head_dim=64, **every)
+    file = path / "model.safetensors"
+    save_file({name: tensor.to(BF16) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return path
 
 
 def make_gpu_runner(

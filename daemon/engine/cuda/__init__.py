@@ -7,10 +7,12 @@ buckets       batch sizes with a CUDA graph, and the choice of one (pure)
 arrays        a step plan as the arrays that FlashInfer and the graphs read
 slots         index of each request in the device's arrays (pure)
 staging       pinned host buffers, used in turn, and the events after which they are free
+features      what this engine does not compute (pure)
 ops           element-wise operations: FlashInfer's kernels and our own (append.cu, append.h), or torch on any device
 attention     attention over the paged pool: FlashInfer's wrappers, or torch on any device
 weights       the model's tensors on the device
-model         the Llama forward pass over ops and attention
+experts       the mixture of experts of a layer, over ops and grouped products
+model         the forward pass of a decoder over ops and attention
 small_batch   the same for decodes of one to four rows, by our own products (gemv.cu, gemv.h)
 forward       the passes of a step over the device's static buffers: decodes, chunks, or both in one
 sampler       sampling: a kernel (sampler.cu, row.h, draw.h), or torch on any device

@@ -13,7 +13,7 @@ import torch
 from daemon.engine.cuda.arrays import Inputs, Size, input_fields
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.buckets import widest_gap
-from daemon.engine.cuda.model import Llama, Part
+from daemon.engine.cuda.model import Decoder, Part
 from daemon.engine.cuda.sampler import DeviceSampler, SamplingTensors
 from daemon.engine.cuda.small_batch import DecodePath
 from daemon.engine.cuda.staging import Field, Packed, host_memory
@@ -81,7 +81,7 @@ class ForwardPass:
     """The device's static buffers and the computation over them. Call it only from work in the stream."""
 
     def __init__(
-        self, model: Llama, attention: Attention, sampler: DeviceSampler, capacity: Capacity, device: torch.device
+        self, model: Decoder, attention: Attention, sampler: DeviceSampler, capacity: Capacity, device: torch.device
     ) -> None:
         self.logits = torch.zeros(capacity.sampled, capacity.vocab_size, dtype=torch.float32, device=device)
         self._model = model

@@ -16,7 +16,7 @@ import torch
 
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.arrays import Size, SlotSampling, StepArrays
-from daemon.engine.cuda.attention import Attention, FlashInferAttention, TorchAttention
+from daemon.engine.cuda.attention import Attention, FlashInferAttention, Scoring, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets
 from daemon.engine.cuda.decode_paths import DecodePaths
 from daemon.engine.cuda.device import (
@@ -31,7 +31,7 @@ from daemon.engine.cuda.features import unsupported
 from daemon.engine.cuda.forward import ForwardPass, StagingSet, capacity_of
 from daemon.engine.cuda.memory import MIN_BLOCKS, pool_blocks, reserve_bytes
 from daemon.engine.cuda.mixed_steps import CHUNK, DECODES, MixedSteps, fastest_way, measure_ways
-from daemon.engine.cuda.model import Llama
+from daemon.engine.cuda.model import Decoder
 from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
 from daemon.engine.cuda.product_choice import LIMITS, Limits, choose_products
 from daemon.engine.cuda.products import Products
@@ -184,7 +184,7 @@ class CudaRunner:
         ops, self._attention, gemv, self._stream = self._backend()
         weights = load_weights(self._config, self._settings.load_format, self._device, self._format.dtype)
         self.products = Products(ops)
-        model = Llama(
+        model = Decoder(
             self._config, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv, products=self.products
         )
         sampler_class = KernelSampler if self._device.type == "cuda" else TorchSampler
@@ -200,8 +200,9 @@ class CudaRunner:
         self._staging = RoundRobin([StagingSet(i, self._capacity, pinned=pinned) for i in range(IN_FLIGHT)])
 
     def _backend(self) -> tuple[Ops, Attention, Gemv | None, Stream]:
+        scoring, offset = Scoring.of(self._config), self._config.norm_offset
         if self._device.type != "cuda":
-            return TorchOps(), TorchAttention(self._heads), self._gemv, HostStream()
+            return TorchOps(offset), TorchAttention(self._heads, scoring), self._gemv, HostStream()
         attention = FlashInferAttention(
             self._heads,
             dtype=self._format.dtype,
@@ -210,9 +211,10 @@ class CudaRunner:
             num_staging_sets=IN_FLIGHT,
             max_rows=self._buckets[-1],
             max_tokens=self._capacity.chunks.tokens,
+            scoring=scoring,
             prefill_backend=self._prefill,
         )
-        return FlashInferOps(self._device), attention, kernels.load_gemv(), CudaStream(self._device)
+        return FlashInferOps(self._device, offset), attention, kernels.load_gemv(), CudaStream(self._device)
 
     def _choose_products(self, weights: DeviceWeights) -> None:
         if isinstance(self._stream, CudaStream) and self._product_limits is not None:

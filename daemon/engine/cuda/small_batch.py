@@ -85,12 +85,27 @@ class Gemv(Protocol):
 
 
 def small_batch_buckets(buckets: tuple[int, ...], config: ModelConfig, shared_memory: int) -> tuple[int, ...]:
-    """Return the `buckets` that `SmallBatch` can compute. `shared_memory`: bytes that a thread block can have."""
+    """Return the `buckets` that `SmallBatch` can compute: none for a model whose layers differ from a Llama's in more
+    than attention. `shared_memory`: bytes that a thread block can have.
+    """
+    if not _suits(config):
+        return ()
     widths = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
     if any(width % _COLUMNS for width in widths):
         return ()
     row = max(widths) * torch.bfloat16.itemsize
     return tuple(bucket for bucket in buckets if bucket <= MAX_ROWS and bucket * row <= shared_memory - _STATIC)
+
+
+def _suits(config: ModelConfig) -> bool:
+    whole_heads = [rope.rotary_dim == config.head_dim for rope in config.ropes] == [True]
+    return (
+        whole_heads
+        and not config.experts
+        and not config.qk_norm
+        and (config.norm_kind, config.norm_offset) == ("pre", 0.0)
+        and (config.activation, config.residual_scale) == ("silu", 1.0)
+    )
 
 
 class SmallBatch:
@@ -113,6 +128,7 @@ class SmallBatch:
         """
         for i, layer in enumerate(self._weights.layers):
             self._attend(i, layer, inputs, residual, layer.out.weight if prefetch else None)
+            assert layer.mlp_norm is not None and layer.gate_up is not None and layer.down is not None
             gated = residual.new_empty(len(residual), layer.down.weight.shape[1])
             self._gemv.gate(residual, layer.mlp_norm, self._eps, layer.gate_up.weight, layer.gate_up.bias, gated)
             self._gemv.add(gated, layer.down.weight, layer.down.bias, residual)
@@ -121,6 +137,7 @@ class SmallBatch:
     def _attend(
         self, index: int, layer: Layer, inputs: Inputs, residual: torch.Tensor, prefetch: torch.Tensor | None
     ) -> None:
+        assert layer.attention_norm is not None
         q = residual.new_empty(len(residual), self._heads, self._head_dim)
         self._gemv.heads(
             residual,

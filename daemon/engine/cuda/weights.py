@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from daemon.engine.weights import CheckpointWeights, DummyWeights, Weights
 from daemon.models.model_config import ModelConfig
-from daemon.models.tensors import expected_tensors
+from daemon.models.tensors import NORMS, expected_tensors
 
 
 class Linear(NamedTuple):
@@ -25,15 +24,31 @@ class Linear(NamedTuple):
         return cls(weight, bias, weight.t())
 
 
-class Layer(NamedTuple):
-    """One decoder layer. Query, key and value are one product, gate and up another one."""
+class Experts(NamedTuple):
+    """The mixture of experts of a layer. Gate and up of an expert are one product."""
 
-    attention_norm: torch.Tensor
+    router: torch.Tensor  # [experts, hidden]
+    gate_up: torch.Tensor  # [experts, 2 * width, hidden]
+    down: torch.Tensor  # [experts, hidden, width]
+
+
+class Layer(NamedTuple):
+    """One decoder layer. Query, key and value are one product, gate and up another one.
+
+    It has the norms of the model's `norm_kind` and `qk_norm`, and either experts, or gate_up and down.
+    """
+
+    attention_norm: torch.Tensor | None
     qkv: Linear
     out: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp_norm: torch.Tensor | None
+    gate_up: Linear | None
+    down: Linear | None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    after_attention: torch.Tensor | None = None
+    after_mlp: torch.Tensor | None = None
+    experts: Experts | None = None
 
 
 class DeviceWeights(NamedTuple):
@@ -53,13 +68,14 @@ class DeviceDummy:
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self._shapes = expected_tensors(config)
+        self._norm = 1.0 - config.norm_offset
         self._device = device
         self._dtype = dtype
 
     def get(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self._dtype, device=self._device)
+            return torch.full(shape, self._norm, dtype=self._dtype, device=self._device)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         values = torch.empty(shape, dtype=self._dtype, device=self._device)
         return values.uniform_(-0.03, 0.03, generator=generator)
@@ -77,39 +93,78 @@ def _source(config: ModelConfig, load_format: str, device: torch.device, dtype: 
 
 
 def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
-    def tensor(*names: str) -> torch.Tensor:
-        """Return the tensors `names`, concatenated by rows. Each one is freed before the next one is read."""
-        if len(names) == 1:
-            return source.get(names[0]).to(device=device, dtype=dtype)
-        shapes = [shape_of(name) for name in names]
-        out = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=dtype, device=device)
-        for name, part in zip(names, out.split([shape[0] for shape in shapes]), strict=True):
-            part.copy_(source.get(name))
-        return out
-
-    shape_of: Callable[[str], tuple[int, ...]] = expected_tensors(config).__getitem__
-
-    def linear(at: str, *names: str, bias: bool) -> Linear:
-        return Linear.of(
-            tensor(*(f"{at}.{name}.weight" for name in names)),
-            tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None,
-        )
-
-    def layer(at: str) -> Layer:
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        return Layer(
-            attention_norm=tensor(f"{at}.input_layernorm.weight"),
-            qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
-            out=linear(attention, "o_proj", bias=config.out_bias),
-            mlp_norm=tensor(f"{at}.post_attention_layernorm.weight"),
-            gate_up=linear(mlp, "gate_proj", "up_proj", bias=config.mlp_bias),
-            down=linear(mlp, "down_proj", bias=config.mlp_bias),
-        )
-
-    embedding = tensor("model.embed_tokens.weight")
+    load = _Loader(config, source, device, dtype)
+    embedding = load.tensor("model.embed_tokens.weight")
     return DeviceWeights(
         embedding=embedding,
-        layers=[layer(f"model.layers.{i}") for i in range(config.num_layers)],
-        norm=tensor("model.norm.weight"),
-        head=embedding if config.tie_embeddings else tensor("lm_head.weight"),
+        layers=[load.layer(i) for i in range(config.num_layers)],
+        norm=load.tensor("model.norm.weight"),
+        head=embedding if config.tie_embeddings else load.tensor("lm_head.weight"),
     )
+
+
+class _Loader:
+    """Puts the tensors of `source` together on the device. Each one is freed before the next one is read."""
+
+    def __init__(self, config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype) -> None:
+        self._config = config
+        self._source = source
+        self._shapes = expected_tensors(config)
+        self._device = device
+        self._dtype = dtype
+
+    def tensor(self, *names: str) -> torch.Tensor:
+        """Return the tensors `names`, concatenated by rows."""
+        if len(names) == 1:
+            return self._source.get(names[0]).to(device=self._device, dtype=self._dtype)
+        shapes = [self._shapes[name] for name in names]
+        out = self._empty(sum(shape[0] for shape in shapes), *shapes[0][1:])
+        for name, part in zip(names, out.split([shape[0] for shape in shapes]), strict=True):
+            part.copy_(self._source.get(name))
+        return out
+
+    def layer(self, index: int) -> Layer:
+        at, config, names = f"model.layers.{index}", self._config, NORMS[self._config.norm_kind]
+        attention = f"{at}.self_attn"
+        layer = Layer(
+            attention_norm=self._optional(at, names.before_attention),
+            qkv=self._linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
+            out=self._linear(attention, "o_proj", bias=config.out_bias),
+            mlp_norm=self._optional(at, names.before_mlp),
+            gate_up=None,
+            down=None,
+            q_norm=self._optional(attention, "q_norm" if config.qk_norm else ""),
+            k_norm=self._optional(attention, "k_norm" if config.qk_norm else ""),
+            after_attention=self._optional(at, names.after_attention),
+            after_mlp=self._optional(at, names.after_mlp),
+        )
+        if config.layers[index].experts:
+            return layer._replace(experts=self._experts(f"{at}.mlp"))
+        return layer._replace(
+            gate_up=self._linear(f"{at}.mlp", "gate_proj", "up_proj", bias=config.mlp_bias),
+            down=self._linear(f"{at}.mlp", "down_proj", bias=config.mlp_bias),
+        )
+
+    def _optional(self, at: str, name: str) -> torch.Tensor | None:
+        return self.tensor(f"{at}.{name}.weight") if name else None
+
+    def _linear(self, at: str, *names: str, bias: bool) -> Linear:
+        return Linear.of(
+            self.tensor(*(f"{at}.{name}.weight" for name in names)),
+            self.tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None,
+        )
+
+    def _experts(self, at: str) -> Experts:
+        """Fill the stacked weights expert by expert, so that no second copy of a layer is in memory."""
+        assert self._config.experts is not None
+        count, width = self._config.experts.count, self._config.experts.width
+        hidden = self._config.hidden_size
+        gate_up, down = self._empty(count, 2, width, hidden), self._empty(count, hidden, width)
+        for e in range(count):
+            gate_up[e, 0].copy_(self._source.get(f"{at}.experts.{e}.gate_proj.weight"))
+            gate_up[e, 1].copy_(self._source.get(f"{at}.experts.{e}.up_proj.weight"))
+            down[e].copy_(self._source.get(f"{at}.experts.{e}.down_proj.weight"))
+        return Experts(self.tensor(f"{at}.gate.weight"), gate_up.flatten(1, 2), down)
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device)

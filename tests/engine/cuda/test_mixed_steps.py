@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from daemon.engine.cuda.mixed_steps import fastest_way, measure_ways
-from daemon.engine.cuda.model import Llama
+from daemon.engine.cuda.model import Decoder
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan
 from daemon.ipc.messages import RequestParams, SamplingParams
@@ -88,13 +88,13 @@ def test_a_step_has_the_tokens_logprobs_and_kv_of_two_passes(runners, num_decode
 
 
 def test_the_weights_are_read_once(runners, monkeypatch):
-    passes, logits = [], Llama.logits
+    passes, logits = [], Decoder.logits
 
     def counted(self, parts, *args, **options):
         passes.append([len(part.inputs.tokens) for part in parts])
         logits(self, parts, *args, **options)
 
-    monkeypatch.setattr(Llama, "logits", counted)
+    monkeypatch.setattr(Decoder, "logits", counted)
     found = []
     for runner in runners:
         blocks = count(1)
