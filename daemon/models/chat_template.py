@@ -14,9 +14,10 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from daemon.models.files import ModelError, read_json
+from daemon.models.files import ModelError
 from daemon.models.message_forms import MessageForms
 from daemon.models.special_tokens import NAMES, special_tokens
+from daemon.models.template_files import DEFAULT, TOOL_USE, read_templates
 from daemon.models.template_sandbox import MAX_STEPS, new_environment
 from daemon.models.template_sandbox import ChatError as ChatError  # noqa: PLC0414  part of this module's interface
 from daemon.models.tracked_text import concat
@@ -28,25 +29,30 @@ _OWN_VARIABLES = frozenset((*NAMES, "messages", "add_generation_prompt", "tools"
 
 
 class ChatTemplate:
-    """The chat template of a model directory, from chat_template.jinja or otherwise from tokenizer_config.json.
+    """The chat template of a model directory, and a second one for requests with tools if the model has one.
 
     `available` is False if the model has no template. `forms` are the forms of messages that it takes. `variables`
-    are the names that it reads and that a request may set. Raises ModelError if the template does not compile.
+    are the names that it reads and that a request may set. Raises ModelError if a template does not compile.
     """
 
     def __init__(self, path: Path) -> None:
-        config = read_json(path / "tokenizer_config.json") or {}
-        source = _source(path, config)
+        sources = read_templates(path)
+        source = sources.get(DEFAULT)
         self.available = source is not None
         self._special = special_tokens(path)
-        environment = new_environment()
+        self._environment = new_environment()
+        self._template, read = self._compile(path, source or "")
+        self._tool_template, read_for_tools = self._compile(path, sources.get(TOOL_USE, source or ""))
+        self.variables = (read | read_for_tools) - self._environment.globals.keys() - _OWN_VARIABLES
+        self.forms = MessageForms(self.render)
+
+    def _compile(self, path: Path, source: str) -> tuple[jinja2.Template, set[str]]:
+        """Return the template and the names that it reads."""
         try:
-            self._template = environment.from_string(source or "")
-            read = meta.find_undeclared_variables(environment.parse(source or ""))
+            read = meta.find_undeclared_variables(self._environment.parse(source))
+            return self._environment.from_string(source), read
         except jinja2.TemplateSyntaxError as e:
             raise ModelError(f"{path}: the chat template does not compile, line {e.lineno}: {e.message}") from None
-        self.variables = read - environment.globals.keys() - _OWN_VARIABLES
-        self.forms = MessageForms(self.render)
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return the prompt. `variables` (for example `tools`) are passed to the template.
@@ -60,7 +66,8 @@ class ChatTemplate:
         given = {"tools": None, "documents": None} | variables | self._special
         given |= {"messages": messages, "add_generation_prompt": add_generation_prompt, "range": _bounded_range()}
         try:
-            return _collect(self._template.generate(given))
+            template = self._tool_template if given["tools"] else self._template
+            return _collect(template.generate(given))
         except ChatError:
             raise
         except RecursionError:
@@ -72,22 +79,6 @@ class ChatTemplate:
                 "the chat template fails on messages: %r", e
             )  # also when `MessageForms` tries forms at the start
             raise ChatError("the chat template fails on these messages: it does not expect their form") from None
-
-
-def _source(path: Path, config: dict[str, Any]) -> str | None:
-    try:
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    except UnicodeDecodeError:
-        raise ModelError(f"cannot read {path / 'chat_template.jinja'}: it is not UTF-8 text") from None
-    except OSError as e:
-        raise ModelError(f"cannot read {path / 'chat_template.jinja'}: {e.strerror or e}") from None
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several templates, each with a name
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
 
 
 def _collect(chunks: Iterable[str]) -> str:
