@@ -34,12 +34,14 @@ class Config:
     model: str = _option(
         "demo",
         "model",
-        "Model to serve: `demo` (SmolLM2-135M-Instruct, downloaded once), a Hugging Face directory or a .gguf file.",
+        "Model to serve: `demo` (SmolLM2-135M-Instruct, downloaded once), a Hugging Face directory, a .gguf file, or "
+        "a name on the Hugging Face hub: `ORG/NAME`, `ORG/NAME@REVISION`, or `ORG/NAME:FILE.gguf`.",
     )
     served_name: str = _option(
         "",
         "model",
-        "Model name in the API. Empty: the name of the model directory, or of the .gguf file without its suffix.",
+        "Model name in the API. Empty: `ORG/NAME` of the hub, the name of the model directory, or of the .gguf file "
+        "without its suffix.",
     )
     load_format: str = _option(
         "auto",

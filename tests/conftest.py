@@ -19,6 +19,9 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("fast", deadline=None, max_examples=25)
 settings.load_profile("ci" if os.environ.get("CI") else "desk")
 
+# No test may reach the network by the name of a model. Tests of the hub have a hub of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 TESTS = Path(__file__).parent
 FOLDERS = {"e2e": "e2e", "protocol": "protocol", "gpu": "gpu"}  # folder below tests: its marker
 

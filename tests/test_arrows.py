@@ -137,7 +137,7 @@ def test_there_are_no_import_cycles():
     ("modules", "banned"),
     [
         (PURE, ["torch", "numpy", "numba", "aiohttp", "posix_ipc"]),
-        (LIGHT, ["torch", "numba", "transformers"]),
+        (LIGHT, ["torch", "numba", "transformers", "huggingface_hub"]),
         (["daemon.supervisor.supervisor"], ["aiohttp", "tokenizers"]),
         (TORCHLESS, ["torch", "flashinfer", "tvm_ffi"]),
         (["daemon.engine.build_runner", "daemon.engine.cpu.runner"], ["daemon.engine.cuda", "flashinfer", "tvm_ffi"]),
@@ -149,6 +149,15 @@ def test_light_modules_do_not_import_heavy_packages(modules, banned):
     command = [sys.executable, "-c", "\n".join(lines)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout) == []
+
+
+def test_only_commands_and_the_download_import_the_library_of_the_hub():
+    """It is slow to import and starts threads, so the daemon downloads in a process of its own."""
+    models = ROOT / "daemon" / "models"
+    allowed = {models / "hub" / "download.py", models / "hub" / "errors.py", models / "inventory.py"}
+    for file in (ROOT / "daemon").rglob("*.py"):
+        if "huggingface_hub" in {name.split(".")[0] for name in imports(file)}:
+            assert file in allowed, file
 
 
 def test_only_few_files_import_flashinfer():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from daemon.cli.commands import command
+from daemon.cli.interrupts import EXIT_INTERRUPTED, interruptible
 from daemon.engine.cuda import compile as kernel_compiler
 from daemon.engine.cuda import driver, kernels
 from daemon.ipc.child import EXIT_CONFIG
@@ -18,7 +16,6 @@ from daemon.models.model_config import ModelError, read_model_config
 from daemon.units import parse_whole, quoted
 
 _MAX_JOBS = 1024
-_INTERRUPTED = 130  # as shells report SIGINT
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +65,13 @@ def _jobs(text: str) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     try:
-        with _interruptible():
+        with interruptible():
             _build_all(args)
     except (kernels.KernelError, ModelError) as e:
         return _refuse(e)
     except KeyboardInterrupt:
         print("llumd: stopped; the kernels that are complete stay", file=sys.stderr)
-        return _INTERRUPTED
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -82,25 +79,14 @@ def _build_all(args: argparse.Namespace) -> None:
     archs = {kernels.parse_arch(args.arch)} if args.arch else set(driver.survey().archs)
     if not archs:
         raise kernels.KernelError("no GPU is visible; name the architecture to compile for, for example --arch 9.0a")
-    model_dir = store.resolve(args.model, "auto", _print_progress)
-    model_config = read_model_config(model_dir)  # kernels do not depend on weights
+    model_dir = store.resolve(args.model, "dummy", _print_progress)  # kernels do not depend on weights
+    model_config = read_model_config(model_dir, store.default_name(args.model))
     for arch in sorted(archs):
         specs = kernels.required(
             model_config, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill
         )
         kernel_compiler.build(specs, arch, kernels.directory(arch), _print_progress, jobs=args.jobs)
         print(f"{len(specs)} kernels of {model_config.name} for {arch} are in {kernels.directory(arch)}")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end a build as Ctrl-C does, with its compilers; also in a background job, which ignores SIGINT."""
-    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _list(_args: argparse.Namespace) -> int:

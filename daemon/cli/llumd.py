@@ -1,4 +1,4 @@
-"""The `llumd` command: `serve`, `check`, `options` and `kernels`."""
+"""The `llumd` command: `serve`, `check`, `models`, `pull`, `rm`, `options` and `kernels`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 from daemon import __version__
 from daemon import config as settings
 from daemon.api.key_file import read_key_file
-from daemon.cli import kernel_commands
+from daemon.cli import kernel_commands, model_commands, model_report
 from daemon.cli.claims import Claims, claimed
 from daemon.cli.commands import command
+from daemon.cli.model_commands import MODEL_HELP
 from daemon.cli.prepare import Prepared, prepare
 from daemon.config import Config, ConfigError
 from daemon.ipc import output
 from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, start_logging
-from daemon.machine import raise_descriptor_limit
+from daemon.machine import available_memory, raise_descriptor_limit
+from daemon.models.locks import in_use
 from daemon.models.model_config import ModelConfig, ModelError
 from daemon.option import allowed
 from daemon.supervisor.start_error import StartError, explain
@@ -63,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     check = commands.add_parser("check", help="check the settings and the model, then exit")
     _add_options(check)
+    check.add_argument("--json", action="store_true", help="print what the model is and needs as JSON")
     check.set_defaults(run=_check)
+    model_commands.add_to(commands)
     table = commands.add_parser("options", help="print all options as a Markdown table")
     table.set_defaults(run=_options)
     kernel_commands.add_to(commands.add_parser("kernels", help="compile, list, pack or unpack the kernels of GPUs"))
@@ -71,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_", nargs="?", metavar="MODEL", help="demo, a Hugging Face directory or a .gguf file")
+    parser.add_argument("model_", nargs="?", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--config",
         type=Path,
@@ -111,7 +115,8 @@ def _serve(args: argparse.Namespace) -> int:
         with claimed(config) as claims:
             with notifier.start_extended():
                 prepared = prepare(config, _print_progress)
-            return _run(claims, prepared, notifier)
+            with in_use(prepared.model_dir):
+                return _run(claims, prepared, notifier)
     except _REFUSALS as e:
         return _refuse(e)
     except KeyboardInterrupt:
@@ -138,12 +143,18 @@ def _check(args: argparse.Namespace) -> int:
         config = _load(args)
         with claimed(config, on_trial=True):
             pass  # held for a moment only: a daemon may start while the model is checked
-        config, model_config, _, pool_bytes, _ = prepare(config, _print_progress, on_trial=True)
+        prepared = prepare(config, _print_progress, on_trial=True)
+        report = model_report.describe(prepared, available_memory())
     except _REFUSALS as e:
         return _refuse(e)
-    n = len(config.devices)
-    kv = "KV cache in the free memory of the GPUs" if config.on_gpus else f"{pool_bytes >> 20} MiB of KV cache each"
-    print(f"{model_config.name}: {n} engine{'s' if n > 1 else ''}, {kv}; the settings are valid")
+    if args.json:
+        print(model_report.to_json(report))
+        return 0
+    print("\n".join(model_report.lines(report)))
+    n, on_gpus = report.engines, prepared.config.on_gpus
+    pool = f"{prepared.pool_bytes >> 20} MiB of KV cache each"
+    kv = "KV cache in the free memory of the GPUs" if on_gpus else pool
+    print(f"{n} engine{'s' if n > 1 else ''}, {kv}; the settings are valid")
     return 0
 
 

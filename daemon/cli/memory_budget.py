@@ -22,16 +22,7 @@ def kv_pool_bytes(config: Config, model_config: ModelConfig, engines: int, avail
         return config.kv_memory or MIN_POOL
     if config.on_gpus:
         return MIN_POOL
-    token_bytes = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * _KV_ITEM_BYTES
-    arithmetic = "fp32" if config.dtype == "fp32" or config.deterministic else "bf16"
-    weights = _ENGINE_OVERHEAD + weights_bytes(model_config, arithmetic) + embedding_bytes(model_config)
-    weights += activation_bytes(
-        model_config,
-        arithmetic,
-        max_batch_tokens=config.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len or model_config.max_position,
-    )
+    token_bytes, weights = kv_token_bytes(config, model_config), engine_bytes(config, model_config)
     pool = config.kv_memory or min(_MAX_DEFAULT, available // 4 // engines)
     if pool < token_bytes * _MIN_TOKENS:
         raise ConfigError(
@@ -44,6 +35,30 @@ def kv_pool_bytes(config: Config, model_config: ModelConfig, engines: int, avail
             f"of KV cache each, {_mib(available)} is free; lower kv_memory or list fewer devices"
         )
     return pool
+
+
+def kv_token_bytes(config: Config, model_config: ModelConfig) -> int:
+    """Return the bytes of the KV cache that one token needs."""
+    item = _KV_ITEM_BYTES if not config.on_gpus else 1 if config.kv_dtype == "fp8" else 2
+    return 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * item
+
+
+def engine_bytes(config: Config, model_config: ModelConfig) -> int:
+    """Return the bytes that a CPU engine needs besides its KV pool: weights, activations and the process itself."""
+    arithmetic = arithmetic_of(config)
+    weights = _ENGINE_OVERHEAD + weights_bytes(model_config, arithmetic) + embedding_bytes(model_config)
+    return weights + activation_bytes(
+        model_config,
+        arithmetic,
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len or model_config.max_position,
+    )
+
+
+def arithmetic_of(config: Config) -> str:
+    """Return the type of the weights in the memory of an engine; for `auto` on a CPU the smaller one."""
+    return "fp32" if config.dtype == "fp32" or config.deterministic else "bf16"
 
 
 def _mib(size: int) -> str:

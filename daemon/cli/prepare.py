@@ -33,16 +33,21 @@ class Prepared(NamedTuple):
 def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool = False) -> Prepared:
     """Complete the settings, get the model and check both. Calls `progress` with a text before each slow step.
 
-    Missing kernels are compiled at the end; `on_trial`: not compiled, but it is checked that they could be. Raises
-    ConfigError or ModelError for everything that cannot work.
+    Missing kernels are compiled at the end; `on_trial`: not compiled, but it is checked that they could be, and
+    weights that are still on the hub stay there. Raises ConfigError or ModelError for everything that cannot work.
     """
     config = dataclasses.replace(config, devices=config.devices or devices.default_devices(config, progress))
     config = config.for_gpus() if config.on_gpus else config
     config.check()
     keys = read_key_file(Path(config.api_key_file)) if config.api_key_file else None
-    model_dir = store.resolve(config.model, config.load_format, progress)
+    # The stub and hash engines do not use the weights, but the frontends use the tokenizer.
+    load_format = config.load_format if config.engine == "model" else "dummy"
+    model_dir = store.resolve(config.model, "dummy" if on_trial else load_format, progress)
+    if on_trial and not store.has_weights(config.model):
+        load_format = "dummy"
+        progress(f"note: the weights are not downloaded yet; `llumd pull {config.model}` does it")
     with checked(model_dir):  # at the same time as the other checks
-        model_config = _open_model(config, model_dir, progress)
+        model_config = _open_model(config, model_dir, load_format, progress)
         config = dataclasses.replace(config, served_name=model_config.name)
         check_model_limits(config, model_config)
         missing: gpu_kernels.Missing = {}
@@ -60,10 +65,9 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
     return Prepared(config, model_config, model_dir, pool_bytes, keys)
 
 
-def _open_model(config: Config, model_dir: Path, progress: Callable[[str], None]) -> ModelConfig:
-    # The stub and hash engines do not use the weights, but the frontends use the tokenizer.
-    load_format = config.load_format if config.engine == "model" else "dummy"
-    model_config = open_model(model_dir, config.served_name, load_format)
+def _open_model(config: Config, model_dir: Path, load_format: str, progress: Callable[[str], None]) -> ModelConfig:
+    name = config.served_name or store.default_name(config.model)
+    model_config = open_model(model_dir, name, load_format)
     try:
         model_config.name.encode()
     except UnicodeEncodeError:

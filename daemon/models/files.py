@@ -24,3 +24,8 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ModelError(f"{file} is not a JSON object")
     return value
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 1e9:.2f} GB"

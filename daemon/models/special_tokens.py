@@ -51,7 +51,7 @@ def special_tokens(path: Path) -> dict[str, str]:
     ids = read_json(path / "config.json") or {}
     unnamed = {n: ids.get(f"{n}_id") for n in NAMES if n not in named}
     if any(isinstance(i, int) for i in unnamed.values()):
-        texts = {i: text for text, i in _added_tokens(path).items()}
+        texts = {i: text for text, i in added_tokens(path).items()}
         named |= {n: texts[i] for n, i in unnamed.items() if isinstance(i, int) and i in texts}
     return named
 
@@ -81,7 +81,7 @@ def end_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
     Raises ModelError for an id that is no id. Ids that only the tokenizer gives are inside the vocabulary.
     """
     ids = dict.fromkeys(_configured_ids(path, config))
-    added = _added_tokens(path)
+    added = added_tokens(path)
     names = special_tokens(path)
     vocab_size = config.get("vocab_size")
     usable = {text: i for text, i in added.items() if not isinstance(vocab_size, int) or i < vocab_size}
@@ -103,7 +103,7 @@ def _configured_ids(path: Path, config: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _added_tokens(path: Path) -> dict[str, int]:
+def added_tokens(path: Path) -> dict[str, int]:
     """Return the ids of the added tokens in tokenizer.json by text; none if the file cannot be read.
 
     Opening the tokenizer reports such a file. Engines do not need it.

@@ -1,25 +1,28 @@
 """The model store: turns the model that the user names into a Hugging Face directory, once, before serving.
 
+A name of the hub is downloaded (see `hub`), a .gguf file is converted, a directory is used in place.
+
 A conversion runs under a lock in a temporary directory, which is renamed when it is complete. If the process is
 killed during a conversion, the temporary directory stays unused until the next conversion of the model removes it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from daemon.directories import cache_dir
-from daemon.models.model_config import ModelError
+from daemon.models.files import ModelError, gigabytes
+from daemon.models.hub import cache
+from daemon.models.hub.name import HubName, parse_name
+from daemon.models.locks import exclusive
 from daemon.units import quoted
 
 Progress = Callable[[str], None]
@@ -33,23 +36,51 @@ _HEAD_BYTES = 1 << 20
 
 
 def resolve(model: str, load_format: str, progress: Progress) -> Path:
-    """Return the Hugging Face directory of `model`, which is "demo", such a directory, or a .gguf file.
+    """Return the Hugging Face directory of `model`: "demo", such a directory, a .gguf file or a name of the hub.
 
     Downloads and converts a model at most once, and calls `progress` with a text before each slow step; otherwise it
-    takes milliseconds. `loader.open_model` then checks the directory. Raises ModelError.
+    takes milliseconds. With the `load_format` "dummy" no weights of the hub are downloaded. `loader.open_model` then
+    checks the directory. Raises ModelError.
     """
     if model == "demo":
         return _demo_model(progress)
+    path = local_path(model)
+    if path is None:
+        return _hub_model(_hub_name(model), load_format, progress)
+    if path.is_dir():
+        return _directory(path)
+    return _gguf_model(path, progress)
+
+
+def pull(model: str, progress: Progress) -> Path:
+    """Return the same, after the hub was asked for the newest commit of a name. Raises ModelError."""
+    if model == "demo" or local_path(model) is not None:
+        return resolve(model, "auto", progress)
+    name = _hub_name(model)
+    cache.fetch(name, progress, update=True)
+    return resolve(model, "auto", progress)
+
+
+def has_weights(model: str) -> bool:
+    """Return False if `model` is a name of the hub whose weights are not on this machine."""
+    return model == "demo" or local_path(model) is not None or cache.find(_hub_name(model)) is not None
+
+
+def default_name(model: str) -> str:
+    """Return the name of `model` in the API if its directory has another one: that of the hub. Otherwise ""."""
+    if model == "demo" or local_path(model) is not None:
+        return ""
+    name = _hub_name(model)
+    return "" if name.gguf else name.repo
+
+
+def local_path(model: str) -> Path | None:
+    """Return the path of an existing file or directory, which goes before a name of the hub. Raises ModelError."""
     try:
         path = Path(model).expanduser().absolute()
-        is_directory, is_file = path.is_dir(), path.is_file()
+        return path if path.is_dir() or path.is_file() else None
     except (OSError, RuntimeError) as e:  # RuntimeError: `~name` of an unknown user
         raise ModelError(f"{quoted(model)} cannot be a model: {getattr(e, 'strerror', None) or e}") from None
-    if is_directory:
-        return _directory(path)
-    if is_file:
-        return _gguf_model(path, progress)
-    raise ModelError(_not_found(model))
 
 
 def models_dir() -> Path:
@@ -67,13 +98,38 @@ def _directory(path: Path) -> Path:
     raise ModelError(f"{path} has no config.json, so it is not a Hugging Face model directory")
 
 
-def _not_found(model: str) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.endswith(".gguf"):
-        return (
-            f"{model}: no such file or directory. llumd downloads nothing from model hubs; if this is a name on the "
-            f"Hugging Face hub, run `hf download {model} --local-dir DIR` first and serve DIR"
+def _hub_name(model: str) -> HubName:
+    name = parse_name(model)
+    if name is None:
+        raise ModelError(
+            f"{model}: no such file or directory; a model is `demo`, a Hugging Face directory, a .gguf file or a "
+            "name on the hub: ORG/NAME, ORG/NAME@REVISION or ORG/NAME:FILE.gguf"
         )
-    return f"{model}: no such file or directory; a model is `demo`, a Hugging Face directory or a .gguf file"
+    return name
+
+
+def _hub_model(name: HubName, load_format: str, progress: Progress) -> Path:
+    found = cache.fetch(name, progress, weights=load_format != "dummy")
+    cache.touch(name)
+    if not name.gguf:
+        return found.path
+    file = name._replace(gguf=str(found.path.relative_to(cache.snapshot(name, found.commit))))
+    return _gguf_model(found.path, progress, str(file))
+
+
+def source_file(target: Path) -> Path:
+    """Return the file beside a converted model that says from what it was made."""
+    return target.with_name(f"{target.name}.source")
+
+
+def lock_file(target: Path) -> Path:
+    """Return the lock of a conversion. The time of its last change is that of the last use of the model."""
+    return target.with_name(f"{target.name}.lock")
+
+
+def converted_path(file: Path) -> Path:
+    """Return the directory that a .gguf file is converted to, whether it exists or not. Raises ModelError."""
+    return models_dir() / _fingerprint(file) / file.stem
 
 
 def _demo_model(progress: Progress) -> Path:
@@ -83,12 +139,12 @@ def _demo_model(progress: Progress) -> Path:
         with _scratch(directory) as scratch:
             _convert(_fetch_demo(scratch, progress), directory, progress)
 
-    return _build_once(target, build, progress)
+    return _build_once(target, build, "demo", progress)
 
 
-def _gguf_model(file: Path, progress: Progress) -> Path:
-    target = models_dir() / _fingerprint(file) / file.stem
-    return _build_once(target, lambda directory: _convert(file, directory, progress), progress)
+def _gguf_model(file: Path, progress: Progress, source: str = "") -> Path:
+    target = converted_path(file)
+    return _build_once(target, lambda d: _convert(file, d, progress), source or str(file), progress)
 
 
 def _fingerprint(file: Path) -> str:
@@ -105,13 +161,19 @@ def _fingerprint(file: Path) -> str:
     return hashlib.sha256(known + head).hexdigest()[:12]
 
 
-def _build_once(target: Path, build: Callable[[Path], None], progress: Progress) -> Path:
-    """Return `target`. If it does not exist, one process calls `build` on a temporary directory and renames it."""
+def _build_once(target: Path, build: Callable[[Path], None], source: str, progress: Progress) -> Path:
+    """Return `target`. If it does not exist, one process calls `build` on a temporary directory and renames it.
+
+    `source`: what the model is made from, as the user names it.
+    """
     if target.is_dir():
+        with suppress(OSError):  # the time of the last use is shown to users only
+            os.utime(lock_file(target))
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_name(target.name + ".lock"), progress):
+        waiting = "waiting for another process that converts the same model"
+        with exclusive(lock_file(target), lambda: progress(waiting)):
             if target.is_dir():
                 return target
             unfinished = target.with_name(target.name + ".unfinished")
@@ -120,6 +182,7 @@ def _build_once(target: Path, build: Callable[[Path], None], progress: Progress)
             try:
                 build(unfinished)
                 _sync(unfinished)
+                source_file(target).write_text(source)
                 unfinished.rename(target)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -130,17 +193,6 @@ def _build_once(target: Path, build: Callable[[Path], None], progress: Progress)
             "set $LLUMD_CACHE to another directory"
         ) from None
     return target
-
-
-@contextmanager
-def _lock(file: Path, progress: Progress) -> Iterator[None]:
-    with file.open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another process that converts the same model")
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
@@ -158,14 +210,14 @@ def _convert(file: Path, directory: Path, progress: Progress) -> None:
     size = source.converted_bytes
     kind = {"F32": "float32", "BF16": "bfloat16"}[source.dtype]
     progress(
-        f"converting {file.name}: {_gigabytes(file.stat().st_size)} become {_gigabytes(size)} without quantisation "
+        f"converting {file.name}: {gigabytes(file.stat().st_size)} become {gigabytes(size)} without quantisation "
         f"({kind}), stored in {directory.parent}"
     )
     free = shutil.disk_usage(directory).free
     if free < size * 1.02 + (64 << 20):
         raise ModelError(
-            f"converting {file.name} needs {_gigabytes(size)} in {directory.parent}, which has "
-            f"{_gigabytes(free)} free; free some space, or set $LLUMD_CACHE to another directory"
+            f"converting {file.name} needs {gigabytes(size)} in {directory.parent}, which has "
+            f"{gigabytes(free)} free; free some space, or set $LLUMD_CACHE to another directory"
         )
     convert(source, directory)
 
@@ -231,7 +283,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

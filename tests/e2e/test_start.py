@@ -55,7 +55,7 @@ def model_dir(path: Path, config: str | None) -> str:
         (["demo", "--model", "/nowhere"], "'demo' and --model '/nowhere'"),
         (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
         (["/nowhere/model"], "/nowhere/model"),
-        (["an-owner/a-model"], "hub"),
+        (["an-owner/a-model"], "HF_HUB_OFFLINE"),
     ],
 )
 def test_bad_settings(home: Path, arguments: list[str], naming: str) -> None:

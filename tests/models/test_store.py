@@ -41,7 +41,7 @@ def file(tmp_path):
 
 
 def entries(cache):
-    return sorted(p.name for p in (cache / "models").glob("*/*") if p.suffix != ".lock")
+    return sorted(p.name for p in (cache / "models").glob("*/*") if p.suffix not in (".lock", ".source"))
 
 
 def test_a_file_is_converted_once(cache, file):
@@ -121,8 +121,8 @@ def test_a_model_directory_is_used_in_place(cache, tmp_path):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B"),
-        ("nothing", "no such file"),
+        ("nothing", "no such file or directory; a model is .* ORG/NAME"),
+        ("two/many/parts", "no such file"),
         ("no/file.gguf", "no such file"),
     ],
 )
