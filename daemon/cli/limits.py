@@ -17,7 +17,8 @@ _DESCRIPTORS_PER_PROCESS = 8  # doorbells, journals, pools and pipes, for each p
 def check_model_limits(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError for lengths that the model, or the journal, does not have."""
     longest = model_config.max_position
-    why = f"{config.max_model_len} is above {longest}, the limit of {model_config.name} (max_position_embeddings)"
+    source = "max_position_embeddings, with its rope scaling"
+    why = f"{config.max_model_len} is above {longest}, the limit of {model_config.name} ({source})"
     require(config, config.max_model_len <= longest, "max_model_len", f"{why}; lower it, or set it to 0")
     length = config.max_model_len or longest
     why = f"must be below {length}, the maximum length of prompt plus output of {model_config.name}"

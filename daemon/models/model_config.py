@@ -58,7 +58,10 @@ def _parse(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
     kv_heads = count(config, "num_key_value_heads", heads)
     hidden = count(config, "hidden_size")
     if heads % kv_heads:
-        raise ModelError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+        raise ModelError(
+            f"{heads} attention heads (num_attention_heads) cannot share {kv_heads} key/value heads "
+            "(num_key_value_heads) evenly"
+        )
     if config.get("head_dim") is None and hidden % heads:
         raise ModelError(f"hidden_size {hidden} is not a multiple of {heads} heads and head_dim is not given")
     head_dim = count(config, "head_dim", hidden // heads)
@@ -101,7 +104,8 @@ def _complete(family: Family, config: dict[str, Any]) -> dict[str, Any]:
 def _check_common(config: RawConfig) -> None:
     if config.get("quantization_config") or config.get("compression_config"):
         raise ModelError(
-            "quantised checkpoints are not supported; use the bf16 or fp32 weights of the model, or a .gguf file"
+            "quantization_config: quantised checkpoints are not supported; use the bf16 or fp32 weights of the "
+            "model, or a .gguf file"
         )
     if "hidden_activation" not in config and config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelError(f"hidden_act is {config['hidden_act']!r}; supported is 'silu'")

@@ -32,4 +32,8 @@ def family_of(config: dict[str, Any]) -> Family:
         if architecture in family.architectures or (not architecture and model_type in family.model_types):
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    raise ModelError(f"architecture {architecture or named or model_type} is not supported; supported are {known}")
+    if named is None:
+        raise ModelError(
+            f"architectures is missing, and model_type {model_type!r} is not known; supported are {known}"
+        )
+    raise ModelError(f"architectures: {architecture or named} is not supported; supported are {known}")
