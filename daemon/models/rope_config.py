@@ -38,6 +38,8 @@ def read_rope(
         theta = positive(config, "rope_theta", theta)
     theta = positive(parameters, "rope_theta", theta)
     rotary_dim = _rotary_dim(config, parameters, head_dim, partial)
+    if nested := [key for key, value in parameters.items() if isinstance(value, dict)]:
+        raise ModelError(f"rope_parameters has {nested[0]!r} by itself; this family has one rope for all layers")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     match kind:
         case "default":

@@ -204,6 +204,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("GraniteForCausalLM", {"residual_multiplier": -1}, "residual_multiplier is -1"),
     ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic"}}, "factor is missing"),
     ("LlamaForCausalLM", {"rope_scaling": 4}, "rope_scaling"),
+    ("Qwen3ForCausalLM", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "has 'full_attention'"),
 ]
 
 
