@@ -119,27 +119,11 @@ class Decoder:
         return logits
 
     def _attend(self, layer: Layer, index: int, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        shape, pool = self._shape, self._pool
-        layer_offset, window = index * shape.layer_width, layer.config.window
-        attention = self._attention[window > 0]
+        layer_offset, window = index * self._shape.layer_width, layer.config.window
+        attention, pool = self._attention[window > 0], self._pool
         queries = self._queries[: len(x)]
         out = self._attended[: len(x)]
-        qkv = raw(layer.qkv(x))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            self._norm_heads(qkv, layer.q_norm, layer.k_norm)
-        self._ops.rope_and_store(
-            qkv,
-            batch.positions,
-            batch.slots,
-            *self._ropes[layer.config.rope],
-            shape.head_dim,
-            self._query_scale,
-            layer_offset,
-            shape.value_offset,
-            shape.token_width,
-            queries,
-            pool,
-        )
+        self._project(layer, layer_offset, x, batch, queries)
         if batch.num_single:
             attention.attend_tokens(
                 queries,
@@ -164,6 +148,27 @@ class Decoder:
                 raw(out),
             )
         return layer.out(out)
+
+    def _project(
+        self, layer: Layer, layer_offset: int, x: torch.Tensor, batch: Batch, queries: npt.NDArray[np.float32]
+    ) -> None:
+        """Write the rotated queries of `x` to `queries`, and its rotated keys and its values to the pool."""
+        qkv = raw(layer.qkv(x))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            self._norm_heads(qkv, layer.q_norm, layer.k_norm)
+        self._ops.rope_and_store(
+            qkv,
+            batch.positions,
+            batch.slots,
+            *self._ropes[layer.config.rope],
+            self._shape.head_dim,
+            self._query_scale,
+            layer_offset,
+            self._shape.value_offset,
+            self._shape.token_width,
+            queries,
+            self._pool,
+        )
 
     def _norm_heads(self, qkv: npt.NDArray[Any], q_norm: Norm, k_norm: Norm) -> None:
         """Normalise queries and keys in place: groups of columns as long as the norms."""
