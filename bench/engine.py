@@ -120,7 +120,7 @@ def _decode(
         Row(new_request(config, length, list(range(1 + i * each, 1 + (i + 1) * each))), length - 1, 1, True)
         for i in range(batch)
     ]
-    seconds = median_seconds(lambda: runner.execute(StepPlan(rows, batch)), repeat)
+    seconds = _median(lambda: runner.execute(StepPlan(rows, batch)), repeat)
     read = weights_bytes(config, runner.arithmetic)
     read += batch * length * runner.pool_spec(1).block_bytes // BLOCK_SIZE
     return {
@@ -137,7 +137,7 @@ def _prefill(runner: CpuRunner, config: ModelConfig, chunk: int, before: int, re
     """Time a step with one chunk of `chunk` tokens, after `before` computed tokens."""
     length = before + chunk
     row = Row(new_request(config, length, list(range(1, 1 + -(-length // BLOCK_SIZE)))), before, chunk, True)
-    seconds = median_seconds(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
+    seconds = _median(lambda: runner.execute(StepPlan([row], 0)), max(3, repeat // 2))
     return {"chunk": chunk, "before": before, "ms": seconds * 1e3, "tokens_per_second": chunk / seconds}
 
 
@@ -155,7 +155,7 @@ def new_request(config: ModelConfig, length: int, blocks: list[int]) -> Request:
     )
 
 
-def median_seconds(step: Callable[[], Any], repeat: int) -> float:
+def _median(step: Callable[[], Any], repeat: int) -> float:
     """Return the median time of `repeat` calls, after one more."""
     step()
     times = []
@@ -169,7 +169,7 @@ def median_seconds(step: Callable[[], Any], repeat: int) -> float:
 def _read_bandwidth() -> float:
     """Return the GB/s at which one thread reads and sums 256 MB."""
     data = np.ones(32 << 20, np.int64)
-    return data.nbytes / median_seconds(data.sum, 5) / 1e9
+    return data.nbytes / _median(data.sum, 5) / 1e9
 
 
 def _cpu() -> str:
