@@ -90,7 +90,7 @@ def check(config: ModelConfig) -> dict[str, tuple[Path, Place]]:
     headers = {file: read_header(file) for file in set(files.values())}
     stored = {name for name, file in files.items() if name in headers[file]}
     found = {name: (files[place.name], place) for name, place in find_tensors(config, stored).items()}
-    for file, place in set(found.values()):
+    for file, place in found.values():
         _check_tensor(f"{file}: {place.name}", headers[file][place.name], place.shape)
     return found
 
