@@ -365,7 +365,8 @@ class Config:
     outbox_memory: int = _option(
         32 << 20,
         "http",
-        "Shared memory of each frontend for response bytes on their way (outbox). They survive the frontend there.",
+        "Shared memory of each frontend for response bytes on their way (outbox). They survive the frontend there. "
+        "While it is full, new requests get status 429.",
         "bytes",
         at_least=1 << 20,
         below=4 << 30,

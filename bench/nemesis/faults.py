@@ -28,8 +28,10 @@ STANDBY_WAIT = 1.0  # the same for the standby, which is down most of the time
 STEP_WAIT = 5.0  # seconds for a process to come to a step
 HANG_WAIT = 75.0  # seconds for the supervisor to kill a process that hangs
 ORDER_WAIT = 60.0  # seconds until an engine must take requests again
-FLOOD = 12  # clients of a flood
-FLOOD_BODY = {"n": 4, "max_tokens": 400, "logprobs": 5, "ignore_eos": True, "stream": True}
+FLOODS: dict[str, tuple[int, dict[str, Any]]] = {  # by what fills up: number of clients, and what each asks for
+    "journal": (12, {"n": 4, "max_tokens": 400, "logprobs": 5}),
+    "outbox": (160, {"max_tokens": 150}),
+}
 
 
 @dataclass
@@ -244,15 +246,15 @@ class Nemesis:
         """Send large requests, read nothing of the answers, and hang up."""
         rng = Random(f"flood {self._seed} {fault.number}")
         url = urlsplit(self._daemon.url)
-        socks = []
-        for _ in range(FLOOD):
-            body = json.dumps(FLOOD_BODY | {"prompt": rng.choices(range(*TOKEN_IDS), k=200), "seed": 1}).encode()
+        loop, socks = asyncio.get_running_loop(), []
+        number, fields = FLOODS[fault.targets[0]]
+        fields |= {"ignore_eos": True, "stream": True, "seed": 1}
+        for _ in range(number):
+            body = json.dumps(fields | {"prompt": rng.choices(range(*TOKEN_IDS), k=100)}).encode()
             head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            sock = socket.socket()
-            socks.append(sock)
+            socks.append(sock := socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.setblocking(False)
-            loop = asyncio.get_running_loop()
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(10):
                     await loop.sock_connect(sock, (url.hostname, url.port))

@@ -27,7 +27,7 @@ class Kind(StrEnum):
     RESTART = "restart"  # llumctl restart
     DRAIN = "drain"  # and undrain
     PARK = "park"  # and wake
-    FLOOD = "flood"  # many large requests, whose clients read nothing and then hang up
+    FLOOD = "flood"  # requests that fill a part of the memory, whose clients read nothing and then hang up
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class _Planner:
         return Fault(number, gap, Kind.RESTART, (name,))
 
     def _flood(self, number: int, gap: float) -> Fault:
-        return Fault(number, gap, Kind.FLOOD, (), round(self._rng.uniform(0.5, 4), 3))
+        what = self._rng.choice(("journal", "outbox"))
+        return Fault(number, gap, Kind.FLOOD, (what,), round(self._rng.uniform(0.5, 4), 3))
 
     def _engines(self) -> list[str]:
         return [f"engine {i}" for i in range(self._shape.engines)]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 RING_BYTES = 16 << 10  # of a response at first
 _DEFAULT_HIGH = 64 << 10  # bytes that a transport holds back before it asks to pause, if the outbox sets no limit
-_ROOM_WAIT = 1.0  # seconds for other responses to leave the outbox
-_ROOM_POLL = 0.02
+ROOM_WAIT = 1.0  # seconds for other responses to leave the outbox
+ROOM_POLL = 0.02
 
 
 class OutboxWriter(AbstractStreamWriter):
@@ -101,7 +101,7 @@ class OutboxWriter(AbstractStreamWriter):
         If the outbox has no room for a ring that is large enough, the response goes on without it.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + _ROOM_WAIT
+        end = loop.time() + ROOM_WAIT
         while size > slot.ring_bytes // 2:
             if _grow(slot, 2 * size) or size <= slot.ring_bytes or _grow(slot, size):
                 break
@@ -109,7 +109,7 @@ class OutboxWriter(AbstractStreamWriter):
                 self.unguard()
                 self._page.inc("responses_unguarded")
                 return
-            await asyncio.sleep(_ROOM_POLL)
+            await asyncio.sleep(ROOM_POLL)
         await self.drain_to(slot.ring_bytes - size)
         self._limit(slot.ring_bytes // 2)
 

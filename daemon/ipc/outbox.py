@@ -76,7 +76,7 @@ class Outbox:
         `state`: its first one; all later ones have as many words. `ring_bytes`: size of its ring, a power of two.
         """
         words = 2 + len(state)
-        fixed = 2 * words * 8 + len(facts)
+        fixed = _fixed_bytes(facts, state)
         if not self._free:
             raise OutboxFull("the outbox has no free slot")
         at = self.allocate(fixed)
@@ -99,6 +99,10 @@ class Outbox:
         self._live[slot] = found = OutboxSlot(self, self._view, self._words, slot)
         return found
 
+    def can_hold(self, facts: bytes, state: Sequence[int], ring_bytes: int) -> bool:
+        """Return True if the outbox could hold such a response if it were empty."""
+        return rounded(_fixed_bytes(facts, state)) + rounded(ring_bytes) <= self.capacity
+
     def allocate(self, size: int) -> int:
         """Return the offset of a new extent in the segment. Raises OutboxFull."""
         start = self._arena.allocate(size)
@@ -116,6 +120,11 @@ class Outbox:
             self.free(at, size)
         del self._live[slot]
         self._free.append(slot)
+
+
+def _fixed_bytes(facts: bytes, state: Sequence[int]) -> int:
+    """Return the size of the two copies and of the facts."""
+    return 2 * (2 + len(state)) * 8 + len(facts)
 
 
 class OutboxSlot:
