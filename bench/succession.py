@@ -199,7 +199,8 @@ def itl(outcomes: list[Outcome], begin: float, end: float) -> dict[str, float] |
 
 def restart_lines(found: dict[str, Any]) -> list[str]:
     """Return the lines of the table."""
-    lines = [f"everything restarts under load: {found['requests']} requests, {found['failed']} failed"]
+    why = f": {', '.join(found['errors'])}" if found["failed"] else ""
+    lines = [f"everything restarts under load: {found['requests']} requests, {found['failed']} failed{why}"]
     lines += [f"{'':<10}{'seconds':>9}{'ITL p50 ms':>12}{'p99':>9}{'max':>9}"]
     for row in found["rounds"]:
         for name in ("quiet", "restart"):
