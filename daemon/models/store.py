@@ -48,7 +48,7 @@ def resolve(model: str, load_format: str, progress: Progress) -> Path:
     if path is None:
         return _hub_model(_hub_name(model), load_format, progress)
     if path.is_dir():
-        return _directory(path)
+        return _with_tokenizer(_directory(path), str(path), progress)
     return _gguf_model(path, progress)
 
 
@@ -112,9 +112,33 @@ def _hub_model(name: HubName, load_format: str, progress: Progress) -> Path:
     found = cache.fetch(name, progress, weights=load_format != "dummy")
     cache.touch(name)
     if not name.gguf:
-        return found.path
+        return _with_tokenizer(found.path, str(name), progress)
     file = name._replace(gguf=str(found.path.relative_to(cache.snapshot(name, found.commit))))
     return _gguf_model(found.path, progress, str(file))
+
+
+def _with_tokenizer(path: Path, source: str, progress: Progress) -> Path:
+    """Return a directory with a tokenizer.json: `path` itself, or one with links to its files and a converted one."""
+    original = path / "tokenizer.model"
+    if (path / "tokenizer.json").exists() or not original.is_file():
+        return path
+    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        stat = original.stat()
+    except OSError as e:
+        raise ModelError(f"cannot read {original}: {e.strerror}") from None
+    known = f"{CONVERTER} {path} {names} {stat.st_size} {stat.st_mtime_ns}"
+    target = models_dir() / hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:12] / path.name
+
+    def build(directory: Path) -> None:
+        from daemon.models.sentencepiece_tokenizer import convert_tokenizer
+
+        progress(f"converting {original} to tokenizer.json, stored in {target.parent}")
+        convert_tokenizer(path, directory)
+        for name in names:
+            (directory / name).symlink_to(path / name)
+
+    return _build_once(target, build, source, progress)
 
 
 def source_file(target: Path) -> Path:
@@ -271,7 +295,7 @@ def _unpack_demo(scratch: Path) -> Path:
 
 
 def _sync(directory: Path) -> None:
-    for file in directory.iterdir():
+    for file in (f for f in directory.iterdir() if not f.is_symlink()):
         with file.open("rb") as f:
             os.fsync(f.fileno())
     _sync_directory(directory)

@@ -97,7 +97,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
             merges=[(a, b) for _, a, b in merges],
             unk_token=unknown[0] if unknown else None,
             fuse_unk=True,
-            byte_fallback=True,
+            byte_fallback=bool(metadata.get("tokenizer.ggml.byte_fallback", True)),
         )
     )
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

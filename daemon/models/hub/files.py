@@ -70,6 +70,8 @@ def weight_files(repo: str, listing: Listing, index: Mapping[str, Any] | None) -
 def check_is_model(repo: str, listing: Listing) -> None:
     """Raise ModelError if the repository cannot be a model directory."""
     if "config.json" in listing:
+        if not any(name in listing for name in _TOKENIZERS):
+            raise ModelError(f"{repo} has neither {' nor '.join(_TOKENIZERS)}; look for one that has")
         return
     if any(name.endswith(".gguf") for name in listing):
         raise ModelError(f"{repo} has GGUF files only; name one of them: {_choices(repo, listing)}")

@@ -13,8 +13,10 @@ from daemon.models.files import ModelError
 from daemon.models.hub import cache
 from daemon.models.hub.name import HubName
 from daemon.models.loader import open_model
+from daemon.models.tokenizer import Tokenizer
 from tests.models.gguf.tiny_gguf import make_tiny_gguf
 from tests.models.hub.stand_in import TOKEN
+from tests.models.test_sentencepiece_tokenizer import train
 from tests.models.tiny_model import make_tiny_llama
 
 NAME = "tiny-org/Tiny-1B"
@@ -205,6 +207,20 @@ def test_what_cannot_be_served_is_refused_before_its_weights_come(hub, tmp_path)
     with pytest.raises(ModelError, match=rf"^{NAME}: config.json: .*MambaForCausalLM"):
         resolve()
     assert not any(path.startswith("cdn:") for path in hub.paths())
+
+
+def test_a_repository_with_only_a_sentencepiece_model(hub, tmp_path):
+    path = make_tiny_llama(tmp_path / "m", vocab=400, tokenizer=False)
+    hub.add("o/none", path)
+    with pytest.raises(ModelError, match=r"o/none has neither tokenizer\.json nor tokenizer\.model"):
+        resolve("o/none")
+    train(path)
+    hub.add(NAME, path)
+    found, progress = resolve()
+    assert Tokenizer(found).encode("the fox", False)
+    assert open_model(found, store.default_name(NAME)).name == NAME
+    assert "to tokenizer.json" in progress[-1]
+    assert resolve() == (found, [])
 
 
 def test_dummy_weights_need_no_weights(hub, tiny):
