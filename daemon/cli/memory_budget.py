@@ -37,6 +37,22 @@ def kv_pool_bytes(config: Config, model_config: ModelConfig, engines: int, avail
     return pool
 
 
+def dequantised_warning(config: Config, model_config: ModelConfig, stored: int) -> str:
+    """Return how large quantised weights become when they are loaded; "" if they are not quantised.
+
+    `stored`: bytes of the checkpoint.
+    """
+    if not model_config.quantisation or config.engine != "model" or config.load_format == "dummy":
+        return ""
+    arithmetic = arithmetic_of(config)
+    method = model_config.quantisation.get("quant_method")
+    loaded = weights_bytes(model_config, arithmetic) + embedding_bytes(model_config)
+    return (
+        f"warning: the {method} weights of {model_config.name}, {_mib(stored)}, are dequantised when they are "
+        f"loaded: each engine needs about {_mib(loaded)} for them, as for the model in {arithmetic}"
+    )
+
+
 def kv_token_bytes(config: Config, model_config: ModelConfig) -> int:
     """Return the bytes of the KV cache that one token needs."""
     item = _KV_ITEM_BYTES if not config.on_gpus else 1 if config.kv_dtype == "fp8" else 2

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from daemon.api.key_file import read_key_file
 from daemon.cli import devices, gpu_kernels
 from daemon.cli.limits import check_machine_limits, check_model_limits, kept_connections_warning
-from daemon.cli.memory_budget import kv_pool_bytes
+from daemon.cli.memory_budget import dequantised_warning, kv_pool_bytes
 from daemon.config import Config, ConfigError
 from daemon.ipc.keys_page import Key
 from daemon.machine import measure
@@ -56,8 +56,11 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
         machine = measure()
         pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), machine.memory)
         check_machine_limits(config, machine, pool_bytes)
-        if warning := kept_connections_warning(config, machine):
-            progress(warning)
+        stored = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+        dequantised = dequantised_warning(config, model_config, stored)
+        for warning in (kept_connections_warning(config, machine), dequantised):
+            if warning:
+                progress(warning)
     if missing and on_trial:
         gpu_kernels.check_tools(missing, progress)
     elif missing:

@@ -1,7 +1,8 @@
 """Sources of a model's tensors: a safetensors directory, or random numbers.
 
 Tensors of a checkpoint are views of the mapped files. Engines that map the same file share its pages. The weights
-packed for the linear layers are a private copy in each process, so only the embedding table stays shared.
+packed for the linear layers are a private copy in each process, so only the embedding table stays shared. Quantised
+matrices are dequantised to float32 when they are read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from daemon.models import checkpoint
 from daemon.models.model_config import ModelConfig, ModelError
+from daemon.models.quantised import Matrix
 from daemon.models.tensors import expected_tensors
 
 
@@ -37,18 +39,33 @@ class CheckpointWeights:
 
     def __init__(self, config: ModelConfig) -> None:
         self._files: dict[Path, Any] = {}
-        self._places = checkpoint.check(config)
+        self._sources = checkpoint.check(config)
+        self._dequantised = "", torch.empty(0)  # the last matrix: several tensors may be rows of it
 
     def get(self, name: str) -> torch.Tensor:
-        file, place = self._places[name]
+        place, stored, matrix = self._sources[name]
+        if matrix is not None:
+            tensor = self._dequantise(place.name, matrix)
+        else:
+            assert stored is not None
+            tensor = self._mapped(stored.file, place.name)
+        rows = tensor if place.part is None else tensor[place.part]
+        return rows[place.begin : place.end]
+
+    def _mapped(self, file: Path, name: str) -> torch.Tensor:
         try:
             if file not in self._files:
                 self._files[file] = safe_open(file, framework="pt", device="cpu")
-            tensor: torch.Tensor = self._files[file].get_tensor(place.name)
+            tensor: torch.Tensor = self._files[file].get_tensor(name)
         except (OSError, SafetensorError) as e:
-            raise ModelError(f"cannot read {place.name} from {file}: {e}") from None
-        rows = tensor if place.part is None else tensor[place.part]
-        return rows[place.begin : place.end]
+            raise ModelError(f"cannot read {name} from {file}: {e}") from None
+        return tensor
+
+    def _dequantise(self, name: str, matrix: Matrix) -> torch.Tensor:
+        if self._dequantised[0] != name:
+            self._dequantised = "", torch.empty(0)  # first free the one before
+            self._dequantised = name, torch.from_numpy(matrix.read())
+        return self._dequantised[1]
 
 
 class DummyWeights:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Activation = Literal["silu", "gelu_tanh"]
 NormKind = Literal["pre", "sandwich", "post"]
@@ -96,6 +97,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # factor of what attention and MLP add to the residual stream
     logits_divisor: float = 1.0
     experts: ExpertsConfig | None = None
+    quantisation: Mapping[str, Any] = field(default_factory=dict)  # quantization_config, if the weights are quantised
 
     @property
     def num_layers(self) -> int:

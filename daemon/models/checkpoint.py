@@ -1,7 +1,6 @@
 """Safetensors checkpoints: locate tensors, check that files are complete, and write new checkpoints.
 
-File format: length of the header (u64, little-endian), a JSON header with dtype, shape and byte range of every
-tensor, then the data. This module reads only headers.
+`safetensors_file` has the format of a file, `quantised` that of quantised matrices.
 """
 
 from __future__ import annotations
@@ -18,22 +17,14 @@ import numpy as np
 from daemon.models.architecture import ModelConfig
 from daemon.models.families import Place
 from daemon.models.files import ModelError, read_json
-from daemon.models.tensors import find_tensors
+from daemon.models.quantised import Matrix, find_matrices, read_scheme
+from daemon.models.safetensors_file import Tensor, check_size, read_array, read_header
+from daemon.models.tensors import expected_tensors, find_tensors
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SHARD_BYTES = 4 * 10**9
-_MAX_HEADER = 100 << 20
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-
-
-class Tensor(NamedTuple):
-    """Location of a tensor in its file. `start` and `end` are byte offsets from the beginning of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def weight_map(path: Path) -> dict[str, Path]:
@@ -58,40 +49,32 @@ def weight_map(path: Path) -> dict[str, Path]:
     return {name: path / file for name, file in names.items()}
 
 
-def read_header(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, by name. Raises ModelError if it is truncated or not safetensors."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ModelError(f"{file} is truncated or not a safetensors file ({size} bytes)")
-            raw = json.loads(f.read(length))
-    except OSError as e:
-        raise ModelError(f"cannot read {file}: {e.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ModelError(f"{file} is not a safetensors file: its header is not JSON") from None
-    try:
-        tensors = {n: _tensor(t, 8 + length) for n, t in raw.items() if n != "__metadata__"}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ModelError(f"{file} has a damaged safetensors header; download it again") from None
-    end = max((t.end for t in tensors.values()), default=8 + length)
-    if end > size:
-        raise ModelError(f"{file} is truncated: {size} of {end} bytes; download it again")
-    return tensors
+class Source(NamedTuple):
+    """Where a canonical tensor comes from: rows of the stored tensor `tensor`, or of the quantised `matrix`."""
+
+    place: Place
+    tensor: Tensor | None
+    matrix: Matrix | None
 
 
-def check(config: ModelConfig) -> dict[str, tuple[Path, Place]]:
+def check(config: ModelConfig) -> dict[str, Source]:
     """Check that the directory has exactly the weights that `config` describes. Raises ModelError.
 
-    Return the file and the place of each canonical tensor.
+    Return the source of each canonical tensor.
     """
     files = weight_map(config.path)
     headers = {file: read_header(file) for file in set(files.values())}
-    stored = {name for name, file in files.items() if name in headers[file]}
-    found = {name: (files[place.name], place) for name, place in find_tensors(config, stored).items()}
-    for file, place in found.values():
-        _check_tensor(f"{file}: {place.name}", headers[file][place.name], place.shape)
+    stored = {name: headers[file][name] for name, file in files.items() if name in headers[file]}
+    scheme = read_scheme(config)
+    matrices, tensors = find_matrices(scheme, stored) if scheme else ({}, stored)
+    unused = _zero_biases(config, matrices, tensors)
+    names = matrices.keys() | (tensors.keys() - unused)
+    found = {
+        name: Source(place, tensors.get(place.name), matrices.get(place.name))
+        for name, place in find_tensors(config, names).items()
+    }
+    for source in {source.place: source for source in found.values()}.values():
+        _check_source(config.path, source)
     return found
 
 
@@ -138,21 +121,30 @@ def _no_weights(path: Path) -> str:
     return f"{path} has neither {_SINGLE} nor {_INDEX}"
 
 
-def _tensor(raw: dict[str, object], base: int) -> Tensor:
-    shape, offsets = raw["shape"], raw["data_offsets"]
-    if not isinstance(shape, list) or not isinstance(offsets, list):
-        raise TypeError
-    start, end = offsets
-    return Tensor(str(raw["dtype"]), tuple(int(n) for n in shape), base + int(start), base + int(end))
+def _zero_biases(config: ModelConfig, matrices: Mapping[str, Matrix], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the biases of quantised matrices that the model does not have and that are zero.
+
+    Some tools (early AutoGPTQ) write one for each matrix.
+    """
+    names = {name.removesuffix("weight") + "bias" for name in matrices}.intersection(tensors)
+    return {name for name in names.difference(expected_tensors(config)) if not read_array(tensors[name]).any()}
 
 
-def _check_tensor(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in ITEM_BYTES:
-        raise ModelError(f"{what} is stored as {tensor.dtype}; supported are F32, F16 and BF16")
-    if tensor.shape != shape:
-        raise ModelError(f"{what} has shape {list(tensor.shape)}; config.json needs {list(shape)}")
-    if tensor.end - tensor.start != math.prod(shape) * ITEM_BYTES[tensor.dtype]:
-        raise ModelError(f"{what}: its byte range does not match its shape; the file is damaged, download it again")
+def _check_source(path: Path, source: Source) -> None:
+    place, tensor, matrix = source
+    if matrix is not None:
+        _check_shape(f"{path}: {place.name}", matrix.shape, place.shape)
+    elif tensor is not None:
+        what = f"{tensor.file}: {place.name}"
+        if tensor.dtype not in ITEM_BYTES:
+            raise ModelError(f"{what} is stored as {tensor.dtype}; supported are F32, F16 and BF16")
+        _check_shape(what, tensor.shape, place.shape)
+        check_size(what, tensor)
+
+
+def _check_shape(what: str, shape: tuple[int, ...], needed: tuple[int, ...]) -> None:
+    if shape != needed:
+        raise ModelError(f"{what} has shape {list(shape)}; config.json needs {list(needed)}")
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -89,6 +89,7 @@ def _parse(path: Path, name: str, config: dict[str, Any]) -> ModelConfig:
         tie_embeddings=flag(config, "tie_word_embeddings"),
         eos_token_ids=ends,
         query_scale=head_dim**-0.5,
+        quantisation=_quantisation(config),
     )
     return family.describe(base, config)
 
@@ -101,11 +102,16 @@ def _complete(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     return _DEFAULTS | dict(family.defaults) | config | inner
 
 
+def _quantisation(config: RawConfig) -> dict[str, Any]:
+    """Return how the weights are quantised. `daemon.models.quantised` reads it when there are weights to open."""
+    for key in ("quantization_config", "compression_config"):  # the second: early compressed-tensors
+        if value := config.get(key):
+            if not isinstance(value, dict):
+                raise ModelError(f"{key} is not an object")
+            return value
+    return {}
+
+
 def _check_common(config: RawConfig) -> None:
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise ModelError(
-            "quantization_config: quantised checkpoints are not supported; use the bf16 or fp32 weights of the "
-            "model, or a .gguf file"
-        )
     if "hidden_activation" not in config and config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelError(f"hidden_act is {config['hidden_act']!r}; supported is 'silu'")

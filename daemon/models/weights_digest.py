@@ -12,8 +12,9 @@ import os
 from hashlib import blake2b
 from pathlib import Path
 
-from daemon.models.checkpoint import read_header, weight_map
+from daemon.models.checkpoint import weight_map
 from daemon.models.files import ModelError
+from daemon.models.safetensors_file import read_header
 
 SAMPLE_BYTES = 4 << 10
 STRIDE = 1 << 20  # bytes from one sample of a tensor to the next

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.cli.memory_budget import MIN_POOL, kv_pool_bytes
+from daemon.cli.memory_budget import MIN_POOL, dequantised_warning, kv_pool_bytes
 from daemon.config import Config, ConfigError, options
 from daemon.models.architecture import LayerConfig, ModelConfig, RopeConfig
 
@@ -90,3 +90,18 @@ def test_the_pools_fit_into_memory(engines: int, available: int, kv_memory: int)
         return
     assert pool >= 256 * TOKEN
     assert engines * (pool + 2 * MODEL_CONFIG.num_params) <= available
+
+
+def test_quantised_weights_count_with_their_size_in_memory():
+    quantised = replace(MODEL_CONFIG, quantisation={"quant_method": "gptq", "bits": 4}, vocab_size=2**19)
+    kv = Config(kv_memory=7 * MIB)
+    need = 400 * MIB + 2**19 * 64 * (2 + 4)  # an engine, and a table whose output layer is float32
+    with pytest.raises(ConfigError, match="does not fit"):
+        kv_pool_bytes(kv, quantised, 1, need)
+    assert kv_pool_bytes(kv, quantised, 1, 2 * need) == 7 * MIB
+    warning = dequantised_warning(kv, quantised, 20 * MIB)
+    assert "gptq weights of m, 20 MiB" in warning and "192 MiB" in warning and "in bf16" in warning
+    assert "in fp32" in dequantised_warning(replace(kv, deterministic=True), quantised, 20 * MIB)
+    assert not dequantised_warning(kv, MODEL_CONFIG, 20 * MIB)
+    assert not dequantised_warning(replace(kv, load_format="dummy"), quantised, 20 * MIB)
+    assert not dequantised_warning(replace(kv, engine="stub"), quantised, 20 * MIB)

@@ -101,7 +101,8 @@ def test_mistral_slides_unless_its_window_is_null(tmp_path):
     ("changes", "reason"),
     [
         ({"architectures": ["BertModel"]}, "BertModel"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' is not supported"),
+        ({"quantization_config": "awq"}, "quantization_config is not an object"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "spiral"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),

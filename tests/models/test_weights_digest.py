@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from daemon.models import checkpoint
+from daemon.models import checkpoint, safetensors_file
 from daemon.models.model_config import ModelError
 from daemon.models.weights_digest import STRIDE, file_stamps, weights_digest
 from tests.models.tiny_model import make_tiny_llama
@@ -35,7 +35,7 @@ def test_a_copy_has_the_same_digest_and_other_weights_of_the_same_shape_and_time
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
 def test_one_changed_tensor_is_found(model: Path, name: str):
     digest, file = weights_digest(model), model / "model.safetensors"
-    tensor = checkpoint.read_header(file)[name]
+    tensor = safetensors_file.read_header(file)[name]
     data = bytearray(file.read_bytes())
     values = np.frombuffer(data, np.float32, (tensor.end - tensor.start) // 4, tensor.start)
     values *= np.float32(1.001)
