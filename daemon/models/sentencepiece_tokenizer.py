@@ -36,7 +36,7 @@ def convert_tokenizer(source: Path, directory: Path) -> None:
         # token does. sentencepiece knows no special tokens, and adds a space in any case.
         scheme = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
         tokenizer.normalizer = normalizers.Sequence([])
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     _add_tokens(file, tokenizer, _added_tokens(source, config))
     _add_ends(tokenizer, config, proto)
     for text in _SAMPLES:
@@ -60,7 +60,8 @@ def _read(file: Path) -> tuple[Any, Any]:
         ) from None
     try:
         processor = SentencePieceProcessor(model_file=str(file))
-        return processor, sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+        messages: Any = sentencepiece_model_pb2  # protobuf makes its classes at run time
+        return processor, messages.ModelProto.FromString(file.read_bytes())
     except Exception as e:  # the library raises what it likes
         raise ModelError(f"{file} is not a sentencepiece model: {e}; copy it again") from None
 
@@ -121,11 +122,11 @@ def _add_ends(tokenizer: Tokenizer, config: dict[str, Any], proto: Any) -> None:
     pieces, trainer = proto.pieces, proto.trainer_spec
     bos = pieces[trainer.bos_id].piece if 0 <= trainer.bos_id < len(pieces) else None
     eos = pieces[trainer.eos_id].piece if 0 <= trainer.eos_id < len(pieces) else None
-    before = [_text(config, "bos_token", bos)] if config.get("add_bos_token", True) else []
-    after = [_text(config, "eos_token", eos)] if config.get("add_eos_token", False) else []
-    before, after = ([t for t in part if t and tokenizer.token_to_id(t) is not None] for part in (before, after))
+    begin = _text(config, "bos_token", bos) if config.get("add_bos_token", True) else None
+    end = _text(config, "eos_token", eos) if config.get("add_eos_token", False) else None
+    before, after = ([t] if t and tokenizer.token_to_id(t) is not None else [] for t in (begin, end))
     if before or after:
-        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1", *(f"{t}:1" for t in after)],
             special_tokens=[(t, tokenizer.token_to_id(t)) for t in dict.fromkeys([*before, *after])],
