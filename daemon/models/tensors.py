@@ -64,7 +64,7 @@ def find_tensors(config: ModelConfig, stored: Collection[str]) -> dict[str, Plac
     if extra := [name for name in stored if name not in used and not family.ignores(name)]:
         raise ModelError(
             f"{config.path}: the weights have {len(extra)} tensors that config.json has no place for, "
-            f"for example {extra[0]}"
+            f"for example {min(extra)}"
         )
     return found
 
