@@ -15,16 +15,18 @@ CHANGED = (
 )
 _FILES = (
     *("config.json", "generation_config.json", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
 )
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def text_digest(model_dir: str) -> str:
     """Return a digest of the text files of a model directory, in hex. A file that is missing counts as empty."""
     digest = blake2b(digest_size=16)
-    for name in _FILES:
+    directory = Path(model_dir)
+    for file in [*(directory / name for name in _FILES), *sorted(directory.glob(_MORE_TEMPLATES))]:
         try:
-            content = (Path(model_dir) / name).read_bytes()
+            content = file.read_bytes()
         except OSError:
             content = b""
         digest.update(b"%d " % len(content) + content)

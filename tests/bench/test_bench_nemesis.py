@@ -142,6 +142,7 @@ def run(tmp_path: Path, *arguments: str) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.e2e
 def test_a_short_run_finds_nothing(tmp_path):
     found = run(tmp_path, "--seed", "7", "--faults", "40", "--lanes", "7", "--short")
