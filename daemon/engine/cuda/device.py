@@ -93,3 +93,8 @@ def shared_memory_bytes(device: torch.device) -> int:
         return 1 << 30
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
+
+
+def head_dims(device: torch.device) -> tuple[int, ...]:
+    """Return the widths of heads that attention can compute; (): all."""
+    return kernels.HEAD_DIMS if device.type == "cuda" else ()

@@ -12,8 +12,8 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -98,6 +98,7 @@ def required(
             f"{model_config.name}: a mixture of experts needs a GPU of compute capability 9.0 or 10.0, for which "
             f"PyTorch has grouped products, not {arch}; serve it on cpu"
         )
+    model_config = widened(model_config, HEAD_DIMS)
     if model_config.head_dim not in HEAD_DIMS:
         known = ", ".join(map(str, HEAD_DIMS))
         raise KernelError(
@@ -128,6 +129,15 @@ def required(
         KernelSpec("norm", "RMSNorm", "norm"),
         *attention,
     ]
+
+
+def widened(model_config: ModelConfig, head_dims: Sequence[int]) -> ModelConfig:
+    """Return the model with heads of the next of `head_dims`, ascending, or unchanged if there is none.
+
+    The added elements of queries, keys and values are zeros, so scores and results stay. Norms of heads would change.
+    """
+    width = next((dim for dim in head_dims if dim >= model_config.head_dim), 0)
+    return model_config if model_config.qk_norm or not width else replace(model_config, head_dim=width)
 
 
 def known_names() -> frozenset[str]:

@@ -24,6 +24,7 @@ from daemon.engine.cuda.device import (
     choose_format,
     device_memory,
     explained_out_of_memory,
+    head_dims,
     shared_memory_bytes,
 )
 from daemon.engine.cuda.dummy_steps import dummy_step, largest_step
@@ -107,7 +108,8 @@ class CudaRunner:
         self.products: Products  # set by `load`
         self.path_seconds: dict[int, dict[str, float]] = {}  # of a decode step, by bucket with several paths
         self.mixed_seconds: dict[MixedSteps, float] = {}  # of a step of decodes and a chunk, if measured
-        self._config = config
+        self._stored = config
+        self._config = config = kernels.widened(config, head_dims(self._device))
         self._settings = settings
         self._format = choose_format(self._device, settings)
         self._prefill = prefill
@@ -182,7 +184,8 @@ class CudaRunner:
     def _build(self) -> None:
         """Build everything except the pool and the graphs."""
         ops, self._attention, gemv, self._stream = self._backend()
-        weights = load_weights(self._config, self._settings.load_format, self._device, self._format.dtype)
+        head_dim, dtype = self._heads.head_dim, self._format.dtype
+        weights = load_weights(self._stored, self._settings.load_format, self._device, dtype, head_dim=head_dim)
         self.products = Products(ops)
         model = Decoder(
             self._config, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv, products=self.products

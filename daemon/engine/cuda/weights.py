@@ -81,19 +81,14 @@ class DeviceDummy:
         return values.uniform_(-0.03, 0.03, generator=generator)
 
 
-def load_weights(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
-    """Read or make all weights. Raises ModelError for an incomplete checkpoint."""
-    return _fuse(config, _source(config, load_format, device, dtype), device, dtype)
+def load_weights(
+    config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype, *, head_dim: int
+) -> DeviceWeights:
+    """Read or make all weights. Raises ModelError for an incomplete checkpoint.
 
-
-def _source(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> Weights:
-    if load_format != "dummy":
-        return CheckpointWeights(config)
-    return DummyWeights(config) if device.type == "cpu" else DeviceDummy(config, device, dtype)
-
-
-def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype) -> DeviceWeights:
-    load = _Loader(config, source, device, dtype)
+    `head_dim`: width of the heads on the device; if it is more than the model's, the other elements are zeros.
+    """
+    load = _Loader(config, _source(config, load_format, device, dtype), device, dtype, head_dim)
     embedding = load.tensor("model.embed_tokens.weight")
     return DeviceWeights(
         embedding=embedding,
@@ -103,11 +98,20 @@ def _fuse(config: ModelConfig, source: Weights, device: torch.device, dtype: tor
     )
 
 
+def _source(config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype) -> Weights:
+    if load_format != "dummy":
+        return CheckpointWeights(config)
+    return DummyWeights(config) if device.type == "cpu" else DeviceDummy(config, device, dtype)
+
+
 class _Loader:
     """Puts the tensors of `source` together on the device. Each one is freed before the next one is read."""
 
-    def __init__(self, config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype, head_dim: int
+    ) -> None:
         self._config = config
+        self._head_dim = head_dim
         self._source = source
         self._shapes = expected_tensors(config)
         self._device = device
@@ -128,8 +132,8 @@ class _Loader:
         attention = f"{at}.self_attn"
         layer = Layer(
             attention_norm=self._optional(at, names.before_attention),
-            qkv=self._linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias),
-            out=self._linear(attention, "o_proj", bias=config.out_bias),
+            qkv=self._wide_rows(self._linear(attention, "q_proj", "k_proj", "v_proj", bias=config.qkv_bias)),
+            out=self._wide_columns(self._linear(attention, "o_proj", bias=config.out_bias)),
             mlp_norm=self._optional(at, names.before_mlp),
             gate_up=None,
             down=None,
@@ -153,6 +157,24 @@ class _Loader:
             self.tensor(*(f"{at}.{name}.weight" for name in names)),
             self.tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None,
         )
+
+    def _wide_rows(self, linear: Linear) -> Linear:
+        """Return a linear layer that gives heads, with zeros up to their width on the device."""
+        if self._head_dim == self._config.head_dim:
+            return linear
+        return Linear.of(self._widened(linear.weight), None if linear.bias is None else self._widened(linear.bias))
+
+    def _wide_columns(self, linear: Linear) -> Linear:
+        """The same for a linear layer that takes heads."""
+        if self._head_dim == self._config.head_dim:
+            return linear
+        return Linear.of(self._widened(linear.transposed).t().contiguous(), linear.bias)
+
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        heads = rows.unflatten(0, (-1, self._config.head_dim))
+        out = rows.new_zeros(len(heads), self._head_dim, *rows.shape[1:])
+        out[:, : self._config.head_dim] = heads
+        return out.flatten(0, 1)
 
     def _experts(self, at: str) -> Experts:
         """Fill the stacked weights expert by expert, so that no second copy of a layer is in memory."""

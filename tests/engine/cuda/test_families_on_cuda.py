@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 
+from daemon.engine.cuda import runner as runner_module
 from daemon.engine.cuda.small_batch import small_batch_buckets
 from daemon.models.model_config import read_model_config
 from tests.engine.cpu.harness import generate, is_greedy, reference_logits, request, step, transformers_model
@@ -66,6 +67,18 @@ def test_logits(runner, reference):
 def test_small_batches_have_kernels_of_their_own_only_for_layers_like_a_llamas(kind, model_dir):
     buckets = small_batch_buckets((1, 2, 4, 8), read_model_config(model_dir), 1 << 17)
     assert buckets == ((1, 2, 4) if kind in LIKE_A_LLAMA else ())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "phi3, part of a head rotated"])
+def test_heads_without_a_kernel_of_their_width_are_filled_with_zeros(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "head_dims", lambda device: (8, 48, 64))
+    path = make_tiny(tmp_path, FAMILIES[kind])
+    runner = make_cuda_runner(path, blocks=60)
+    assert runner.pool_spec(1).head_dim == 48
+    rng, blocks = random.Random(3), count(1)
+    requests = [request(tokens(rng, n), blocks, n + 8) for n in (3, 60, 90)]
+    generate(runner, requests, output=6, chunk=40)
+    assert all(is_greedy(transformers_model(path), r) for r in requests)
 
 
 @pytest.mark.parametrize("rope", ROPES)

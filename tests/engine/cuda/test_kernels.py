@@ -109,6 +109,7 @@ def attention(specs):
     [
         (64, {}, [("fa2", "bf16", "bf16", 64, False, False)]),
         (128, {"dtype": "fp16"}, [("fa2", "f16", "f16", 128, False, False)]),
+        (96, {}, [("fa2", "bf16", "bf16", 128, False, False)]),
         (128, {"kv_dtype": "fp8"}, [("fa2", "bf16", "e4m3", 128, False, False)]),
         (
             256,
@@ -122,6 +123,11 @@ def test_attention_is_compiled_for_the_dtypes_and_head_dim_of_the_model(config, 
     assert attention(specs) == expected
     ours = {spec().name for spec in (kernels.silu, kernels.sampler, kernels.append, kernels.gemv)}
     assert {"norm"} | ours < set(names(specs))
+
+
+def test_heads_that_are_normalised_are_not_widened(config):
+    with pytest.raises(KernelError, match="head_dim 64, 128, 256, not 80"):
+        kernels.required(replace(config, head_dim=80, qk_norm="head"), arch="9.0a")
 
 
 WINDOW_IN_ONE_LAYER = {"layers": (LayerConfig(), LayerConfig(window=40))}
@@ -161,7 +167,7 @@ def test_a_rope_that_the_append_kernel_cannot_rotate_is_rejected(config):
 @pytest.mark.parametrize(
     ("head_dim", "arch", "options", "words"),
     [
-        (80, "9.0a", {}, "head_dim 64, 128, 256, not 80"),
+        (272, "9.0a", {}, "head_dim 64, 128, 256, not 272"),
         (64, "8.9", {"prefill": "fa3"}, "not for 8.9"),
         (64, "10.0a", {"prefill": "fa3"}, "9.0a only"),
         (64, "9.0a", {"prefill": "fa3", "kv_dtype": "fp8"}, "cannot read an fp8"),
