@@ -15,7 +15,7 @@ from daemon.api.generator import Overloaded
 from daemon.api.outbox_writer import RING_BYTES
 from daemon.api.response_guard import ResponseGuard
 from daemon.ipc.outbox import Outbox
-from tests.api.test_succession import connected, facts
+from tests.api.test_response_succession import connected, facts
 
 
 class KeptConnection(Connection):
