@@ -228,7 +228,8 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 
 def _convert(file: Path, directory: Path, progress: Progress) -> None:
-    from daemon.models.gguf.convert import convert, open_gguf
+    from daemon.models.gguf.convert import convert
+    from daemon.models.gguf.file import open_gguf
 
     source = open_gguf(file)
     size = source.converted_bytes

@@ -17,6 +17,7 @@ from daemon.models.model_config import ModelError
 from daemon.models.special_tokens import END_NAMES
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # token types
+_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # of Phi-3
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,7 +42,7 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
             f"tokenizer {kind!r} is not supported; supported are gpt2 (byte-level BPE) and llama (sentencepiece)"
         )
     tokens = _list(metadata, "tokens", str)
-    _add_tokens(tokenizer, tokens, _list(metadata, "token_type", int, len(tokens)))
+    _add_tokens(tokenizer, tokens, _list(metadata, "token_type", int, len(tokens)), _eats_spaces(metadata))
     named = {f"{n}_token": _token(metadata, tokens, n) for n in ("bos", "eos", "padding", "unknown")}
     if _adds_bos(metadata) and (bos := named["bos_token"]) is not None:
         template = processors.TemplateProcessing(
@@ -110,15 +111,25 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int], eats_spaces: bool) -> None:
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind != _USER or token in END_NAMES, normalized=False)
+            AddedToken(
+                token,
+                special=kind != _USER or token in END_NAMES,
+                normalized=False,
+                rstrip=eats_spaces and token not in _KEEPS_SPACES,
+            )
             for token, kind in zip(tokens, types, strict=True)
             # Files are published in which the token that ends a turn has the type of a word.
             if kind in (_UNKNOWN, _CONTROL, _USER) or token in END_NAMES
         ]
     )
+
+
+def _eats_spaces(metadata: dict[str, Any]) -> bool:
+    """Return True if the special tokens include the white space after them. GGUF does not say; Phi-3's do."""
+    return metadata.get("general.architecture") == "phi3" and metadata.get("tokenizer.ggml.model") == "llama"
 
 
 def _adds_bos(metadata: dict[str, Any]) -> bool:
@@ -168,5 +179,5 @@ _SPLITS: dict[str, Callable[[], Any]] = (
     | dict.fromkeys(("smaug-bpe", "dbrx"), _regex_split(_LLAMA3))
     | dict.fromkeys(("gpt-2", "gpt2", "olmo"), _gpt2_split)
     | dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), _digits_split)
-    | {"qwen2": _regex_split(_QWEN2), "tekken": _regex_split(_TEKKEN)}
+    | {"qwen2": _regex_split(_QWEN2), "deepseek-r1-qwen": _regex_split(_QWEN2), "tekken": _regex_split(_TEKKEN)}
 )

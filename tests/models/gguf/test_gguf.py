@@ -12,7 +12,9 @@ import tokenizers
 from daemon.models import checkpoint
 from daemon.models.architecture import RopeConfig
 from daemon.models.chat_template import ChatTemplate
-from daemon.models.gguf import convert
+from daemon.models.gguf.config import config_of
+from daemon.models.gguf.convert import convert
+from daemon.models.gguf.file import check, open_gguf
 from daemon.models.gguf.tokenizer import _SPLITS, write_tokenizer
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 def converted(file, directory):
     directory.mkdir()
-    convert.convert(convert.open_gguf(file), directory)
+    convert(open_gguf(file), directory)
     return open_model(directory)
 
 
@@ -55,7 +57,7 @@ def test_weights_and_config_are_converted(tmp_path, kind, rounded, tie):
     assert weights.keys() == expected.keys()
     for name, values in expected.items():
         assert (weights[name] == (bfloat16(values) if rounded else values)).all(), name
-    assert convert.open_gguf(tmp_path / "m.gguf").converted_bytes == model_config.num_params * (2 if rounded else 4)
+    assert open_gguf(tmp_path / "m.gguf").converted_bytes == model_config.num_params * (2 if rounded else 4)
 
 
 def test_the_conversion_equals_transformers(tmp_path):
@@ -145,17 +147,18 @@ def test_llama3_scaling_is_recognised_from_the_frequency_factors(tmp_path, facto
         metadata={"llama.attention.key_length": dim, "llama.attention.value_length": dim},
     )
     with pytest.raises(ModelError, match="frequency factors"):
-        convert.convert(convert.open_gguf(tmp_path / "m.gguf"), tmp_path)
+        convert(open_gguf(tmp_path / "m.gguf"), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"general.architecture": "qwen2"}, "qwen2"),
-        ({"llama.expert_count": 8}, "experts"),
+        ({"general.architecture": "mamba"}, "mamba"),
+        ({"llama.expert_count": 8}, "expert_used_count"),
         ({"split.count": 2}, "several parts"),
         ({"llama.rope.dimension_count": 8}, "partly rotated"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.factor"),
+        ({"llama.rope.scaling.type": "spiral"}, "spiral"),
         ({"llama.attention.head_count": None}, "attention.head_count"),
         ({"llama.attention.head_count": [4, 2]}, "layer to layer"),
         ({"tokenizer.ggml.pre": None}, "default"),
@@ -175,7 +178,7 @@ def test_unsupported_files_are_refused(tmp_path, metadata, reason):
 def opened(request, tmp_path_factory):
     file = tmp_path_factory.mktemp("gguf") / "m.gguf"
     make_tiny_gguf(file, layers=1)
-    source = convert.open_gguf(file)
+    source = open_gguf(file)
     if request.param == "sentencepiece":
         scores = [0.0] * len(source.metadata["tokenizer.ggml.tokens"])
         source.metadata.update({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores})
@@ -191,8 +194,8 @@ def test_any_value_in_the_metadata_is_used_or_refused_with_a_message(opened, tmp
         try:
             directory = tmp_path / f"{key}-{i}"
             directory.mkdir()
-            convert.check(source)
-            convert.config_of(source)
+            check(source)
+            config_of(source)
             write_tokenizer(source.metadata, directory)
         except ModelError as e:
             assert "invalid literal" not in str(e) and "could not convert" not in str(e)
@@ -202,12 +205,12 @@ def test_unknown_tensors_and_truncated_files_are_refused(tmp_path):
     file = tmp_path / "m.gguf"
     make_tiny_gguf(file, extra={"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)})
     with pytest.raises(ModelError, match="attn_sinks"):
-        convert.open_gguf(file)
+        converted(file, tmp_path / "out")
     content = file.read_bytes()
     for size in (8, 5000, len(content) // 2, len(content) - 4096):
         file.write_bytes(content[:size])
         with pytest.raises(ModelError, match="not a complete GGUF"):
-            convert.open_gguf(file)
+            open_gguf(file)
 
 
 @pytest.mark.parametrize("name", sorted(_SPLITS))
@@ -224,7 +227,7 @@ def test_pre_tokenizers_keep_all_text(name):
 def test_bos_is_added_if_the_metadata_says_so(tmp_path):
     file = tmp_path / "m.gguf"
     make_tiny_gguf(file, metadata={"tokenizer.ggml.add_bos_token": True})
-    write_tokenizer(convert.open_gguf(file).metadata, tmp_path)
+    write_tokenizer(open_gguf(file).metadata, tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<|endoftext|>"
     ours = Tokenizer(tmp_path)
     assert ours.encode("a", add_special=True) == [0, *ours.encode("a", add_special=False)]

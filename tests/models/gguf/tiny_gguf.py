@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from daemon.models.gguf.convert import gguf_name
+from tests.models.gguf.family_gguf import gguf_name
 from tests.models.tiny_model import CHAT_TEMPLATE, make_tiny_llama, random_weights
 
 
@@ -34,7 +34,7 @@ def make_tiny_gguf(
     writer = GGUFWriter(file, "llama")
     for key, value in (_metadata(source, config) | (metadata or {})).items():
         if value is not None:
-            writer.add_key_value(key, value, *_types(value))
+            writer.add_key_value(key, value, *value_types(value))
     expected = {}
     for name, weight in random_weights(config, seed=5).items():
         count = heads.get(name.split(".")[-2])
@@ -56,8 +56,6 @@ def make_tiny_gguf(
 
 
 def _metadata(source: Path, config: dict[str, Any]) -> dict[str, Any]:
-    model = json.loads((source / "tokenizer.json").read_text())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return {
         "llama.block_count": config["num_hidden_layers"],
         "llama.context_length": config["max_position_embeddings"],
@@ -69,6 +67,13 @@ def _metadata(source: Path, config: dict[str, Any]) -> dict[str, Any]:
         "llama.rope.freq_base": config["rope_theta"],
         "llama.rope.dimension_count": config["head_dim"],
         "llama.vocab_size": config["vocab_size"],
+    } | tokenizer_metadata(source)
+
+
+def tokenizer_metadata(source: Path) -> dict[str, Any]:
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
@@ -80,10 +85,10 @@ def _metadata(source: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _types(value: Any) -> tuple[Any, ...]:
+def value_types(value: Any) -> tuple[Any, ...]:
     from gguf import GGUFValueType as Type
 
     plain = {bool: Type.BOOL, str: Type.STRING, int: Type.UINT32, float: Type.FLOAT32}
     if isinstance(value, list):
-        return Type.ARRAY, Type.INT32 if isinstance(value[0], int) else plain[type(value[0])]
+        return Type.ARRAY, Type.INT32 if type(value[0]) is int else plain[type(value[0])]
     return (plain[type(value)],)
