@@ -45,7 +45,7 @@ from daemon.models.text_files import TextFiles, load_text_files
 log = logging.getLogger(__name__)
 
 _HEARTBEAT = 1.0  # seconds between two heartbeats
-_HANDOVER_WAIT, _HANDOVER_POLL = 1.0, 0.005  # seconds for requests that have just arrived to be journaled
+_HANDOVER_WAIT, _HANDOVER_POLL = 3.0, 0.005  # seconds for requests that have just arrived to be journaled
 _LATE = 0.5  # seconds by which a heartbeat may be late without a reason to distrust this process's own clock
 _HEARTBEAT_DEADLINE = 5.0  # seconds after a heartbeat at which the next one is overdue
 _LOADING_DEADLINE = 30.0  # seconds to load and to take over the responses of a former process

@@ -21,13 +21,16 @@ _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def text_digest(model_dir: str) -> str:
-    """Return a digest of the text files of a model directory, in hex. A file that is missing counts as empty."""
+    """Return a digest of the text files of a model directory, in hex. A file that is missing counts as empty.
+
+    Raises OSError for a file that cannot be read.
+    """
     digest = blake2b(digest_size=16)
     directory = Path(model_dir)
     for file in [*(directory / name for name in _FILES), *sorted(directory.glob(_MORE_TEMPLATES))]:
         try:
             content = file.read_bytes()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             content = b""
         digest.update(b"%d " % len(content) + content)
     return digest.hexdigest()

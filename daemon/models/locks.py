@@ -23,12 +23,15 @@ def exclusive(file: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def in_use(model_dir: Path) -> Iterator[None]:
-    """Mark a model directory as used, and the directories that its links lead to, while the body runs."""
+    """Mark a model directory as used, and the directories that its links lead to, while the body runs.
+
+    Raises OSError if this process can open no more files.
+    """
     with ExitStack() as stack:
         for directory in _directories(model_dir):
             try:
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue  # the engines report it
             stack.callback(os.close, fd)
             _try_lock(fd, fcntl.LOCK_SH)

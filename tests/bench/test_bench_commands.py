@@ -45,8 +45,10 @@ DAEMONS = {  # they start a daemon, of stub engines
 }
 SLOW = {  # a real model, or many moves
     "equality": "--quick --json {out}/result.json",
+    "experts": "--repeat 1 --out {out}/result.json",
     "migration": "--quick --json {out}/result.json",
     "scenarios": "--quick --json {out}/result.json",
+    "succession": "--quick --json {out}/result.json",
     "transfer": "--blocks 4 --batch 1 --repeat 1 --rounds 1 --out {out}/result.json",
 }
 NEED_A_GPU = ("kernels", "products", "copies")
