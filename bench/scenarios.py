@@ -8,14 +8,13 @@ Starts its own daemons with two engines on the demo model. bench/README.md expla
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import death, defragmentation, drain, priority
-from bench.machine import describe
+from bench.parts import run_parts
 
 Scenario = tuple[Callable[[bool], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], list[str]]]
 
@@ -33,17 +32,8 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(SCENARIOS), help="one scenario")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
-    figures: dict[str, Any] = {"command": "python -m bench.scenarios", "quick": args.quick, "machine": describe()}
-    for name in [args.only] if args.only else SCENARIOS:
-        measure, lines = SCENARIOS[name]
-        figures[name] = asyncio.run(_await(measure(args.quick)))
-        print("\n".join(lines(figures[name])), end="\n\n", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-async def _await(measured: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    return await measured
+    parts = {name: (partial(measure, args.quick), lines) for name, (measure, lines) in SCENARIOS.items()}
+    run_parts("bench.scenarios", args, parts)
 
 
 if __name__ == "__main__":

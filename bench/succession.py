@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import statistics
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +22,8 @@ from typing import Any
 import psutil
 
 from bench.live import TIMEOUT, Client, Daemon, serving
-from bench.machine import describe
 from bench.measures import weighted_distribution
+from bench.parts import Part, run_parts
 from bench.stream import Outcome
 from daemon.cli import restarts
 
@@ -223,21 +221,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     deaths, orders = (2, 1) if args.quick else (10, 3)
-    parts: dict[str, tuple[Callable[[], Awaitable[dict[str, Any]]], Callable[[dict[str, Any]], list[str]]]] = {
+    parts: dict[str, Part] = {
         "deaths": (lambda: measure_deaths(deaths), death_lines),
         "restarts": (lambda: measure_restarts(orders, model=args.model), restart_lines),
     }
-    figures: dict[str, Any] = {"command": "python -m bench.succession", "quick": args.quick, "machine": describe()}
-    for name in [args.only] if args.only else parts:
-        measure, lines = parts[name]
-        figures[name] = asyncio.run(_await(measure()))
-        print("\n".join(lines(figures[name])), end="\n\n", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-async def _await(measured: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    return await measured
+    run_parts("bench.succession", args, parts)
 
 
 if __name__ == "__main__":

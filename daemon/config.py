@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from daemon.enums import MigrationChoice
 from daemon.option import ConfigError, Option, check_limits, parse
 from daemon.option import declare as _option
 from daemon.relations import MAX_ENGINES, check_relations, require
+from daemon.toml_file import read_toml
 from daemon.units import quoted
 
 __all__ = ["MAX_ENGINES", "Config", "ConfigError", "Option", "load", "options"]
@@ -478,7 +478,7 @@ def load(flags: Mapping[str, Any], file: Path | None, environ: Mapping[str, str]
     """
     config = Config()
     if file is not None:
-        config = config.replace(_read_toml(file), str(file))
+        config = config.replace(read_toml(file), str(file))
     names = {option.name for option in options()}
     for variable, value in environ.items():
         name = variable.removeprefix(ENV_PREFIX).lower()
@@ -487,16 +487,3 @@ def load(flags: Mapping[str, Any], file: Path | None, environ: Mapping[str, str]
     config = config.replace(flags, "command line")
     (config.for_gpus() if config.on_gpus else config).check()  # with the defaults that engines on GPUs will have
     return config
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text())
-    except OSError as e:
-        raise ConfigError(f"cannot read {file}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file} is not valid TOML: it is not UTF-8") from None
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{file} is not valid TOML: {e}") from None
-    except (ValueError, RecursionError):  # tomllib gives up on numbers of thousands of digits and on deep nesting
-        raise ConfigError(f"{file} is not valid TOML: it has a value that is too long or too deeply nested") from None

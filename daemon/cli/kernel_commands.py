@@ -8,9 +8,9 @@ from pathlib import Path
 
 from daemon.cli.commands import command
 from daemon.cli.interrupts import EXIT_INTERRUPTED, interruptible
+from daemon.cli.messages import print_progress, refuse
 from daemon.engine.cuda import compile as kernel_compiler
 from daemon.engine.cuda import driver, kernels
-from daemon.ipc.child import EXIT_CONFIG
 from daemon.models import store
 from daemon.models.model_config import ModelError, read_model_config
 from daemon.units import parse_whole, quoted
@@ -68,7 +68,7 @@ def _build(args: argparse.Namespace) -> int:
         with interruptible():
             _build_all(args)
     except (kernels.KernelError, ModelError) as e:
-        return _refuse(e)
+        return refuse(e)
     except KeyboardInterrupt:
         print("llumd: stopped; the kernels that are complete stay", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -79,13 +79,13 @@ def _build_all(args: argparse.Namespace) -> None:
     archs = {kernels.parse_arch(args.arch)} if args.arch else set(driver.survey().archs)
     if not archs:
         raise kernels.KernelError("no GPU is visible; name the architecture to compile for, for example --arch 9.0a")
-    model_dir = store.resolve(args.model, "dummy", _print_progress)  # kernels do not depend on weights
+    model_dir = store.resolve(args.model, "dummy", print_progress)  # kernels do not depend on weights
     model_config = read_model_config(model_dir, store.default_name(args.model))
     for arch in sorted(archs):
         specs = kernels.required(
             model_config, arch=arch, dtype=args.dtype, kv_dtype=args.kv_dtype, prefill=args.prefill
         )
-        kernel_compiler.build(specs, arch, kernels.directory(arch), _print_progress, jobs=args.jobs)
+        kernel_compiler.build(specs, arch, kernels.directory(arch), print_progress, jobs=args.jobs)
         print(f"{len(specs)} kernels of {model_config.name} for {arch} are in {kernels.directory(arch)}")
 
 
@@ -106,10 +106,10 @@ def _pack(args: argparse.Namespace) -> int:
 
     try:
         archs = {kernels.parse_arch(arch) for arch in args.arch}
-        number = archive.pack(args.file, archs, _print_progress)
+        number = archive.pack(args.file, archs, print_progress)
         size = args.file.stat().st_size / 2**20
     except kernels.KernelError as e:
-        return _refuse(e)
+        return refuse(e)
     print(
         f"{number} kernels are in {args.file}, {size:.1f} MiB; `llumd kernels unpack` takes them on another machine"
     )
@@ -120,17 +120,8 @@ def _unpack(args: argparse.Namespace) -> int:
     from daemon.engine.cuda import archive
 
     try:
-        number = archive.unpack(args.file, _print_progress)
+        number = archive.unpack(args.file, print_progress)
     except kernels.KernelError as e:
-        return _refuse(e)
+        return refuse(e)
     print(f"{number} new kernels are in {kernels.kernels_dir()}")
     return 0
-
-
-def _refuse(error: Exception) -> int:
-    print(f"llumd: {error}", file=sys.stderr)
-    return EXIT_CONFIG
-
-
-def _print_progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from daemon.cli import engine_orders, restarts
 from daemon.cli.admin_client import TIMEOUT, CtlError, call, read, stream
 from daemon.cli.engine_orders import VERBS
 from daemon.cli.format import RequestFilter, event_line, option_lines, request_lines, status_lines
+from daemon.cli.messages import print_progress
 from daemon.directories import run_dir
 from daemon.enums import MigrationMode
 from daemon.ipc.events import KINDS
@@ -266,7 +267,7 @@ def _order(args: argparse.Namespace) -> None:
         text = f"engine {number} is to be {desired}; `llumctl status` shows its state"
         _print(args, {"engine": number, "desired": desired}, text)
         return
-    write = _no_progress if _wants_json(args) else _print_progress
+    write = _no_progress if _wants_json(args) else print_progress
     result = engine_orders.carry_out(path, name, number, args.within, write)
     _print(args, result, VERBS[name].done.format(**result))
 
@@ -276,14 +277,10 @@ def _restart(args: argparse.Namespace) -> None:
     if numbered != (args.number is not None):
         text = f"restart: {args.what} needs a number" if numbered else f"restart: {args.what} has no number"
         raise UsageError(text, "usage: llumctl restart engine N|frontend N|coordinator|all\n")
-    write = _no_progress if _wants_json(args) else _print_progress
+    write = _no_progress if _wants_json(args) else print_progress
     rows = restarts.restart(_socket(args), args.what, args.number, args.within, write)
     replaced = ", ".join(row["process"] for row in rows if row["restarted"])
     _print(args, {"processes": rows}, f"replaced: {replaced or 'none'}")
-
-
-def _print_progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _no_progress(_line: str) -> None:

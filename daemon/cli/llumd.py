@@ -18,16 +18,17 @@ from daemon.api.key_file import read_key_file
 from daemon.cli import kernel_commands, model_commands, model_report
 from daemon.cli.claims import Claims, claimed
 from daemon.cli.commands import command
+from daemon.cli.messages import print_progress, refuse
 from daemon.cli.model_commands import MODEL_HELP
 from daemon.cli.prepare import Prepared, prepare
 from daemon.config import Config, ConfigError
 from daemon.ipc import output
-from daemon.ipc.child import EXIT_CONFIG, EXIT_FAILED, start_logging
+from daemon.ipc.child import EXIT_FAILED, start_logging
 from daemon.machine import available_memory, raise_descriptor_limit
 from daemon.models.locks import in_use
 from daemon.models.model_config import ModelConfig, ModelError
 from daemon.option import allowed
-from daemon.supervisor.start_error import StartError, explain
+from daemon.supervisor.start_error import StartError
 from daemon.supervisor.systemd import Notifier
 from daemon.units import format_value, quoted
 
@@ -114,21 +115,14 @@ def _serve(args: argparse.Namespace) -> int:
         start_logging(config.log_level, "supervisor")
         with claimed(config) as claims:
             with notifier.start_extended():
-                prepared = prepare(config, _print_progress)
+                prepared = prepare(config, print_progress)
             with in_use(prepared.model_dir):
                 return _run(claims, prepared, notifier)
     except _REFUSALS as e:
-        return _refuse(e)
+        return refuse(e)
     except KeyboardInterrupt:
         print("llumd: stopped by a signal before any process was started", file=sys.stderr)
         return 0
-
-
-def _refuse(error: Exception) -> int:
-    """Say why there is no start, in the same words in `serve` and `check`. Return the exit code."""
-    why = f"cannot start: {explain(error)}" if isinstance(error, OSError) else error
-    print(f"llumd: {why}", file=sys.stderr)
-    return EXIT_CONFIG
 
 
 def _await_signals() -> None:
@@ -143,10 +137,10 @@ def _check(args: argparse.Namespace) -> int:
         config = _load(args)
         with claimed(config, on_trial=True):
             pass  # held for a moment only: a daemon may start while the model is checked
-        prepared = prepare(config, _print_progress, on_trial=True)
+        prepared = prepare(config, print_progress, on_trial=True)
         report = model_report.describe(prepared, available_memory())
     except _REFUSALS as e:
-        return _refuse(e)
+        return refuse(e)
     if args.json:
         print(model_report.to_json(report))
         return 0
@@ -185,10 +179,6 @@ def _default(option: settings.Option) -> str:
     return f"default: {text}{on_gpus}" + (f"; unit: {unit}" if unit else "")
 
 
-def _print_progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _run(claims: Claims, prepared: Prepared, notifier: Notifier) -> int:
     """Run the supervisor until it ends. Return the exit code. Raises OSError and StartError."""
     from daemon.supervisor.key_reload import KeySource
@@ -198,9 +188,7 @@ def _run(claims: Claims, prepared: Prepared, notifier: Notifier) -> int:
     config = dataclasses.replace(config, port=claims.http.getsockname()[1])
     _listen(claims, config)
     n = len(config.devices)
-    _print_progress(
-        f"starting {n} engine{'s' if n > 1 else ''} of {model_config.name} on {', '.join(config.devices)}"
-    )
+    print_progress(f"starting {n} engine{'s' if n > 1 else ''} of {model_config.name} on {', '.join(config.devices)}")
     key_source = KeySource(keys, lambda: read_key_file(Path(config.api_key_file))) if keys else None
     supervisor = Supervisor(config, str(model_dir), pool_bytes, claims.http, claims.admin, key_source, notifier)
     return _supervise(supervisor, lambda: _announce(config, model_config, claims.directory))

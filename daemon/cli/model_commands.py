@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from daemon.cli.format import table
 from daemon.cli.interrupts import EXIT_INTERRUPTED, interruptible
-from daemon.ipc.child import EXIT_CONFIG
+from daemon.cli.messages import print_progress, refuse
 from daemon.models import store
 from daemon.models.files import ModelError, gigabytes
 
@@ -64,9 +64,9 @@ def _day(seconds: float) -> str:
 def _pull(args: argparse.Namespace) -> int:
     try:
         with interruptible():
-            path = store.pull(args.model, _print_progress)
+            path = store.pull(args.model, print_progress)
     except ModelError as e:
-        return _refuse(e)
+        return refuse(e)
     except KeyboardInterrupt:
         print("llumd: stopped; what was downloaded stays, and the next pull goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -81,15 +81,6 @@ def _remove(args: argparse.Namespace) -> int:
         try:
             freed = inventory.remove(model)
         except ModelError as e:
-            return _refuse(e)
+            return refuse(e)
         print(f"removed {model}: {gigabytes(freed)} are free again")
     return 0
-
-
-def _refuse(error: Exception) -> int:
-    print(f"llumd: {error}", file=sys.stderr)
-    return EXIT_CONFIG
-
-
-def _print_progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

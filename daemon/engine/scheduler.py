@@ -32,7 +32,7 @@ from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan, StepResult
 from daemon.engine.waiting_queue import Urgency, WaitingQueue
 from daemon.ipc.messages import Finish, TokenLogprobs
-from daemon.kvpool.block_manager import BlockManager, PoolError, block_hashes
+from daemon.kvpool.block_manager import BlockManager, PoolError
 
 Key = Callable[[Request, float], float]
 
@@ -378,15 +378,8 @@ class Scheduler:
         return self.blocks.match(request.hashes[: (len(request.tokens) - 1) // self.blocks.block_size])
 
     def _update_hashes(self, request: Request) -> None:
-        blocks = self.blocks
-        if len(request.hashes) < len(request.tokens) // blocks.block_size:
-            request.hashes = block_hashes(
-                request.tokens,
-                blocks.block_size,
-                request.params.cache_salt,
-                request.hashes,
-                fingerprint=blocks.fingerprint,
-            )
+        if len(request.hashes) < len(request.tokens) // self.blocks.block_size:
+            request.hashes = self.blocks.hashes(request.tokens, request.params.cache_salt, request.hashes)
 
     def _urgency(self, request: Request, now: float) -> Urgency:
         return request.params.priority, self._key(request, now), request.rid

@@ -66,6 +66,10 @@ class BlockManager:
         self._by_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # in order of allocation
 
+    def hashes(self, tokens: Sequence[int], salt: bytes, have: Sequence[bytes]) -> list[bytes]:
+        """Return the hashes of the full blocks of `tokens` in this pool, see `block_hashes`."""
+        return block_hashes(tokens, self.block_size, salt, have, fingerprint=self.fingerprint)
+
     # -- counts --------------------------------------------------------------------------------
 
     @property

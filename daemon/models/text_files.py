@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from daemon.models.chat_template import ChatTemplate
 from daemon.models.model_config import ModelError
+from daemon.models.module_process import start_module
 from daemon.models.tokenizer import Tokenizer
 
 _TIMEOUT = 120.0  # seconds; the largest tokenizers load in a few
@@ -45,18 +46,7 @@ def checked(path: Path) -> Iterator[None]:
 
     Raises ModelError at its end if they cannot be used.
     """
-    package_root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", __name__, str(path)]
-    with subprocess.Popen(
-        command,
-        cwd=package_root,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # signals to the group of this process are for this process to handle
-    ) as check:
+    with start_module(__name__, str(path)) as check:
         try:
             yield
             out, err = check.communicate(timeout=_TIMEOUT)

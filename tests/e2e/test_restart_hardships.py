@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
 from bench.answers import Answer
 from tests.e2e.daemon_process import Daemon, wait_for
-from tests.e2e.hash_engine import expected, prompt_of, request
-from tests.e2e.raw_client import Client
+from tests.e2e.exact_lanes import connect, stream
+from tests.e2e.hash_engine import prompt_of
 
 pytestmark = pytest.mark.e2e
 LANES = 3
@@ -28,37 +27,17 @@ def daemon(start_shared) -> Iterator[Daemon]:
     return start_shared("--devices", "cpu,cpu", "--frontends", "2", "--no-prefix-caching", engine="hash")
 
 
-def connect(daemon: Daemon, receive_buffer: int = 0) -> Client:
-    url = urlsplit(daemon.url)
-    assert url.hostname and url.port
-    return Client((url.hostname, url.port), receive_buffer)
-
-
 @contextmanager
 def load(daemon: Daemon, first: int) -> Iterator[None]:
     """Send requests for as long as the context lasts. Assert at the end that every answer is exact."""
     stop = Event()
     with ThreadPoolExecutor(LANES) as pool:
-        lanes = [pool.submit(stream, daemon, first + lane, stop) for lane in range(LANES)]
+        lanes = [pool.submit(stream, daemon, first + lane, stop, 60) for lane in range(LANES)]
         try:
             yield
         finally:
             stop.set()
         assert all(lane.result() for lane in lanes)
-
-
-def stream(daemon: Daemon, lane: int, stop: Event) -> int:
-    """Send one request after the other until `stop`; each answer must be exact."""
-    done = 0
-    while not stop.is_set():
-        fields = request(1000 * lane + done, output=60)
-        with closing(connect(daemon)) as client:
-            client.send("/v1/completions", fields)
-            answer = client.read()
-        assert [entry["tokens"] for entry in answer.logprobs[0]] == expected(fields)
-        assert answer.finishes[0] == ["length"]
-        done += 1
-    return done
 
 
 def nothing_is_left(daemon: Daemon) -> None:

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from threading import Event
-from urllib.parse import urlsplit
 
 import pytest
 
 from daemon.cli import admin_client
 from tests.e2e.daemon_process import Daemon, wait_for
+from tests.e2e.exact_lanes import connect, stream
 from tests.e2e.hash_engine import expected, request
-from tests.e2e.raw_client import Client
 
 pytestmark = pytest.mark.e2e
 LANES = 4
@@ -23,21 +22,6 @@ LANES = 4
 @pytest.fixture(scope="module")
 def daemon(start_shared) -> Iterator[Daemon]:
     return start_shared("--devices", "cpu,cpu", "--frontends", "2", engine="hash", standby=True)
-
-
-def stream(daemon: Daemon, lane: int, stop: Event) -> int:
-    """Send one request after the other until `stop`; compare each answer with what the engine must emit."""
-    url, done = urlsplit(daemon.url), 0
-    assert url.hostname and url.port
-    while not stop.is_set():
-        fields = request(1000 * lane + done, output=120)
-        with closing(Client((url.hostname, url.port))) as client:
-            client.send("/v1/completions", fields)
-            answer = client.read()
-        assert [entry["tokens"] for entry in answer.logprobs[0]] == expected(fields)
-        assert answer.finishes[0] == ["length"]
-        done += 1
-    return done
 
 
 def incarnations(daemon: Daemon) -> dict[str, int]:
@@ -49,7 +33,7 @@ def incarnations(daemon: Daemon) -> dict[str, int]:
 def test_everything_is_replaced_under_load(daemon: Daemon) -> None:
     before, stop = incarnations(daemon), Event()
     with ThreadPoolExecutor(LANES) as pool:
-        lanes = [pool.submit(stream, daemon, lane, stop) for lane in range(LANES)]
+        lanes = [pool.submit(stream, daemon, lane, stop, 120) for lane in range(LANES)]
         try:
             done = daemon.ctl("restart", "all", timeout=200)
         finally:
@@ -86,11 +70,11 @@ def test_one_process_or_what_cannot_be_replaced(daemon: Daemon) -> None:
 
 def test_a_request_that_arrives_during_the_hand_over_is_answered(daemon: Daemon) -> None:
     """Half of its head has arrived when both frontends are told to hand over."""
-    url, fields = urlsplit(daemon.url), request(8888, output=60)
+    fields = request(8888, output=60)
     data = json.dumps(fields).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     sent = f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
-    with closing(Client((str(url.hostname), url.port or 0))) as client:
+    with closing(connect(daemon)) as client:
         client.sock.sendall(sent[:30])
         before, replaced = incarnations(daemon), daemon.log.count(" is replaced")
         for k in (0, 1):
@@ -106,8 +90,7 @@ def test_a_request_that_arrives_during_the_hand_over_is_answered(daemon: Daemon)
 def test_a_drained_engine_stays_so_and_the_last_one_is_restarted_with_its_requests(daemon: Daemon) -> None:
     assert daemon.ctl("drain", "1").returncode == 0
     fields = request(7777, output=150)
-    url = urlsplit(daemon.url)
-    with closing(Client((str(url.hostname), url.port or 0))) as client, ThreadPoolExecutor(1) as pool:
+    with closing(connect(daemon)) as client, ThreadPoolExecutor(1) as pool:
         client.send("/v1/completions", fields)
         reading = pool.submit(client.read)
         done = daemon.ctl("restart", "engine", "0", timeout=60)

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from daemon.models.files import ModelError, read_json
 from daemon.models.hub import files
 from daemon.models.hub.name import HubName
 from daemon.models.locks import exclusive
+from daemon.models.module_process import start_module
 
 Progress = Callable[[str], None]
 
@@ -248,19 +248,9 @@ def _download(asked: HubName, name: HubName, progress: Progress, weights: bool) 
             f"{name} is not complete in {hub_cache()}, and HF_HUB_OFFLINE forbids to download it; run "
             f"`llumd pull {name}` without it"
         )
-    command = [sys.executable, "-m", "daemon.models.hub.download", json.dumps({"name": asked, "weights": weights})]
     environ = os.environ | {"HF_HOME": str(hub_home()), "HF_HUB_CACHE": str(hub_cache())}
-    with subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[3],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # signals to the group of this process are for this process to handle
-    ) as process:
+    order = json.dumps({"name": asked, "weights": weights})
+    with start_module("daemon.models.hub.download", order, environ) as process:
         try:
             last = _follow(process, progress)
             _, err = process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
 from daemon.engine.runner import Row, RunnerSettings, StepPlan
+from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.kvpool.block_manager import BlockManager
 from daemon.models.loader import open_model
 
 _ids = count(1)
@@ -75,6 +78,39 @@ def generate(runner: CpuRunner, requests: list[Request], output: int, chunk: int
                 chunks.append((r, n))
                 left -= n
         step(runner, decodes, chunks)
+
+
+def serve(
+    runner: CpuRunner, rng: random.Random, *, requests: int, longest: int, blocks: int, budget: int, output: int
+) -> list[Request]:
+    """Run greedy requests through a scheduler to their end, and return them.
+
+    The pool of `blocks` is too small for all, so some are preempted; common prefixes make them share blocks.
+    `longest`: tokens of a prompt behind its prefix. `budget`: tokens of a step.
+    """
+    scheduler = Scheduler(
+        BlockManager(blocks, 16), max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=()
+    )
+    prefixes = [random_tokens(rng, 40), random_tokens(rng, 17), []]
+    served = []
+    for rid in range(requests):
+        prompt = rng.choice(prefixes) + random_tokens(rng, rng.randint(1, longest))
+        params = RequestParams(SamplingParams(max_tokens=output, seed=0, temperature=0.0), arrival=float(rid))
+        served.append(Request(rid, 1, 0, params, prompt, len(prompt)))
+        scheduler.add(served[-1])
+    now = 0.0
+    while plan := scheduler.plan(now):
+        scheduler.apply_result(plan, runner.execute(plan), now)
+        scheduler.check()
+        now += 1.0
+    assert scheduler.num_preemptions > 0
+    assert scheduler.prefix_hit_tokens > 0
+    assert all(r.num_output == output for r in served)
+    return served
+
+
+def random_tokens(rng: random.Random, n: int) -> list[int]:
+    return [rng.randrange(3, 380) for _ in range(n)]
 
 
 class LogitsRecorder:

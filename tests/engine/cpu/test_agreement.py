@@ -6,16 +6,14 @@ from itertools import count
 import pytest
 import torch
 
-from daemon.engine.request import Request
-from daemon.engine.scheduler import Scheduler
-from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.kvpool.block_manager import BlockManager
 from tests.engine.cpu.harness import (
     LogitsRecorder,
     generate,
     is_greedy,
     make_runner,
+    random_tokens,
     request,
+    serve,
     step,
     transformers_model,
 )
@@ -35,10 +33,6 @@ def deterministic(model_dir, request):
     return runner, LogitsRecorder(runner)
 
 
-def tokens(rng, n):
-    return [rng.randrange(3, 380) for _ in range(n)]
-
-
 def same_bits(a, b):
     return torch.equal(torch.stack(a).view(torch.int32), torch.stack(b).view(torch.int32))
 
@@ -46,12 +40,12 @@ def same_bits(a, b):
 def test_same_bits_alone_in_any_batch_and_in_any_chunks(deterministic):
     runner, recorder = deterministic
     rng = random.Random(7)
-    prompt, output = tokens(rng, 75), 40
+    prompt, output = random_tokens(rng, 75), 40
     alone = request(prompt, count(1), 128)
     generate(runner, [alone], output)
     for chunk, num_others in ((1, 0), (7, 3), (10**6, 5), (33, 40)):
         blocks = count(1)
-        others = [request(tokens(rng, rng.randint(1, 90)), blocks, 160) for _ in range(num_others)]
+        others = [request(random_tokens(rng, rng.randint(1, 90)), blocks, 160) for _ in range(num_others)]
         again = request(prompt, blocks, 128)
         index = num_others // 2
         generate(runner, [*others[:index], again, *others[index:]], output, chunk=chunk)
@@ -61,7 +55,7 @@ def test_same_bits_alone_in_any_batch_and_in_any_chunks(deterministic):
 
 def test_same_bits_when_output_is_recomputed_as_prompt(deterministic):
     runner, recorder = deterministic
-    prompt, output = tokens(random.Random(8), 50), 60
+    prompt, output = random_tokens(random.Random(8), 50), 60
     alone = request(prompt, count(1), 128)
     generate(runner, [alone], output)
     for kept in (1, 14, 37):
@@ -74,11 +68,11 @@ def test_same_bits_when_output_is_recomputed_as_prompt(deterministic):
 def test_same_bits_over_blocks_that_another_request_computed(deterministic):
     runner, recorder = deterministic
     rng = random.Random(9)
-    shared = tokens(rng, 64)
-    prompt = shared + tokens(rng, 9)
+    shared = random_tokens(rng, 64)
+    prompt = shared + random_tokens(rng, 9)
     alone = request(prompt, count(1), 128)
     generate(runner, [alone], 20)
-    donor = request(shared + tokens(rng, 30), count(100), 128)
+    donor = request(shared + random_tokens(rng, 30), count(100), 128)
     step(runner, [], [(donor, 50)])
     step(runner, [], [(donor, donor.pending)])
     reusing = request(prompt, count(200), 128)
@@ -91,26 +85,9 @@ def test_same_bits_over_blocks_that_another_request_computed(deterministic):
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["fp32", "deterministic"])
 def test_scheduled_requests_agree_with_transformers(model_dir, options):
     """The pool is too small for all requests, so some are preempted; common prefixes make them share blocks."""
-    num_blocks, budget, output = 40, 96, 64
-    runner = make_runner(model_dir, blocks=num_blocks, max_batch_tokens=budget, **options)
-    blocks = BlockManager(num_blocks, 16)
-    scheduler = Scheduler(blocks, max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=())
-    rng = random.Random(3)
-    prefixes = [tokens(rng, 40), tokens(rng, 17), []]
-    requests = []
-    for rid in range(50):
-        prompt = rng.choice(prefixes) + tokens(rng, rng.randint(1, 60))
-        params = RequestParams(SamplingParams(max_tokens=output, seed=0, temperature=0.0), arrival=float(rid))
-        requests.append(Request(rid, 1, 0, params, prompt, len(prompt)))
-        scheduler.add(requests[-1])
-    now = 0.0
-    while plan := scheduler.plan(now):
-        scheduler.apply_result(plan, runner.execute(plan), now)
-        scheduler.check()
-        now += 1.0
-    assert scheduler.num_preemptions > 0
-    assert scheduler.prefix_hit_tokens > 0
+    blocks, budget = 40, 96
+    runner = make_runner(model_dir, blocks=blocks, max_batch_tokens=budget, **options)
+    requests = serve(runner, random.Random(3), requests=50, longest=60, blocks=blocks, budget=budget, output=64)
     reference = transformers_model(model_dir)
     for r in requests:
-        assert r.num_output == output
         assert is_greedy(reference, r)

@@ -13,15 +13,14 @@ import torch
 
 from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
-from daemon.engine.scheduler import Scheduler
-from daemon.ipc.messages import RequestParams, SamplingParams
-from daemon.kvpool.block_manager import BlockManager
 from tests.engine.cpu.harness import (
     LogitsRecorder,
     generate,
     make_runner,
+    random_tokens,
     reference_logits,
     request,
+    serve,
     transformers_model,
 )
 from tests.models.tiny_families import FAMILIES, ROPES, make_tiny
@@ -42,10 +41,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Subject(path, transformers_model(path))
 
 
-def random_tokens(rng: random.Random, n: int) -> list[int]:
-    return [rng.randrange(3, 380) for _ in range(n)]
-
-
 def assert_agrees(reference: Any, recorder: LogitsRecorder, requests: list[Request]) -> None:
     """Check that Transformers selects each output token too, and that the log-probabilities are within 1e-4."""
     for r in requests:
@@ -57,27 +52,10 @@ def assert_agrees(reference: Any, recorder: LogitsRecorder, requests: list[Reque
 
 def test_scheduled_requests_agree_with_transformers(subject: Subject) -> None:
     """Requests are batched, chunked, preempted and resumed, and share the blocks of common prefixes."""
-    num_blocks, budget, output = 30, 96, 24
-    runner = make_runner(subject.path, blocks=num_blocks, max_batch_tokens=budget)
+    blocks, budget = 30, 96
+    runner = make_runner(subject.path, blocks=blocks, max_batch_tokens=budget)
     recorder = LogitsRecorder(runner)
-    scheduler = Scheduler(
-        BlockManager(num_blocks, 16), max_num_seqs=24, max_batch_tokens=budget, max_model_len=512, eos_token_ids=()
-    )
-    rng = random.Random(3)
-    prefixes = [random_tokens(rng, 40), random_tokens(rng, 17), []]
-    requests = []
-    for rid in range(24):
-        prompt = rng.choice(prefixes) + random_tokens(rng, rng.randint(1, 100))
-        params = RequestParams(SamplingParams(max_tokens=output, seed=0, temperature=0.0), arrival=float(rid))
-        requests.append(Request(rid, 1, 0, params, prompt, len(prompt)))
-        scheduler.add(requests[-1])
-    now = 0.0
-    while plan := scheduler.plan(now):
-        scheduler.apply_result(plan, runner.execute(plan), now)
-        now += 1.0
-    assert scheduler.num_preemptions > 0
-    assert scheduler.prefix_hit_tokens > 0
-    assert all(r.num_output == output for r in requests)
+    requests = serve(runner, random.Random(3), requests=24, longest=100, blocks=blocks, budget=budget, output=24)
     assert_agrees(subject.reference, recorder, requests)
 
 
