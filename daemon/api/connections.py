@@ -301,7 +301,7 @@ class Connection(_Watched, RequestHandler):
         if self._request_count != count:
             self._head_since, self.has_partial_head, self.continued = 0.0, False, False
             self._connections.opened(self)
-        elif data and self.waiting:
+        elif data and (self.waiting or not count):  # the first bytes can arrive before aiohttp's task has started
             self.has_partial_head = True
             self._head_since = self._head_since or self._loop.time()
 

@@ -8,6 +8,7 @@ import logging
 import random
 import socket
 from contextlib import asynccontextmanager, suppress
+from unittest.mock import Mock
 
 import pytest
 from aiohttp import web
@@ -301,5 +302,23 @@ def test_before_a_hand_over_only_requests_that_have_just_arrived_are_waited_for(
             assert (await answer_to(reader))[0] == 200
             await until(lambda: connection.waiting)
             assert let_go() and await asyncio.wait_for(reader.read(), 5) == b""
+
+    asyncio.run(body())
+
+
+def test_the_first_bytes_of_a_connection_are_those_of_a_head(model):
+    """They can arrive before aiohttp's task, which waits for requests, has run at all."""
+
+    async def body():
+        async with serving(make_api(model)) as served:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                connection = served.connections(theirs)
+                connection.connection_made(Mock(spec=asyncio.Transport))
+                connection.data_received(post(HELLO)[:20])
+                assert connection.has_partial_head
+                await asyncio.sleep(0)
+                assert connection.waiting and connection.has_partial_head
+                connection.connection_lost(None)
 
     asyncio.run(body())
