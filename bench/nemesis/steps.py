@@ -80,7 +80,7 @@ SUCCESSION_STEPS = {
     **_frontend("the connections are adopted", "ipc.kept_sockets", "KeptSockets.adopt"),
     **_frontend("a response is adopted", "api.succession", "Succession._adopt"),
     **_frontend("a response is begun again", "api.succession", "Succession._run"),
-    **_frontend("text and counts are brought back", "api.answer", "Answer.resume"),
+    **_frontend("text and counts are brought back", "api.render.answer", "Answer.resume"),
     **_frontend(
         "requests without a response are cancelled", "api.request_tracker", "RequestTracker.abandon_unclaimed"
     ),

@@ -17,11 +17,12 @@ from aiohttp import web
 from daemon.api import metrics
 from daemon.api.access_log import AccessLog
 from daemon.api.auth import Keys, current_key
-from daemon.api.errors import ApiError, body_too_large, to_api_error
+from daemon.api.errors import OPENAI_ERRORS, ApiError, ErrorShape, body_too_large, to_api_error
 from daemon.api.loop_clock import LoopClock
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
 from daemon.api.other_frontends import PassedOn
+from daemon.api.render.apis import HANDLERS
 from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
 from daemon.api.response_head import response_headers
@@ -32,8 +33,6 @@ from daemon.ipc.metrics_page import MetricsPage
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_COMPLETION_ROUTES = ("chat", "completions")
-
 
 class Route(NamedTuple):
     method: str
@@ -41,6 +40,7 @@ class Route(NamedTuple):
     handler: Handler
     name: str  # label in the metrics
     public: bool = False  # needs no key
+    errors: ErrorShape = OPENAI_ERRORS
 
 
 def build_app(service: Service, keys: Keys | None) -> web.Application:
@@ -120,10 +120,12 @@ class _Middleware:
         self._access_log = AccessLog(config.access_log)
         self._clock = LoopClock(page)
         self._names: dict[web.AbstractRoute, str] = {}
+        self._errors: dict[web.AbstractRoute, ErrorShape] = {}
         self._public: set[web.AbstractRoute] = set()
 
     def add(self, registered: web.AbstractRoute, route: Route) -> None:
         self._names[registered] = route.name
+        self._errors[registered] = route.errors
         if route.public:
             self._public.add(registered)
 
@@ -140,9 +142,9 @@ class _Middleware:
             raise
         except Exception as e:
             error = to_api_error(e)
-            if name in _COMPLETION_ROUTES:
+            if name in HANDLERS:
                 count_rejection(self._page, error)
-            response = error.response()
+            response = error.response(self._errors.get(request.match_info.route))
         if isinstance(response, PassedOn):
             return response  # the frontend that answers it counts it
         self._page.inc("http_requests", 1, name, f"{response.status // 100}xx")

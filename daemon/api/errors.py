@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -49,13 +49,35 @@ class ApiError(Exception):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> web.Response:
-        body = msgspec.json.encode(self.body())
+    def response(self, shape: ErrorShape | None = None) -> web.Response:
+        """Return the error as a whole response, in the shape of an API; None: OpenAI's."""
+        body = msgspec.json.encode((shape or OPENAI_ERRORS).body(self))
         return web.Response(body=body, status=self.status, headers=self.headers, content_type="application/json")
 
-    def event(self) -> bytes:
-        """Return the error as the last event of a stream that has begun."""
-        return b"data: " + msgspec.json.encode(self.body()) + b"\n\n"
+
+class ErrorShape(Protocol):
+    """How one API writes an error. The status and the headers are the same in all of them."""
+
+    def body(self, error: ApiError) -> dict[str, Any]:
+        """Return the body of a response that is an error."""
+        ...
+
+    def event(self, error: ApiError) -> bytes:
+        """Return the last event of a stream that has begun."""
+        ...
+
+
+class _OpenAIErrors:
+    """``{"error": {"message", "type", "param", "code"}}``"""
+
+    def body(self, error: ApiError) -> dict[str, Any]:
+        return error.body()
+
+    def event(self, error: ApiError) -> bytes:
+        return b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
+
+
+OPENAI_ERRORS: ErrorShape = _OpenAIErrors()
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

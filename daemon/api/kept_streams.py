@@ -19,11 +19,15 @@ from msgspec.structs import replace
 
 from daemon.api.admission import Holder
 from daemon.api.errors import ApiError, stream_cancelled, stream_not_found, to_api_error
-from daemon.api.event_ids import Journaled, NumberedWriter, state_after
+from daemon.api.event_ids import END, Journaled, Point, Step, point_after
 from daemon.api.generator import TokenStream
+from daemon.api.render.answer import Answer
+from daemon.api.render.apis import APIS
+from daemon.api.render.numbered import NumberedRenderer
+from daemon.api.render.renderer import EventWriter
 from daemon.api.request_metrics import RequestMetrics
 from daemon.api.respond import write_events
-from daemon.api.response_facts import ResponseFacts, encode_facts
+from daemon.api.response_facts import ResponseFacts, choice_position, encode_facts
 from daemon.api.resumption import resumed
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
@@ -70,10 +74,10 @@ class KeptStream:
         """Return the numbers of prompt tokens and of output tokens so far."""
         return sum(p.num_tokens for p in self.facts.prompts), sum(counted.tokens for counted in self.metrics)
 
-    def state_after(self, event_id: str) -> list[int]:
-        """Return the state of a reader whose last event has this id; empty: it has none. Raises BadEventId."""
+    def point_after(self, event_id: str) -> Point:
+        """Return where a reader is whose last event has this id; empty: it has none. Raises BadEventId."""
         journaled = [Journaled(request.accepted, request.finish) for request in self.requests]
-        return state_after(event_id, journaled, usage=self.facts.form.include_usage)
+        return point_after(event_id, journaled, usage=self.facts.form.include_usage)
 
     async def take(self, stop: Callable[[], object]) -> None:
         """Become its only reader, once the present one has left, which is stopped. `stop`: ends the new one soon."""
@@ -148,26 +152,30 @@ class KeptStreams:
             kept.leave()
             self._settle(kept)
 
-    async def read(
-        self, kept: KeptStream, events: EventStream, state: Sequence[int], stop: Callable[[], object]
-    ) -> None:
-        """Send the stream from `state` on to its end. It goes on without a reader if this one hangs up.
+    async def read(self, kept: KeptStream, events: EventStream, point: Point, stop: Callable[[], object]) -> None:
+        """Send the stream from `point` on to its end. It goes on without a reader if this one hangs up.
 
         `stop`: closes the connection. Raises ConnectionError after a hang-up, ApiError (404) as `reading` does.
         """
+        errors = APIS[kept.facts.form.api].renderer.errors
+        writer: NumberedRenderer | None = None
         async with self.reading(kept, stop):
             try:
-                context = resumed(self._service, kept.facts, kept.requests, state, kept.metrics)
-                async with context as (answer, streams):
+                context = resumed(self._service, kept.facts, kept.requests, point.state, kept.metrics)
+                async with context as (answer, renderer, streams):
                     # The head goes out now: its reader learns the id of the stream before the first token.
                     await events.send(b": %b\n\n" % kept.facts.id.encode())
-                    writer = NumberedWriter(answer)
-                    writer.state[:] = state
+                    writer = NumberedRenderer(renderer)
+                    if point.step is not None:
+                        out = _events_of(point.step, kept, answer, writer)
+                        if choice_position(point.step.word).finish:
+                            streams.stop(point.step.choice)
+                        await events.send(b"".join(out[point.step.sent :]), writer.state)
                     await write_events(writer, answer, streams, events)
             except ConnectionError:
                 raise
             except Exception as e:
-                await events.fail(self._note(kept, e))
+                await events.fail((writer or errors).event(self._note(kept, e)))
 
     def cancel(self, kept: KeptStream) -> None:
         """Cancel a stream and forget it, on behalf of its client. A reader of it gets an error event."""
@@ -244,7 +252,7 @@ class KeptStreams:
         facts = replace(kept.facts, form=replace(kept.facts.form, logprobs=-1))
         state = [0] * (1 + len(kept.requests))
         try:
-            async with resumed(self._service, facts, kept.requests, state, kept.metrics) as (answer, streams):
+            async with resumed(self._service, facts, kept.requests, state, kept.metrics) as (answer, _, streams):
                 while answer.unfinished:
                     for i, chunk in await streams.next():
                         answer.push(i, chunk)
@@ -295,3 +303,19 @@ class KeptStreams:
             request.release()
         if kept.record is not None:
             kept.record.close()
+
+
+def _events_of(step: Step, kept: KeptStream, answer: Answer, writer: EventWriter) -> list[bytes]:
+    """Return the events of a step. `answer` and `writer` are before it, and are after it then."""
+    out: list[bytes] = []
+    index, after = step.choice, choice_position(step.word)
+    if index == END:
+        writer.end(out)
+    elif not choice_position(writer.state[1 + index]).begun:
+        writer.begin(index, out)
+    else:
+        begin, chunk = answer.choices[index].position, kept.requests[index].replay(after.position)
+        logprobs = chunk.logprobs and chunk.logprobs[begin:]
+        chunk = chunk._replace(tokens=chunk.tokens[begin:], logprobs=logprobs, finish=after.finish)
+        writer.write(index, answer.push(index, chunk), out)
+    return out

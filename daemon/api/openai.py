@@ -9,8 +9,9 @@ import msgspec
 from aiohttp import web
 
 from daemon.api import schemas, validation
-from daemon.api.answer import Prompt
 from daemon.api.prompt_length import check_text_length
+from daemon.api.render.answer import Prompt
+from daemon.api.render.apis import CHAT, COMPLETION
 from daemon.api.request_body import decode_body
 from daemon.api.respond import CheckedRequest, respond
 from daemon.api.schemas import ChatRequest, CompletionRequest, Message
@@ -43,9 +44,8 @@ class OpenAI:
                 tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
                 return [Prompt(tokens, _last_answer(body.messages) if body.echo else "")]
 
-            return await respond(
-                service, http, CheckedRequest(http, body, num_prompts=1, held=held, tokenise=tokenise)
-            )
+            request = CheckedRequest(http, body, api=CHAT, num_prompts=1, held=held, tokenise=tokenise)
+            return await respond(service, http, request)
 
     def _parse_chat(self, raw: bytes) -> tuple[ChatRequest, dict[str, Any]]:
         body = decode_body(raw, _chat)
@@ -68,7 +68,9 @@ class OpenAI:
             def tokenise() -> list[Prompt]:
                 return [encode(prompt) for prompt in validation.split_prompts(body.prompt)]
 
-            request = CheckedRequest(http, body, num_prompts=num_prompts, held=held, tokenise=tokenise)
+            request = CheckedRequest(
+                http, body, api=COMPLETION, num_prompts=num_prompts, held=held, tokenise=tokenise
+            )
             return await respond(service, http, request)
 
     def _parse_completion(self, raw: bytes) -> tuple[CompletionRequest, int]:

@@ -9,14 +9,15 @@ from aiohttp import web
 
 ANSWER_ID: web.RequestKey[str] = web.RequestKey("answer_id", str)  # `id` in the answer of a completion
 _REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
-_KEPT = re.compile(r"(?:chatcmpl|cmpl)-([0-9a-f])[0-9a-f]{31}")
+_KEPT = re.compile(r"[a-z]+[-_]([0-9a-f])[0-9a-f]{31}")
+_DIGITS = 32  # of the id of an answer, after the prefix of its API
 _VALID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
 
 
 def kept_id(id: str, frontend: int) -> str:
     """Return this new id of an answer with the frontend that keeps it in its first digit."""
-    kind, _, digits = id.partition("-")
-    return f"{kind}-{frontend:x}{digits[1:]}"
+    prefix, digits = id[:-_DIGITS], id[-_DIGITS:]
+    return f"{prefix}{frontend:x}{digits[1:]}"
 
 
 def frontend_of(id: str) -> int | None:

@@ -17,15 +17,18 @@ import msgspec
 from aiohttp import web
 
 from daemon.api.access_log import USAGE
-from daemon.api.answer import Answer, AnswerWriter, Prompt
 from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import ApiError, deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
 from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
+from daemon.api.parse.parts import Part
+from daemon.api.render.answer import Answer, Prompt
+from daemon.api.render.apis import Api, renderer_of
+from daemon.api.render.renderer import EventWriter, Renderer
 from daemon.api.request_id import ANSWER_ID, kept_id, request_id, sent_request_id
-from daemon.api.response_facts import PromptFacts, ResponseFacts, answer_form
+from daemon.api.response_facts import Parsing, PromptFacts, ResponseFacts, answer_form
 from daemon.api.response_head import EVENT_HEADERS, STREAM_HEADER, response_headers
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
@@ -45,6 +48,7 @@ class CheckedRequest:
 
     `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body. `client`: the one that it counts
     for in admission. Key and body together decide its `priority` and `cache_salt`, the salt of its prefix blocks.
+    `api`, `parsing` and `extra` say how its answer is written: see `AnswerForm`.
     """
 
     def __init__(
@@ -52,12 +56,18 @@ class CheckedRequest:
         http: web.Request,
         body: ChatRequest | CompletionRequest,
         *,
+        api: Api,
         num_prompts: int,
         held: HeldBody,
         tokenise: Callable[[], list[Prompt]],
+        parsing: Parsing | None = None,
+        extra: bytes = b"",
     ) -> None:
         key = current_key.get()
         self.body = body
+        self.api = api
+        self.parsing = parsing
+        self.extra = extra
         self.client = client_name(key, http.remote)
         self.priority = (
             priority_class(body.priority, key.priority, key.max_priority) if key else priority_class(body.priority)
@@ -66,7 +76,7 @@ class CheckedRequest:
         self.num_prompts = num_prompts
         self._held = held
         self._tokenise = tokenise
-        self.id = ("chatcmpl-" if isinstance(body, ChatRequest) else "cmpl-") + secrets.token_hex(16)
+        self.id = api.id_prefix + secrets.token_hex(16)
         self.x_request_id = ""  # that the client has sent
         self.keep = False  # its stream goes on after a hang-up, and can be read again
         self.arrival = time.monotonic()
@@ -109,7 +119,7 @@ async def _whole(
 ) -> web.StreamResponse:
     response = web.Response(content_type="application/json")
     async with _submitted(service, http, request, writer) as (answer, streams):
-        response.body = await whole_body(answer, streams)
+        response.body = await whole_body(renderer_of(answer), answer, streams)
         await answer.leave_deadline()
         try:  # write it here: the journal has the answer until the context is left
             await response.prepare(http)
@@ -123,8 +133,10 @@ async def _stream(
     service: Service, http: web.Request, request: CheckedRequest, writer: OutboxWriter
 ) -> web.StreamResponse:
     response = web.StreamResponse(headers=EVENT_HEADERS | _kept_header(request))
-    events = EventStream(writer, service.config.heartbeat, lambda: response.prepare(http))
+    api = request.api
+    events = EventStream(writer, service.config.heartbeat, lambda: response.prepare(http), ping=api.ping)
     kept: KeptStream | None = None
+    renderer: Renderer | None = None
     async with events:
         try:
             async with _submitted(service, http, request, writer) as (answer, streams):
@@ -132,15 +144,16 @@ async def _stream(
                     facts = _facts(service, http, request, answer, streams, writer)
                     kept = service.kept.add(facts, streams.detach(), answer.detach())
                 else:
-                    await write_events(AnswerWriter(answer), answer, streams, events)
+                    renderer = renderer_of(answer)
+                    await write_events(renderer, answer, streams, events)
             if kept is not None:
-                await service.kept.read(kept, events, kept.state_after(""), writer.abort)
+                await service.kept.read(kept, events, kept.point_after(""), writer.abort)
         except ConnectionError:
             pass  # the client has hung up
         except Exception as e:
             if not events.started:
                 raise
-            await events.fail(to_api_error(e))
+            await events.fail((renderer or api.renderer.errors).event(to_api_error(e)))
         finally:
             if kept is not None:
                 http[USAGE] = kept.num_tokens()
@@ -167,8 +180,11 @@ async def _submitted(
                 count = request.num_prompts * (request.body.n or 1)
                 with service.generator.admit(count, client=request.client, priority=request.priority) as places:
                     prompts = await request.tokenise(service)
-                    form = answer_form(request.body, service.model_config)
-                    facts = [PromptFacts(len(prompt.tokens), prompt.echo) for prompt in prompts]
+                    form = answer_form(
+                        request.body, service.model_config,
+                        api=request.api.name, parsing=request.parsing, extra=request.extra,
+                    )  # fmt: skip
+                    facts = [PromptFacts(len(prompt.tokens), prompt.echo, prompt.thinking) for prompt in prompts]
                     answer = Answer(service, form, facts, request.id, int(time.time()), request.arrival, deadline)
                     await _submit(service, request, places, prompts, answer, streams)
                 if service.guard is not None:
@@ -223,7 +239,7 @@ async def _submit(
     """Start every choice of every prompt. Let the event loop run in between if there are many or long ones."""
     body, limits = request.body, service.limits
     requested, max_model_len = requested_max_tokens(body), service.max_model_len
-    param = "messages" if answer.chat else "prompt"
+    param = request.api.param
     for prompt in prompts:
         check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
         service.check_embedded(prompt.tokens, param)
@@ -260,18 +276,18 @@ def _check_room(
         service.generator.check_room(lengths, params, request.attributes(f"{id}-0"))
 
 
-async def whole_body(answer: Answer, streams: StreamGroup) -> bytes:
+async def whole_body(renderer: Renderer, answer: Answer, streams: StreamGroup) -> bytes:
     """Wait for the end of all choices and return the body of the response."""
-    texts: list[list[str]] = [[] for _ in answer.choices]
+    parts: list[list[Part]] = [[] for _ in answer.choices]
     while answer.unfinished:
         for i, chunk in await streams.next():
-            texts[i].append(answer.push(i, chunk))
+            parts[i] += answer.push(i, chunk)
             if answer.choices[i].finish:
                 streams.stop(i)
-    return msgspec.json.encode(answer.whole(["".join(t) for t in texts]))
+    return msgspec.json.encode(renderer.whole(parts))
 
 
-async def write_events(writer: AnswerWriter, answer: Answer, streams: StreamGroup, events: EventStream) -> None:
+async def write_events(writer: EventWriter, answer: Answer, streams: StreamGroup, events: EventStream) -> None:
     """Send the events of the answer as its tokens arrive, and close the stream."""
     out: list[bytes] = []
     while answer.unfinished:
@@ -289,4 +305,5 @@ async def write_events(writer: AnswerWriter, answer: Answer, streams: StreamGrou
                 await events.send(b"".join(out), writer.state)
             raise
     writer.end(out)
+    out.append(writer.closing)
     await events.close(b"".join(out))

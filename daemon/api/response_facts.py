@@ -20,10 +20,27 @@ _FINISH = 15  # mask of its finish, NONE if its end is not committed
 _POSITION = 8  # shift of its position: output tokens that are committed, with those after a stop string
 
 
-class AnswerForm(msgspec.Struct, array_like=True, frozen=True):
-    """How an answer is written: everything in its request that decides which bytes a token becomes."""
+EVENTS = 8  # shift in the same: number of events that are sent, of an API whose events are numbered
 
-    chat: bool
+
+class Parsing(msgspec.Struct, array_like=True, frozen=True):
+    """What the parser of each choice must know to find its parts."""
+
+    tool_format: str = ""  # of `parse.formats`; "": no calls
+    tools: tuple[str, ...] = ()  # names that a call may have
+    parallel: bool = True  # more than one call
+    forced: bool = False  # the request names the tool to call
+    reasoning: str = ""  # of `parse.reasoning`; "": none
+    show_reasoning: bool = True  # otherwise it is left out of the answer
+
+
+class AnswerForm(msgspec.Struct, array_like=True, frozen=True):
+    """How an answer is written: everything in its request that decides which bytes a token becomes.
+
+    `api` names the renderer. `parsing`: None if all text is plain. `extra`: what only this renderer can read.
+    """
+
+    api: str
     stream: bool
     n: int
     stops: tuple[str, ...]
@@ -34,11 +51,14 @@ class AnswerForm(msgspec.Struct, array_like=True, frozen=True):
     token_ids: bool  # name tokens by their ids
     include_usage: bool
     continuous_usage: bool
+    parsing: Parsing | None = None
+    extra: bytes = b""
 
 
 class PromptFacts(msgspec.Struct, array_like=True, frozen=True):
     num_tokens: int
     echo: str  # the text that each of its answers begins with
+    thinking: bool = False  # the prompt ends with the marker that begins reasoning
 
 
 class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -46,7 +66,7 @@ class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
 
     `slots` and `rids`: of the choices in the journal. `minor`: of the HTTP version. `head_sent`: the head of the
     response is not in the outbox, because the client got it before. `headers`: those that all responses have.
-    `keep`: its stream is kept, and `owner` may read it again.
+    `keep`: its stream is kept, and `owner` may read it again. `after`: the id of the event after which it began.
     """
 
     id: str
@@ -65,18 +85,26 @@ class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
     request_id: str
     keep: bool = False
     owner: str = ""
+    after: str = ""
 
 
 encode_facts = msgspec.msgpack.Encoder().encode
 decode_facts = msgspec.msgpack.Decoder(ResponseFacts).decode
 
 
-def answer_form(request: ChatRequest | CompletionRequest, model_config: ModelConfig) -> AnswerForm:
+def answer_form(
+    request: ChatRequest | CompletionRequest,
+    model_config: ModelConfig,
+    *,
+    api: str,
+    parsing: Parsing | None = None,
+    extra: bytes = b"",
+) -> AnswerForm:
     """Return the form of the answer to a checked request."""
     options = request.stream_options
     eos = () if request.ignore_eos else model_config.eos_token_ids
     return AnswerForm(
-        chat=isinstance(request, ChatRequest),
+        api=api,
         stream=bool(request.stream),
         n=request.n or 1,
         stops=tuple(stop_strings(request.stop)),
@@ -87,6 +115,8 @@ def answer_form(request: ChatRequest | CompletionRequest, model_config: ModelCon
         token_ids=bool(request.return_tokens_as_token_ids),
         include_usage=options is not None and bool(options.include_usage),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        parsing=parsing,
+        extra=extra,
     )
 
 

@@ -8,7 +8,7 @@ from email.utils import formatdate
 
 from aiohttp import web
 
-from daemon.api.errors import ApiError
+from daemon.api.errors import ApiError, ErrorShape
 from daemon.api.origins import OriginPolicy
 from daemon.api.request_id import request_id
 
@@ -39,9 +39,11 @@ def raw_head(status: int, reason: str, headers: Mapping[str, str], *, minor: int
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def raw_error(error: ApiError, headers: Mapping[str, str], *, minor: int = 1) -> bytes:
-    """Return a whole response with this error, after which the connection is closed."""
-    response = error.response()
+def raw_error(
+    error: ApiError, headers: Mapping[str, str], *, minor: int = 1, shape: ErrorShape | None = None
+) -> bytes:
+    """Return a whole response with this error, after which the connection is closed. `shape`: as in `response`."""
+    response = error.response(shape)
     body = response.body
     assert isinstance(body, bytes)
     fields = JSON_HEADERS | {"Content-Length": str(len(body))} | error.headers | dict(headers)

@@ -7,9 +7,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from daemon.api.answer import Answer
 from daemon.api.errors import deadline_exceeded
 from daemon.api.generator import TokenStream
+from daemon.api.render.answer import Answer
+from daemon.api.render.apis import renderer_of
+from daemon.api.render.renderer import Renderer
 from daemon.api.request_metrics import RequestMetrics
 from daemon.api.response_facts import ResponseFacts, choice_position
 from daemon.api.service import Service
@@ -23,8 +25,9 @@ async def resumed(
     requests: Sequence[TokenStream],
     state: Sequence[int],
     kept: Sequence[RequestMetrics] | None = None,
-) -> AsyncIterator[tuple[Answer, StreamGroup]]:
-    """Bring a new answer of `requests` to `state`, which its reader has. Leaving the context ends the answer.
+) -> AsyncIterator[tuple[Answer, Renderer, StreamGroup]]:
+    """Bring a new answer of `requests` and its renderer to `state`, which its reader has. Leaving the context ends
+    the answer.
 
     `kept`: the metrics of a stream that is kept: its requests go on if the context is left because the reader has
     hung up, and are never released. Raises ApiError if the deadline of the request passes.
@@ -38,14 +41,20 @@ async def resumed(
                     service, facts.form, facts.prompts, facts.id, facts.created, facts.arrival, deadline,
                     kept=kept is not None,
                 )  # fmt: skip
+                written = []
                 for i, request in enumerate(requests):
                     sent = choice_position(state[1 + i])
                     chunk = request.replay(sent.position)._replace(finish=sent.finish)
-                    answer.resume(chunk, kept[i] if kept is not None else None)
+                    written.append(answer.resume(chunk, kept[i] if kept is not None else None))
                     if answer.choices[i].finish:
                         streams.stop(i)
+                renderer = renderer_of(answer)
+                for i, parts in enumerate(written):
+                    if choice_position(state[1 + i]).begun:
+                        renderer.replay(i, parts)
+                renderer.state[:] = state
                 with answer:
-                    yield answer, streams
+                    yield answer, renderer, streams
     except TimeoutError:
         if not deadline.expired():
             raise

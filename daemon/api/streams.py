@@ -8,9 +8,10 @@ from msgspec.structs import replace
 
 from daemon.api.auth import client_name, current_key
 from daemon.api.errors import bad_request, stream_not_found
-from daemon.api.event_ids import BadEventId
+from daemon.api.event_ids import BadEventId, Point
 from daemon.api.kept_streams import KeptStream
 from daemon.api.outbox_writer import OutboxWriter
+from daemon.api.render.apis import APIS
 from daemon.api.request_id import ANSWER_ID, frontend_of, request_id
 from daemon.api.response_head import EVENT_HEADERS, STREAM_HEADER, response_headers
 from daemon.api.service import Service
@@ -30,7 +31,7 @@ class Streams:
         if (passed := await self._pass_on(http)) is not None:
             return passed
         service, kept = self._service, self._find(http)
-        state = self._state(http, kept)
+        after, point = self._point(http, kept)
         http[ANSWER_ID] = kept.facts.id
         headers = EVENT_HEADERS | {STREAM_HEADER: kept.facts.id}
         if http.method == "HEAD":
@@ -50,10 +51,13 @@ class Streams:
                     method=http.method,
                     path=http.rel_url.raw_path,
                     request_id=request_id(http),
+                    after=after,
                 )
-                await service.guard.open(http.protocol, writer, facts, state)
-            async with EventStream(writer, service.config.heartbeat, lambda: response.prepare(http)) as events:
-                await service.kept.read(kept, events, state, writer.abort)
+                await service.guard.open(http.protocol, writer, facts, point.state)
+            ping = APIS[kept.facts.form.api].ping
+            stream = EventStream(writer, service.config.heartbeat, lambda: response.prepare(http), ping=ping)
+            async with stream as events:
+                await service.kept.read(kept, events, point, writer.abort)
         except ConnectionError:
             pass  # the client has hung up
         finally:
@@ -85,13 +89,14 @@ class Streams:
             raise stream_not_found(id[:_MAX_SHOWN])
         return kept
 
-    def _state(self, http: web.Request, kept: KeptStream) -> list[int]:
+    def _point(self, http: web.Request, kept: KeptStream) -> tuple[str, Point]:
+        """Return the id of the event that the client names, and where it is after that event."""
         # A browser's EventSource repeats the URL that it began with, so its header is the newer of the two.
         name, id = "Last-Event-ID", http.headers.get("Last-Event-ID", "")
         if not id:
             name, id = "from", http.query.get("from", "")
         try:
-            return kept.state_after(id)
+            return id, kept.point_after(id)
         except BadEventId as e:
             message = f"{name} {id[:_MAX_SHOWN]!r} is not an event id of this stream: {e}."
             raise bad_request(message, name, "invalid_event_id") from None

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 import msgspec
 
 from daemon.api.access_log import AccessLog
-from daemon.api.answer import Answer, AnswerWriter
 from daemon.api.connections import AdoptedConnection, Connections
 from daemon.api.errors import ApiError, lost, to_api_error
-from daemon.api.event_ids import NumberedWriter
-from daemon.api.kept_streams import NO_TOKEN
+from daemon.api.event_ids import BadEventId, Point
+from daemon.api.kept_streams import NO_TOKEN, KeptStream
 from daemon.api.outbox_writer import OutboxWriter
+from daemon.api.render.answer import Answer
+from daemon.api.render.apis import APIS
+from daemon.api.render.numbered import NumberedRenderer
+from daemon.api.render.renderer import EventWriter, Renderer
 from daemon.api.request_state import RequestState
 from daemon.api.request_tracker import RequestTracker
 from daemon.api.respond import whole_body, write_events
@@ -225,7 +228,8 @@ class Succession:
             else:
                 await self._whole(found)
         except ApiError as e:  # nothing is sent yet
-            found.writer.start(raw_error(e, facts.headers, minor=facts.minor), chunked=False)
+            shape = APIS[facts.form.api].renderer.errors
+            found.writer.start(raw_error(e, facts.headers, minor=facts.minor, shape=shape), chunked=False)
             await found.writer.write_eof()
             return e.status
         return 200
@@ -234,30 +238,32 @@ class Succession:
         async def start() -> None:
             found.writer.start(_event_head(found.facts), chunked=found.facts.minor >= 1)
 
-        events = EventStream(found.writer, self._service.config.heartbeat, None if found.begun else start)
+        api = APIS[found.facts.form.api]
+        start_head = None if found.begun else start
+        events = EventStream(found.writer, self._service.config.heartbeat, start_head, ping=api.ping)
+        writer: EventWriter | None = None
         async with events:
             try:
                 if (kept := self._service.kept.get(found.facts.id)) is not None:
                     try:
-                        await self._service.kept.read(kept, events, found.state, found.writer.abort)
+                        await self._service.kept.read(kept, events, _point(found, kept), found.writer.abort)
                     finally:
                         found.usage = kept.num_tokens() if found.facts.method == "POST" else None
                     return
-                async with self._resumed(found) as (answer, streams):
-                    writer = NumberedWriter(answer) if found.facts.keep else AnswerWriter(answer)
-                    writer.state[:] = found.state
+                async with self._resumed(found) as (answer, renderer, streams):
+                    writer = NumberedRenderer(renderer) if found.facts.keep else renderer
                     await write_events(writer, answer, streams, events)
             except ConnectionError:
                 raise
             except Exception as e:
                 if not events.started:
                     raise to_api_error(e) from None
-                await events.fail(to_api_error(e))
+                await events.fail((writer or api.renderer.errors).event(to_api_error(e)))
 
     async def _whole(self, found: _Adopted) -> None:
         try:
-            async with self._resumed(found) as (answer, streams):
-                body = await whole_body(answer, streams)
+            async with self._resumed(found) as (answer, renderer, streams):
+                body = await whole_body(renderer, answer, streams)
                 await answer.leave_deadline()
                 headers = JSON_HEADERS | {"Content-Length": str(len(body))} | found.facts.headers
                 found.writer.start(raw_head(200, "OK", headers, minor=found.facts.minor), chunked=False)
@@ -268,7 +274,7 @@ class Succession:
             raise to_api_error(e) from None
 
     @asynccontextmanager
-    async def _resumed(self, found: _Adopted) -> AsyncIterator[tuple[Answer, StreamGroup]]:
+    async def _resumed(self, found: _Adopted) -> AsyncIterator[tuple[Answer, Renderer, StreamGroup]]:
         """Bring the answer to the committed state; leaving the context cancels the choices that have not ended.
 
         Raises ApiError if the journal has not all of them, or if the deadline of the request passes.
@@ -280,18 +286,18 @@ class Succession:
                 request.cancel(EarlyEnd.FRONTEND)
                 request.release()
             raise lost("the process that served it died; please send it again", retry=True)
-        async with resumed(self._service, facts, list(requests.values()), found.state) as (answer, streams):
+        async with resumed(self._service, facts, list(requests.values()), found.state) as resumption:
             try:
-                yield answer, streams
+                yield resumption
             finally:
-                found.usage = answer.num_tokens()
+                found.usage = resumption[0].num_tokens()
 
     # -- its end ------------------------------------------------------------------------------------
 
     def _count(self, found: _Adopted, status: int | None) -> None:
         facts = found.facts
         word = "disconnect" if status is None else f"{status // 100}xx"
-        handler = "streams" if facts.method == "GET" else "chat" if facts.form.chat else "completions"
+        handler = "streams" if facts.method == "GET" else APIS[facts.form.api].handler
         self._service.page.inc("http_requests", 1, handler, word)
         request = f"{facts.client or '-'} {facts.method} {facts.path}"
         seconds = time.monotonic() - facts.arrival
@@ -311,6 +317,15 @@ class Succession:
             if connection.transport is not None:
                 connection.transport.abort()
             self._kept.release(found.token)
+
+
+def _point(found: _Adopted, kept: KeptStream) -> Point:
+    """Return where the reader of a kept stream is, in a step only if it has got no event on this connection yet."""
+    with contextlib.suppress(BadEventId):
+        began = kept.point_after(found.facts.after)
+        if began.state == found.state:
+            return began
+    return Point(found.state)
 
 
 def _event_head(facts: ResponseFacts) -> bytes:

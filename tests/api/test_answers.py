@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.api.answer import Answer
 from daemon.api.auth import client_name
 from daemon.api.key_file import digest, parse_key
 from daemon.api.params import choice_seed, prefix_salt
+from daemon.api.render.answer import Answer
 from tests.api.harness import ANSWER, CHAT, HELLO, TEXT, make_api, stream, with_client
 
 

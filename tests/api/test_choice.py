@@ -7,8 +7,9 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.api.choice import Choice
 from daemon.api.generator import TokenChunk
+from daemon.api.parse.parts import Part, Text
+from daemon.api.render.choice import Choice
 from daemon.ipc.messages import Finish
 from tests.models.tiny_model import EOS_ID
 
@@ -25,13 +26,18 @@ def _choice(model, stops=(), min_tokens=0) -> Choice:
     )
 
 
+def _text(parts: list[Part]) -> str:
+    assert all(isinstance(part, Text) for part in parts)
+    return "".join(part.text for part in parts)
+
+
 def _run(choice: Choice, tokens: list[int], cuts: list[int], finish: Finish) -> str:
     """Push chunks of `tokens`, cut at `cuts`, until the choice ends; return the text."""
     bounds = [0, *sorted(cuts), len(tokens)]
     text = ""
     for begin, end in pairwise(bounds):
         last = end == len(tokens)
-        text += choice.push(TokenChunk(tokens[begin:end], None, finish if last else Finish.NONE, 0))
+        text += _text(choice.push(TokenChunk(tokens[begin:end], None, finish if last else Finish.NONE, 0)))
         if choice.finish or last:
             break
     return text
@@ -92,5 +98,5 @@ def test_half_a_character_is_held_back_until_the_end(model):
     tokens = model.tokenizer.encode("🙂", False)
     assert len(tokens) > 1
     choice = _choice(model)
-    assert choice.push(TokenChunk(tokens[:1], None, Finish.NONE, 0)) == ""
-    assert choice.push(TokenChunk([], None, Finish.LENGTH, 0)) == "\ufffd"
+    assert choice.push(TokenChunk(tokens[:1], None, Finish.NONE, 0)) == []
+    assert _text(choice.push(TokenChunk([], None, Finish.LENGTH, 0))) == "\ufffd"

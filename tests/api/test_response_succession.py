@@ -37,7 +37,7 @@ class Request:
 
 
 def facts() -> ResponseFacts:
-    form = AnswerForm(False, True, 1, (), 0, frozenset(), True, -1, False, False, False)
+    form = AnswerForm("completion", True, 1, (), 0, frozenset(), True, -1, False, False, False)
     start = {"id": "a", "created": 1, "arrival": 0.0, "form": form, "prompts": [PromptFacts(1, "")]}
     rest = {"slots": [SLOT], "rids": [RID], "minor": 1, "head_sent": False, "headers": {}, "client": ""}
     return ResponseFacts(**start, **rest, method="POST", path="/v1/completions", request_id="x")

@@ -1,4 +1,4 @@
-"""One answer with one or more choices: built from token chunks, written as a whole or as events."""
+"""One answer with one or more choices, built from token chunks. A renderer writes it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from daemon.api import sse
-from daemon.api.choice import Choice
 from daemon.api.errors import cancelled, deadline_exceeded, lost
 from daemon.api.generator import TokenChunk
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
+from daemon.api.parse.parts import Part
+from daemon.api.render.choice import Choice
 from daemon.api.request_metrics import REASONS, RequestMetrics
-from daemon.api.response_facts import AnswerForm, PromptFacts, choice_word
+from daemon.api.response_facts import AnswerForm, PromptFacts
 from daemon.api.service import Service
 from daemon.ipc.messages import Finish
 
@@ -21,6 +21,7 @@ from daemon.ipc.messages import Finish
 class Prompt(NamedTuple):
     tokens: list[int]
     echo: str  # the text that each of its answers begins with
+    thinking: bool = False  # it ends with the marker that begins reasoning
 
 
 class Answer:
@@ -52,7 +53,6 @@ class Answer:
         self._deadline = deadline
         self._kept = kept
         self.id = id
-        self.chat = form.chat
         self.created = created
         self.model = service.model_config.name
         self.choices: list[Choice] = []
@@ -68,21 +68,22 @@ class Answer:
         prompt = self.prompts[len(self.choices) // self.form.n]
         self._add(RequestMetrics(self._service.page, self.arrival, prompt.num_tokens, max_tokens))
 
-    def resume(self, chunk: TokenChunk, metrics: RequestMetrics | None = None) -> None:
-        """Add the next choice, of which `chunk` is written already, all output up to here.
+    def resume(self, chunk: TokenChunk, metrics: RequestMetrics | None = None) -> list[Part]:
+        """Add the next choice, of which `chunk` is written already, all output up to here. Return its parts.
 
         `metrics`: those of the choice; None: a former process has counted this output.
         """
         index = len(self.choices)
         self._add(metrics or RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
         choice = self.choices[index]
-        choice.push(chunk)
+        parts = choice.push(chunk)
         if choice.logprobs is not None:
             choice.logprobs.take()
         self._count(index, choice.num_tokens, choice.num_cached_tokens)
         if choice.finish:
             self._metrics[index].close()
             self.unfinished -= 1
+        return parts
 
     def detach(self) -> list[RequestMetrics]:
         """Return the metrics of all choices and forget the choices: another answer goes on with them."""
@@ -107,7 +108,7 @@ class Answer:
         if top < 0:
             return None
         tokenizer, ids = self._service.tokenizer, self.form.token_ids
-        return ChatLogprobs(tokenizer, ids) if self.chat else TextLogprobs(tokenizer, top, ids)
+        return TextLogprobs(tokenizer, top, ids) if self.form.api == "completion" else ChatLogprobs(tokenizer, ids)
 
     def _count(self, index: int, tokens: int, cached: int) -> None:
         """Add to the totals: output tokens, and prompt tokens of choice `index` from a prefix cache."""
@@ -115,11 +116,11 @@ class Answer:
         if index % self.form.n == 0:  # one choice of each prompt
             self._cached_tokens += cached
 
-    def push(self, index: int, chunk: TokenChunk) -> str:
-        """Add a chunk to its choice and return its text. Raises ApiError if the choice failed."""
+    def push(self, index: int, chunk: TokenChunk) -> list[Part]:
+        """Add a chunk to its choice and return its parts. Raises ApiError if the choice failed."""
         choice, metrics = self.choices[index], self._metrics[index]
         before, cached_before = choice.num_tokens, choice.num_cached_tokens
-        text = choice.push(chunk)
+        parts = choice.push(chunk)
         if choice.num_tokens > metrics.tokens:  # an earlier reader of a kept stream may have had some of them
             metrics.output(time.monotonic(), choice.num_tokens - metrics.tokens)
         self._count(index, choice.num_tokens - before, choice.num_cached_tokens - cached_before)
@@ -132,7 +133,7 @@ class Answer:
                 raise deadline_exceeded(self._service.config.request_deadline)
             if choice.finish is Finish.ERROR:
                 raise lost("computing it failed; the server's log has the details", retry=False)
-        return text
+        return parts
 
     async def leave_deadline(self) -> None:
         """Let the deadline end the answer no more: it is only sent now, and the connection has a limit for that."""
@@ -166,78 +167,28 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         """Return the token counts of the whole answer so far; a prompt counts once, however many choices it has."""
         prompt, output = self.num_tokens()
-        return {
+        found: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
         }
+        if self.form.parsing is not None and self.form.parsing.reasoning:
+            found["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning_tokens}
+        return found
 
-    def whole(self, texts: list[str]) -> dict[str, Any]:
-        """Return the body of a response that is not streamed; `texts` by choice."""
-        kind = "chat.completion" if self.chat else "text_completion"
-        choices = [self._choice(i, text) for i, text in enumerate(texts)]
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return head | {"choices": choices, "usage": self.usage()}
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that came from a prefix cache."""
+        return self._cached_tokens
 
-    def _choice(self, index: int, text: str) -> dict[str, Any]:
-        choice, text = self.choices[index], self.echo(index) + text
-        logprobs = choice.logprobs.take() if choice.logprobs else None
-        rest = {"logprobs": logprobs, "finish_reason": REASONS[choice.finish]}
-        if self.chat:
-            return {"index": index, "message": {"role": "assistant", "content": text, "refusal": None}} | rest
-        return {"index": index, "text": text} | rest
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return sum(choice.num_reasoning_tokens for choice in self.choices)
 
-
-class AnswerWriter:
-    """Writes an answer as events, one choice chunk at a time."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._include_usage = answer.form.include_usage
-        self._continuous = answer.form.continuous_usage
-        self._identity: dict[str, Any] = {
-            "chat": answer.chat,
-            "id": answer.id,
-            "created": answer.created,
-            "model": answer.model,
-        }
-        self._writers = [
-            sse.ChunkWriter(**self._identity, index=i, include_usage=self._include_usage)
-            for i in range(len(answer.choices))
-        ]
-        self.state = [0] * (1 + len(answer.choices))
-        """What has been written so far, in the words of `response_facts`."""
-
-    def begin(self, index: int, out: list[bytes]) -> None:
-        """Append the events that come before the first output of this choice, if they are not sent yet.
-
-        Call it before `Answer.push`: these events count none of the output that follows them.
-        """
-        if self.state[1 + index]:
-            return
-        writer, usage = self._writers[index], self._usage()
-        if self._answer.chat:
-            out.append(writer.role(usage))
-        if echo := self._answer.echo(index):
-            out.append(writer.text(echo, None, usage))
-
-    def write(self, index: int, text: str, out: list[bytes]) -> None:
-        """Append the events for the text that `Answer.push` has just returned for this choice."""
-        choice, writer = self._answer.choices[index], self._writers[index]
-        logprobs = choice.logprobs.take() if choice.logprobs else None
-        usage = self._usage()
-        if text or logprobs:
-            out.append(writer.text(text, logprobs, usage))
-        if choice.finish:
-            out.append(writer.finish(REASONS[choice.finish], usage))
-        self.state[1 + index] = choice_word(choice.position, choice.finish)
-
-    def end(self, out: list[bytes]) -> None:
-        """Append the events after the end of the last choice."""
-        if self._include_usage:
-            out.append(sse.usage_chunk(sse.chunk_head(**self._identity), self._answer.usage()))
-        out.append(sse.DONE)
-
-    def _usage(self) -> dict[str, Any] | None:
-        return self._answer.usage() if self._continuous else None
+    def reason(self, index: int) -> str:
+        """Return OpenAI's word for how choice `index` has ended."""
+        choice, parsing = self.choices[index], self.form.parsing
+        if choice.finish is Finish.STOP and choice.num_calls and not (parsing and parsing.forced):
+            return "tool_calls"
+        return REASONS[choice.finish]
