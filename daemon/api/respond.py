@@ -23,12 +23,13 @@ from daemon.api.errors import ApiError, deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
 from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
+from daemon.api.parse.formats import Parsing
 from daemon.api.parse.parts import Part
 from daemon.api.render.answer import Answer, Prompt
 from daemon.api.render.apis import Api, renderer_of
 from daemon.api.render.renderer import EventWriter, Renderer
 from daemon.api.request_id import ANSWER_ID, kept_id, request_id, sent_request_id
-from daemon.api.response_facts import Parsing, PromptFacts, ResponseFacts, answer_form
+from daemon.api.response_facts import PromptFacts, ResponseFacts, answer_form
 from daemon.api.response_head import EVENT_HEADERS, STREAM_HEADER, response_headers
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service

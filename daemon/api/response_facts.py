@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from daemon.api.params import num_logprobs
+from daemon.api.parse.formats import Parsing
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.validation import stop_strings
 from daemon.ipc.messages import Finish
@@ -21,17 +22,6 @@ _POSITION = 8  # shift of its position: output tokens that are committed, with t
 
 
 EVENTS = 8  # shift in the same: number of events that are sent, of an API whose events are numbered
-
-
-class Parsing(msgspec.Struct, array_like=True, frozen=True):
-    """What the parser of each choice must know to find its parts."""
-
-    tool_format: str = ""  # of `parse.formats`; "": no calls
-    tools: tuple[str, ...] = ()  # names that a call may have
-    parallel: bool = True  # more than one call
-    forced: bool = False  # the request names the tool to call
-    reasoning: str = ""  # of `parse.reasoning`; "": none
-    show_reasoning: bool = True  # otherwise it is left out of the answer
 
 
 class AnswerForm(msgspec.Struct, array_like=True, frozen=True):

@@ -32,17 +32,20 @@ class ChatTemplate:
     """The chat template of a model directory, and a second one for requests with tools if the model has one.
 
     `available` is False if the model has no template. `forms` are the forms of messages that it takes. `variables`
-    are the names that it reads and that a request may set. Raises ModelError if a template does not compile.
+    are the names that it reads and that a request may set. `takes_tools`: it tells the model of `tools`. `source`:
+    the text of all templates. Raises ModelError if a template does not compile.
     """
 
     def __init__(self, path: Path) -> None:
         sources = read_templates(path)
         source = sources.get(DEFAULT)
         self.available = source is not None
+        self.source = "\n".join(sources.values())
         self._special = special_tokens(path)
         self._environment = new_environment()
         self._template, read = self._compile(path, source or "")
         self._tool_template, read_for_tools = self._compile(path, sources.get(TOOL_USE, source or ""))
+        self.takes_tools = "tools" in read | read_for_tools
         self.variables = (read | read_for_tools) - self._environment.globals.keys() - _OWN_VARIABLES
         self.forms = MessageForms(self.render)
 

@@ -66,6 +66,7 @@ class Tokenizer:
         shown = [b"" if i in self.special_ids else data for i, data in enumerate(self._bytes)]
         self._shown_bytes = shown
         self._shown_text = [_text_or_none(data) for data in shown]
+        self._showing: dict[frozenset[str], tuple[list[str | None], list[bytes]]] = {}
         self._full_text = list(self._shown_text)
         for i in self.special_ids:
             self._full_text[i] = _text_or_none(self._bytes[i])
@@ -92,16 +93,32 @@ class Tokenizer:
         stream = self.detokenizer()
         return stream.push(ids) + stream.finish()
 
-    def detokenizer(self, continuing: bool = False, skip_special: bool = True) -> Detokenizer:
+    def detokenizer(
+        self, continuing: bool = False, skip_special: bool = True, shown: frozenset[str] = frozenset()
+    ) -> Detokenizer:
         """Return the detokenizer of a new stream.
 
         `continuing`: the stream continues a prompt, so the leading space of sentencepiece is kept. `skip_special`:
-        special tokens give no text.
+        special tokens give no text, but for those whose text is in `shown`.
         """
         strip = self._strip_space and not continuing
-        if skip_special:
+        if not skip_special:
+            return Detokenizer(self._full_text, self._bytes, strip)
+        if not shown:
             return Detokenizer(self._shown_text, self._shown_bytes, strip)
-        return Detokenizer(self._full_text, self._bytes, strip)
+        if shown not in self._showing:
+            self._showing[shown] = self._show(shown)
+        return Detokenizer(*self._showing[shown], strip)
+
+    def _show(self, texts: frozenset[str]) -> tuple[list[str | None], list[bytes]]:
+        """Return the tables of a detokenizer that shows the special tokens with these texts."""
+        ids = [i for i in self.special_ids if self._full_text[i] in texts]
+        if not ids:
+            return self._shown_text, self._shown_bytes
+        shown_text, shown_bytes = list(self._shown_text), list(self._shown_bytes)
+        for i in ids:
+            shown_text[i], shown_bytes[i] = self._full_text[i], self._bytes[i]
+        return shown_text, shown_bytes
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token, special or not. They may be part of a character. b"" for an unknown id."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from daemon.api.errors import cancelled, deadline_exceeded, lost
 from daemon.api.generator import TokenChunk
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
+from daemon.api.parse.formats import new_parser, shown_texts
 from daemon.api.parse.parts import Part
 from daemon.api.render.choice import Choice
 from daemon.api.request_metrics import REASONS, RequestMetrics
@@ -91,13 +92,15 @@ class Answer:
         return metrics
 
     def _add(self, metrics: RequestMetrics) -> None:
-        form, tokenizer = self.form, self._service.tokenizer
+        form, tokenizer, index = self.form, self._service.tokenizer, len(self.choices)
+        prompt = self.prompts[index // form.n]
         choice = Choice(
-            tokenizer.detokenizer(continuing=True, skip_special=form.skip_special),
+            tokenizer.detokenizer(continuing=True, skip_special=form.skip_special, shown=shown_texts(form.parsing)),
             stops=list(form.stops),
             min_tokens=form.min_tokens,
             end_tokens=form.end_tokens,
             logprobs=self._logprobs_format(),
+            parser=new_parser(form.parsing, answer=self.id, choice=index, thinking=prompt.thinking),
         )
         self.choices.append(choice)
         self._metrics.append(metrics)

@@ -49,7 +49,7 @@ class ChunkRenderer(Renderer):
         logprobs = choice.logprobs.take() if choice.logprobs else None
         usage = self._usage()
         for part in parts:
-            if type(part) is Text:  # the hot path
+            if isinstance(part, Text):  # the hot path
                 out.append(writer.text(part.text, logprobs, usage))
             else:
                 out.append(writer.part(part, logprobs, usage))
