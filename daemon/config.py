@@ -70,8 +70,15 @@ class Config:
         "model",
         "engine",
         "What an engine runs. `model`: the model. `stub`: no model; emits tokens at a fixed rate. `hash`: no model; "
-        "each token is a hash of the KV blocks that the engine reads. Both are for benchmarks and fault tests.",
-        choices=("model", "stub", "hash"),
+        "each token is a hash of the KV blocks that the engine reads. Both are for benchmarks and fault tests. "
+        "`script`: no model; plays the answers in the file `script`, for tests of clients.",
+        choices=("model", "stub", "hash", "script"),
+    )
+    script: str = _option(
+        "",
+        "engine",
+        'File with the answers of the `script` engine: JSON, a list of `{"when": REGEX, "say": TEXT}`. The first '
+        "entry that is found in the text of a prompt is its answer; without `when` it fits every prompt.",
     )
     devices: list[str] = _option(
         [],
@@ -166,7 +173,7 @@ class Config:
         "Launch the next step before the tokens of the current step are known. GPUs only; no effect on the CPU.",
     )
     stub_step: float = _option(
-        0.02, "engine", "Time of one step of the `stub` and `hash` engines.", "seconds", at_most=10
+        0.02, "engine", "Time of one step of the engines without a model.", "seconds", at_most=10
     )
     # -- scheduling
     policy: str = _option(

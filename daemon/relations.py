@@ -71,6 +71,10 @@ def _check_scaling(config: Config) -> None:
 
 def _check_contradictions(config: Config) -> None:
     """Check options of which one takes the effect of the other. A default gives way to a value that is set."""
+    why = "names no file; the engine `script` needs one"
+    require(config, config.engine != "script" or bool(config.script), "script", why)
+    why = f"has no effect on the engine `{config.engine}`; set engine to script"
+    require(config, config.engine == "script" or not config.script, "script", why)
     if config.engine == "model":
         why = "needs fp32; set dtype to auto or fp32, or deterministic to false"
         require(config, not (config.deterministic and config.dtype == "bf16"), "deterministic", why)

@@ -256,6 +256,14 @@ def test_options_that_the_device_does_not_support(settings: dict[str, object], m
     assert load(settings | {"engine": "stub"}, None, {}).engine == "stub"  # does not use these options
 
 
+def test_a_script_and_the_engine_that_plays_it_belong_together():
+    with pytest.raises(ConfigError, match="script: names no file"):
+        load({"engine": "script"}, None, {})
+    with pytest.raises(ConfigError, match="has no effect on the engine `hash`"):
+        load({"engine": "hash", "script": "s.json"}, None, {})
+    assert load({"engine": "script", "script": "s.json"}, None, {}).script == "s.json"
+
+
 def test_gpu_defaults_apply_to_options_that_no_source_has_set():
     # Limits are judged with the defaults that GPUs have: max_batch_tokens is larger there.
     assert load({"devices": "cuda:0", "max_num_seqs": "512"}, None, {}).max_num_seqs == 512

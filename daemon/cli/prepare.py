@@ -40,7 +40,11 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
     config = config.for_gpus() if config.on_gpus else config
     config.check()
     keys = read_key_file(Path(config.api_key_file)) if config.api_key_file else None
-    # The stub and hash engines do not use the weights, but the frontends use the tokenizer.
+    if config.script:
+        from daemon.engine.fake.script import read_script
+
+        read_script(Path(config.script))
+    # The engines without a model do not use the weights, but the frontends use the tokenizer.
     load_format = config.load_format if config.engine == "model" else "dummy"
     model_dir = store.resolve(config.model, "dummy" if on_trial else load_format, progress)
     if on_trial and not store.has_weights(config.model):
@@ -75,6 +79,8 @@ def _open_model(config: Config, model_dir: Path, load_format: str, progress: Cal
         model_config.name.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"the name of {model_dir} is not UTF-8; set another name with --served-name") from None
+    if config.engine == "script" and not model_config.eos_token_ids:
+        raise ConfigError(f"engine: {model_config.name} has no known end token, with which a script ends its answers")
     if config.engine == "model" and not model_config.eos_token_ids:
         progress(
             f"warning: {model_config.name} has no known end token, so an answer ends only at max_tokens or a stop "

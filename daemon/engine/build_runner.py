@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from daemon.config import Config
-from daemon.engine.runner import DeviceRunner, Runner, RunnerSettings
+from pathlib import Path
+
+from daemon.config import Config, ConfigError
+from daemon.engine.runner import DeviceRunner, Runner, RunnerSettings, Unavailable
 from daemon.machine import cpus
 from daemon.models.model_config import ModelConfig
 
@@ -11,7 +13,7 @@ from daemon.models.model_config import ModelConfig
 def build_runner(config: Config, model_config: ModelConfig, device: str = "cpu") -> Runner:
     """Build the runner that `config.engine` names, on `device`. On a GPU it is a `DeviceRunner`.
 
-    Raises ModelError for a model that cannot run here.
+    Raises ModelError for a model that cannot run here, Unavailable for a script that cannot be read.
     """
     length = config.max_model_len or model_config.max_position  # checked before the start
     if config.engine == "stub":
@@ -27,12 +29,33 @@ def build_runner(config: Config, model_config: ModelConfig, device: str = "cpu")
         from daemon.engine.fake.hash import HashRunner
 
         return HashRunner(model_config.vocab_size, length, config.block_size, step_seconds=config.stub_step)
+    if config.engine == "script":
+        return _build_script(config, model_config, length)
     settings = _settings(config, length, device)
     if config.on_gpus:
         return _build_cuda(model_config, settings, device, sharing=config.devices.count(device))
     from daemon.engine.cpu.runner import CpuRunner
 
     return CpuRunner(model_config, settings)
+
+
+def _build_script(config: Config, model_config: ModelConfig, max_model_len: int) -> Runner:
+    from daemon.engine.fake.script import ScriptRunner, read_script
+    from daemon.models.tokenizer import Tokenizer
+
+    try:
+        script = read_script(Path(config.script))
+    except ConfigError as e:  # it was good before the start
+        raise Unavailable(str(e)) from None
+    return ScriptRunner(
+        script,
+        Tokenizer(model_config.path),
+        model_config.eos_token_ids,
+        step_seconds=config.stub_step,
+        vocab_size=model_config.vocab_size,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+    )
 
 
 def _settings(config: Config, max_model_len: int, device: str) -> RunnerSettings:

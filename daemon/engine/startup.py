@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, cast
 
 from daemon.config import Config
 from daemon.engine.build_runner import build_runner
@@ -25,6 +25,9 @@ from daemon.kvpool.block_manager import BlockManager
 from daemon.kvpool.link import KvLink
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig, ModelError
+
+if TYPE_CHECKING:
+    from daemon.engine.fake.script import ScriptRunner
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
         kv = _load_on_device(fabric, cast(DeviceRunner, runner))
     else:
         kv = _load_on_host(spec, fabric, runner)
-    digest = weights.digest() if weights is not None else b""
+    digest = weights.digest() if weights is not None else _script_digest(config, runner)
     identity = identify(config, model_config, digest, runner.pool_spec(1), config.devices[index])
     times = _measure(config, runner, kv.num_blocks)
     scheduler = Scheduler(
@@ -99,6 +102,10 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
         config.block_size,
     )
     return LoadedEngine(runner, scheduler, kv, identity, times, config.ideal_tokens)
+
+
+def _script_digest(config: Config, runner: Runner) -> bytes:
+    return cast("ScriptRunner", runner).script.digest if config.engine == "script" else b""
 
 
 class _WeightFiles:

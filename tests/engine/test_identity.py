@@ -54,6 +54,7 @@ def test_another_architecture_is_another_model(model: ModelConfig, changed: dict
 def test_other_weights_differ(model: ModelConfig):
     found = [identity(model), identity(model, b"b"), identity(model, b"", load_format="dummy")]
     found += [identity(model, b"", engine="hash"), identity(model, b"", engine="stub")]
+    found += [identity(model, script, engine="script", script="x") for script in (b"a", b"b")]
     assert len({i.weights for i in found}) == len({i.fingerprint for i in found}) == len(found)
 
 

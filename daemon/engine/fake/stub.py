@@ -56,8 +56,12 @@ class StubRunner:
     def load(self, pool: memoryview) -> None:
         """Do nothing."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def wait(self) -> None:
+        """Take the time of one step."""
         if self._step_seconds > 0:
             self._sleep(self._step_seconds)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.wait()
         tokens = [stub_token(row.start + row.count, self.vocab_size) for row in plan.rows if row.sample]
         return StepResult(tokens, certain_logprobs(plan, tokens))
