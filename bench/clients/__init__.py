@@ -1,0 +1,1 @@
+"""Runs real client libraries against a daemon: see `bench.clients.run`."""
