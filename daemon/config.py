@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from daemon.enums import MigrationChoice
-from daemon.option import ConfigError, Option, check_limits, parse
+from daemon.http_options import HttpOptions
+from daemon.option import MAX_TOKENS, ConfigError, Option, check_limits, parse
 from daemon.option import declare as _option
 from daemon.relations import MAX_ENGINES, check_relations, require
 from daemon.toml_file import read_toml
@@ -23,11 +24,11 @@ from daemon.units import quoted
 __all__ = ["MAX_ENGINES", "Config", "ConfigError", "Option", "load", "options"]
 
 ENV_PREFIX = "LLUMD_"
-_MAX_TOKENS = 1 << 24  # above the context length of every known model
+_GROUPS = ("model", "engine", "scheduling", "http", "daemon")
 
 
 @dataclass(slots=True)
-class Config:
+class Config(HttpOptions):
     """The settings of the daemon. Sizes are in bytes and durations in seconds."""
 
     # -- model
@@ -37,11 +38,11 @@ class Config:
         "Model to serve: `demo` (SmolLM2-135M-Instruct, downloaded once), a Hugging Face directory, a .gguf file, or "
         "a name on the Hugging Face hub: `ORG/NAME`, `ORG/NAME@REVISION`, or `ORG/NAME:FILE.gguf`.",
     )
-    served_name: str = _option(
-        "",
+    served_name: list[str] = _option(
+        [],
         "model",
-        "Model name in the API. Empty: `ORG/NAME` of the hub, the name of the model directory, or of the .gguf file "
-        "without its suffix.",
+        "Names of the model in the API, separated by commas; answers have the first. Empty: `ORG/NAME` of the hub, "
+        "the name of the model directory, or of the .gguf file without its suffix. The value of `model` also works.",
     )
     load_format: str = _option(
         "auto",
@@ -56,7 +57,7 @@ class Config:
         "Maximum length of prompt plus output, at most the limit of the model. 0: the limit of the model.",
         "tokens",
         at_least=2,
-        at_most=_MAX_TOKENS,
+        at_most=MAX_TOKENS,
         or_zero=True,
     )
     sanitize_control_tokens: bool = _option(
@@ -255,153 +256,6 @@ class Config:
         "How long the load must stay past a threshold before auto-scaling wakes or parks an engine.",
         "seconds",
     )
-    # -- frontend
-    host: str = _option(
-        "127.0.0.1",
-        "http",
-        "Address to listen on. Any but loopback needs `api_key_file` or `allow_unauthenticated`.",
-    )
-    port: int = _option(8000, "http", "TCP port to listen on. 0: any free port.", at_least=0, at_most=65535)
-    frontends: int = _option(
-        1, "http", "Number of HTTP processes. They share one listening socket.", at_least=1, at_most=16
-    )
-    standby_frontend: bool = _option(
-        True,
-        "http",
-        "Keep one more HTTP process loaded, which takes over at once when one of them dies. It costs its memory.",
-    )
-    api_key_file: str = _option(
-        "",
-        "http",
-        "File with one API key per line. Empty: clients need no key. `llumctl reload` reads it again.",
-    )
-    allow_unauthenticated: bool = _option(False, "http", "Allow a `host` other than loopback without API keys.")
-    max_body: int = _option(
-        8 << 20,
-        "http",
-        "Maximum size of a request body. A larger one gets status 413.",
-        "bytes",
-        at_least=1 << 10,
-        at_most=1 << 30,
-    )
-    body_memory: int = _option(
-        64 << 20,
-        "http",
-        "Memory of each frontend for request bodies that are not tokenised yet. The first 64 KiB of each do not "
-        "count. A request that finds it full gets status 503.",
-        "bytes",
-        at_least=1 << 10,
-        at_most=1 << 40,
-    )
-    max_connections: int = _option(
-        0,
-        "http",
-        "Maximum number of connections of each frontend. At the limit, the one that is idle for longest is closed; "
-        "if none is idle, a new one gets status 503. 0: what the limit of open files allows for each to outlive its "
-        "frontend.",
-        "connections",
-        at_least=0,
-        at_most=1 << 17,
-    )
-    keep_alive: float = _option(
-        75.0, "http", "Time after which a connection without a request is closed.", "seconds", at_least=1
-    )
-    allowed_hosts: list[str] = _option(
-        [],
-        "http",
-        "Host names, separated by commas, under which clients reach this server; any other `Host` gets status 403. "
-        "Empty: a server on a loopback address without API keys accepts only names of this machine, other servers "
-        "accept every name. `*`: every name.",
-    )
-    allowed_origins: list[str] = _option(
-        [],
-        "http",
-        "Origins of web pages that may use this server, for example `https://chat.example.com`, separated by commas. "
-        "Pages of this machine may use a server on a loopback address without API keys in any case. `*`: every page.",
-    )
-    max_prompt_tokens: int = _option(
-        0,
-        "http",
-        "Maximum length of a prompt, below `max_model_len`. 0: the limit of the model.",
-        "tokens",
-        at_least=0,
-        at_most=_MAX_TOKENS,
-    )
-    max_output_tokens: int = _option(
-        4096,
-        "http",
-        "Maximum length of the output of a request that sets no limit itself.",
-        "tokens",
-        at_least=1,
-        at_most=_MAX_TOKENS,
-    )
-    max_queued: int = _option(
-        512,
-        "http",
-        "Maximum number of unfinished requests in each frontend; those of high priority may be an eighth more. "
-        "Further requests get status 429.",
-        "requests",
-        at_least=1,
-        at_most=1 << 16,
-    )
-    max_choices: int = _option(
-        8,
-        "http",
-        "Maximum of the request parameter `n` (choices for one request). It is also never above `max_queued`.",
-        "choices",
-        at_least=1,
-        at_most=1024,
-    )
-    request_deadline: float = _option(
-        600.0,
-        "http",
-        "Maximum time from the arrival of a request to its end. Then it ends with an error. 0: no limit.",
-        "seconds",
-        at_least=0.1,
-        or_zero=True,
-    )
-    journal_memory: int = _option(
-        64 << 20,
-        "http",
-        "Shared memory of each frontend for the prompts and outputs of its unfinished requests (journal). "
-        "While it is full, new requests get status 429.",
-        "bytes",
-        at_least=1 << 20,
-        below=4 << 30,
-    )
-    outbox_memory: int = _option(
-        32 << 20,
-        "http",
-        "Shared memory of each frontend for response bytes on their way (outbox). They survive the frontend there. "
-        "While it is full, new requests get status 429.",
-        "bytes",
-        at_least=1 << 20,
-        below=4 << 30,
-    )
-    keep_streams: float = _option(
-        60.0,
-        "http",
-        "How long a stream whose client has asked to keep it (`X-Llumd-Keep: 1`) can be read again after its end; "
-        "less if the journal needs its room. 0: no stream is kept.",
-        "seconds",
-        at_least=1,
-        at_most=86400,
-        or_zero=True,
-    )
-    heartbeat: float = _option(
-        0.0,
-        "http",
-        "Send an SSE comment after this time without output. 0: send none.",
-        "seconds",
-        at_least=0.01,
-        or_zero=True,
-    )
-    access_log: bool = _option(
-        False,
-        "http",
-        "Log a line for each HTTP request: client, method, path, status, duration, tokens and ids; never its text. "
-        "With log level `debug` the line is written in any case.",
-    )
     # -- daemon
     run_dir: str = _option(
         "",
@@ -451,6 +305,11 @@ class Config:
         return dataclasses.replace(self, **parsed, origin=self.origin | dict.fromkeys(parsed, origin))
 
     @property
+    def main_name(self) -> str:
+        """The name of the model that answers have; "" if no option sets one and the model is not resolved yet."""
+        return self.served_name[0] if self.served_name else ""
+
+    @property
     def on_gpus(self) -> bool:
         """True if engines compute on GPUs. Engines without a model compute nothing, whatever `devices` is."""
         return self.engine == "model" and any(d != "cpu" for d in self.devices)
@@ -471,8 +330,9 @@ class Config:
 
 
 def options() -> list[Option]:
-    """Return all options in the order of their declaration."""
-    return [f for f in dataclasses.fields(Config) if f.name != "origin"]
+    """Return all options, by group, in the order of their declaration."""
+    declared = [f for f in dataclasses.fields(Config) if f.name != "origin"]
+    return sorted(declared, key=lambda option: _GROUPS.index(option.metadata["group"]))
 
 
 _TYPES: dict[str, Any] = get_type_hints(Config)

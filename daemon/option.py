@@ -15,6 +15,7 @@ from daemon.units import format_value, parse_value, quoted
 
 Option = dataclasses.Field[Any]
 
+MAX_TOKENS = 1 << 24  # above the context length of every known model
 _DAY = 86400.0  # seconds
 _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "at_least": ("at least", operator.ge),

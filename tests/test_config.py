@@ -16,8 +16,9 @@ from daemon.directories import cache_dir, run_dir
 from daemon.option import allowed
 from daemon.units import format_value, parse_seconds, parse_size, parse_value
 
-UNITS = {"bytes", "seconds", "tokens", "requests", "choices", "engines", "connections", ""}
-NO_UNIT = {"threads", "port", "frontends", "memory_share", "max_resumes"}  # numbers whose name is their unit
+UNITS = {"bytes", "seconds", "tokens", "requests", "choices", "engines", "connections", "messages", "tools", ""}
+# Numbers whose name is their unit.
+NO_UNIT = {"threads", "port", "frontends", "memory_share", "max_resumes", "max_stops"}
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -182,7 +183,8 @@ REFUSED = [
     ("memory_share", "0_1"), ("memory_share", "9" * 5000), ("kv_memory", "9" * 5000), ("drain_timeout", "9" * 5000),
     ("devices", f"cuda:{'9' * 5000}"), ("devices", "cuda:\uff11"), ("devices", [0, 1]),
     # text that is none
-    ("model", 5), ("model", ["demo"]), ("model", "a\0b"), ("served_name", True), ("host", "a\nb"), ("run_dir", {}),
+    ("model", 5), ("model", ["demo"]), ("model", "a\0b"), ("served_name", True),
+    ("served_name", [1]), ("host", "a\nb"), ("run_dir", {}),
 ]  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def test_errors_name_option_and_source_in_plain_words(name: str, value: object):
         ("drain_timeout", "soon", "'soon' is not a duration; write for example 30s, 250ms or 5m"),
         ("max_model_len", "1", "1 is not allowed; it must be 0 or from 2 to 16777216"),
         ("port", "9" * 5000, f"'{'9' * 40}...' is not a whole number"),
-        ("served_name", ["a"], "['a'] is not text; put it in quotes"),
+        ("host", ["a"], "['a'] is not text; put it in quotes"),
         ("load_timeout", float("inf"), "inf is not allowed; it must be from 1 to 86400"),
     ],
 )
@@ -272,7 +274,7 @@ def test_gpu_defaults_apply_to_options_that_no_source_has_set():
     assert settings.max_batch_tokens == 8192
     everything = load({}, None, {}).for_gpus()
     changed = {o.name for o in options() if getattr(everything, o.name) != getattr(Config(), o.name)}
-    assert changed == {"max_num_seqs", "max_batch_tokens", "itl_target"}
+    assert changed == {"max_num_seqs", "max_batch_tokens", "itl_target", "frontends"}
     everything.check()
 
 

@@ -74,11 +74,15 @@ class Admission:
     journal lasts until its output is delivered.
     """
 
-    def __init__(self, max_queued: int, journal_bytes: int, journal_slots: int) -> None:
-        """`max_queued`: places, besides a reserve of an eighth as many. Each needs a slot of the journal."""
+    def __init__(self, max_queued: int, journal_bytes: int, journal_slots: int, max_per_client: int = 0) -> None:
+        """`max_queued`: places, besides a reserve of an eighth as many. Each needs a slot of the journal.
+
+        `max_per_client`: places that a client which is told apart from others may have; 0: as many as its share.
+        """
         places = min(max_queued, max(1, journal_slots * _RESERVE // (_RESERVE + 1) - 1))
         reserve = max(1, places // _RESERVE)
         self._places = Shares(places + reserve, reserve)
+        self._max_per_client = max_per_client
         self._journal = Shares(journal_bytes, journal_bytes // _RESERVE)
 
     def take(self, count: int, holder: Holder) -> Places:
@@ -87,12 +91,16 @@ class Admission:
         Raises Overloaded if fewer are left, TooMany if there never are as many.
         """
         most = self._places.largest(holder)
+        limited = bool(self._max_per_client and holder.client)
+        most = min(most, self._max_per_client) if limited else most
         if count > most:
             raise TooMany(
                 f"A request may have at most {most} choices here, this one has {count}. Send several requests."
             )
         if not self._places.fits(holder, count):
             raise Overloaded(self._reason(holder))
+        if limited and sum(self._places.held(Holder(holder.client, u)) for u in (False, True)) + count > most:
+            raise Overloaded(f"{self._reason(holder)}; a client may have at most {most}")
         return Places(self._places, holder, count)
 
     def check_journal(self, count: int, holder: Holder, journal_bytes: int) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 
-from daemon.api import metrics
 from daemon.api.access_log import AccessLog
-from daemon.api.auth import Keys, current_key
-from daemon.api.errors import OPENAI_ERRORS, ApiError, ErrorShape, body_too_large, to_api_error
+from daemon.api.auth import Keys, current_key, sent_key
+from daemon.api.errors import OPENAI_ERRORS, ErrorShape, body_too_large, to_api_error
+from daemon.api.idempotency import pass_home
 from daemon.api.loop_clock import LoopClock
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
@@ -26,12 +26,17 @@ from daemon.api.render.apis import HANDLERS
 from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
 from daemon.api.response_head import response_headers
+from daemon.api.routes.openapi import Described, Description
+from daemon.api.routes.probes import Probes
+from daemon.api.routes.spellings import OtherSpellings
+from daemon.api.routes.unserved import unknown_url
 from daemon.api.service import Service
 from daemon.api.streams import Streams
 from daemon.config import Config
 from daemon.ipc.metrics_page import MetricsPage
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PassOn = Callable[[web.Request], Awaitable[PassedOn | None]]
 
 
 class Route(NamedTuple):
@@ -41,17 +46,24 @@ class Route(NamedTuple):
     name: str  # label in the metrics
     public: bool = False  # needs no key
     errors: ErrorShape = OPENAI_ERRORS
+    azure: bool = False  # also behind /openai/deployments/MODEL
 
 
 def build_app(service: Service, keys: Keys | None) -> web.Application:
     """Build the application of one frontend. Without `keys` it accepts every client and ignores its key."""
     config, origins = service.config, service.origins
-    middleware = _Middleware(config, keys, service.page, origins)
+    middleware = _Middleware(config, keys, service.page, origins, partial(pass_home, service))
     app = web.Application(middlewares=[middleware.handle], client_max_size=config.max_body)
-    for route in _routes(service):
+    routes = _routes(service)
+    description = Description(keys=keys is not None)
+    routes.append(Route("GET", "/openapi.json", description.read, "info"))
+    description.routes = [Described(r.method, r.path, r.name, r.public) for r in routes]
+    for route in routes:
         resource = app.router.add_resource(route.path)  # the same one for two routes in a row with one path
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
             middleware.add(resource.add_route(method, route.handler), route)
+    behind_models = [route.path.removeprefix("/v1/") for route in routes if route.azure]
+    app.router.register_resource(OtherSpellings(app.router, behind_models))
 
     async def finish_headers(http: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(response_headers(http, origins))
@@ -68,51 +80,34 @@ def build_app(service: Service, keys: Keys | None) -> web.Application:
 
 def _routes(service: Service) -> list[Route]:
     api = OpenAI(service)
-    health, streams = _Health(service), Streams(service)
+    probes, streams = Probes(service), Streams(service)
     return [
-        Route("POST", "/v1/chat/completions", api.chat_completions, "chat"),
-        Route("POST", "/v1/completions", api.completions, "completions"),
+        Route("POST", "/v1/chat/completions", api.chat_completions, "chat", azure=True),
+        Route("POST", "/v1/completions", api.completions, "completions", azure=True),
         Route("GET", "/v1/models", api.models, "models"),
-        Route("GET", "/v1/models/{model:.+}", api.model, "models"),
+        Route("GET", "/v1/models/{model:.*[^/]}", api.model, "models"),
         Route("GET", "/v1/streams/{id}", streams.read, "streams"),
         Route("DELETE", "/v1/streams/{id}", streams.cancel, "streams"),
         Route("POST", "/tokenize", api.tokenize, "tokenize"),
         Route("POST", "/detokenize", api.detokenize, "detokenize"),
-        Route("GET", "/health", health.alive, "health", public=True),
-        Route("GET", "/health/ready", health.ready, "health", public=True),
-        Route("GET", "/metrics", health.metrics, "metrics"),
+        Route("GET", "/health", probes.alive, "health", public=True),
+        Route("GET", "/health/ready", probes.ready, "health", public=True),
+        Route("GET", "/ping", probes.ready, "health", public=True),
+        Route("POST", "/ping", probes.ready, "health", public=True),
+        Route("GET", "/version", probes.version, "info"),
+        Route("GET", "/load", probes.load, "info"),
+        Route("GET", "/metrics", probes.metrics, "metrics"),
     ]
-
-
-class _Health:
-    """Handlers for liveness, readiness and metrics."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def alive(self, http: web.Request) -> web.Response:
-        return _status("ok")
-
-    async def ready(self, http: web.Request) -> web.Response:
-        if not self._service.generator.ready:
-            message = "No engine serves, or this server drains."
-            raise ApiError(503, message, type="server_error", code="not_ready", headers={"Retry-After": "2"})
-        return _status("ready")
-
-    async def metrics(self, http: web.Request) -> web.Response:
-        snapshot = self._service.metrics.read_all()
-        name = self._service.model_config.name
-        # In a thread: with many engines the page takes long to write.
-        text = await asyncio.to_thread(
-            metrics.render, name, snapshot.frontends, snapshot.engines, snapshot.facts, snapshot.states
-        )
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 class _Middleware:
     """Checks names, body size and key of every request, turns exceptions into OpenAI's errors, counts and logs."""
 
-    def __init__(self, config: Config, keys: Keys | None, page: MetricsPage, origins: OriginPolicy) -> None:
+    def __init__(
+        self, config: Config, keys: Keys | None, page: MetricsPage, origins: OriginPolicy, pass_on: PassOn
+    ) -> None:
+        """`pass_on`: has another frontend answer a request for a completion that belongs there."""
+        self._pass_on = pass_on
         self._max_body = config.max_body
         self._keys = keys
         self._page = page
@@ -160,9 +155,9 @@ class _Middleware:
             raise body_too_large(self._max_body)
         # The matched route decides, never the text of the path: an unknown path needs a key too.
         if self._keys is not None and http.match_info.route not in self._public:
-            current_key.set(self._keys.check(http.headers.get("Authorization")))
+            current_key.set(self._keys.check(*sent_key(http.headers)))
+        if isinstance(http.match_info.http_exception, web.HTTPNotFound):
+            raise unknown_url(http.path)
+        if self._names.get(http.match_info.route) in HANDLERS and (passed := await self._pass_on(http)) is not None:
+            return passed
         return await handler(http)
-
-
-def _status(word: str) -> web.Response:
-    return web.Response(body=msgspec.json.encode({"status": word}), content_type="application/json")

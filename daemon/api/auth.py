@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Protocol
 
 from daemon.api.errors import unauthorized
 from daemon.api.key_file import digest
 from daemon.ipc.keys_page import Key, KeysReader
+
+KEY_HEADERS = ("x-api-key", "api-key")  # of Anthropic's clients, and of Azure's
 
 # The key of the current request. One asyncio task serves all requests of a connection, so set it for every request.
 current_key: ContextVar[Key | None] = ContextVar("current_key", default=None)
@@ -27,11 +29,19 @@ def client_name(key: Key | None, address: str | None) -> str:
     return f"address {address}"
 
 
+def sent_key(headers: Mapping[str, str]) -> tuple[str | None, ...]:
+    """Return the arguments of `Keys.check` for a request with these headers."""
+    return headers.get("Authorization"), *(headers.get(name) for name in KEY_HEADERS)
+
+
 class Keys(Protocol):
     """The accepted keys."""
 
-    def check(self, authorization: str | None) -> Key:
-        """Return the key in this ``Authorization`` header. Raises ApiError (401) if it is not accepted."""
+    def check(self, authorization: str | None, *bare: str | None) -> Key:
+        """Return the first accepted key of a request. Raises ApiError (401) if it has none.
+
+        `authorization`: its ``Authorization`` header. `bare`: its headers that hold a key and nothing else.
+        """
         ...
 
 
@@ -41,16 +51,20 @@ class KeyRing:
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = {key.digest: key for key in keys}
 
-    def check(self, authorization: str | None) -> Key:
-        """Return the key in this ``Authorization`` header. Raises ApiError (401) if it is not in the ring."""
-        if not authorization:
-            raise unauthorized("You didn't provide an API key: send it as `Authorization: Bearer KEY`.")
-        scheme, _, key = authorization.partition(" ")
-        # Digests are compared, never keys, so the time of a look-up does not show which key was nearly right.
-        found = self._keys.get(digest(key.strip()))
-        if scheme.lower() != "bearer" or found is None:
+    def check(self, authorization: str | None, *bare: str | None) -> Key:
+        """Return the first key of a request that is in the ring. Raises ApiError (401) if it has none."""
+        scheme, _, bearer = (authorization or "").partition(" ")
+        sent = [key for key in (bearer if scheme.lower() == "bearer" else None, *bare) if key]
+        for key in sent:
+            # Digests are compared, never keys, so the time of a look-up does not show which key was nearly right.
+            if (found := self._keys.get(digest(key.strip()))) is not None:
+                return found
+        if sent or authorization:
             raise unauthorized("Incorrect API key provided.")
-        return found
+        raise unauthorized(
+            "You didn't provide an API key: send it as `Authorization: Bearer KEY`, `x-api-key: KEY` or "
+            "`api-key: KEY`."
+        )
 
 
 class SharedKeys:
@@ -64,9 +78,9 @@ class SharedKeys:
         self._version = 0
         self._ring = KeyRing(())
 
-    def check(self, authorization: str | None) -> Key:
-        """Return the key in this ``Authorization`` header. Raises ApiError (401) if it is not accepted now."""
+    def check(self, authorization: str | None, *bare: str | None) -> Key:
+        """Return the first key of a request that is accepted now. Raises ApiError (401) if it has none."""
         if self._page.version != self._version:
             self._version, keys = self._page.read()
             self._ring = KeyRing(keys)
-        return self._ring.check(authorization)
+        return self._ring.check(authorization, *bare)

@@ -19,15 +19,23 @@ def for_template(messages: list[Message], forms: MessageForms) -> list[dict[str,
     return [forms.adapt(_as_dict(message, i)) for i, message in enumerate(messages)]
 
 
+def parts_of(message: Message) -> list[str]:
+    """Return the texts of a message, one for each of its parts."""
+    content = message.content or ()
+    if isinstance(content, str):
+        return [content]
+    return [part if isinstance(part, str) else part.text or part.refusal or "" for part in content]
+
+
 def track_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with their strings as TrackedText. Not their roles: `validation` has checked these."""
     return [{k: v if k == "role" else track(v) for k, v in message.items()} for message in messages]
 
 
 def _as_dict(message: Message, i: int) -> dict[str, Any]:
-    content: Any = message.content
+    content: Any = message.content or None
     if isinstance(content, list):
-        content = [{"type": "text", "text": part.text or ""} for part in content]
+        content = [{"type": "text", "text": text} for text in parts_of(message)]
     # Most templates do not know `developer`, the newer name of `system`.
     role = "system" if message.role == "developer" else message.role
     # An empty list means no calls, but a template may ask whether the key is there.

@@ -67,6 +67,7 @@ class Connections:
         self.kept = kept
         self._server = server
         self._keep_alive = config.keep_alive
+        self._max_header = config.max_header
         self._write_timeout = config.request_deadline
         self._page = page
         self._loop = asyncio.get_running_loop()
@@ -81,7 +82,7 @@ class Connections:
 
     def __call__(self, sock: socket.socket) -> Connection:
         """Return the protocol of a new connection."""
-        return Connection(self, self._server, self._loop, self._keep_alive, sock)
+        return Connection(self, self._server, self._loop, self._keep_alive, sock, self._max_header)
 
     def accept(self, sock: socket.socket, head: bytes = b"") -> asyncio.Task[None] | None:
         """Serve a new connection. At the limit, close the longest idle one first, or refuse the new one.
@@ -240,8 +241,17 @@ class Connection(_Watched, RequestHandler):
         loop: asyncio.AbstractEventLoop,
         keep_alive: float,
         sock: socket.socket,
+        max_header: int,
     ) -> None:
-        super().__init__(server, loop=loop, keepalive_timeout=keep_alive, access_log=None, logger=log)  # type: ignore[arg-type]
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=keep_alive,
+            access_log=None,  # type: ignore[arg-type]
+            logger=log,
+            max_line_size=max_header,
+            max_field_size=max_header,
+        )
         self._connections = connections
         self.sock = sock
         self._token = 0  # under which the connection is kept; 0: it is not

@@ -7,7 +7,7 @@ repeat the failure, ``x-should-retry: false`` stops the official clients from re
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -88,8 +88,9 @@ def context_length_exceeded(message: str, param: str) -> ApiError:
     return bad_request(message, param, "context_length_exceeded")
 
 
-def model_not_found(requested: str, served: str) -> ApiError:
-    message = f"The model `{requested}` does not exist here. This server serves `{served}`."
+def model_not_found(requested: str, served: Iterable[str]) -> ApiError:
+    names = ", ".join(f"`{name}`" for name in served)
+    message = f"The model `{requested}` does not exist here. This server serves {names}."
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -133,6 +134,11 @@ def cancelled() -> ApiError:
 
 def stream_cancelled() -> ApiError:
     return ApiError(409, "The client has cancelled this stream.", code="cancelled", headers=_NO_RETRY)
+
+
+def idempotency_key_reused() -> ApiError:
+    message = "This `Idempotency-Key` belongs to another request, with another body or path. Send a new key."
+    return ApiError(422, message, param="Idempotency-Key", code="idempotency_key_reused", headers=_NO_RETRY)
 
 
 def stream_not_found(id: str) -> ApiError:
@@ -193,7 +199,5 @@ def _from_http(error: web.HTTPException) -> ApiError:
         allow = error.headers.get("Allow", "")
         message = f"This method is not allowed here. Allowed: {allow}."
         return ApiError(405, message, code="method_not_allowed", headers={"Allow": allow})
-    if error.status == 404:
-        return ApiError(404, "Unknown request URL.", code="unknown_url")
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return ApiError(error.status, error.reason, type=kind)

@@ -69,7 +69,7 @@ class _ModelFiles(NamedTuple):
 
 def _model_files(spec: ChildSpec) -> _ModelFiles:
     """Load what a frontend needs of the model, once in a process. Raises ModelError."""
-    return _load_model_files(spec.model_dir, spec.config.served_name, spec.model_text)
+    return _load_model_files(spec.model_dir, spec.config.main_name, spec.model_text)
 
 
 @functools.lru_cache(maxsize=1)

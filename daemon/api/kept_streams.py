@@ -18,15 +18,16 @@ from contextlib import asynccontextmanager
 from msgspec.structs import replace
 
 from daemon.api.admission import Holder
-from daemon.api.errors import ApiError, stream_cancelled, stream_not_found, to_api_error
+from daemon.api.errors import ApiError, idempotency_key_reused, stream_cancelled, stream_not_found, to_api_error
 from daemon.api.event_ids import END, Journaled, Point, Step, point_after
 from daemon.api.generator import TokenStream
 from daemon.api.render.answer import Answer
 from daemon.api.render.apis import APIS
 from daemon.api.render.numbered import NumberedRenderer
 from daemon.api.render.renderer import EventWriter
+from daemon.api.request_identity import Identity
 from daemon.api.request_metrics import RequestMetrics
-from daemon.api.respond import write_events
+from daemon.api.respond import whole_body, write_events
 from daemon.api.response_facts import ResponseFacts, choice_position, encode_facts
 from daemon.api.resumption import resumed
 from daemon.api.service import Service
@@ -79,12 +80,16 @@ class KeptStream:
         journaled = [Journaled(request.accepted, request.finish) for request in self.requests]
         return point_after(event_id, journaled, usage=self.facts.form.include_usage)
 
-    async def take(self, stop: Callable[[], object]) -> None:
-        """Become its only reader, once the present one has left, which is stopped. `stop`: ends the new one soon."""
+    async def take(self, stop: Callable[[], object], *, patient: bool = False) -> None:
+        """Become its only reader, once the present one has left, which is stopped. `stop`: ends the new one soon.
+
+        `patient`: the present one is not stopped.
+        """
         self._waiting += 1
         try:
             while self._stop is not None:
-                self._stop()
+                if not patient:
+                    self._stop()
                 await self._left.wait()
         finally:
             self._waiting -= 1
@@ -108,6 +113,8 @@ class KeptStreams:
         self._service = service
         self._outbox = outbox
         self._streams: dict[str, KeptStream] = {}
+        self._by_name: dict[bytes, KeptStream] = {}  # of their identities
+        self._starting: dict[bytes, asyncio.Event] = {}  # requests that will be kept, by the same
         self._ended: dict[KeptStream, None] = {}  # and not being read; the one to free first comes first
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -136,10 +143,41 @@ class KeptStreams:
         return self._streams.get(id)
 
     @asynccontextmanager
-    async def reading(self, kept: KeptStream, stop: Callable[[], object]) -> AsyncIterator[None]:
-        """Be the only reader of a stream inside the context. Raises ApiError (404) if it was freed meanwhile."""
+    async def claim(self, identity: Identity) -> AsyncIterator[KeptStream | None]:
+        """Yield what is kept of an earlier request with this identity; None if there is none, and one starts inside.
+
+        Waits while another one starts. Raises ApiError (422) if the earlier request is another one.
+        """
+        name = identity.name
+        while (other := self._starting.get(name)) is not None:
+            await other.wait()
+        kept = self._by_name.get(name)
+        if kept is not None and kept.error is None and not kept.removed:
+            assert kept.facts.identity is not None
+            if kept.facts.identity.body != identity.body:
+                raise idempotency_key_reused()
+            yield kept
+            return
+        self._starting[name] = asyncio.Event()
         try:
-            await kept.take(stop)
+            yield None
+        finally:
+            self._started(name)
+
+    def _started(self, name: bytes) -> None:
+        if (waiting := self._starting.pop(name, None)) is not None:
+            waiting.set()
+
+    @asynccontextmanager
+    async def reading(
+        self, kept: KeptStream, stop: Callable[[], object], *, patient: bool = False
+    ) -> AsyncIterator[None]:
+        """Be the only reader of a stream inside the context. Raises ApiError (404) if it was freed meanwhile.
+
+        `patient`: wait for the end of its present reader.
+        """
+        try:
+            await kept.take(stop, patient=patient)
         except BaseException:
             self._settle(kept)
             raise
@@ -176,6 +214,22 @@ class KeptStreams:
                 raise
             except Exception as e:
                 await events.fail((writer or errors).event(self._note(kept, e)))
+
+    async def whole(self, kept: KeptStream, stop: Callable[[], object]) -> bytes:
+        """Wait for the end of a kept answer, and return the body of a response with all of it.
+
+        `stop`: closes the connection. Raises ApiError for one that has failed, and as `reading` does.
+        """
+        async with self.reading(kept, stop, patient=True):
+            try:
+                state = [0] * (1 + len(kept.requests))
+                context = resumed(self._service, kept.facts, kept.requests, state, kept.metrics)
+                async with context as (answer, renderer, streams):
+                    return await whole_body(renderer, answer, streams)
+            except ConnectionError:
+                raise
+            except Exception as e:
+                raise self._note(kept, e) from None
 
     def cancel(self, kept: KeptStream) -> None:
         """Cancel a stream and forget it, on behalf of its client. A reader of it gets an error event."""
@@ -287,10 +341,16 @@ class KeptStreams:
 
     def _insert(self, kept: KeptStream) -> None:
         self._streams[kept.facts.id] = kept
+        if kept.facts.identity is not None:
+            self._by_name[kept.facts.identity.name] = kept
+            self._started(kept.facts.identity.name)
         self._service.page.set("streams_kept", len(self._streams))
 
     def _forget(self, kept: KeptStream) -> None:
         self._streams.pop(kept.facts.id, None)
+        identity = kept.facts.identity
+        if identity is not None and self._by_name.get(identity.name) is kept:
+            del self._by_name[identity.name]
         self._service.page.set("streams_kept", len(self._streams))
 
     def _free(self, kept: KeptStream) -> None:

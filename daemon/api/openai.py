@@ -9,11 +9,13 @@ import msgspec
 from aiohttp import web
 
 from daemon.api import schemas, validation
+from daemon.api.chat_messages import parts_of
+from daemon.api.idempotency import respond_once
 from daemon.api.prompt_length import check_text_length
 from daemon.api.render.answer import Prompt
 from daemon.api.render.apis import CHAT, COMPLETION
 from daemon.api.request_body import decode_body
-from daemon.api.respond import CheckedRequest, respond
+from daemon.api.respond import CheckedRequest
 from daemon.api.schemas import ChatRequest, CompletionRequest, Message
 from daemon.api.service import Service
 
@@ -38,18 +40,23 @@ class OpenAI:
             body, variables = await service.read(http, held, self._parse_chat)
 
             def tokenise() -> list[Prompt]:
-                text = service.render(body.messages, body.add_generation_prompt is not False, variables)
+                text = service.render(
+                    body.messages,
+                    body.add_generation_prompt is not False,
+                    variables,
+                    open_end=bool(body.continue_final_message),
+                )
                 check_text_length(text, service.tokenizer, limit, "messages")
                 # The template has written the special tokens, so the default is to add none.
                 tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
                 return [Prompt(tokens, _last_answer(body.messages) if body.echo else "")]
 
             request = CheckedRequest(http, body, api=CHAT, num_prompts=1, held=held, tokenise=tokenise)
-            return await respond(service, http, request)
+            return await respond_once(service, http, request)
 
-    def _parse_chat(self, raw: bytes) -> tuple[ChatRequest, dict[str, Any]]:
+    def _parse_chat(self, raw: bytes, model: str | None) -> tuple[ChatRequest, dict[str, Any]]:
         body = decode_body(raw, _chat)
-        self._service.check_model(body.model)
+        self._service.check_model(model or body.model)
         validation.check_chat(body, self._service.limits)
         return body, self._service.template_variables(body)
 
@@ -71,24 +78,24 @@ class OpenAI:
             request = CheckedRequest(
                 http, body, api=COMPLETION, num_prompts=num_prompts, held=held, tokenise=tokenise
             )
-            return await respond(service, http, request)
+            return await respond_once(service, http, request)
 
-    def _parse_completion(self, raw: bytes) -> tuple[CompletionRequest, int]:
+    def _parse_completion(self, raw: bytes, model: str | None) -> tuple[CompletionRequest, int]:
         body = decode_body(raw, _completion)
-        self._service.check_model(body.model)
+        self._service.check_model(model or body.model)
         validation.check_completion(body, self._service.limits)
         return body, len(validation.split_prompts(body.prompt))
 
     async def models(self, http: web.Request) -> web.Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._model(name) for name in self._service.model_names]})
 
     async def model(self, http: web.Request) -> web.Response:
-        self._service.check_model(http.match_info["model"])
-        return _json(self._model())
+        name = http.match_info["model"]
+        self._service.check_model(name)
+        return _json(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
-        name = self._service.model_config.name
-        owner = {"owned_by": "llumd", "root": name, "parent": None}
+    def _model(self, name: str) -> dict[str, Any]:
+        owner = {"owned_by": "llumd", "root": self._service.model_config.name, "parent": None}
         length = {"max_model_len": self._service.max_model_len}
         return {"id": name, "object": "model", "created": self._started} | owner | length
 
@@ -98,10 +105,10 @@ class OpenAI:
             request, variables = await service.read(http, held, self._parse_tokenize)
             return await service.off_loop(lambda: self._tokenized(request, variables, length), held.size)
 
-    def _parse_tokenize(self, raw: bytes) -> tuple[schemas.TokenizeRequest, dict[str, Any]]:
+    def _parse_tokenize(self, raw: bytes, model: str | None) -> tuple[schemas.TokenizeRequest, dict[str, Any]]:
         request = decode_body(raw, _tokenize)
-        self._service.check_model(request.model)
-        validation.check_tokenize(request)
+        self._service.check_model(model or request.model)
+        validation.check_tokenize(request, self._service.limits)
         return request, self._service.template_variables(request)
 
     def _tokenized(
@@ -111,7 +118,12 @@ class OpenAI:
         if request.messages is None:
             text, param, special = request.prompt or "", "prompt", special is not False
         else:
-            text = service.render(request.messages, request.add_generation_prompt is not False, variables)
+            text = service.render(
+                request.messages,
+                request.add_generation_prompt is not False,
+                variables,
+                open_end=bool(request.continue_final_message),
+            )
             param = "messages"
         check_text_length(text, service.tokenizer, max(max_model_len, MAX_TOKENIZE), param)
         tokens = service.tokenizer.encode(text, bool(special))
@@ -125,9 +137,9 @@ class OpenAI:
             request = await service.read(http, held, self._parse_detokenize)
             return await service.off_loop(lambda: _json({"prompt": service.spell(request.tokens)}), held.size)
 
-    def _parse_detokenize(self, raw: bytes) -> schemas.DetokenizeRequest:
+    def _parse_detokenize(self, raw: bytes, model: str | None) -> schemas.DetokenizeRequest:
         request = decode_body(raw, _detokenize)
-        self._service.check_model(request.model)
+        self._service.check_model(model or request.model)
         known = max(self._service.tokenizer.vocab_size, self._service.limits.vocab_size)
         validation.check_tokens(request.tokens, known, "tokens")
         return request
@@ -138,8 +150,7 @@ def _last_answer(messages: list[Message]) -> str:
     message = messages[-1]
     if message.role != "assistant":
         return ""
-    content = message.content
-    return "\n".join(part.text or "" for part in content) if isinstance(content, list) else content or ""
+    return "\n".join(parts_of(message))
 
 
 def _json(body: Any) -> web.Response:

@@ -20,13 +20,15 @@ class RequestStore:
     delivered, which may be later.
     """
 
-    def __init__(self, journal: Journal, max_queued: int) -> None:
-        """Count what `journal` contains already: the requests of a predecessor."""
+    def __init__(self, journal: Journal, max_queued: int, max_per_client: int = 0) -> None:
+        """Count what `journal` contains already: the requests of a predecessor. The limits: see `Admission`."""
         self.journal = journal
         self.make_room: Callable[[Holder], bool] = lambda holder: False
         """Frees the slots of a stream that has ended and is kept; returns False if there is none."""
         kept = {slot: journal.reserved_bytes(slot) for slot in journal.kept_slots()}
-        self._admission = Admission(max_queued, journal.free_bytes + sum(kept.values()), journal.num_slots)
+        self._admission = Admission(
+            max_queued, journal.free_bytes + sum(kept.values()), journal.num_slots, max_per_client
+        )
         for slot, size in kept.items():
             unfinished = journal.state(slot) is SlotState.LIVE
             self._admission.keep(record_holder(journal.params(slot)), size, unfinished=unfinished)

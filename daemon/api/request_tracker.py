@@ -62,7 +62,7 @@ class RequestTracker:
         self._fabric = fabric
         self._config = config
         self._journal = Journal(fabric.journal(index, writable=True), adopt=adopt, generation=fabric.incarnation)
-        self.store = RequestStore(self._journal, config.max_queued)
+        self.store = RequestStore(self._journal, config.max_queued, config.max_client_requests)
         self.engines = EngineLinks(fabric, config)
         self._coordinator = fabric.reader(COORDINATOR)
         self.metrics = MetricsPage(fabric.metrics(fabric.process), FRONTEND)

@@ -29,12 +29,13 @@ from daemon.api.render.answer import Answer, Prompt
 from daemon.api.render.apis import Api, renderer_of
 from daemon.api.render.renderer import EventWriter, Renderer
 from daemon.api.request_id import ANSWER_ID, kept_id, request_id, sent_request_id
+from daemon.api.request_identity import Identity
 from daemon.api.response_facts import PromptFacts, ResponseFacts, answer_form
-from daemon.api.response_head import EVENT_HEADERS, STREAM_HEADER, response_headers
+from daemon.api.response_head import EVENT_HEADERS, JSON_HEADERS, STREAM_HEADER, response_headers
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
 from daemon.api.sse import EventStream
-from daemon.api.stream_group import StreamGroup
+from daemon.api.stream_group import StreamGroup, first_by
 from daemon.api.validation import KEEP_HEADER, check_length, priority_class, wants_keep
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class CheckedRequest:
         self._tokenise = tokenise
         self.id = api.id_prefix + secrets.token_hex(16)
         self.x_request_id = ""  # that the client has sent
-        self.keep = False  # its stream goes on after a hang-up, and can be read again
+        self.keep = False  # it goes on after a hang-up, and can be read again
+        self.identity: Identity | None = None  # of the requests that get the same answer
         self.arrival = time.monotonic()
 
     def attributes(self, label: str) -> RequestAttributes:
@@ -89,12 +91,16 @@ class CheckedRequest:
     async def tokenise(self, service: Service) -> list[Prompt]:
         """Return the prompts, and forget their text: an answer may take long, and does not need it."""
         prompts = await service.off_loop(self._tokenise, self._held.size)
+        self.drop()
+        return prompts
+
+    def drop(self) -> None:
+        """Forget the text of the prompts."""
         if isinstance(self.body, ChatRequest):
             self.body.messages = []
         else:
             self.body.prompt = ""
         self._held.release()
-        return prompts
 
 
 async def respond(service: Service, http: web.Request, request: CheckedRequest) -> web.StreamResponse:
@@ -103,7 +109,8 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
     Raises ApiError and the generator's errors as long as no byte is sent. A later error is the last event of the
     stream.
     """
-    if wants_keep(http.headers.get(KEEP_HEADER), request.body, request.num_prompts, service.config.keep_streams):
+    header, most = http.headers.get(KEEP_HEADER), service.config.keep_streams
+    if wants_keep(header, request.body, request.num_prompts, most, once=request.identity is not None):
         request.keep, request.id = True, kept_id(request.id, service.frontend)
     service.page.observe("request_params_n", request.body.n or 1)
     http[ANSWER_ID], request.x_request_id = request.id, sent_request_id(http)
@@ -118,16 +125,29 @@ async def respond(service: Service, http: web.Request, request: CheckedRequest) 
 async def _whole(
     service: Service, http: web.Request, request: CheckedRequest, writer: OutboxWriter
 ) -> web.StreamResponse:
-    response = web.Response(content_type="application/json")
+    response = web.Response(headers=JSON_HEADERS | _kept_header(request))
     async with _submitted(service, http, request, writer) as (answer, streams):
-        response.body = await whole_body(renderer_of(answer), answer, streams)
-        await answer.leave_deadline()
-        try:  # write it here: the journal has the answer until the context is left
-            await response.prepare(http)
-            await response.write_eof()
-        except ConnectionError:
-            pass  # the client has hung up
+        if not request.keep:
+            response.body = await whole_body(renderer_of(answer), answer, streams)
+            await answer.leave_deadline()
+            await _send(response, http)  # here: the journal has the answer until the context is left
+            return response
+        facts = _facts(service, http, request, answer, streams, writer)
+        kept = service.kept.add(facts, streams.detach(), answer.detach())
+    try:
+        response.body = await service.kept.whole(kept, writer.abort)
+    finally:
+        http[USAGE] = kept.num_tokens()
+    await _send(response, http)
     return response
+
+
+async def _send(response: web.Response, http: web.Request) -> None:
+    try:
+        await response.prepare(http)
+        await response.write_eof()
+    except ConnectionError:
+        pass  # the client has hung up
 
 
 async def _stream(
@@ -176,7 +196,7 @@ async def _submitted(
     seconds = service.config.request_deadline
     try:
         async with asyncio.timeout(seconds if seconds > 0 else None) as deadline:
-            with StreamGroup(deadline) as streams:
+            with StreamGroup(deadline, first_by=first_by(service.config, request.arrival)) as streams:
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
                 count = request.num_prompts * (request.body.n or 1)
                 with service.generator.admit(count, client=request.client, priority=request.priority) as places:
@@ -226,6 +246,7 @@ def _facts(
         request_id=request_id(http),
         keep=request.keep,
         owner=request.client,
+        identity=request.identity,
     )
 
 

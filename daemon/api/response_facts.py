@@ -9,6 +9,7 @@ import msgspec
 
 from daemon.api.params import num_logprobs
 from daemon.api.parse.formats import Parsing
+from daemon.api.request_identity import Identity
 from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.validation import stop_strings
 from daemon.ipc.messages import Finish
@@ -56,7 +57,8 @@ class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
 
     `slots` and `rids`: of the choices in the journal. `minor`: of the HTTP version. `head_sent`: the head of the
     response is not in the outbox, because the client got it before. `headers`: those that all responses have.
-    `keep`: its stream is kept, and `owner` may read it again. `after`: the id of the event after which it began.
+    `keep`: its answer is kept, and `owner` may read it again. `after`: the id of the event after which it began.
+    `identity`: of the requests that get the same answer.
     """
 
     id: str
@@ -76,6 +78,7 @@ class ResponseFacts(msgspec.Struct, array_like=True, frozen=True):
     keep: bool = False
     owner: str = ""
     after: str = ""
+    identity: Identity | None = None
 
 
 encode_facts = msgspec.msgpack.Encoder().encode

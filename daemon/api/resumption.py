@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from daemon.api.render.renderer import Renderer
 from daemon.api.request_metrics import RequestMetrics
 from daemon.api.response_facts import ResponseFacts, choice_position
 from daemon.api.service import Service
-from daemon.api.stream_group import StreamGroup
+from daemon.api.stream_group import StreamGroup, first_by
 
 
 @asynccontextmanager
@@ -34,7 +35,9 @@ async def resumed(
     """
     try:
         async with asyncio.timeout(_time_left(service, facts, requests)) as deadline:
-            with StreamGroup(deadline, kept=kept is not None) as streams:
+            waits = not any(request.accepted or request.done for request in requests)
+            first = first_by(service.config, facts.arrival) if waits else math.inf
+            with StreamGroup(deadline, kept=kept is not None, first_by=first) as streams:
                 for request in requests:
                     streams.add(request)
                 answer = Answer(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from daemon.api.unsupported import unsupported
 from daemon.control.policy.priority import HIGHEST, LOWEST
 
-MAX_MESSAGES = 8192
-MAX_STOPS = 16
+# No option allows more than these.
+MAX_MESSAGES = 1 << 16
+MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
@@ -44,7 +45,6 @@ _TRANSFER = unsupported("Engines here move KV among themselves.")
 _OTHER_MAX = unsupported("Its name here is `max_tokens`.", -1)
 _REASONING = unsupported("Reasoning is part of the text. Cut it off yourself.", True)
 _TEMPLATE = unsupported("Clients cannot send code. Write the prompt yourself, and send it to /v1/completions.")
-_CONTINUE = unsupported("Write the prompt yourself, and send it to /v1/completions.")
 _DOCUMENTS = unsupported("Put the documents in a message.")
 
 
@@ -129,14 +129,24 @@ class SamplingRequest(Struct, kw_only=True):
     mirostat: Annotated[Any, unsupported("Use `top_p` or `min_p`.", 0)] = None
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
 class ContentPart(Struct):
-    type: str
+    """A part of a message. `type`: one of TEXT_PARTS, or `refusal`; others are here to be refused."""
+
+    type: str = "text"
     text: str | None = None
+    refusal: str | None = None
+
+
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Message(Struct):
-    role: str
-    content: str | list[ContentPart] | None = None
+    role: Annotated[str, Meta(extra_json_schema={"enum": [*ROLES]})]
+    content: str | list[str | ContentPart] | UnsetType | None = UNSET
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -159,8 +169,9 @@ class ChatRequest(SamplingRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: _NumLogprobs | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     echo: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Annotated[str, Meta(extra_json_schema={"enum": [*EFFORTS]})] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # -- refused unless neutral
     tools: Annotated[Any, _TOOLS] = None
@@ -177,7 +188,6 @@ class ChatRequest(SamplingRequest, kw_only=True):
     include_reasoning: Annotated[Any, _REASONING] = None
     return_prompt_text: Annotated[Any, unsupported("Use /tokenize, then /detokenize.")] = None
     chat_template: Annotated[Any, _TEMPLATE] = None
-    continue_final_message: Annotated[Any, _CONTINUE] = None
     documents: Annotated[Any, _DOCUMENTS] = None
 
 
@@ -203,15 +213,15 @@ class TokenizeRequest(Struct, kw_only=True):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Annotated[str, Meta(extra_json_schema={"enum": [*EFFORTS]})] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # -- refused unless neutral, as in a chat
     tools: Annotated[Any, _TOOLS] = None
     tool_choice: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
     functions: Annotated[Any, _TOOLS] = None
     chat_template: Annotated[Any, _TEMPLATE] = None
-    continue_final_message: Annotated[Any, _CONTINUE] = None
     documents: Annotated[Any, _DOCUMENTS] = None
 
 

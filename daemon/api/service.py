@@ -17,11 +17,14 @@ from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
 from daemon.api.origins import OriginPolicy
 from daemon.api.request_body import check_media_type
+from daemon.api.request_identity import BODY_DIGEST, KEY_HEADER, body_digest
 from daemon.api.response_guard import ResponseGuard
+from daemon.api.routes.spellings import DEPLOYMENT
 from daemon.api.schemas import ChatRequest, Message, TokenizeRequest
 from daemon.api.validation import Limits
 from daemon.config import Config
 from daemon.models.chat_template import ChatError, ChatTemplate
+from daemon.models.conversation import render_any, render_open
 from daemon.models.model_config import ModelConfig
 from daemon.models.tokenizer import Tokenizer
 from daemon.models.tracked_text import track
@@ -63,6 +66,8 @@ class Service:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.model_config = model_config
+        self.model_names = config.served_name or [model_config.name]
+        self._known_names = {*self.model_names, config.model}
         self.metrics = metrics
         self.page = metrics.page
         self.origins = origins
@@ -75,7 +80,12 @@ class Service:
             max_choices=min(config.max_choices, config.max_queued),
             max_queued=config.max_queued,
             max_prompt_tokens=config.max_prompt_tokens,
-            max_output_tokens=config.max_output_tokens,
+            max_output_tokens=min(config.max_output_tokens, config.max_requested_tokens or config.max_output_tokens),
+            max_requested_tokens=config.max_requested_tokens,
+            max_messages=config.max_messages,
+            max_stops=config.max_stops,
+            max_logit_bias=config.max_logit_bias,
+            max_logprobs=config.max_logprobs,
         )
         # Only two threads: more would take the processors from the event loop.
         self._small = ThreadPoolExecutor(1, thread_name_prefix="text")
@@ -93,9 +103,9 @@ class Service:
         return self.generator.max_model_len or configured
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError (404) for a model that this server does not serve. None selects the served one."""
-        if name is not None and name != self.model_config.name:
-            raise model_not_found(name[:200], self.model_config.name)
+        """Raise ApiError (404) for a name that the served model does not have. None selects the served model."""
+        if name is not None and name not in self._known_names:
+            raise model_not_found(name[:200], self.model_names)
 
     @property
     def max_prompt_len(self) -> int:
@@ -111,11 +121,19 @@ class Service:
             message = f"`{param}` has the token {text!r} (id {largest}), which this model cannot compute; remove it."
             raise bad_request(message, param)
 
-    async def read(self, http: web.Request, held: HeldBody, parse: Callable[[bytes], T]) -> T:
-        """Read the body of a request and return `parse` of it. Raises ApiError, and the errors of `parse`."""
+    async def read(self, http: web.Request, held: HeldBody, parse: Callable[[bytes, str | None], T]) -> T:
+        """Read the body of a request and return `parse` of it and of the model that the path names, or None.
+
+        Raises ApiError, and the errors of `parse`.
+        """
         check_media_type(http)
         body = await held.read(http, self.config.max_body)
-        return await self.off_loop(partial(parse, body), len(body), PARSE_ON_LOOP)
+        if KEY_HEADER in http.headers:
+            path = http.match_info.route.resource
+            digest = partial(body_digest, path.canonical if path is not None else "", body)
+            http[BODY_DIGEST] = await self.off_loop(digest, len(body), PARSE_ON_LOOP)
+        work = partial(parse, body, http.match_info.get(DEPLOYMENT))
+        return await self.off_loop(work, len(body), PARSE_ON_LOOP)
 
     async def off_loop(self, work: Callable[[], T], size: int, at_once: int = TOKENISE_ON_LOOP) -> T:
         """Run `work` on the event loop, or in a thread if its `size` is more than `at_once` characters or bytes.
@@ -139,27 +157,43 @@ class Service:
     def template_variables(self, request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
         """Return what the request tells the chat template besides its messages.
 
-        Raises ApiError (400) for a variable that the template does not read: it would have no effect. Such a variable
-        may be false or null: `enable_thinking: false` is true of a model that does not think.
+        Variables that the template does not read have no effect: clients send one set of them to all their models.
+        Raises ApiError (400) for those that only the server sets, unless they are false or null.
         """
-        given, reads = request.chat_template_kwargs or {}, self.chat_template.variables
-        for name in (name for name, value in given.items() if name not in reads and value not in (None, False)):
-            message = f"`chat_template_kwargs` has `{name[:100]}`, which this model's chat template does not read."
-            raise bad_request(message, "chat_template_kwargs", "unsupported_parameter")
-        given = {name: value for name, value in given.items() if name in reads}
+        reads = self.chat_template.variables
+        for name, value in (request.chat_template_kwargs or {}).items():
+            if name in self.chat_template.own_variables and value not in (None, False):
+                message = f"`chat_template_kwargs` has `{name}`, which this server sets itself. Send it as a field."
+                raise bad_request(message, "chat_template_kwargs", "unsupported_parameter")
+        given = {name: value for name, value in (request.chat_template_kwargs or {}).items() if name in reads}
         effort = request.reasoning_effort
         if effort is None:
             return given
         thinking = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
         return {name: value for name, value in thinking.items() if name in reads} | given
 
-    def render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
-        """Return the prompt of a conversation. Raises ApiError (400) if the template refuses it."""
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+        *,
+        open_end: bool = False,
+    ) -> str:
+        """Return the prompt of a conversation. Raises ApiError (400) if the template refuses it.
+
+        `open_end`: the prompt ends with the text of the last message, so that the model continues it.
+        """
         try:
             given = for_template(messages, self.chat_template.forms)
             if self.config.sanitize_control_tokens:
                 given, variables = track_messages(given), {name: track(v) for name, v in variables.items()}
-            return self.chat_template.render(given, add_generation_prompt, **variables)
+
+            def render(messages: list[dict[str, Any]]) -> str:
+                return self.chat_template.render(messages, add_generation_prompt and not open_end, **variables)
+
+            whole = partial(render_any, render)
+            return render_open(whole, given) if open_end else whole(given)
         except ChatError as e:
             raise bad_request(str(e), "messages") from None
         except RecursionError:

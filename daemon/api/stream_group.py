@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from daemon.api.generator import TokenChunk, TokenStream
+from daemon.api.generator import Overloaded, TokenChunk, TokenStream
+from daemon.config import Config
 from daemon.enums import EarlyEnd
+
+
+def first_by(config: Config, arrival: float) -> float:
+    """Return when a request must have its first output, CLOCK_MONOTONIC seconds. `arrival`: when it has arrived."""
+    return arrival + config.queue_timeout if config.queue_timeout else math.inf
 
 
 class StreamGroup:
@@ -18,8 +26,14 @@ class StreamGroup:
     A task waits until its last chunk was taken, so output that a slow reader has not taken stays in the journal.
     """
 
-    def __init__(self, deadline: asyncio.Timeout | None = None, *, kept: bool = False) -> None:
-        """`deadline`: if it expires, it ends the context with CancelledError."""
+    def __init__(
+        self, deadline: asyncio.Timeout | None = None, *, kept: bool = False, first_by: float = math.inf
+    ) -> None:
+        """`deadline`: if it expires, it ends the context with CancelledError.
+
+        `first_by`: CLOCK_MONOTONIC seconds at which the first output must be here.
+        """
+        self._first_by = first_by
         self._deadline = deadline
         self._kept = kept
         self._streams: list[TokenStream] = []
@@ -45,8 +59,21 @@ class StreamGroup:
     async def next(self) -> list[tuple[int, TokenChunk]]:
         """Wait for output and return (stream index, chunk) pairs, at most one for each stream.
 
-        Raises the error of a stream, once the output that has arrived of the others is taken.
+        Raises the error of a stream, once the output that has arrived of the others is taken, and Overloaded if there
+        is no output at all in time.
         """
+        if self._first_by == math.inf:
+            return await self._next()
+        left, self._first_by = self._first_by - time.monotonic(), math.inf
+        try:
+            async with asyncio.timeout(max(0.0, left)) as patience:
+                return await self._next()
+        except TimeoutError:
+            if patience.expired():
+                raise Overloaded("no engine had room for the request in time; try again shortly", 2) from None
+            raise
+
+    async def _next(self) -> list[tuple[int, TokenChunk]]:
         if len(self._streams) == 1:
             return [(0, await self._streams[0].next())]
         if not self._tasks:

@@ -262,12 +262,13 @@ class Succession:
 
     async def _whole(self, found: _Adopted) -> None:
         try:
+            if (kept := self._service.kept.get(found.facts.id)) is not None:
+                await _send_whole(found, await self._service.kept.whole(kept, found.writer.abort))
+                return
             async with self._resumed(found) as (answer, renderer, streams):
                 body = await whole_body(renderer, answer, streams)
                 await answer.leave_deadline()
-                headers = JSON_HEADERS | {"Content-Length": str(len(body))} | found.facts.headers
-                found.writer.start(raw_head(200, "OK", headers, minor=found.facts.minor), chunked=False)
-                await found.writer.write_eof(body)
+                await _send_whole(found, body)
         except ConnectionError:
             raise
         except Exception as e:
@@ -326,6 +327,12 @@ def _point(found: _Adopted, kept: KeptStream) -> Point:
         if began.state == found.state:
             return began
     return Point(found.state)
+
+
+async def _send_whole(found: _Adopted, body: bytes) -> None:
+    headers = JSON_HEADERS | {"Content-Length": str(len(body))} | found.facts.headers
+    found.writer.start(raw_head(200, "OK", headers, minor=found.facts.minor), chunked=False)
+    await found.writer.write_eof(body)
 
 
 def _event_head(facts: ResponseFacts) -> bytes:

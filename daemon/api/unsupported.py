@@ -36,7 +36,10 @@ class Rule(NamedTuple):
 
 def unsupported(advice: str, *neutral: Any) -> Meta:
     """Return the annotation of a refused field."""
-    return Meta(extra={"rule": Rule(advice, neutral)})
+    accepted = {"enum": [*NEUTRAL, *neutral]}
+    return Meta(
+        extra={"rule": Rule(advice, neutral)}, description=f"Not supported. {advice}", extra_json_schema=accepted
+    )
 
 
 @cache

@@ -4,11 +4,22 @@ configuration or the model. Every check is cheap and pure, and runs before the p
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import NamedTuple
+
+from msgspec import UNSET
 
 from daemon.api.errors import bad_request, context_length_exceeded
 from daemon.api.params import requested_max_tokens
+from daemon.api.request_identity import KEY_HEADER
 from daemon.api.schemas import (
+    EFFORTS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_STOPS,
+    ROLES,
+    TEXT_PARTS,
     ChatRequest,
     CompletionRequest,
     ContentPart,
@@ -20,12 +31,8 @@ from daemon.api.schemas import (
 from daemon.api.unsupported import refuse_unsupported
 from daemon.control.policy.priority import ALLOWED, LOWEST, PRIORITIES
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
 KEEP_HEADER = "X-Llumd-Keep"
 MAX_KEPT_CHOICES = 64  # of a kept stream: the ids of its events name each of them
-
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class Limits(NamedTuple):
@@ -36,13 +43,19 @@ class Limits(NamedTuple):
     max_queued: int  # choices of one HTTP request, over all its prompts
     max_prompt_tokens: int  # 0: no limit besides the model's context length
     max_output_tokens: int  # of a choice whose request sets no maximum
+    max_requested_tokens: int = 0  # of a choice whose request sets one; 0: no limit besides the context length
+    max_messages: int = MAX_MESSAGES
+    max_stops: int = MAX_STOPS
+    max_logit_bias: int = MAX_LOGIT_BIAS
+    max_logprobs: int = MAX_LOGPROBS
 
 
 def check_chat(request: ChatRequest, limits: Limits) -> None:
     """Raise ApiError (400) that names the field if the request cannot be served."""
     check_template_fields(request)
     check_sampling(request, limits)
-    check_messages(request.messages)
+    check_messages(request.messages, limits)
+    _check_most(request.top_logprobs, limits.max_logprobs, "top_logprobs")
     if request.top_logprobs and not request.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
     if request.echo and request.logprobs:
@@ -53,6 +66,7 @@ def check_completion(request: CompletionRequest, limits: Limits) -> None:
     """Raise ApiError (400) that names the field if the request cannot be served."""
     refuse_unsupported(request)
     check_sampling(request, limits)
+    _check_most(request.logprobs, limits.max_logprobs, "logprobs")
     if request.echo and request.logprobs is not None:
         raise bad_request("`echo` together with `logprobs` is not supported.", "echo")
     prompts = split_prompts(request.prompt)
@@ -66,14 +80,22 @@ def check_completion(request: CompletionRequest, limits: Limits) -> None:
 
 
 def wants_keep(
-    header: str | None, request: ChatRequest | CompletionRequest, num_prompts: int, keep_streams: float
+    header: str | None,
+    request: ChatRequest | CompletionRequest,
+    num_prompts: int,
+    keep_streams: float,
+    *,
+    once: bool = False,
 ) -> bool:
-    """Return True if the client asks to keep the stream. `header`: as sent; `keep_streams`: the option.
+    """Return True if the answer is kept. `header`: as sent; `keep_streams`: the option; `once`: it is kept anyway.
 
     Raises ApiError (400) for another value than 0 or 1, and for a request that cannot be kept.
     """
+    if once and num_prompts * (request.n or 1) > MAX_KEPT_CHOICES:
+        message = f"A request with `{KEY_HEADER}` may have at most {MAX_KEPT_CHOICES} choices."
+        raise bad_request(message, KEY_HEADER)
     if header is None or header.strip() == "0":
-        return False
+        return once
     if header.strip() != "1":
         raise bad_request(f"The header `{KEEP_HEADER}` must be 1 or 0.", KEEP_HEADER)
     if not request.stream:
@@ -86,18 +108,26 @@ def wants_keep(
     return True
 
 
-def check_tokenize(request: TokenizeRequest) -> None:
+def check_tokenize(request: TokenizeRequest, limits: Limits) -> None:
     """Raise ApiError (400) that names the field unless /tokenize can tell what a completion's prompt would be."""
     if (request.prompt is None) == (request.messages is None):
         raise bad_request("Send either `prompt` or `messages`.", "prompt")
     if request.messages is not None:
-        check_messages(request.messages)
+        check_messages(request.messages, limits)
     check_template_fields(request)
 
 
 def check_template_fields(request: ChatRequest | TokenizeRequest) -> None:
     """Check what a chat and /tokenize say to the chat template besides the messages. `tools` count only if in use."""
     refuse_unsupported(request, besides=("tools",) if request.tool_choice == "none" else ())
+    if request.continue_final_message:
+        if request.add_generation_prompt:
+            message = "`continue_final_message` needs `add_generation_prompt` to be false: no new message begins."
+            raise bad_request(message, "continue_final_message")
+        if request.messages and request.messages[-1].tool_calls:
+            raise bad_request("A message with tool calls cannot be continued.", "continue_final_message")
+        if request.messages is None:
+            raise bad_request("`continue_final_message` needs `messages`.", "continue_final_message")
     if request.reasoning_effort not in (None, *EFFORTS):
         raise bad_request(f"`reasoning_effort` must be one of {', '.join(EFFORTS)}.", "reasoning_effort")
 
@@ -112,6 +142,12 @@ def check_sampling(request: SamplingRequest, limits: Limits) -> None:
     maximum = requested_max_tokens(request)
     if maximum and (request.min_tokens or 0) > maximum:
         raise bad_request(f"`min_tokens` is larger than the maximum of output tokens, {maximum}.", "min_tokens")
+    if limits.max_requested_tokens and maximum > limits.max_requested_tokens:
+        name = "max_tokens" if maximum == request.max_tokens else "max_completion_tokens"
+        raise bad_request(f"`{name}` must be at most {limits.max_requested_tokens}, got {maximum}.", name)
+    if isinstance(request.stop, list):
+        _check_length(request.stop, limits.max_stops, "stop", "items")
+    _check_length(request.logit_bias or (), limits.max_logit_bias, "logit_bias", "entries")
     _check_logit_bias(request.logit_bias, limits.vocab_size)
     priority_class(request.priority)
     if request.stream_options is not None and not request.stream:
@@ -123,13 +159,14 @@ def check_sampling(request: SamplingRequest, limits: Limits) -> None:
         check_tokens(request.stop_token_ids, limits.vocab_size, "stop_token_ids")
 
 
-def check_messages(messages: list[Message]) -> None:
+def check_messages(messages: list[Message], limits: Limits) -> None:
     """Raise ApiError (400) unless every message has a known role and only text."""
+    _check_length(messages, limits.max_messages, "messages", "items")
     for i, message in enumerate(messages):
         where = f"messages.[{i}]"
         if message.role not in ROLES:
             raise bad_request(f"`role` must be one of {', '.join(ROLES)}.", f"{where}.role")
-        if message.content is None and message.role != "assistant":
+        if message.content is UNSET and message.role != "assistant":
             raise bad_request(f"A message of role {message.role} needs `content`.", f"{where}.content")
         refuse_unsupported(message, f"{where}.")
         if isinstance(message.content, list):
@@ -190,10 +227,28 @@ def priority_class(priority: int | str | None, default: int = 0, most_urgent: in
     return max(PRIORITIES[priority], most_urgent)
 
 
-def _check_parts(parts: list[ContentPart], where: str) -> None:
+def _check_most(value: int | None, most: int, name: str) -> None:
+    if value is not None and value > most:
+        raise bad_request(f"`{name}` must be from 0 to {most}, got {value}.", name)
+
+
+def _check_length(values: Sized, most: int, name: str, unit: str) -> None:
+    if len(values) > most:
+        raise bad_request(f"`{name}` must have at most {most} {unit}.", name)
+
+
+def _check_parts(parts: list[str | ContentPart], where: str) -> None:
     for j, part in enumerate(parts):
-        if part.type != "text" or part.text is None:
-            raise bad_request("Only parts of type text, with a `text`, are supported.", f"{where}.[{j}]")
+        if isinstance(part, str):
+            continue
+        if part.type not in (*TEXT_PARTS, "refusal"):
+            message = (
+                f"This model reads text only; parts of type `{part.type[:100]}` are not supported. Remove the part."
+            )
+            raise bad_request(message, f"{where}.[{j}]", "unsupported_parameter")
+        field = "refusal" if part.type == "refusal" else "text"
+        if getattr(part, field) is None:
+            raise bad_request(f"A part of type {part.type} needs a `{field}`.", f"{where}.[{j}]")
 
 
 def _check_logit_bias(bias: dict[str, float] | None, vocab_size: int) -> None:

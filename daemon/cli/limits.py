@@ -9,9 +9,19 @@ from daemon.models.model_config import ModelConfig
 from daemon.relations import require
 from daemon.supervisor.socket_keeper import capacity_of
 
+_FRONTENDS_PER_ENGINE = 2
+_CPUS_PER_FRONTEND = 4
 _JOURNAL_TOKEN = 8  # bytes: a token of the longest request takes 4, and some room is lost between requests
 _DESCRIPTORS = 128  # of each process, for its libraries, its files and some connections
 _DESCRIPTORS_PER_PROCESS = 8  # doorbells, journals, pools and pipes, for each process of the daemon
+
+
+def default_frontends(config: Config, cpus: int) -> int:
+    """Return the number of frontends on a machine with GPUs if no option says it: at most the default on GPUs.
+
+    A frontend that is busy needs a CPU, and an engine needs one for its own loop and others to load and to compile.
+    """
+    return max(1, min(config.frontends, _FRONTENDS_PER_ENGINE * len(config.devices), cpus // _CPUS_PER_FRONTEND))
 
 
 def check_model_limits(config: Config, model_config: ModelConfig) -> None:

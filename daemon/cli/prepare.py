@@ -9,11 +9,16 @@ from typing import NamedTuple
 
 from daemon.api.key_file import read_key_file
 from daemon.cli import devices, gpu_kernels
-from daemon.cli.limits import check_machine_limits, check_model_limits, kept_connections_warning
+from daemon.cli.limits import (
+    check_machine_limits,
+    check_model_limits,
+    default_frontends,
+    kept_connections_warning,
+)
 from daemon.cli.memory_budget import dequantised_warning, kv_pool_bytes
 from daemon.config import Config, ConfigError
 from daemon.ipc.keys_page import Key
-from daemon.machine import measure
+from daemon.machine import cpus, measure
 from daemon.models import store
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig
@@ -37,7 +42,10 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
     weights that are still on the hub stay there. Raises ConfigError or ModelError for everything that cannot work.
     """
     config = dataclasses.replace(config, devices=config.devices or devices.default_devices(config, progress))
-    config = config.for_gpus() if config.on_gpus else config
+    if config.on_gpus:
+        config = config.for_gpus()
+        if "frontends" not in config.origin:
+            config = dataclasses.replace(config, frontends=default_frontends(config, cpus()))
     config.check()
     keys = read_key_file(Path(config.api_key_file)) if config.api_key_file else None
     if config.script:
@@ -52,7 +60,7 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
         progress(f"note: the weights are not downloaded yet; `llumd pull {config.model}` does it")
     with checked(model_dir):  # at the same time as the other checks
         model_config = _open_model(config, model_dir, load_format, progress)
-        config = dataclasses.replace(config, served_name=model_config.name)
+        config = dataclasses.replace(config, served_name=config.served_name or [model_config.name])
         check_model_limits(config, model_config)
         missing: gpu_kernels.Missing = {}
         if config.on_gpus:
@@ -73,10 +81,10 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
 
 
 def _open_model(config: Config, model_dir: Path, load_format: str, progress: Callable[[str], None]) -> ModelConfig:
-    name = config.served_name or store.default_name(config.model)
+    name = config.main_name or store.default_name(config.model)
     model_config = open_model(model_dir, name, load_format)
     try:
-        model_config.name.encode()
+        "".join([model_config.name, *config.served_name]).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"the name of {model_dir} is not UTF-8; set another name with --served-name") from None
     if config.engine == "script" and not model_config.eos_token_ids:

@@ -83,7 +83,7 @@ class StatusReader:
         config = self._spec.config
         return {
             "version": __version__,
-            "model": config.served_name or config.model,
+            "model": config.main_name or config.model,
             "address": f"http://{config.host}:{config.port}",
             "supervisor_pid": self._spec.supervisor_pid,
             "state": self._daemon_state(facts),

@@ -69,7 +69,7 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
     config = spec.config
     started = time.monotonic()
     load_format = config.load_format if config.engine == "model" else "dummy"
-    model_config = open_model(Path(spec.model_dir), config.served_name, load_format)
+    model_config = open_model(Path(spec.model_dir), config.main_name, load_format)
     if spec.model_text and spec.model_text != text_digest(spec.model_dir):
         raise ModelError(CHANGED.format(spec.model_dir))
     _, index = fabric.topology.role(fabric.process)

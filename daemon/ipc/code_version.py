@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 _ROOT = Path(__file__).parents[1]
-_FILES = ("ipc/*.py", "config.py", "option.py", "enums.py", "supervisor/child_entry.py", "supervisor/standby.py")
+_FILES = (
+    "ipc/*.py",
+    "config.py",
+    "http_options.py",
+    "option.py",
+    "enums.py",
+    "supervisor/child_entry.py",
+    "supervisor/standby.py",
+)
 
 
 class CodeVersion(NamedTuple):

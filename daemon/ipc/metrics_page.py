@@ -145,7 +145,18 @@ _TURNS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Label values.
 FINISHED = ("stop", "length", "abort", "error", "deadline")
 REJECTED = tuple(Rejection)
-HANDLERS = ("chat", "completions", "models", "tokenize", "detokenize", "streams", "health", "metrics", "unknown")
+HANDLERS = (
+    "chat",
+    "completions",
+    "models",
+    "tokenize",
+    "detokenize",
+    "streams",
+    "health",
+    "info",
+    "metrics",
+    "unknown",
+)
 STATUSES = ("2xx", "4xx", "5xx", "disconnect")
 DISPATCHES = tuple(DispatchKind)
 MOVE_REASONS = tuple(MigrationReason)

@@ -18,7 +18,7 @@ from daemon.models.files import ModelError
 from daemon.models.message_forms import MessageForms
 from daemon.models.special_tokens import NAMES, special_tokens
 from daemon.models.template_files import DEFAULT, TOOL_USE, read_templates
-from daemon.models.template_sandbox import MAX_STEPS, new_environment
+from daemon.models.template_sandbox import MAX_STEPS, MessagesRefused, new_environment
 from daemon.models.template_sandbox import ChatError as ChatError  # noqa: PLC0414  part of this module's interface
 from daemon.models.tracked_text import concat
 
@@ -32,8 +32,9 @@ class ChatTemplate:
     """The chat template of a model directory, and a second one for requests with tools if the model has one.
 
     `available` is False if the model has no template. `forms` are the forms of messages that it takes. `variables`
-    are the names that it reads and that a request may set. `takes_tools`: it tells the model of `tools`. `source`:
-    the text of all templates. Raises ModelError if a template does not compile.
+    are the names that it reads and that a request may set, `own_variables` those that no request may set.
+    `takes_tools`: it tells the model of `tools`. `source`: the text of all templates. Raises ModelError if a template
+    does not compile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +47,8 @@ class ChatTemplate:
         self._template, read = self._compile(path, source or "")
         self._tool_template, read_for_tools = self._compile(path, sources.get(TOOL_USE, source or ""))
         self.takes_tools = "tools" in read | read_for_tools
-        self.variables = (read | read_for_tools) - self._environment.globals.keys() - _OWN_VARIABLES
+        self.own_variables = self._environment.globals.keys() | _OWN_VARIABLES
+        self.variables = (read | read_for_tools) - self.own_variables
         self.forms = MessageForms(self.render)
 
     def _compile(self, path: Path, source: str) -> tuple[jinja2.Template, set[str]]:
@@ -76,12 +78,14 @@ class ChatTemplate:
         except RecursionError:
             raise ChatError("these messages are nested too deeply for the chat template") from None
         except jinja2.TemplateError as e:
-            raise ChatError(f"the chat template refuses these messages: {e}") from None
+            raise MessagesRefused(f"the chat template refuses these messages: {e}") from None
         except Exception as e:  # a template can fail in any way on messages that it does not expect
             log.debug(
                 "the chat template fails on messages: %r", e
             )  # also when `MessageForms` tries forms at the start
-            raise ChatError("the chat template fails on these messages: it does not expect their form") from None
+            raise MessagesRefused(
+                "the chat template fails on these messages: it does not expect their form"
+            ) from None
 
 
 def _collect(chunks: Iterable[str]) -> str:

@@ -40,6 +40,10 @@ class ChatError(ValueError):
     """The messages cannot be rendered. The text of the error is for the client."""
 
 
+class MessagesRefused(ChatError):
+    """The template does not take these messages. It may take another form of them."""
+
+
 def new_environment() -> jinja2.Environment:
     """Return an environment for one chat template."""
     environment = _Environment(

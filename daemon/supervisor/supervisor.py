@@ -91,7 +91,7 @@ class Supervisor:
         Raises StartError if a child cannot be started for the first time. However it ends, all children have ended.
         """
         try:
-            setproctitle.setproctitle(f"llumd: supervisor of {self._config.served_name}")
+            setproctitle.setproctitle(f"llumd: supervisor of {self._config.main_name}")
             self._start()
             return self._supervise(ready)
         finally:

@@ -19,8 +19,10 @@ URGENT = [holder._replace(urgent=True) for holder in (BATCH, OTHER, ANY)]
 class Frontend:
     """Admits requests and keeps them."""
 
-    def __init__(self, max_queued: int = 512, journal_bytes: int = ROOM, journal_slots: int = SLOTS) -> None:
-        self.admission = Admission(max_queued, journal_bytes, journal_slots)
+    def __init__(
+        self, max_queued: int = 512, journal_bytes: int = ROOM, journal_slots: int = SLOTS, max_per_client: int = 0
+    ) -> None:
+        self.admission = Admission(max_queued, journal_bytes, journal_slots, max_per_client)
         self.num_held = 0
 
     def send(self, holder: Holder, choices: int = 1, reservation: int = RESERVATION) -> bool:
@@ -177,3 +179,12 @@ def test_choices_are_refused_for_ever_if_even_an_empty_journal_cannot_hold_them(
             assert not frontend.send(holder, choices, reservation)
         else:
             assert frontend.send(holder, choices, reservation)
+
+
+def test_a_client_has_no_more_requests_than_an_option_allows():
+    frontend = Frontend(max_per_client=5)
+    assert frontend.flood(BATCH, choices=2) == 4 and frontend.send(BATCH) and not frontend.send(URGENT[0])
+    assert frontend.flood(OTHER) == 5
+    with pytest.raises(TooMany, match="at most 5 choices"):
+        frontend.send(THIRD, choices=6)
+    assert frontend.flood(ANY) > 100  # clients that are not told apart have no such limit

@@ -122,10 +122,22 @@ def test_the_chat_template_gets_its_variables(thinking, fields, tail):
     with_client(thinking, body)
 
 
-def test_variables_that_the_chat_template_does_not_read_are_refused(thinking):
+def test_variables_that_the_chat_template_does_not_read_have_no_effect(thinking):
     async def body(client):
         for path in (CHAT, "/tokenize"):
-            for name in ("thinking", "messages", "tools", "add_generation_prompt", "range", "bos_token", "self", "m"):
+            for name in ("thinking", "m", "some_new_switch"):
+                extra = {"chat_template_kwargs": {name: 1}}
+                assert (await client.post(path, json=HELLO | extra)).status == 200
+            shown = [await client.post("/tokenize", json=HELLO | more) for more in ({}, extra)]
+            assert await shown[0].json() == await shown[1].json()
+
+    with_client(thinking, body)
+
+
+def test_variables_that_the_server_sets_are_refused(thinking):
+    async def body(client):
+        for path in (CHAT, "/tokenize"):
+            for name in ("messages", "tools", "add_generation_prompt", "range", "bos_token", "self"):
                 error = await refused(client, path, HELLO | {"chat_template_kwargs": {name: 1}})
                 assert error["param"] == "chat_template_kwargs" and f"`{name}`" in error["message"]
                 off = {"chat_template_kwargs": {name: False}}  # asks for nothing
@@ -139,7 +151,7 @@ def test_variables_that_the_chat_template_does_not_read_are_refused(thinking):
 def test_tokenize_refuses_what_a_chat_refuses(api):
     async def body(client):
         for fields in (
-            {"continue_final_message": True},
+            {"chat_template": "{{ 1 }}"},
             {"tools": [{"type": "function"}]},
             {"documents": [{"a": "b"}]},
         ):

@@ -249,8 +249,11 @@ def test_prepare_applies_the_defaults_for_gpus(
 ):
     machine("9.0", "9.0")
     monkeypatch.setattr(devices, "check_gpus", lambda config: devices.Gpus(2))
+    monkeypatch.setattr(prepare, "cpus", lambda: 12)
     config = Config(model=str(model_config.path), load_format="dummy").replace({"max_num_seqs": 9}, "test")
+    assert prepare.prepare(config.replace({"frontends": 1}, "test"), print).config.frontends == 1
     config = prepare.prepare(config, print).config
+    assert config.frontends == 3
     assert config.devices == ["cuda:0", "cuda:1"]
     assert (config.max_num_seqs, config.max_batch_tokens, config.itl_target) == (9, 8192, 0.05)
 

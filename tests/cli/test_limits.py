@@ -6,7 +6,12 @@ import re
 
 import pytest
 
-from daemon.cli.limits import check_machine_limits, check_model_limits, kept_connections_warning
+from daemon.cli.limits import (
+    check_machine_limits,
+    check_model_limits,
+    default_frontends,
+    kept_connections_warning,
+)
 from daemon.config import ConfigError, load
 from daemon.machine import Machine
 from tests.cli.test_memory_budget import MODEL_CONFIG
@@ -85,3 +90,11 @@ def test_connections_that_the_supervisor_cannot_keep(settings: dict[str, int], w
     config = load({"devices": ["cpu", "cpu"]} | settings, None, {})
     found = kept_connections_warning(config, MACHINE)
     assert re.match(warning, found) if warning else not found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "expected"), [(1, 64, 2), (2, 64, 4), (8, 128, 4), (8, 12, 3), (1, 4, 1), (4, 1, 1)]
+)
+def test_frontends_on_gpus(gpus: int, cpus: int, expected: int):
+    config = load({"devices": [f"cuda:{i}" for i in range(gpus)]}, None, {}).for_gpus()
+    assert default_frontends(config, cpus) == expected

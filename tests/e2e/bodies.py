@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from msgspec import Struct, inspect
 
-from daemon.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from daemon.api.schemas import EFFORTS, ROLES, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from daemon.api.unsupported import NEUTRAL, rules
-from daemon.api.validation import EFFORTS, ROLES
 
 Text = SearchStrategy[str]  # of texts of JSON
 

@@ -25,7 +25,7 @@ def run(spec: ChildSpec, _inherited: object) -> None:
     if spec.keeper_fd >= 0:
         kept = KeptSockets(spec.keeper_fd, spec.incarnation, spec.keeper_capacity)
         adopted = kept.adopt() if spec.adopt else {}
-        if adopted and spec.config.served_name == POISON:
+        if adopted and spec.config.main_name == POISON:
             os._exit(1)
         fabric.progress(fabric.process).enter(EngineState.SERVING, spec.incarnation, 60.0)
         for token, sock in adopted.items():

@@ -25,7 +25,7 @@ def test_a_daemon_whose_children_die_at_once_ends(
 ) -> None:
     monkeypatch.setattr(child_entry, "run", die)
     monkeypatch.setattr(restarts, "FIRST_BACKOFF", 0.001)
-    config = Config(devices=["cpu"], journal_memory=1 << 20, served_name="none")
+    config = Config(devices=["cpu"], journal_memory=1 << 20, served_name=["none"])
     with socket.socket() as http, socket.socket() as admin:
         daemon = Supervisor(config, str(tmp_path), 1 << 20, http, admin)
         assert daemon.run(lambda: pytest.fail("ready")) == EXIT_FAILED

@@ -42,7 +42,7 @@ class Client(threading.Thread):
 
 def serve(tmp_path: Path, name: str) -> bytes:
     """Run the supervisor until a client's connection has ended. Return what the client has received."""
-    config = Config(devices=["cpu"], journal_memory=1 << 20, served_name=name, drain_timeout=1.0)
+    config = Config(devices=["cpu"], journal_memory=1 << 20, served_name=[name], drain_timeout=1.0)
     with socket.create_server(("127.0.0.1", 0)) as http, socket.socket() as admin:
         client = Client(http.getsockname())
         daemon = Supervisor(config, str(tmp_path), 1 << 20, http, admin)

@@ -1,0 +1,1 @@
+"""How a request finds its handler, and the routes that answer no completion."""
