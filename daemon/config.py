@@ -66,6 +66,20 @@ class Config(HttpOptions):
         "Encode control tokens (`<|im_start|>`) that stand in chat messages as text, so that a message cannot end "
         "its turn and write another. `false`: they become the tokens.",
     )
+    tool_format: str = _option(
+        "auto",
+        "model",
+        "Form in which the model writes tool calls. `auto`: the form that its chat template shows; if it shows none, "
+        "`json`, an object or a list of them. `none`: requests with tools are refused.",
+        choices=("auto", "hermes", "llama3_json", "mistral", "json", "none"),
+    )
+    reasoning_format: str = _option(
+        "auto",
+        "model",
+        "How the model marks its reasoning, which chats get apart from the answer. `think`: between `<think>` and "
+        "`</think>`. `auto`: `think` if its chat template has these. `none`: reasoning is part of the text.",
+        choices=("auto", "think", "none"),
+    )
     # -- engines
     engine: str = _option(
         "model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from daemon.api.errors import bad_request
@@ -11,12 +12,17 @@ from daemon.models.message_forms import MessageForms
 from daemon.models.tracked_text import track
 
 
-def for_template(messages: list[Message], forms: MessageForms) -> list[dict[str, Any]]:
-    """Return the messages as dicts, in the forms that the template takes.
+def for_template(
+    messages: list[Message],
+    forms: MessageForms,
+    change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the messages as dicts, in the forms that the template takes. `change`: applies to the list before that.
 
     Raises ApiError (400) for arguments of a tool call that are no JSON object.
     """
-    return [forms.adapt(_as_dict(message, i)) for i, message in enumerate(messages)]
+    given = [_as_dict(message, i) for i, message in enumerate(messages)]
+    return [forms.adapt(message) for message in (change(given) if change else given)]
 
 
 def parts_of(message: Message) -> list[str]:

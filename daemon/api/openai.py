@@ -9,15 +9,16 @@ import msgspec
 from aiohttp import web
 
 from daemon.api import schemas, validation
-from daemon.api.chat_messages import parts_of
+from daemon.api.chat import answer_chat, check_chat, check_tool_format
 from daemon.api.idempotency import respond_once
 from daemon.api.prompt_length import check_text_length
 from daemon.api.render.answer import Prompt
-from daemon.api.render.apis import CHAT, COMPLETION
+from daemon.api.render.apis import COMPLETION
 from daemon.api.request_body import decode_body
 from daemon.api.respond import CheckedRequest
-from daemon.api.schemas import ChatRequest, CompletionRequest, Message
+from daemon.api.schemas import ChatRequest, CompletionRequest
 from daemon.api.service import Service
+from daemon.api.tools import ToolUse, tool_use
 
 MAX_TOKENIZE = 1 << 17  # tokens that /tokenize returns at most, if the model's context is not longer
 
@@ -35,30 +36,12 @@ class OpenAI:
         self._started = int(time.time())
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
-        service, limit = self._service, self._service.max_prompt_len
+        service = self._service
         with service.bodies.hold() as held:
-            body, variables = await service.read(http, held, self._parse_chat)
-
-            def tokenise() -> list[Prompt]:
-                text = service.render(
-                    body.messages,
-                    body.add_generation_prompt is not False,
-                    variables,
-                    open_end=bool(body.continue_final_message),
-                )
-                check_text_length(text, service.tokenizer, limit, "messages")
-                # The template has written the special tokens, so the default is to add none.
-                tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
-                return [Prompt(tokens, _last_answer(body.messages) if body.echo else "")]
-
-            request = CheckedRequest(http, body, api=CHAT, num_prompts=1, held=held, tokenise=tokenise)
-            return await respond_once(service, http, request)
-
-    def _parse_chat(self, raw: bytes, model: str | None) -> tuple[ChatRequest, dict[str, Any]]:
-        body = decode_body(raw, _chat)
-        self._service.check_model(model or body.model)
-        validation.check_chat(body, self._service.limits)
-        return body, self._service.template_variables(body)
+            chat = await service.read(
+                http, held, lambda raw, model: check_chat(service, decode_body(raw, _chat), model)
+            )
+            return await answer_chat(service, http, held, chat)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
         service, limit = self._service, self._service.max_prompt_len
@@ -109,7 +92,14 @@ class OpenAI:
         request = decode_body(raw, _tokenize)
         self._service.check_model(model or request.model)
         validation.check_tokenize(request, self._service.limits)
+        self._tools(request)
         return request, self._service.template_variables(request)
+
+    def _tools(self, request: schemas.TokenizeRequest) -> ToolUse | None:
+        use = tool_use(request.tools, request.tool_choice, None)
+        if use is not None:
+            check_tool_format(self._service, use)
+        return use
 
     def _tokenized(
         self, request: schemas.TokenizeRequest, variables: dict[str, Any], max_model_len: int
@@ -118,10 +108,12 @@ class OpenAI:
         if request.messages is None:
             text, param, special = request.prompt or "", "prompt", special is not False
         else:
+            use = self._tools(request)
             text = service.render(
                 request.messages,
                 request.add_generation_prompt is not False,
                 variables,
+                use.tools if use is not None else None,
                 open_end=bool(request.continue_final_message),
             )
             param = "messages"
@@ -143,14 +135,6 @@ class OpenAI:
         known = max(self._service.tokenizer.vocab_size, self._service.limits.vocab_size)
         validation.check_tokens(request.tokens, known, "tokens")
         return request
-
-
-def _last_answer(messages: list[Message]) -> str:
-    """Return what a chat's `echo` repeats: the last message, if it is the assistant's."""
-    message = messages[-1]
-    if message.role != "assistant":
-        return ""
-    return "\n".join(parts_of(message))
 
 
 def _json(body: Any) -> web.Response:

@@ -18,6 +18,7 @@ from daemon.control.policy.priority import HIGHEST, LOWEST
 # No option allows more than these.
 MAX_MESSAGES = 1 << 16
 MAX_STOPS = 64
+MAX_TOOLS = 512
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
@@ -36,14 +37,12 @@ _StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 # What several refused fields advise.
 _FORM_ADVICE = "Output is not constrained to a form. Ask for the form in the prompt, and check the answer."
 _FORM = unsupported(_FORM_ADVICE)
-_TOOLS_ADVICE = "Tools are not supported. Describe them in a message, and read the calls from the text."
-_TOOLS = unsupported(_TOOLS_ADVICE)
+_FUNCTIONS_ADVICE = "Use `tools` and `tool_choice`."
 _BEAMS = unsupported("Send `n` instead, and choose among the choices.")
 _PROCESSOR = unsupported("Clients cannot send code.")
 _REPETITION = unsupported("Use `repetition_penalty`, or watch the stream and close it.", 0)
 _TRANSFER = unsupported("Engines here move KV among themselves.")
 _OTHER_MAX = unsupported("Its name here is `max_tokens`.", -1)
-_REASONING = unsupported("Reasoning is part of the text. Cut it off yourself.", True)
 _TEMPLATE = unsupported("Clients cannot send code. Write the prompt yourself, and send it to /v1/completions.")
 _DOCUMENTS = unsupported("Put the documents in a message.")
 
@@ -158,6 +157,9 @@ class Message(Struct):
     audio: Annotated[Any, unsupported("Messages are text.")] = None
 
 
+# `tools` checks what is in them.
+Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
+ToolChoice = str | dict[str, Any]
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -173,11 +175,13 @@ class ChatRequest(SamplingRequest, kw_only=True):
     echo: bool | None = None
     reasoning_effort: Annotated[str, Meta(extra_json_schema={"enum": [*EFFORTS]})] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     # -- refused unless neutral
-    tools: Annotated[Any, _TOOLS] = None
-    tool_choice: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
-    functions: Annotated[Any, _TOOLS] = None
-    function_call: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
+    functions: Annotated[Any, unsupported(_FUNCTIONS_ADVICE)] = None
+    function_call: Annotated[Any, unsupported(_FUNCTIONS_ADVICE, "none", "auto")] = None
     modalities: Annotated[Any, unsupported("Output is text.", ["text"])] = None
     audio: Annotated[Any, unsupported("Output is text.")] = None
     web_search_options: Annotated[
@@ -185,7 +189,6 @@ class ChatRequest(SamplingRequest, kw_only=True):
     ] = None
     moderation: Annotated[Any, unsupported("This server does not moderate. Check input and output yourself.")] = None
     verbosity: Annotated[Any, unsupported("Say in a message how long the answer is to be.", "medium")] = None
-    include_reasoning: Annotated[Any, _REASONING] = None
     return_prompt_text: Annotated[Any, unsupported("Use /tokenize, then /detokenize.")] = None
     chat_template: Annotated[Any, _TEMPLATE] = None
     documents: Annotated[Any, _DOCUMENTS] = None
@@ -217,10 +220,10 @@ class TokenizeRequest(Struct, kw_only=True):
     return_token_strs: bool | None = None
     reasoning_effort: Annotated[str, Meta(extra_json_schema={"enum": [*EFFORTS]})] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     # -- refused unless neutral, as in a chat
-    tools: Annotated[Any, _TOOLS] = None
-    tool_choice: Annotated[Any, unsupported(_TOOLS_ADVICE, "none", "auto")] = None
-    functions: Annotated[Any, _TOOLS] = None
+    functions: Annotated[Any, unsupported(_FUNCTIONS_ADVICE)] = None
     chat_template: Annotated[Any, _TEMPLATE] = None
     documents: Annotated[Any, _DOCUMENTS] = None
 

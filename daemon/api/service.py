@@ -16,11 +16,13 @@ from daemon.api.errors import bad_request, model_not_found
 from daemon.api.generator import Generator
 from daemon.api.metrics import FrontendMetrics
 from daemon.api.origins import OriginPolicy
+from daemon.api.parse.formats import AUTO, NONE, detect_reasoning, detect_tool_format
 from daemon.api.request_body import check_media_type
 from daemon.api.request_identity import BODY_DIGEST, KEY_HEADER, body_digest
 from daemon.api.response_guard import ResponseGuard
 from daemon.api.routes.spellings import DEPLOYMENT
 from daemon.api.schemas import ChatRequest, Message, TokenizeRequest
+from daemon.api.tools import describe
 from daemon.api.validation import Limits
 from daemon.config import Config
 from daemon.models.chat_template import ChatError, ChatTemplate
@@ -87,6 +89,10 @@ class Service:
             max_logit_bias=config.max_logit_bias,
             max_logprobs=config.max_logprobs,
         )
+        # The forms in which the model writes tool calls and reasoning; "": none that is read.
+        source = chat_template.source
+        self.tool_format = _format(config.tool_format, source, detect_tool_format)
+        self.reasoning_format = _format(config.reasoning_format, source, detect_reasoning)
         # Only two threads: more would take the processors from the event loop.
         self._small = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-text")
@@ -177,20 +183,27 @@ class Service:
         messages: list[Message],
         add_generation_prompt: bool,
         variables: dict[str, Any],
+        tools: list[dict[str, Any]] | None = None,
         *,
         open_end: bool = False,
     ) -> str:
         """Return the prompt of a conversation. Raises ApiError (400) if the template refuses it.
 
-        `open_end`: the prompt ends with the text of the last message, so that the model continues it.
+        `tools`: for the template; if it takes none, the system message describes them. `open_end`: the prompt ends
+        with the text of the last message, so that the model continues it.
         """
+        template, change = self.chat_template, None
+        if tools and template.takes_tools:
+            variables = variables | {"tools": tools}
+        elif tools:
+            change = partial(describe, tools=tools, tool_format=self.tool_format)
         try:
-            given = for_template(messages, self.chat_template.forms)
+            given = for_template(messages, template.forms, change)
             if self.config.sanitize_control_tokens:
                 given, variables = track_messages(given), {name: track(v) for name, v in variables.items()}
 
             def render(messages: list[dict[str, Any]]) -> str:
-                return self.chat_template.render(messages, add_generation_prompt and not open_end, **variables)
+                return template.render(messages, add_generation_prompt and not open_end, **variables)
 
             whole = partial(render_any, render)
             return render_open(whole, given) if open_end else whole(given)
@@ -204,3 +217,7 @@ class Service:
         if self.tokenizer.special_ids.isdisjoint(tokens):
             return self.tokenizer.decode(tokens)
         return b"".join(map(self.tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
+
+
+def _format(option: str, source: str, detect: Callable[[str], str]) -> str:
+    return "" if option == NONE else detect(source) if option == AUTO else option

@@ -118,8 +118,8 @@ def check_tokenize(request: TokenizeRequest, limits: Limits) -> None:
 
 
 def check_template_fields(request: ChatRequest | TokenizeRequest) -> None:
-    """Check what a chat and /tokenize say to the chat template besides the messages. `tools` count only if in use."""
-    refuse_unsupported(request, besides=("tools",) if request.tool_choice == "none" else ())
+    """Check what a chat and /tokenize say to the chat template besides messages and tools."""
+    refuse_unsupported(request)
     if request.continue_final_message:
         if request.add_generation_prompt:
             message = "`continue_final_message` needs `add_generation_prompt` to be false: no new message begins."

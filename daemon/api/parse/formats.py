@@ -6,7 +6,8 @@ Both follow from the chat template of the model, in which the markers stand that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -30,6 +31,22 @@ _OTHER_FORMS = (
     *("<|channel|>", "<|tool_call|>", "<tool_calls>", "<|tool_call_start|>"),  # gpt-oss, Granite, Jamba, LFM
 )
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def write_calls(tool_format: str, calls: Sequence[tuple[str, str]]) -> str:
+    """Return the text that a model writes to make these calls, each a name and the JSON text of its arguments."""
+    key = "parameters" if tool_format == LLAMA else "arguments"
+    objects = [f'{{"name": {json.dumps(name)}, "{key}": {arguments}}}' for name, arguments in calls]
+    match tool_format:
+        case "hermes":
+            return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects)
+        case "llama3_json":
+            return "; ".join(
+                f'{{"name": {json.dumps(name)}, "parameters": {arguments}}}' for name, arguments in calls
+            )
+        case "mistral":
+            return f"[TOOL_CALLS][{', '.join(objects)}]"
+    return objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]"
 
 
 class Parsing(msgspec.Struct, array_like=True, frozen=True):

@@ -13,6 +13,11 @@ BEGIN, END = "<think>", "</think>"
 _SPACE = " \t\n\r"
 
 
+def is_open(text: str) -> bool:
+    """Return True if `text`, the beginning of an answer, ends inside of its reasoning."""
+    return text.rfind(BEGIN) > text.rfind(END)
+
+
 class ThinkParser:
     """`rest` finds the parts of the answer; None: it is text."""
 

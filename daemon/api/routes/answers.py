@@ -99,6 +99,7 @@ class AnswerMessage(Struct):
     refusal: None
     tool_calls: list[ToolCall] | UnsetType = UNSET
     reasoning_content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType | None = UNSET
 
 
 class ChatChoice(Struct):
@@ -124,6 +125,7 @@ class Delta(Struct):
     content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChunkChoice(Struct):
