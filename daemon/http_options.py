@@ -54,6 +54,22 @@ class HttpOptions:
         at_least=1 << 10,
         at_most=1 << 20,
     )
+    max_grammar: int = _option(
+        256 << 10,
+        "http",
+        "Maximum size of a JSON schema or a grammar that constrains an output. A larger one gets status 400.",
+        "bytes",
+        at_least=1 << 10,
+        at_most=16 << 20,
+    )
+    grammar_timeout: float = _option(
+        2.0,
+        "http",
+        "CPU time that it may take to compile such a schema or grammar. One that takes longer gets status 400.",
+        "seconds",
+        at_least=0.1,
+        at_most=60,
+    )
     body_memory: int = _option(
         64 << 20,
         "http",

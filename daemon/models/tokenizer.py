@@ -22,6 +22,7 @@ from daemon.models.special_tokens import end_token_ids, marked_special
 from daemon.models.tracked_text import TrackedText
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MARKER = re.compile(r"<[^\s<>]+>|\[/?[A-Z_]+\]")
 
 
 class Tokenizer:
@@ -29,8 +30,10 @@ class Tokenizer:
 
     `vocab_size` is the largest id + 1, with added tokens. The vocabulary of the model may be larger (padding). It may
     be smaller only by added tokens, as the `[PAD]` of Llama 2: text that contains one cannot be computed. `decode`
-    skips the tokens in `special_ids`. `max_token_chars` is the largest number of characters of a text that one token
-    can stand for; 0 if there is no bound. Raises ModelError if the tokenizer cannot be used.
+    skips the tokens in `special_ids`. `marker_ids` are all tokens that control a model and are none of a text: those,
+    the ones that end an answer, and added tokens such as `<tool_call>`. `max_token_chars` is the largest number of
+    characters of a text that one token can stand for; 0 if there is no bound. Raises ModelError if the tokenizer
+    cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,6 +59,7 @@ class Tokenizer:
             raise ModelError(f"{file} has token ids up to {largest}, but the model has only {model_vocab} embeddings")
         marked = marked_special(path)
         control = self.special_ids.union(self.eos_ids, (i for i, t in added.items() if t["content"] in marked))
+        self.marker_ids = control.union(i for i, t in added.items() if _MARKER.fullmatch(t["content"]))
         self._tracked = TrackedEncoder(self._tokenizer, control, _unknown_id(state.model, vocab))
         to_bytes, self._strip_space = _decoder_rules(state.decoder, file)
         self.max_token_chars = _max_token_chars(state, vocab)
