@@ -32,7 +32,7 @@ def compute_row_by_row(
     dropped: list[int] = []
     for i, row in enumerate(plan.rows):
         beat()
-        result = _compute(runner, row, decode=i < plan.num_decodes)
+        result = _compute(runner, row, plan, decode=i < plan.num_decodes)
         if result is None or result.dropped:
             dropped.append(i)
         if row.sample:
@@ -44,13 +44,13 @@ def compute_row_by_row(
     return StepResult(tokens, logprobs if any(logprobs) else None, tuple(dropped))
 
 
-def _compute(runner: Runner, row: Row, *, decode: bool) -> StepResult | None:
-    """Compute one row. Return None if it raises, or if its request has left the batch since the plan."""
+def _compute(runner: Runner, row: Row, plan: StepPlan, *, decode: bool) -> StepResult | None:
+    """Compute one row of `plan`. Return None if it raises, or if its request has left the batch since the plan."""
     request = row.request
     if request.finish or request.preemptions != row.preemptions:
         return None
     try:
-        return runner.execute(StepPlan([row], int(decode)))
+        return runner.execute(StepPlan([row], int(decode), masks=plan.masks))
     except Exception:
         log.exception("request %d ends with an error: its step raised", request.rid)
         return None

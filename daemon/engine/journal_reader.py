@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -11,10 +11,16 @@ from daemon.ipc.journal import JournalView, SlotState
 
 
 class JournalReader:
-    """The journals of all frontends, by index. Implements the llumlet's `Journals`."""
+    """The journals of all frontends, by index. Implements the llumlet's `Journals`.
 
-    def __init__(self, journals: Sequence[JournalView]) -> None:
+    `on_grammar` is called with each request that is loaded and has a grammar.
+    """
+
+    def __init__(
+        self, journals: Sequence[JournalView], on_grammar: Callable[[Request], None] = lambda request: None
+    ) -> None:
         self._journals = journals
+        self._on_grammar = on_grammar
 
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         """Return the request with its journaled output and its present priority; None unless the slot holds it at
@@ -38,7 +44,11 @@ class JournalReader:
                 raise
             return None
         # The frontend may have closed the request and overwritten the slot during the read.
-        return request if _holds(journal, slot, rid, epoch) else None
+        if not _holds(journal, slot, rid, epoch):
+            return None
+        if request.sampling.grammar:
+            self._on_grammar(request)
+        return request
 
     def accepted(self, request: Request) -> int:
         """Return the number of output tokens that the frontend has journaled; -1 if the slot belongs to another

@@ -33,6 +33,7 @@ class Request:
     num_inflight_tokens: int = 0  # tokens after `num_computed` whose KV is computed by steps in flight
     num_sampling: bool = False  # a step in flight samples the token after the known ones
     paused: bool = False  # left out of further plans, so that no step in flight contains it soon
+    unready: bool = False  # its next token cannot be sampled yet: the mask of its grammar is being computed
 
     @property
     def sampling(self) -> SamplingParams:

@@ -6,12 +6,16 @@ The scheduler (pure) makes a `StepPlan`. A `Runner` computes it and returns the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 
 from daemon.engine.request import Request
 from daemon.ipc.messages import TokenLogprobs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Row(NamedTuple):
@@ -31,14 +35,27 @@ class Row(NamedTuple):
     preemptions: int = 0  # `request.preemptions` at planning; after another preemption the row is void
 
 
+class TokenMasks(Protocol):
+    """The masks of the rows of one step whose requests have a grammar."""
+
+    def of(self, request: Request) -> NDArray[np.int32] | int:
+        """Return the mask of a request: bit t % 32 of word t // 32 is set if token t may be sampled.
+
+        Otherwise return what stands for its token: NO_TOKEN or NOT_YET. May wait a little. Call it once the logits
+        are there.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class StepPlan:
-    """One step: the decode rows (count 1), then the prefill chunks."""
+    """One step: the decode rows (count 1), then the prefill chunks. `masks`: None if no sampled row has a grammar."""
 
     rows: list[Row]
     num_decodes: int  # rows[:num_decodes] are decodes
     preempted: list[Request] = field(default_factory=list)
     number: int = 0  # of the plan, counted from 1 by its scheduler
+    masks: TokenMasks | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -47,10 +64,11 @@ class StepPlan:
 
 
 NO_TOKEN = -1  # no token could be sampled: the request ends with an error, the batch continues
+NOT_YET = -2  # the row's mask is late: no token was sampled, and the row's last token is computed again
 
 
 class StepResult(NamedTuple):
-    """`tokens[i]` is the token sampled for the i-th row with `sample`, or NO_TOKEN; `logprobs` has the same order.
+    """`tokens[i]` is the token sampled for the i-th row with `sample`, NO_TOKEN or NOT_YET; `logprobs` has its order.
 
     `dropped`: indices of the plan's rows that were not computed because memory ran out. Their KV does not exist, so
     their requests must end and their blocks must not enter the prefix cache. If such a row samples, its token is

@@ -11,6 +11,7 @@
    because each decode waits for the whole step.
 
 At admission a request gets the blocks for all its known tokens, so a prefill that has begun never waits for memory.
+A request that is `unready` is prefilled up to its last known token, whose row would sample.
 Urgency is ``(class, key(request, now), rid)``; the smallest goes first. `apply_result` applies the step's result.
 
 A step may be planned while the previous one is in flight, that is, planned but not applied. Its decodes then compute
@@ -29,7 +30,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from daemon.engine.request import Request
-from daemon.engine.runner import NO_TOKEN, Row, StepPlan, StepResult
+from daemon.engine.runner import NO_TOKEN, NOT_YET, Row, StepPlan, StepResult
 from daemon.engine.waiting_queue import Urgency, WaitingQueue
 from daemon.ipc.messages import Finish, TokenLogprobs
 from daemon.kvpool.block_manager import BlockManager, PoolError
@@ -284,8 +285,9 @@ class Scheduler:
         return min(self.max_batch_tokens, max(self.max_mixed_tokens, num_decodes + self.blocks.block_size))
 
     def _is_plannable(self, request: Request) -> bool:
-        """Return False if the request is paused, or if the token being sampled for it is its last."""
-        if request.paused:
+        """Return False if the request is paused, if all that is left is to sample and it may not do so yet, or if the
+        token being sampled for it is its last."""
+        if request.paused or (request.unready and request.pending == 1):
             return False
         output = request.length - request.prompt_len
         return not (request.num_sampling and self._is_last(request, output, request.length))
@@ -364,7 +366,7 @@ class Scheduler:
         """Return prefill rows with at most `budget` tokens in total, the most urgent request first."""
         rows = []
         for request in sorted(prefilling, key=lambda r: self._urgency(r, now)):
-            count = min(request.pending, budget)
+            count = min(request.pending - request.unready, budget)
             if count:
                 rows.append(_next_row(request, count))
             budget -= count
@@ -390,7 +392,7 @@ class Scheduler:
         """Apply the result of a step; return the emissions for the frontends, in the order of the rows.
 
         A row is ignored if its request has been cancelled or preempted since the plan. A dropped row ends its
-        request, and its blocks do not enter the prefix cache.
+        request, and its blocks do not enter the prefix cache. With NOT_YET the last token counts as not computed.
         """
         self._unsettled = {block: number for block, number in self._unsettled.items() if number > plan.number}
         emissions = []
@@ -403,6 +405,10 @@ class Scheduler:
             request.num_inflight_tokens -= row.count
             if i in result.dropped:
                 emissions.append(self._append(request, NO_TOKEN, None))
+                continue
+            if row.sample and token == NOT_YET:
+                request.num_sampling = False
+                self._set_computed(request, row.start + row.count - 1)
                 continue
             self._set_computed(request, row.start + row.count)
             if row.sample:

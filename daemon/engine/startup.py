@@ -13,6 +13,7 @@ from daemon.config import Config
 from daemon.engine.build_runner import build_runner
 from daemon.engine.calibrate import BUDGET, DEVICE_BUDGET, calibrate
 from daemon.engine.cost import StepTime, fit_times
+from daemon.engine.grammar.grammars import Grammars
 from daemon.engine.identity import Identity, identify
 from daemon.engine.runner import DeviceRunner, Runner, Unavailable
 from daemon.engine.scheduler import Scheduler
@@ -23,13 +24,18 @@ from daemon.ipc.model_text import CHANGED, text_digest
 from daemon.kvpool import host_transport
 from daemon.kvpool.block_manager import BlockManager
 from daemon.kvpool.link import KvLink
+from daemon.machine import cpus
+from daemon.models.grammar.vocabulary import Vocabulary
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelConfig, ModelError
+from daemon.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from daemon.engine.fake.script import ScriptRunner
 
 log = logging.getLogger(__name__)
+
+_MASK_THREADS = 8
 
 
 class LoadedEngine(NamedTuple):
@@ -39,6 +45,7 @@ class LoadedEngine(NamedTuple):
     scheduler: Scheduler
     kv: KvLink
     identity: Identity
+    grammars: Grammars  # of the requests that have one
     step_times: list[StepTime]  # measured on this engine
     ideal_tokens: int = 0  # set by the operator; 0: measured
 
@@ -73,6 +80,7 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
     if spec.model_text and spec.model_text != text_digest(spec.model_dir):
         raise ModelError(CHANGED.format(spec.model_dir))
     _, index = fabric.topology.role(fabric.process)
+    grammars = _open_grammars(config, model_config, fabric)
     runner = build_runner(config, model_config, config.devices[index])
     weights = _WeightFiles(model_config) if load_format != "dummy" else None
     if config.on_gpus:
@@ -101,7 +109,22 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
         kv.num_blocks - 1,
         config.block_size,
     )
-    return LoadedEngine(runner, scheduler, kv, identity, times, config.ideal_tokens)
+    return LoadedEngine(runner, scheduler, kv, identity, grammars, times, config.ideal_tokens)
+
+
+def _open_grammars(config: Config, model_config: ModelConfig, fabric: Fabric) -> Grammars:
+    """Return the grammars of this engine. With a model, its vocabulary is built now, while the weights are read:
+    later that would hold up steps."""
+
+    def load_vocabulary() -> Vocabulary:
+        tokenizer = Tokenizer(model_config.path)
+        return Vocabulary(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+
+    threads = max(2, min(_MASK_THREADS, cpus() // max(1, len(config.devices)) // 2))
+    grammars = Grammars(load_vocabulary, threads=threads, wake=lambda: fabric.ring_bell(fabric.process))
+    if config.engine == "model":
+        grammars.warm_up()
+    return grammars
 
 
 def _script_digest(config: Config, runner: Runner) -> bytes:

@@ -94,7 +94,9 @@ class Worker:
         self._pool_handle = engine.kv.handle
         self._telemetry = Telemetry(EventWriter(fabric.events(fabric.process)), self._metrics, pool_spec.block_bytes)
         frontends = {k: topology.frontend(k) for k in range(topology.frontends)}
-        journals = JournalReader([JournalView(fabric.journal(k)) for k in frontends])
+        self._grammars = engine.grammars
+        watch = engine.grammars.watch
+        journals = JournalReader([JournalView(fabric.journal(k)) for k in frontends], watch)
         self.llumlet = Llumlet(
             engine.scheduler,
             journals,
@@ -174,6 +176,7 @@ class Worker:
         for inbox in self._frontend_inboxes:
             self._execute(inbox.read())
             inbox.ack()
+        self._grammars.poll()
         for move, arrived, nbytes in self._executor.ended():
             now = time.monotonic()
             self._metrics.inc("migrated_bytes", nbytes)
@@ -185,6 +188,7 @@ class Worker:
         self._checked = False
         self._step_deadline = self._step_stats.deadline(self._own_cost.seconds(plan.num_tokens, 0))
         self._progress.beat(self._step_deadline)
+        self._grammars.begin(plan)
         self._pipeline.launch(plan)
 
     def _apply_result(self, step: Step) -> None:
@@ -192,6 +196,7 @@ class Worker:
         self._progress.beat(self._step_deadline)  # of the step launched last, which may still run
         now = time.monotonic()
         emissions = self._scheduler.apply_result(step.plan, step.result, now)
+        self._grammars.after_step(step.plan)
         for emission in emissions:
             self._outboxes[emission.request.frontend].emit(emission)
         self._execute(self.llumlet.after_step(emissions, now, self._step_stats.step_seconds))

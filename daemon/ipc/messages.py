@@ -54,6 +54,7 @@ class SamplingParams(Struct, array_like=True, frozen=True):
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int = -1  # -1: none; 0: of the chosen token; k: also of the k most likely tokens
+    grammar: str = ""  # that the output matches, in llguidance's form; "": none
 
     @property
     def greedy(self) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from daemon.control.policy.freeness import policy_of
 from daemon.engine.fake.hash import expected_stream
+from daemon.engine.grammar.grammars import Grammars
 from daemon.engine.identity import Identity
 from daemon.engine.startup import LoadedEngine
 from daemon.engine.worker import Worker
@@ -18,6 +19,7 @@ from daemon.ipc.messages import EngineState, encode
 from daemon.kvpool.link import KvLink
 from daemon.kvpool.pool_directory import PeerPools
 from daemon.kvpool.transport import Completion, Transport
+from daemon.models.grammar.vocabulary import Vocabulary
 from tests.engine.loopback import ENGINE_INCARNATION, NUM_BLOCKS, VOCAB, Loopback
 
 
@@ -40,11 +42,18 @@ class NoPeers:
         return []
 
 
+def no_grammars() -> Grammars:
+    def load() -> Vocabulary:
+        raise AssertionError("no request here has a grammar")
+
+    return Grammars(load, wake=lambda: None)
+
+
 def make_worker(loopback: Loopback, incarnation: int = ENGINE_INCARNATION) -> Worker:
     """Return the worker of engine 0."""
     fabric = Fabric(loopback.handles, loopback.engine_process, incarnation)
     kv = KvLink(NUM_BLOCKS, cast(PeerPools, NoPeers()), cast(Transport, NoPeers()))
-    engine = LoadedEngine(loopback.runner, loopback.scheduler, kv, Identity(1, 1), [])
+    engine = LoadedEngine(loopback.runner, loopback.scheduler, kv, Identity(1, 1), no_grammars(), [])
     return Worker(fabric, engine, policy_of("llumd"), overlap=False)
 
 

@@ -80,7 +80,7 @@ class CpuRunner:
             batch = build_batch(plan, self._shape, tiled=not self._settings.deterministic)
             logits = self._model.logits(batch)
             requests = [row.request for row in plan.rows if row.sample]
-            return self._sampler.sample(logits, requests) if requests else StepResult([])
+            return self._sampler.sample(logits, requests, plan.masks) if requests else StepResult([])
 
 
 def _choose_arithmetic(config: ModelConfig, settings: RunnerSettings) -> Arithmetic:

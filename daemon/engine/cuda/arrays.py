@@ -110,6 +110,7 @@ class SlotSampling(NamedTuple):
 def _is_adjusted(sampling: SamplingParams) -> bool:
     return bool(
         sampling.logprobs >= 0
+        or sampling.grammar
         or sampling.logit_bias
         or sampling.repetition_penalty != 1.0
         or sampling.presence_penalty

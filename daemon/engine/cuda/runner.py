@@ -475,7 +475,7 @@ class CudaRunner:
         logits = torch.empty(len(rows), self.vocab_size)
         for into, i in zip(logits, host_rows, strict=True):
             into.copy_(self._forward.logits[output_rows[i]])
-        result = self._host_sampler.sample(logits, [row.request for row in rows])
+        result = self._host_sampler.sample(logits, [row.request for row in rows], ticket.plan.masks)
         tokens.update(zip(host_rows, result.tokens, strict=True))
         return dict(zip(host_rows, result.logprobs or [None] * len(rows), strict=True))
 

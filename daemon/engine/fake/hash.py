@@ -3,6 +3,7 @@
 It is like a model with one layer. The KV of position i is its token id (K) and a digest of tokens 0..i (V). Sampling
 the token at position n reads the KV of all n positions through the block table, as attention does. So a block that is
 lost, stale, misplaced or wrongly copied changes all later tokens. `expected_stream` returns the correct tokens.
+Under a grammar the hash chooses among the tokens that the mask allows.
 """
 
 from __future__ import annotations
@@ -15,14 +16,24 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
+from daemon.engine.fake.masked import allowed_tokens
 from daemon.engine.fake.stub import certain_logprobs
 from daemon.engine.request import Request
-from daemon.engine.runner import PoolSpec, Row, StepPlan, StepResult
+from daemon.engine.runner import PoolSpec, Row, StepPlan, StepResult, TokenMasks
 from daemon.splitmix import GOLDEN_GAMMA, mix64
 
 
-def expected_stream(prompt: Sequence[int], seed: int, n: int, vocab_size: int) -> list[int]:
-    """Return the `n` tokens that a correct engine samples after `prompt`, with any batches, blocks and migrations."""
+def expected_stream(
+    prompt: Sequence[int],
+    seed: int,
+    n: int,
+    vocab_size: int,
+    allowed: Callable[[Sequence[int]], Sequence[int]] | None = None,
+) -> list[int]:
+    """Return the `n` tokens that a correct engine samples after `prompt`, with any batches, blocks and migrations.
+
+    `allowed` returns the tokens, ascending, that may follow an output; None: all.
+    """
     stream: list[int] = []
     value = digest = 0
     for position in range(len(prompt) + n - 1):
@@ -30,7 +41,8 @@ def expected_stream(prompt: Sequence[int], seed: int, n: int, vocab_size: int) -
         digest = _digest(digest, token)
         value += (2 * position + 1) * (token + digest)
         if position >= len(prompt) - 1:
-            stream.append(_sample(value, seed, vocab_size))
+            ids = range(vocab_size) if allowed is None else allowed(stream)
+            stream.append(ids[_sample(value, seed, len(ids))])
     return stream
 
 
@@ -113,13 +125,14 @@ class HashRunner:
             self._sleep(max(0.0, ticket.end - self._clock()))
         for launched in ticket.rows:
             self._write(launched)
-        tokens = [self._next_token(launched) for launched in ticket.rows if launched.row.sample]
+        masks = ticket.plan.masks
+        tokens = [self._next_token(launched, masks) for launched in ticket.rows if launched.row.sample]
         self._last.update(zip((row.request for row in ticket.plan.rows if row.sample), tokens, strict=True))
         return StepResult(tokens, certain_logprobs(ticket.plan, tokens))
 
     def blocks_overlap(self, plan: StepPlan) -> bool:
-        """See `Overlapping`."""
-        return False
+        """See `Overlapping`: the mask after a token cannot be computed before the token."""
+        return plan.masks is not None
 
     def _write(self, launched: _LaunchedRow) -> None:
         """Compute the KV of the row's tokens from the KV of the position before them."""
@@ -131,9 +144,13 @@ class HashRunner:
             digest = _digest(digest, token)
             self._kv[launched.table[position // size], :, position % size] = token, digest
 
-    def _next_token(self, launched: _LaunchedRow) -> int:
+    def _next_token(self, launched: _LaunchedRow, masks: TokenMasks | None) -> int:
         length = launched.row.start + launched.row.count
         blocks = self._kv[launched.table[: -(-length // self._block_size)]]
         kv = blocks.sum(axis=1).reshape(-1)[:length]
         value = int(kv @ self._weights[:length])
-        return _sample(value, launched.row.request.sampling.seed, self.vocab_size)
+        request = launched.row.request
+        if not request.sampling.grammar:
+            return _sample(value, request.sampling.seed, self.vocab_size)
+        ids = allowed_tokens(request, masks)
+        return ids if isinstance(ids, int) else int(ids[_sample(value, request.sampling.seed, len(ids))])

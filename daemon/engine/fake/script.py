@@ -61,7 +61,7 @@ def read_script(path: Path) -> Script:
 
 
 class ScriptRunner(StubRunner):
-    """Samples the tokens of the script's answer, then the end token. Does not use the KV pool."""
+    """Samples the tokens of the script's answer, then the end token. Uses no KV, and ignores grammars."""
 
     device = "script"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from daemon.engine.runner import PoolSpec, StepPlan, StepResult
+from daemon.engine.fake.masked import allowed_tokens
+from daemon.engine.runner import PoolSpec, Row, StepPlan, StepResult
 from daemon.ipc.messages import TokenLogprobs
 
 # Ids of visible ASCII characters in byte-level vocabularies: if ids are byte values, if the printable bytes come
@@ -30,7 +31,10 @@ def certain_logprobs(plan: StepPlan, tokens: list[int]) -> list[TokenLogprobs | 
 
 
 class StubRunner:
-    """Waits `step_seconds` in each step and samples `stub_token`s. Does not use the KV pool."""
+    """Waits `step_seconds` in each step and samples `stub_token`s. Does not use the KV pool.
+
+    Under a grammar it samples the next id that is allowed.
+    """
 
     device = "stub"
     eos_token_ids: tuple[int, ...] = ()
@@ -63,5 +67,12 @@ class StubRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.wait()
-        tokens = [stub_token(row.start + row.count, self.vocab_size) for row in plan.rows if row.sample]
+        tokens = [self._sampled(row, plan) for row in plan.rows if row.sample]
         return StepResult(tokens, certain_logprobs(plan, tokens))
+
+    def _sampled(self, row: Row, plan: StepPlan) -> int:
+        token = stub_token(row.start + row.count, self.vocab_size)
+        if not row.request.sampling.grammar:
+            return token
+        ids = allowed_tokens(row.request, plan.masks)
+        return ids if isinstance(ids, int) else int(ids[ids.searchsorted(token) % len(ids)])

@@ -21,7 +21,7 @@ from daemon.engine.jit import kernel
 from daemon.engine.request import Request
 from daemon.ipc.messages import SamplingParams
 
-Undo = list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+Undo = list[tuple[NDArray[np.int64] | slice, NDArray[np.float32]]]
 """(ids, their previous logits), in the order of the changes."""
 
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from daemon.engine.request import Request
-from daemon.engine.runner import NO_TOKEN, StepResult
-from daemon.engine.sampling import filters, noise, penalties
+from daemon.engine.runner import NO_TOKEN, StepResult, TokenMasks
+from daemon.engine.sampling import filters, masks, noise, penalties
 from daemon.ipc.messages import RequestParams, SamplingParams, TokenLogprobs
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ class _Batch(NamedTuple):
     floor_id: NDArray[np.int64]
     tokens: NDArray[np.int64]  # the result
     requests: list[Request]
-    failed: set[int]  # rows whose own work raised
+    failed: dict[int, int]  # what stands for the token of a row that gets none: NO_TOKEN or NOT_YET
 
     def fail(self, row: int) -> None:
         """Note that the work for this row alone has raised: it gets no token. Call it in the exception's handler."""
         log.exception("request %d ends with an error: its token cannot be sampled", self.requests[row].rid)
-        self.failed.add(row)
+        self.failed[row] = NO_TOKEN
 
 
 class _Rank(NamedTuple):
@@ -69,9 +69,9 @@ class _Rank(NamedTuple):
 class Sampler:
     """Samples the next token of each row of logits.
 
-    Order of work on a row: logprobs of the raw logits; bias, penalties and min_tokens (`penalties`); temperature,
-    min-p, top-k and top-p (`filters`); sampling (`noise`). The token at a position depends only on the logits, the
-    request's parameters and its tokens, bit for bit.
+    Order of work on a row: logprobs of the raw logits; bias, penalties and min_tokens (`penalties`); the mask of its
+    grammar (`masks`); temperature, min-p, top-k and top-p (`filters`); sampling (`noise`). The token at a position
+    depends only on the logits, the request's parameters and its tokens, bit for bit.
 
     NaN logits are never sampled and count as -inf; a +inf logit counts as the largest finite float. A row without a
     logit above -inf gives NO_TOKEN, and so does a row whose own work raises. Not thread-safe.
@@ -84,7 +84,9 @@ class Sampler:
         self._scratch = [_scratch(vocab_size) for _ in range(max(1, threads))]
         self._pool = ThreadPoolExecutor(threads - 1, "sampler") if threads > 1 else None
 
-    def sample(self, logits: torch.Tensor, requests: list[Request]) -> StepResult:
+    def sample(
+        self, logits: torch.Tensor, requests: list[Request], token_masks: TokenMasks | None = None
+    ) -> StepResult:
         """Sample one token per row; row i of `logits` (float32[rows, vocab]) belongs to requests[i].
 
         The new token's position is ``len(request.tokens)``. Does not change `requests`. Contiguous float32 `logits`
@@ -102,14 +104,14 @@ class Sampler:
         batch = self._batch(values, requests)
         self._parallel(batch, _find_maxima)
         ranks = [self._rank(batch, row, request) for row, request in enumerate(requests)]
-        undo = [self._adjust(batch, row, request) for row, request in enumerate(requests)]
+        undo = [self._adjust(batch, row, request, token_masks) for row, request in enumerate(requests)]
         self._parallel(batch, _find_tokens)
         for row, changes in enumerate(undo):
             penalties.restore(values[row], changes)
         logprobs = None
         if any(rank is not None for rank in ranks):
             logprobs = [_logprobs(batch, row, rank) for row, rank in enumerate(ranks)]
-        batch.tokens[list(batch.failed)] = NO_TOKEN
+        batch.tokens[list(batch.failed)] = list(batch.failed.values())
         return StepResult(batch.tokens.tolist(), logprobs)
 
     def warm_up(self) -> None:
@@ -134,7 +136,7 @@ class Sampler:
             floor_id=np.empty(rows, np.int64),
             tokens=np.empty(rows, np.int64),
             requests=requests,
-            failed=set(),
+            failed={},
         )
 
     def _parallel(self, batch: _Batch, work: Callable[[_Batch, int, int, _Scratch], None]) -> None:
@@ -163,12 +165,18 @@ class Sampler:
             return None
         return _Rank(log_total, top_ids[: int(found)].tolist())
 
-    def _adjust(self, batch: _Batch, row: int, request: Request) -> penalties.Undo:
+    def _adjust(self, batch: _Batch, row: int, request: Request, token_masks: TokenMasks | None) -> penalties.Undo:
         try:
             undo = self._penalties.apply(batch.logits[row], request)
         except Exception:
             batch.fail(row)
             return []
+        if request.sampling.grammar:
+            mask = NO_TOKEN if token_masks is None else token_masks.of(request)
+            if isinstance(mask, int):
+                batch.failed[row] = mask
+            else:
+                undo += masks.apply(batch.logits[row], mask)
         if undo:
             _find_maxima(batch, row, row + 1, self._scratch[0])
         return undo

@@ -1,0 +1,1 @@
+"""Constrained output: grammars compiled, and masks of the tokens that may come next, beside the engine's steps."""
