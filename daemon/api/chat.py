@@ -10,6 +10,7 @@ from daemon.api import validation
 from daemon.api.body_memory import HeldBody
 from daemon.api.chat_messages import parts_of
 from daemon.api.errors import bad_request
+from daemon.api.grammar.requested import requested_grammar
 from daemon.api.idempotency import respond_once
 from daemon.api.parse import reasoning
 from daemon.api.parse.formats import Parsing
@@ -89,7 +90,15 @@ async def answer_chat(
         return [Prompt(tokens, last if body.echo else "", thinking)]
 
     request = CheckedRequest(
-        http, body, api=api, num_prompts=1, held=held, tokenise=tokenise, parsing=chat.parsing, extra=extra
+        http,
+        body,
+        api=api,
+        num_prompts=1,
+        held=held,
+        tokenise=tokenise,
+        parsing=chat.parsing,
+        grammar=requested_grammar(body),
+        extra=extra,
     )
     return await respond_once(service, http, request)
 

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from daemon.api import schemas, validation
 from daemon.api.chat import answer_chat, check_chat, check_tool_format
+from daemon.api.grammar.requested import requested_grammar
 from daemon.api.idempotency import respond_once
 from daemon.api.prompt_length import check_text_length
 from daemon.api.render.answer import Prompt
@@ -59,7 +60,13 @@ class OpenAI:
                 return [encode(prompt) for prompt in validation.split_prompts(body.prompt)]
 
             request = CheckedRequest(
-                http, body, api=COMPLETION, num_prompts=num_prompts, held=held, tokenise=tokenise
+                http,
+                body,
+                api=COMPLETION,
+                num_prompts=num_prompts,
+                held=held,
+                tokenise=tokenise,
+                grammar=requested_grammar(body),
             )
             return await respond_once(service, http, request)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from daemon.api.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from daemon.ipc.messages import SamplingParams
 from daemon.splitmix import GOLDEN_GAMMA, MASK64, mix64
@@ -56,6 +58,14 @@ def sampling_params(request: SamplingRequest, max_tokens: int, seed: int, choice
         logit_bias=tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items()),
         logprobs=num_logprobs(request),
     )
+
+
+def constrained(params: SamplingParams, grammar: str, end_tokens: tuple[int, ...]) -> SamplingParams:
+    """Return `params` for an output that matches `grammar` and ends with one of `end_tokens`. "": no grammar."""
+    if not grammar:
+        return params
+    # For the engines without a model, too, which have no end tokens of their own.
+    return replace(params, grammar=grammar, stop_token_ids=(*params.stop_token_ids, *end_tokens))
 
 
 def prefix_salt(tenant: str, salt: str | None) -> bytes:

@@ -21,8 +21,9 @@ from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import ApiError, deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
+from daemon.api.grammar.requested import RequestedGrammar, forget_forms
 from daemon.api.outbox_writer import OutboxWriter
-from daemon.api.params import default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
+from daemon.api.params import constrained, default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
 from daemon.api.parse.formats import Parsing
 from daemon.api.parse.parts import Part
 from daemon.api.render.answer import Answer, Prompt
@@ -37,6 +38,7 @@ from daemon.api.service import Service
 from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup, first_by
 from daemon.api.validation import KEEP_HEADER, check_length, priority_class, wants_keep
+from daemon.ipc.messages import SamplingParams
 
 if TYPE_CHECKING:
     from daemon.api.kept_streams import KeptStream
@@ -50,7 +52,7 @@ class CheckedRequest:
 
     `tokenise` returns its `num_prompts` prompts. `held` is the memory of its body. `client`: the one that it counts
     for in admission. Key and body together decide its `priority` and `cache_salt`, the salt of its prefix blocks.
-    `api`, `parsing` and `extra` say how its answer is written: see `AnswerForm`.
+    `api`, `parsing` and `extra` say how its answer is written: see `AnswerForm`. `grammar` constrains it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class CheckedRequest:
         held: HeldBody,
         tokenise: Callable[[], list[Prompt]],
         parsing: Parsing | None = None,
+        grammar: RequestedGrammar | None = None,
         extra: bytes = b"",
     ) -> None:
         key = current_key.get()
@@ -78,6 +81,8 @@ class CheckedRequest:
         self.num_prompts = num_prompts
         self._held = held
         self._tokenise = tokenise
+        self._requested_grammar = grammar
+        self._grammar = ""  # in the engines' form, once it is compiled
         self.id = api.id_prefix + secrets.token_hex(16)
         self.x_request_id = ""  # that the client has sent
         self.keep = False  # it goes on after a hang-up, and can be read again
@@ -87,6 +92,18 @@ class CheckedRequest:
     def attributes(self, label: str) -> RequestAttributes:
         """Return the attributes of one of its choices."""
         return RequestAttributes(label, self.priority, self.cache_salt, self.client, self.x_request_id)
+
+    async def compile_grammar(self, service: Service) -> None:
+        """Compile the grammar, if there is one. Raises ApiError (400) if that is not possible."""
+        if self._requested_grammar is not None:
+            self._grammar = await service.grammars.compile(*self._requested_grammar)
+            self._requested_grammar = None
+            forget_forms(self.body)
+
+    def sampling(self, service: Service, max_tokens: int, seed: int, choice: int) -> SamplingParams:
+        """Return the sampling parameters of a choice. Call `compile_grammar` before."""
+        params = sampling_params(self.body, max_tokens, seed, choice)
+        return constrained(params, self._grammar, service.model_config.eos_token_ids)
 
     async def tokenise(self, service: Service) -> list[Prompt]:
         """Return the prompts, and forget their text: an answer may take long, and does not need it."""
@@ -200,6 +217,7 @@ async def _submitted(
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
                 count = request.num_prompts * (request.body.n or 1)
                 with service.generator.admit(count, client=request.client, priority=request.priority) as places:
+                    await request.compile_grammar(service)
                     prompts = await request.tokenise(service)
                     form = answer_form(
                         request.body, service.model_config,
@@ -277,7 +295,7 @@ async def _submit(
             if work > _MAX_WORK:
                 work = 0
                 await asyncio.sleep(0)
-            params = sampling_params(body, max_tokens, seed, i)
+            params = request.sampling(service, max_tokens, seed, i)
             label = f"{answer.id}-{len(answer.choices)}"
             streams.add(service.generator.submit(prompt.tokens, params, request.attributes(label)))
             places.submitted()
@@ -294,7 +312,7 @@ def _check_room(
     n = request.body.n or 1
     lengths = [(len(prompt.tokens), most) for prompt, most in zip(prompts, outputs, strict=True) for _ in range(n)]
     if len(lengths) > 1:
-        params = sampling_params(request.body, outputs[0], 0, 0)
+        params = request.sampling(service, outputs[0], 0, 0)
         service.generator.check_room(lengths, params, request.attributes(f"{id}-0"))
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
+from daemon.api.grammar.forms import Choices, ResponseFormat, StructuredOutputs
 from daemon.api.unsupported import unsupported
 from daemon.control.policy.priority import HIGHEST, LOWEST
 
@@ -35,8 +36,6 @@ _NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 # What several refused fields advise.
-_FORM_ADVICE = "Output is not constrained to a form. Ask for the form in the prompt, and check the answer."
-_FORM = unsupported(_FORM_ADVICE)
 _FUNCTIONS_ADVICE = "Use `tools` and `tool_choice`."
 _BEAMS = unsupported("Send `n` instead, and choose among the choices.")
 _PROCESSOR = unsupported("Clients cannot send code.")
@@ -83,6 +82,19 @@ class SamplingRequest(Struct, kw_only=True):
     # -- scheduling
     priority: Annotated[int, Meta(ge=LOWEST, le=HIGHEST)] | str | None = None
     cache_salt: Annotated[str, Meta(max_length=MAX_CACHE_SALT)] | None = None
+    # -- form of the output, see `grammar.requested`
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Raw = field(default_factory=Raw)
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
+    json_schema: Raw = field(default_factory=Raw)
     # -- refused unless neutral
     use_beam_search: Annotated[Any, _BEAMS] = None
     length_penalty: Annotated[Any, unsupported("It is for beam search, which is not supported.", 1)] = None
@@ -98,17 +110,6 @@ class SamplingRequest(Struct, kw_only=True):
     bad_words: Annotated[Any, unsupported("Use `logit_bias` with -100 for their tokens.")] = None
     logits_processors: Annotated[Any, _PROCESSOR] = None
     custom_logit_processor: Annotated[Any, _PROCESSOR] = None
-    response_format: Annotated[Any, unsupported(_FORM_ADVICE, {"type": "text"})] = None
-    structured_outputs: Annotated[Any, _FORM] = None
-    guided_json: Annotated[Any, _FORM] = None
-    guided_json_object: Annotated[Any, _FORM] = None
-    guided_regex: Annotated[Any, _FORM] = None
-    guided_choice: Annotated[Any, _FORM] = None
-    guided_grammar: Annotated[Any, _FORM] = None
-    regex: Annotated[Any, _FORM] = None
-    ebnf: Annotated[Any, _FORM] = None
-    grammar: Annotated[Any, _FORM] = None
-    json_schema: Annotated[Any, _FORM] = None
     stop_regex: Annotated[Any, unsupported("Use `stop` with plain strings.")] = None
     thinking_token_budget: Annotated[Any, unsupported("Use `max_tokens`.", -1)] = None
     repetition_detection: Annotated[Any, _REPETITION] = None

@@ -14,6 +14,7 @@ from daemon.api.body_memory import BodyMemory, HeldBody, trim_memory
 from daemon.api.chat_messages import for_template, track_messages
 from daemon.api.errors import bad_request, model_not_found
 from daemon.api.generator import Generator
+from daemon.api.grammar.compiler import GrammarCompiler
 from daemon.api.metrics import FrontendMetrics
 from daemon.api.origins import OriginPolicy
 from daemon.api.parse.formats import AUTO, NONE, detect_reasoning, detect_tool_format
@@ -96,11 +97,13 @@ class Service:
         # Only two threads: more would take the processors from the event loop.
         self._small = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-text")
+        self.grammars = GrammarCompiler(config, model_config)
         self.bodies = BodyMemory(max(config.body_memory, config.max_body), metrics.page, trim_memory)
 
     def close(self) -> None:
         for threads in (self._small, self._large):
             threads.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
 
     @property
     def max_model_len(self) -> int:

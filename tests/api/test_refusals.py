@@ -35,9 +35,9 @@ BAD_CHAT = [
     ("top_logprobs", 1), ("top_logprobs", 21), ("priority", "urgent"), ("priority", 101),
     ("stream_options", {"include_usage": True}), ("cache_salt", "x" * 257), ("messages", []),
     ("messages", "hi"), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-    ("functions", [{}]), ("best_of", 2), ("response_format", {"type": "json_object"}),
-    ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("guided_json", {"type": "object"}),
-    ("structured_outputs", {"regex": "a"}), ("prompt_logprobs", 0.5), ("chat_template", "{{ 1 }}"),
+    ("functions", [{}]), ("best_of", 2), ("response_format", {"type": "xml"}),
+    ("modalities", ["text", "audio"]), ("audio", {"voice": "x"}), ("guided_json", {"type": "nothing"}),
+    ("structured_outputs", {"regex": "("}), ("prompt_logprobs", 0.5), ("chat_template", "{{ 1 }}"),
     ("chat_template_kwargs", {"messages": [1]}), ("web_search_options", {"a": 1}),
 ]  # fmt: skip
 
