@@ -22,10 +22,11 @@ from daemon.api.loop_clock import LoopClock
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
 from daemon.api.other_frontends import PassedOn
-from daemon.api.render.apis import HANDLERS
+from daemon.api.render.apis import HANDLERS, RESPONSES
 from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
 from daemon.api.response_head import response_headers
+from daemon.api.responses.handler import Responses
 from daemon.api.routes.openapi import Described, Description
 from daemon.api.routes.probes import Probes
 from daemon.api.routes.spellings import OtherSpellings
@@ -79,11 +80,12 @@ def build_app(service: Service, keys: Keys | None) -> web.Application:
 
 
 def _routes(service: Service) -> list[Route]:
-    api = OpenAI(service)
+    api, responses = OpenAI(service), Responses(service)
     probes, streams = Probes(service), Streams(service)
     return [
         Route("POST", "/v1/chat/completions", api.chat_completions, "chat", azure=True),
         Route("POST", "/v1/completions", api.completions, "completions", azure=True),
+        Route("POST", "/v1/responses", responses.create, "responses", errors=RESPONSES.renderer.errors, azure=True),
         Route("GET", "/v1/models", api.models, "models"),
         Route("GET", "/v1/models/{model:.*[^/]}", api.model, "models"),
         Route("GET", "/v1/streams/{id}", streams.read, "streams"),

@@ -148,6 +148,7 @@ REJECTED = tuple(Rejection)
 HANDLERS = (
     "chat",
     "completions",
+    "responses",
     "models",
     "tokenize",
     "detokenize",

@@ -1,7 +1,8 @@
 """The request fields of other servers, by route. OpenAI's are not here: tests read them from its package.
 
 vLLM's are from vllm/entrypoints/openai/{chat_completion,completion}/protocol.py at 002032ee2b18, and from
-vllm/entrypoints/serve/tokenize/protocol.py at 030ea52effcb.
+vllm/entrypoints/serve/tokenize/protocol.py at 030ea52effcb, and from
+vllm/entrypoints/openai/responses/protocol.py at 010a69cea9ac.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ VLLM: dict[str, frozenset[str]] = {
         """
         model prompt messages add_special_tokens return_token_strs add_generation_prompt continue_final_message
         chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs tools
+        """
+    ),
+    "responses": _words(
+        """
+        background include input instructions max_output_tokens max_tool_calls metadata model logit_bias
+        parallel_tool_calls previous_response_id prompt reasoning service_tier store stream temperature text
+        tool_choice tools top_logprobs top_p top_k truncation user skip_special_tokens include_stop_str_in_output
+        prompt_cache_key request_id mm_processor_kwargs priority cache_salt enable_response_messages
+        previous_input_messages previous_response structured_outputs repetition_penalty seed stop ignore_eos
+        vllm_xargs
         """
     ),
     "/detokenize": frozenset({"model", "tokens"}),

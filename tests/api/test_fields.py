@@ -11,7 +11,9 @@ from msgspec import Struct
 from openai.types import completion_create_params
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOptionsParam
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
+from daemon.api.responses.schema import ResponsesRequest
 from daemon.api.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -23,11 +25,13 @@ from daemon.api.schemas import (
 from daemon.api.unsupported import NEUTRAL, Rule, rules
 from tests.api.harness import CHAT, HELLO, TEXT, with_client
 from tests.api.peer_fields import OTHERS, VLLM
+from tests.api.responses_client import PATH as RESPONSES
 
 PAGE = Path(__file__).parents[2] / "docs" / "fields.md"
 SCHEMAS: dict[str, type[Struct]] = {
     "chat": ChatRequest,
     "completions": CompletionRequest,
+    "responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "stream_options": StreamOptions,
@@ -36,6 +40,7 @@ SCHEMAS: dict[str, type[Struct]] = {
 OPENAI = {
     "chat": frozenset(get_type_hints(chat_create_params.CompletionCreateParamsStreaming)),
     "completions": frozenset(get_type_hints(completion_create_params.CompletionCreateParamsStreaming)),
+    "responses": frozenset(get_type_hints(response_create_params.ResponseCreateParamsStreaming)),
     "stream_options": frozenset(get_type_hints(ChatCompletionStreamOptionsParam)),
     "messages": frozenset(name for kind in get_args(ChatCompletionMessageParam) for name in get_type_hints(kind)),
 }
@@ -69,7 +74,12 @@ def accepted(rule: Rule) -> str:
 
 
 ROWS = rows()
-ROUTES = {"chat": (CHAT, HELLO), "completions": (TEXT, {"prompt": "x"}), "/tokenize": ("/tokenize", HELLO)}
+ROUTES = {
+    "chat": (CHAT, HELLO),
+    "completions": (TEXT, {"prompt": "x"}),
+    "responses": (RESPONSES, {"input": "x"}),
+    "/tokenize": ("/tokenize", HELLO),
+}
 OF_ROUTE = {
     route: OPENAI.get(route, frozenset())
     | VLLM.get(route, frozenset())

@@ -16,6 +16,7 @@ from daemon.api.render import apis
 from daemon.api.render.renderer import Renderer
 from daemon.api.response_facts import EVENTS, USAGE_SENT, choice_word
 from daemon.ipc.messages import Finish
+from tests.api import responses_client
 from tests.api.harness import TEXT, Model, make_api, with_client
 
 KEEP = {"X-Llumd-Keep": "1"}
@@ -98,6 +99,38 @@ def _in_order(found: list[Any], expected: list[Any]) -> list[Any]:
 
 def _choice(event: list[Any]) -> Any:
     return event[1] if event[0] in ("created", "in_progress", "character", "text", "done") else None
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([responses_client.TURN, responses_client.THOUGHT, "plain text", ""]),
+    st.sampled_from([1, 4, 400]),
+    st.sampled_from([None, 30]),
+    st.booleans(),
+    st.data(),
+)
+def test_a_kept_response_goes_on_after_any_event(
+    model: Model, text: str, chunk_size: int, limit: int | None, logprobs: bool, data: Any
+):
+    api = responses_client.agent_api(model, text)
+    api.generator.chunk_size = chunk_size
+    body: dict[str, Any] = {"input": "x", "stream": True, "max_output_tokens": limit}
+    body |= {"include": ["message.output_text.logprobs"]} if logprobs else {"tools": [responses_client.WEATHER]}
+
+    async def run(client: Any) -> None:
+        response = await client.post(responses_client.PATH, json=body, headers=KEEP)
+        events = responses_client.parse(await response.text())
+        ids = [id for id, _ in events]
+        assert len(set(ids)) == len(ids)
+        for i in {0, len(events) - 1, *data.draw(st.sets(st.integers(0, len(events) - 1), max_size=6))}:
+            stream = response.headers["X-Llumd-Stream"]
+            rest = await client.get(f"/v1/streams/{stream}", headers={"Last-Event-ID": ids[i]})
+            again = [event for _, event in responses_client.parse(await rest.text())]
+            assert [event["sequence_number"] for event in again] == list(range(i + 1, i + 1 + len(again)))
+            both = [event for _, event in events[: i + 1]] + again
+            assert responses_client.merged(both) == responses_client.merged([event for _, event in events])
+
+    with_client(api, run)
 
 
 def test_a_whole_answer(model: Model):

@@ -78,8 +78,6 @@ class Answer:
         self._add(metrics or RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
         choice = self.choices[index]
         parts = choice.push(chunk)
-        if choice.logprobs is not None:
-            choice.logprobs.take()
         self._count(index, choice.num_tokens, choice.num_cached_tokens)
         if choice.finish:
             self._metrics[index].close()

@@ -8,6 +8,7 @@ from daemon.api.render.answer import Answer
 from daemon.api.render.chat import ChatRenderer
 from daemon.api.render.completion import CompletionRenderer
 from daemon.api.render.renderer import Renderer
+from daemon.api.render.responses import ResponsesRenderer
 from daemon.api.sse import COMMENT
 
 
@@ -27,8 +28,9 @@ class Api(NamedTuple):
 
 CHAT = Api("chat", "chat", "messages", "chatcmpl-", ChatRenderer)
 COMPLETION = Api("completion", "completions", "prompt", "cmpl-", CompletionRenderer)
+RESPONSES = Api("responses", "responses", "input", "resp_", ResponsesRenderer)
 
-APIS = {api.name: api for api in (CHAT, COMPLETION)}
+APIS = {api.name: api for api in (CHAT, COMPLETION, RESPONSES)}
 HANDLERS = frozenset(api.handler for api in APIS.values())
 
 

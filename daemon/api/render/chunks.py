@@ -35,7 +35,10 @@ class ChunkRenderer(Renderer):
         ]
 
     def replay(self, index: int, parts: list[Part]) -> None:
-        """Do nothing: no event depends on earlier ones."""
+        """Forget the logprobs that are written. No other event depends on earlier ones."""
+        choice = self.answer.choices[index]
+        if choice.logprobs is not None:
+            choice.logprobs.take()
 
     def write_begin(self, index: int, out: list[bytes]) -> None:
         writer, usage = self._writers[index], self._usage()

@@ -105,10 +105,10 @@ def _operation(route: Described, *, keys: bool) -> dict[str, Any]:
 def _success(about: Operation) -> dict[str, Any]:
     content: dict[str, Any] = _json(about.answer) if about.answer is not None else {}
     if about.events is not None:
-        # The body is text. `contentSchema` describes the data of each of its events but the last, `[DONE]`.
+        # The body is text. `contentSchema` describes the data of each of its events, but not of `[DONE]`.
         event: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
         event["contentSchema"] = {"$ref": _REF.format(name=about.events.__name__)}
-        event["description"] = "Server-sent events; the last one is `[DONE]`, or has a body of type ErrorAnswer."
+        event["description"] = f"Server-sent events; the last one {about.last}."
         content["text/event-stream"] = {"schema": event}
     if about.text:
         content[about.text] = {"schema": {"type": "string"}}

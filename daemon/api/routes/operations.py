@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from daemon.api.responses import answers as responses
+from daemon.api.responses.schema import ResponsesRequest
 from daemon.api.routes import answers
 from daemon.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from daemon.api.validation import KEEP_HEADER
@@ -21,14 +23,15 @@ class Operation(NamedTuple):
     """One route.
 
     `request`, `answer`: types of its JSON bodies; None: it has no body, or another one. `events`: type of the data of
-    the events of a streamed answer. `text`: media type of an answer that is not JSON. `statuses`: of errors, besides
-    those of every route and of every route with a body.
+    the events of a streamed answer. `last`: what the last of them is. `text`: media type of an answer that is not
+    JSON. `statuses`: of errors, besides those of every route and of every route with a body.
     """
 
     summary: str
     request: type[Struct] | None = None
     answer: type[Struct] | None = None
     events: type[Struct] | None = None
+    last: str = "is `[DONE]`, or has a body of type ErrorAnswer"
     text: str = ""
     headers: Sequence[Header] = ()
     statuses: Sequence[int] = ()
@@ -51,6 +54,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/completions"): Operation(
         "Continue a text", CompletionRequest, answers.Completion, answers.Completion, headers=_OF_COMPLETIONS
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "Answer a conversation, in OpenAI's newer form",
+        ResponsesRequest,
+        responses.Response,
+        responses.ResponseEvent,
+        "has the whole response, or says why it failed",
+        headers=_OF_COMPLETIONS,
     ),
     ("GET", "/v1/models"): Operation("List the names of the model", answer=answers.ModelList),
     ("GET", "/v1/models/{model:.*[^/]}"): Operation("Describe the model", answer=answers.Model),

@@ -38,6 +38,7 @@ _REASONS = {
     "containers": _STATELESS,
     "evals": _STATELESS,
     "chat/completions": "This server stores no answers.",
+    "responses": "This server stores no responses. Send the whole conversation in `input`.",
     "fine_tuning": _FIXED,
     "load_lora_adapter": "Adapters are not supported. Serve the merged model.",
     "unload_lora_adapter": "Adapters are not supported. Serve the merged model.",
