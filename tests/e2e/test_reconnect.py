@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,3 +216,52 @@ def test_a_stream_is_passed_on_to_the_successor_of_its_frontend(pair: Daemon):
         assert all(answer == whole for answer in pool.map(rest, started))
     for i, row in enumerate(before):
         pair.await_successor("frontend", i, row)
+
+
+def sent_once(daemon: Daemon, key: str, fields: dict[str, Any]) -> tuple[str, str]:
+    """Send a request with this `Idempotency-Key` until it is answered. Return the id of the answer, and its text."""
+
+    def attempt() -> tuple[str, str] | None:
+        try:
+            found = httpx.post(daemon.url + TEXT, json=fields, headers={"Idempotency-Key": key}, timeout=60)
+        except httpx.TransportError:
+            return None
+        if found.status_code == 503:  # its frontend is being replaced
+            return None
+        assert found.status_code == 200, found.text
+        lines = [line.removeprefix("data: ") for line in found.text.splitlines()]
+        answers = [json.loads(line) for line in lines if line.startswith("{")]
+        assert answers[-1]["choices"][0]["finish_reason"] == "length"
+        return answers[0]["id"], "".join(answer["choices"][0]["text"] for answer in answers)
+
+    return wait_for("an answer", attempt, 60)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_is_sent_again_runs_once_at_whichever_frontend(pair: Daemon, stream: bool):
+    pair.await_idle()
+    fields = body(80, max_tokens=60, stream=stream, user="x" * 300_000)  # more than a message holds
+    before = pair.metric("vllm:generation_tokens_total")
+    with ThreadPoolExecutor(8) as pool:  # at once, unless they are streams: a stream has one reader
+        run = map if stream else pool.map
+        answers = list(run(lambda i: sent_once(pair, f"{stream}-{i % 2}", fields), range(8)))
+    assert len({id for id, _ in answers}) == 2 and len({text for _, text in answers}) == 1
+    assert pair.metric("vllm:generation_tokens_total") == before + 2 * 60
+
+
+def test_a_request_that_is_sent_again_outlives_its_frontend(pair: Daemon):
+    pair.await_idle()
+    keys = [f"over-a-death-{i}" for i in range(6)]
+    requests = {key: body(90 + i, max_tokens=150, stream=i % 2 == 0) for i, key in enumerate(keys)}
+    before = pair.metric("vllm:generation_tokens_total")
+    with ThreadPoolExecutor(len(keys)) as pool:
+        running = {key: pool.submit(sent_once, pair, key, fields) for key, fields in requests.items()}
+        wait_for("all of them at work", lambda: pair.metric("vllm:num_requests_running") >= len(keys))
+        rows = [pair.kill("frontend", i) for i in range(2)]
+        first = {key: future.result() for key, future in running.items()}
+        for i, row in enumerate(rows):
+            pair.await_successor("frontend", i, row)
+        again = dict(zip(keys, pool.map(lambda key: sent_once(pair, key, requests[key]), keys), strict=True))
+    assert again == first
+    # What an engine has made while no frontend served is not counted.
+    assert pair.metric("vllm:generation_tokens_total") <= before + 150 * len(keys)
