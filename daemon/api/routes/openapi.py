@@ -93,7 +93,7 @@ def _operation(route: Described, *, keys: bool) -> dict[str, Any]:
     if keys and route.public:
         described["security"] = []
     parameters = [_parameter(m[1], "path") for m in _VARIABLE.finditer(route.path)]
-    parameters += [_parameter(header.name, "header", header.meaning) for header in about.headers]
+    parameters += [_parameter(h.name, "header", h.meaning, h.values) for h in about.headers]
     if parameters:
         described["parameters"] = parameters
     if about.request is not None:
@@ -133,6 +133,7 @@ def _json(type_: type[msgspec.Struct]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _REF.format(name=type_.__name__)}}}
 
 
-def _parameter(name: str, place: str, meaning: str = "") -> dict[str, Any]:
-    described = {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+def _parameter(name: str, place: str, meaning: str = "", values: tuple[str, ...] = ()) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"} | ({"enum": list(values)} if values else {})
+    described = {"name": name, "in": place, "required": place == "path", "schema": schema}
     return described | ({"description": meaning} if meaning else {})

@@ -15,8 +15,11 @@ from daemon.api.validation import KEEP_HEADER
 
 
 class Header(NamedTuple):
+    """A header that a request may have. `values`: those that are accepted; empty: all texts."""
+
     name: str
     meaning: str
+    values: tuple[str, ...] = ()
 
 
 class Operation(NamedTuple):
@@ -39,7 +42,7 @@ class Operation(NamedTuple):
 
 _OF_COMPLETIONS = (
     Header("X-Request-Id", "An id of this request, which the answer has too."),
-    Header(KEEP_HEADER, "1: the stream goes on if the connection breaks, and can be read again."),
+    Header(KEEP_HEADER, "1: the stream goes on if the connection breaks, and can be read again.", ("0", "1")),
     Header("Idempotency-Key", "Requests with the same key and body get the same answer."),
 )
 _READY = Operation("Does at least one engine serve?", answer=answers.Status)
