@@ -58,9 +58,8 @@ class Description:
 def describe(routes: Iterable[Described], *, keys: bool) -> dict[str, Any]:
     """Return the description of the routes. `keys`: clients need an API key. Pure."""
     routes = list(routes)
-    types = {
-        t for r in routes for t in (r.operation.request, r.operation.answer, r.operation.events) if t is not None
-    }
+    about = [route.operation for route in routes]
+    types = {t for o in about for t in (o.request, o.answer, *o.events) if t is not None}
     named = sorted({*types, ErrorAnswer}, key=str)
     _, schemas = msgspec.json.schema_components(named, ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
@@ -104,12 +103,17 @@ def _operation(route: Described, *, keys: bool) -> dict[str, Any]:
 
 def _success(about: Operation) -> dict[str, Any]:
     content: dict[str, Any] = _json(about.answer) if about.answer is not None else {}
-    if about.events is not None:
-        # The body is text. `contentSchema` describes the data of each of its events, but not of `[DONE]`.
-        event: dict[str, Any] = {"type": "string", "contentMediaType": "application/json"}
-        event["contentSchema"] = {"$ref": _REF.format(name=about.events.__name__)}
-        event["description"] = f"Server-sent events; the last one {about.last}."
-        content["text/event-stream"] = {"schema": event}
+    if about.events:
+        # JSON Schema of each event. Only OpenAI's older routes end with `[DONE]`.
+        kinds = [{"$ref": _REF.format(name=kind.__name__)} for kind in (*about.events, ErrorAnswer)]
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+        content["text/event-stream"] = {
+            "schema": {
+                "type": "object",
+                "description": f"One event; the last one {about.last}.",
+                "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": data},
+            }
+        }
     if about.text:
         content[about.text] = {"schema": {"type": "string"}}
     return {"description": "OK", "content": content}
@@ -120,7 +124,7 @@ def _errors(route: Described, *, keys: bool) -> dict[str, Any]:
     statuses = {*_ANY_ROUTE, *about.statuses}
     if about.request is not None:
         statuses.update(_WITH_BODY)
-    if about.events is not None and about.request is not None:
+    if about.events and about.request is not None:
         statuses.update(_OF_COMPLETIONS)
     if "{" in route.path:
         statuses.add(404)

@@ -25,15 +25,15 @@ class Header(NamedTuple):
 class Operation(NamedTuple):
     """One route.
 
-    `request`, `answer`: types of its JSON bodies; None: it has no body, or another one. `events`: type of the data of
-    the events of a streamed answer. `last`: what the last of them is. `text`: media type of an answer that is not
+    `request`, `answer`: types of its JSON bodies; None: it has no body, or another one. `events`: types of the data
+    of the events of a streamed answer. `last`: what the last of them is. `text`: media type of an answer that is not
     JSON. `statuses`: of errors, besides those of every route and of every route with a body.
     """
 
     summary: str
     request: type[Struct] | None = None
     answer: type[Struct] | None = None
-    events: type[Struct] | None = None
+    events: tuple[type[Struct], ...] = ()
     last: str = "is `[DONE]`, or has a body of type ErrorAnswer"
     text: str = ""
     headers: Sequence[Header] = ()
@@ -52,24 +52,24 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Answer a conversation",
         ChatRequest,
         answers.ChatCompletion,
-        answers.ChatCompletionChunk,
+        (answers.ChatCompletionChunk,),
         headers=_OF_COMPLETIONS,
     ),
     ("POST", "/v1/completions"): Operation(
-        "Continue a text", CompletionRequest, answers.Completion, answers.Completion, headers=_OF_COMPLETIONS
+        "Continue a text", CompletionRequest, answers.Completion, (answers.Completion,), headers=_OF_COMPLETIONS
     ),
     ("POST", "/v1/responses"): Operation(
         "Answer a conversation, in OpenAI's newer form",
         ResponsesRequest,
         responses.Response,
-        responses.ResponseEvent,
+        (responses.ResponseEvent,),
         "has the whole response, or says why it failed",
         headers=_OF_COMPLETIONS,
     ),
     ("GET", "/v1/models"): Operation("List the names of the model", answer=answers.ModelList),
     ("GET", "/v1/models/{model:.*[^/]}"): Operation("Describe the model", answer=answers.Model),
     ("GET", "/v1/streams/{id}"): Operation(
-        "Go on with a kept stream", events=answers.ChatCompletionChunk, statuses=(400, 409)
+        "Go on with a kept stream", events=(answers.ChatCompletionChunk, answers.Completion), statuses=(400, 409)
     ),
     ("DELETE", "/v1/streams/{id}"): Operation("Cancel a kept stream", answer=answers.StreamDeleted),
     ("POST", "/tokenize"): Operation("Turn text or messages into tokens", TokenizeRequest, answers.Tokens),
