@@ -13,12 +13,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SCRIPTS = Path(__file__).parent / "scripts"
 _TIMEOUT = 900.0  # seconds for the checks of one client
+_READY = 120.0  # seconds for the daemon to be ready
 _REQUIRES = "requires:"
 
 
@@ -90,6 +93,7 @@ def run(url: str, names: Sequence[str], cache: Path, *, model: str = "demo", key
     """Run the scripts whose names begin with one of `names`, all without names. Print each outcome."""
     environ = os.environ | {"LLUMD_URL": url.rstrip("/"), "LLUMD_MODEL": model, "LLUMD_KEY": key}
     found: list[Outcome] = []
+    _await_ready(url)
     for script in scripts():
         if names and not script.name.startswith(tuple(names)):
             continue
@@ -101,6 +105,18 @@ def run(url: str, names: Sequence[str], cache: Path, *, model: str = "demo", key
             print(f"{'ok  ' if row.ok else 'FAIL'} {row.client:24} {row.check:24} {row.why}", flush=True)
         found += rows
     return found
+
+
+def _await_ready(url: str) -> None:
+    end = time.monotonic() + _READY
+    while True:
+        try:
+            with urllib.request.urlopen(url.rstrip("/") + "/health/ready"):
+                return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from daemon.control.policy.priority import HIGHEST, LOWEST
 # No option allows more than these.
 MAX_MESSAGES = 1 << 16
 MAX_STOPS = 64
-MAX_TOOLS = 512
+MAX_TOOLS = 4096
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024

@@ -89,6 +89,7 @@ class Service:
             max_stops=config.max_stops,
             max_logit_bias=config.max_logit_bias,
             max_logprobs=config.max_logprobs,
+            max_tools=config.max_tools,
         )
         # The forms in which the model writes tool calls and reasoning; "": none that is read.
         source = chat_template.source

@@ -18,6 +18,7 @@ from daemon.api.schemas import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
     MAX_STOPS,
+    MAX_TOOLS,
     ROLES,
     TEXT_PARTS,
     ChatRequest,
@@ -48,11 +49,12 @@ class Limits(NamedTuple):
     max_stops: int = MAX_STOPS
     max_logit_bias: int = MAX_LOGIT_BIAS
     max_logprobs: int = MAX_LOGPROBS
+    max_tools: int = MAX_TOOLS
 
 
 def check_chat(request: ChatRequest, limits: Limits) -> None:
     """Raise ApiError (400) that names the field if the request cannot be served."""
-    check_template_fields(request)
+    check_template_fields(request, limits)
     check_sampling(request, limits)
     check_messages(request.messages, limits)
     _check_most(request.top_logprobs, limits.max_logprobs, "top_logprobs")
@@ -114,12 +116,13 @@ def check_tokenize(request: TokenizeRequest, limits: Limits) -> None:
         raise bad_request("Send either `prompt` or `messages`.", "prompt")
     if request.messages is not None:
         check_messages(request.messages, limits)
-    check_template_fields(request)
+    check_template_fields(request, limits)
 
 
-def check_template_fields(request: ChatRequest | TokenizeRequest) -> None:
+def check_template_fields(request: ChatRequest | TokenizeRequest, limits: Limits) -> None:
     """Check what a chat and /tokenize say to the chat template besides messages and tools."""
     refuse_unsupported(request)
+    _check_length(request.tools or (), limits.max_tools, "tools", "items")
     if request.continue_final_message:
         if request.add_generation_prompt:
             message = "`continue_final_message` needs `add_generation_prompt` to be false: no new message begins."

@@ -6,6 +6,7 @@ import pytest
 
 from tests.api.harness import CHAT, HELLO, TEXT, make_api, with_client
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 SAID = {"role": "user", "content": "hi"}
 
 
@@ -21,6 +22,8 @@ SAID = {"role": "user", "content": "hi"}
         ({"max_requested_tokens": 9}, TEXT, {"prompt": "x", "max_tokens": 10}, "max_tokens", "at most 9, got 10"),
         ({"max_requested_tokens": 9}, CHAT, HELLO | {"max_completion_tokens": 10}, "max_completion_tokens", "got 10"),
         ({"max_prompt_tokens": 3}, TEXT, {"prompt": [5] * 4}, "prompt", "accepts at most 3"),
+        ({"max_tools": 1}, CHAT, HELLO | {"tools": [TOOL] * 2}, "tools", "`tools` must have at most 1 items."),
+        ({"max_tools": 1}, "/tokenize", HELLO | {"tools": [TOOL] * 2}, "tools", "at most 1 items"),
         ({"max_choices": 2}, CHAT, HELLO | {"n": 3}, "n", "`n` must be from 1 to 2."),
     ],
 )

@@ -5,7 +5,9 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field
 
-chat_model = ChatOpenAI(base_url=BASE, api_key=KEY, model=MODEL, max_tokens=80, max_retries=0, timeout=120)
+chat_model = ChatOpenAI(
+    base_url=BASE, api_key=KEY, model=MODEL, max_tokens=80, max_retries=0, timeout=120, stream_usage=True
+)
 
 
 class City(BaseModel):

@@ -43,7 +43,7 @@ def chat_stream():
 
 @check
 def chat_stream_helper():
-    with client.chat.completions.stream(model=MODEL, messages=SAY, max_tokens=8) as stream:
+    with client.chat.completions.stream(model=MODEL, messages=SAY, max_tokens=300) as stream:
         kinds = {event.type for event in stream}
         assert stream.get_final_completion().choices[0].message.content
     assert "content.delta" in kinds
