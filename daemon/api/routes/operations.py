@@ -25,7 +25,7 @@ class Header(NamedTuple):
 class Operation(NamedTuple):
     """One route.
 
-        `request`, `answer`: types of its JSON bodies; None: it has no body, or another one. `events`: types of the data
+    `request`, `answer`: types of its JSON bodies; None: it has no body, or another one. `events`: types of the data
     of the events of a streamed answer. `last`: what the last of them is. `text`: media type of an answer that is not
     JSON. `statuses`: of errors, besides those of every route and of every route with a body.
     """
