@@ -19,10 +19,12 @@ from daemon.api.auth import Keys, current_key, sent_key
 from daemon.api.errors import OPENAI_ERRORS, ErrorShape, body_too_large, to_api_error
 from daemon.api.idempotency import pass_home
 from daemon.api.loop_clock import LoopClock
+from daemon.api.messages.handler import Messages
 from daemon.api.openai import OpenAI
 from daemon.api.origins import OriginPolicy
 from daemon.api.other_frontends import PassedOn
 from daemon.api.render.apis import HANDLERS, RESPONSES
+from daemon.api.render.messages import MESSAGES_ERRORS
 from daemon.api.request_id import request_id
 from daemon.api.request_metrics import count_rejection
 from daemon.api.response_head import response_headers
@@ -80,12 +82,14 @@ def build_app(service: Service, keys: Keys | None) -> web.Application:
 
 
 def _routes(service: Service) -> list[Route]:
-    api, responses = OpenAI(service), Responses(service)
+    api, responses, messages = OpenAI(service), Responses(service), Messages(service)
     probes, streams = Probes(service), Streams(service)
     return [
         Route("POST", "/v1/chat/completions", api.chat_completions, "chat", azure=True),
         Route("POST", "/v1/completions", api.completions, "completions", azure=True),
         Route("POST", "/v1/responses", responses.create, "responses", errors=RESPONSES.renderer.errors, azure=True),
+        Route("POST", "/v1/messages", messages.create, "messages", errors=MESSAGES_ERRORS),
+        Route("POST", "/v1/messages/count_tokens", messages.count_tokens, "messages", errors=MESSAGES_ERRORS),
         Route("GET", "/v1/models", api.models, "models"),
         Route("GET", "/v1/models/{model:.*[^/]}", api.model, "models"),
         Route("GET", "/v1/streams/{id}", streams.read, "streams"),
@@ -139,6 +143,7 @@ class _Middleware:
             raise
         except Exception as e:
             error = to_api_error(e)
+            error.request_id = request_id(request)
             if name in HANDLERS:
                 count_rejection(self._page, error)
             response = error.response(self._errors.get(request.match_info.route))

@@ -70,34 +70,39 @@ def _parsing(service: Service, body: ChatRequest, tools: ToolUse | None) -> Pars
     )
 
 
+def chat_prompt(service: Service, chat: Chat, param: str) -> Prompt:
+    """Return the prompt of a checked chat. `param`: the field that it comes from. Raises ApiError (400)."""
+    body, tools = chat.body, chat.tools.tools if chat.tools is not None else None
+    begins, goes_on = body.add_generation_prompt is not False, bool(body.continue_final_message)
+    text = service.render(body.messages, begins, chat.variables, tools, open_end=goes_on)
+    check_text_length(text, service.tokenizer, service.max_prompt_len, param)
+    # The template has written the special tokens, so the default is to add none.
+    tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
+    last = _last_answer(body.messages) if body.echo or goes_on else ""
+    thinking = reasoning.is_open(last) if goes_on else begins and text.rstrip().endswith(reasoning.BEGIN)
+    return Prompt(tokens, last if body.echo else "", thinking)
+
+
 async def answer_chat(
     service: Service, http: web.Request, held: HeldBody, chat: Chat, *, api: Api = CHAT, extra: bytes = b""
 ) -> web.StreamResponse:
     """Answer a checked chat. `extra`: for the renderer of `api`."""
-    body, limit = chat.body, service.max_prompt_len
 
     def tokenise() -> list[Prompt]:
-        tools = chat.tools.tools if chat.tools is not None else None
-        begins, goes_on = body.add_generation_prompt is not False, bool(body.continue_final_message)
-        text = service.render(body.messages, begins, chat.variables, tools, open_end=goes_on)
-        check_text_length(text, service.tokenizer, limit, api.param)
-        # The template has written the special tokens, so the default is to add none.
-        tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
-        if tools is not None:
-            tools.clear()  # an answer may take long, and does not need them
-        last = _last_answer(body.messages) if body.echo or goes_on else ""
-        thinking = reasoning.is_open(last) if goes_on else begins and text.rstrip().endswith(reasoning.BEGIN)
-        return [Prompt(tokens, last if body.echo else "", thinking)]
+        prompt = chat_prompt(service, chat, api.param)
+        if chat.tools is not None:
+            chat.tools.tools.clear()  # an answer may take long, and does not need them
+        return [prompt]
 
     request = CheckedRequest(
         http,
-        body,
+        chat.body,
         api=api,
         num_prompts=1,
         held=held,
         tokenise=tokenise,
         parsing=chat.parsing,
-        grammar=requested_grammar(body),
+        grammar=requested_grammar(chat.body),
         extra=extra,
     )
     return await respond_once(service, http, request)

@@ -43,6 +43,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.request_id = ""  # of the request that failed, for the shapes that name it
 
     def body(self) -> dict[str, Any]:
         """Return ``{"error": {...}}`` with all four members."""

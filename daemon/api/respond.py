@@ -281,10 +281,11 @@ async def _submit(
     requested, max_model_len = requested_max_tokens(body), service.max_model_len
     param = request.api.param
     for prompt in prompts:
-        check_length(len(prompt.tokens), requested or body.min_tokens or 0, max_model_len, limits, param)
+        asked = 0 if request.api.shrinks else requested or body.min_tokens or 0
+        check_length(len(prompt.tokens), asked, max_model_len, limits, param)
         service.check_embedded(prompt.tokens, param)
     default = default_max_tokens(body, limits.max_output_tokens)
-    outputs = [requested or min(default, max_model_len - len(prompt.tokens)) for prompt in prompts]
+    outputs = [min(requested or default, max_model_len - len(prompt.tokens)) for prompt in prompts]
     _check_room(service, request, prompts, outputs, answer.id)
     work = 0
     for prompt, max_tokens in zip(prompts, outputs, strict=True):

@@ -24,6 +24,8 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 def response_headers(http: web.Request, origins: OriginPolicy) -> dict[str, str]:
     """Return the headers that every response to this request has."""
     common = {"x-request-id": request_id(http), "Server": "llumd"}
+    if "anthropic-version" in http.headers:  # its clients know the id by another name
+        common["request-id"] = common["x-request-id"]
     return common | dict(origins.response_headers(http.headers.get("Origin")))
 
 

@@ -149,6 +149,7 @@ HANDLERS = (
     "chat",
     "completions",
     "responses",
+    "messages",
     "models",
     "tokenize",
     "detokenize",

@@ -51,8 +51,10 @@ def _other_forms(messages: Messages) -> Iterator[Messages]:
     merged = _merged(messages)
     if merged != messages:
         yield merged
+    if any(message["role"] == "system" for message in messages[1:]):
+        yield _merged([messages[0], *_without_system(messages[1:])])
     if any(message["role"] == "system" for message in messages):
-        yield _merged([m | {"role": "user"} if m["role"] == "system" else m for m in messages if _says(m)])
+        yield _merged(_without_system(messages))
 
 
 def _merged(messages: Messages) -> Messages:
@@ -69,6 +71,11 @@ def _merged(messages: Messages) -> Messages:
 
 def _is_text(message: dict[str, Any]) -> bool:
     return message["role"] != "tool" and not message.get("tool_calls")
+
+
+def _without_system(messages: Messages) -> Messages:
+    """Return the messages with those of the system as the user's."""
+    return [m | {"role": "user"} if m["role"] == "system" else m for m in messages if _says(m)]
 
 
 def _says(message: dict[str, Any]) -> bool:

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+from anthropic.types import message_count_tokens_params, message_create_params
+from anthropic.types.beta import message_count_tokens_params as beta_count_tokens_params
+from anthropic.types.beta import message_create_params as beta_create_params
 from msgspec import Struct
 from openai.types import completion_create_params
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOptionsParam
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
+from daemon.api.messages.schema import CountTokensRequest, MessagesRequest
 from daemon.api.responses.schema import ResponsesRequest
 from daemon.api.schemas import (
     ChatRequest,
@@ -32,6 +36,8 @@ SCHEMAS: dict[str, type[Struct]] = {
     "chat": ChatRequest,
     "completions": CompletionRequest,
     "responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "stream_options": StreamOptions,
@@ -43,6 +49,14 @@ OPENAI = {
     "responses": frozenset(get_type_hints(response_create_params.ResponseCreateParamsStreaming)),
     "stream_options": frozenset(get_type_hints(ChatCompletionStreamOptionsParam)),
     "messages": frozenset(name for kind in get_args(ChatCompletionMessageParam) for name in get_type_hints(kind)),
+}
+ANTHROPIC = {
+    "/v1/messages": frozenset(get_type_hints(message_create_params.MessageCreateParamsStreaming)),
+    "/v1/messages/count_tokens": frozenset(get_type_hints(message_count_tokens_params.MessageCountTokensParams)),
+}
+BETAS = {
+    "/v1/messages": frozenset(get_type_hints(beta_create_params.MessageCreateParamsStreaming)),
+    "/v1/messages/count_tokens": frozenset(get_type_hints(beta_count_tokens_params.MessageCountTokensParams)),
 }
 
 
@@ -78,11 +92,15 @@ ROUTES = {
     "chat": (CHAT, HELLO),
     "completions": (TEXT, {"prompt": "x"}),
     "responses": (RESPONSES, {"input": "x"}),
+    "/v1/messages": ("/v1/messages", HELLO | {"max_tokens": 9}),
+    "/v1/messages/count_tokens": ("/v1/messages/count_tokens", HELLO),
     "/tokenize": ("/tokenize", HELLO),
 }
 OF_ROUTE = {
     route: OPENAI.get(route, frozenset())
     | VLLM.get(route, frozenset())
+    | ANTHROPIC.get(route, frozenset())
+    | BETAS.get(route, frozenset())
     | (frozenset().union(*OTHERS.values()) if route in ("chat", "completions") else frozenset())
     for route in SCHEMAS
 }
@@ -107,7 +125,7 @@ def test_each_field_of_a_schema_has_a_row(route):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.field}-{'+'.join(row.fates)}")
 def test_a_row_says_what_the_schemas_do(row):
     assert row.fates == {route: fate(route, row.field) for route in row.fates}
-    for peer, fields in (("OpenAI", OPENAI), ("vLLM", VLLM)):
+    for peer, fields in (("OpenAI", OPENAI), ("vLLM", VLLM), ("Anthropic", ANTHROPIC)):
         knows = any(row.field in fields.get(route, ()) for route in row.fates)
         assert (peer in row.known_to.split(", ")) == knows, f"{peer} {'has' if knows else 'has no'} {row.field}"
     for route in row.fates:
@@ -116,7 +134,7 @@ def test_a_row_says_what_the_schemas_do(row):
     assert row.note or "ignored" not in row.fates.values(), "say why it is harmless to ignore it"
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [route for route in ROUTES if route not in ANTHROPIC])
 def test_refused_fields_are_refused_unless_neutral(api, route):
     path, request = ROUTES[route]
 

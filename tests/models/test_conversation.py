@@ -16,6 +16,13 @@ NO_SYSTEM = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<model>{% endif %}"""
 
+FIRST_SYSTEM = """\
+{%- for m in messages %}
+    {%- if m.role == 'system' and not loop.first %}{{ raise_exception('system must be first') }}{% endif %}
+    {{- '<' + m.role + '>' + m.content + '</>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}<model>{% endif %}"""
+
 
 def system(text):
     return {"role": "system", "content": text}
@@ -46,6 +53,8 @@ def renderer(path, source, prompt=True):
         (NO_SYSTEM, [system(""), user("a")], "<user>a</><model>"),
         (NO_SYSTEM, [system("s"), user("a"), assistant("b"), system("t"), user("c")],
          "<user>s\n\na</><assistant>b</><user>t\n\nc</><model>"),
+        (FIRST_SYSTEM, [system("s"), user("a"), assistant("b"), user("c"), system("t")],
+         "<system>s</><user>a</><assistant>b</><user>c\n\nt</><model>"),
         (NO_SYSTEM, [user("a"), assistant("b"), assistant("")], "<user>a</><assistant>b</><model>"),
     ],
 )  # fmt: skip

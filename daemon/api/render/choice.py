@@ -54,6 +54,11 @@ class Choice:
         self.num_calls = 0  # tool calls that have begun
         self.position = 0  # output tokens that were pushed; those after a stop string do not count as `num_tokens`
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended it."""
+        return self._stops.matched if self._stops is not None else None
+
     def push(self, chunk: TokenChunk) -> list[Part]:
         """Add the chunk and return its parts, without an end that may still become a stop string or a character.
 

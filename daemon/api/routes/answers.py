@@ -99,7 +99,6 @@ class AnswerMessage(Struct):
     refusal: None
     tool_calls: list[ToolCall] | UnsetType = UNSET
     reasoning_content: str | UnsetType | None = UNSET
-    reasoning: str | UnsetType | None = UNSET
 
 
 class ChatChoice(Struct):
@@ -125,7 +124,6 @@ class Delta(Struct):
     content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
 
 
 class ChunkChoice(Struct):

@@ -11,12 +11,10 @@ import msgspec
 from aiohttp import web
 
 from daemon import __version__
-from daemon.api.routes.answers import ErrorAnswer
 from daemon.api.routes.operations import OPERATIONS, Operation
 
 _VARIABLE = re.compile(r"\{(\w+)(?::[^}]*)?\}")
 _REF = "#/components/schemas/{name}"
-_ERROR = {"application/json": {"schema": {"$ref": _REF.format(name=ErrorAnswer.__name__)}}}
 _KEY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -59,8 +57,8 @@ def describe(routes: Iterable[Described], *, keys: bool) -> dict[str, Any]:
     """Return the description of the routes. `keys`: clients need an API key. Pure."""
     routes = list(routes)
     about = [route.operation for route in routes]
-    types = {t for o in about for t in (o.request, o.answer, *o.events) if t is not None}
-    named = sorted({*types, ErrorAnswer}, key=str)
+    types = {t for o in about for t in (o.request, o.answer, *o.events, o.error) if t is not None}
+    named = sorted(types, key=str)
     _, schemas = msgspec.json.schema_components(named, ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -105,7 +103,7 @@ def _success(about: Operation) -> dict[str, Any]:
     content: dict[str, Any] = _json(about.answer) if about.answer is not None else {}
     if about.events:
         # JSON Schema of each event. Only OpenAI's older routes end with `[DONE]`.
-        kinds = [{"$ref": _REF.format(name=kind.__name__)} for kind in (*about.events, ErrorAnswer)]
+        kinds = [{"$ref": _REF.format(name=kind.__name__)} for kind in (*about.events, about.error)]
         data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
         content["text/event-stream"] = {
             "schema": {
@@ -130,7 +128,8 @@ def _errors(route: Described, *, keys: bool) -> dict[str, Any]:
         statuses.add(404)
     if keys and not route.public:
         statuses.add(401)
-    return {str(s): {"description": HTTPStatus(s).phrase, "content": _ERROR} for s in sorted(statuses)}
+    error = _json(about.error)
+    return {str(s): {"description": HTTPStatus(s).phrase, "content": error} for s in sorted(statuses)}
 
 
 def _json(type_: type[msgspec.Struct]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from daemon.api.messages import answers as messages
+from daemon.api.messages.schema import CountTokensRequest, MessagesRequest
 from daemon.api.responses import answers as responses
 from daemon.api.responses.schema import ResponsesRequest
 from daemon.api.routes import answers
@@ -27,7 +29,8 @@ class Operation(NamedTuple):
 
     `request`, `answer`: types of its JSON bodies; None: it has no body, or another one. `events`: types of the data
     of the events of a streamed answer. `last`: what the last of them is. `text`: media type of an answer that is not
-    JSON. `statuses`: of errors, besides those of every route and of every route with a body.
+    JSON. `error`: type of the body of an error. `statuses`: of errors, besides those of every route and of every
+    route with a body.
     """
 
     summary: str
@@ -36,6 +39,7 @@ class Operation(NamedTuple):
     events: tuple[type[Struct], ...] = ()
     last: str = "is `[DONE]`, or has a body of type ErrorAnswer"
     text: str = ""
+    error: type[Struct] = answers.ErrorAnswer
     headers: Sequence[Header] = ()
     statuses: Sequence[int] = ()
 
@@ -65,6 +69,21 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         (responses.ResponseEvent,),
         "has the whole response, or says why it failed",
         headers=_OF_COMPLETIONS,
+    ),
+    ("POST", "/v1/messages"): Operation(
+        "Answer a conversation, in Anthropic's form",
+        MessagesRequest,
+        messages.AnsweredMessage,
+        (messages.MessageEvent,),
+        "is `message_stop`, or has a body of type MessageError",
+        error=messages.MessageError,
+        headers=_OF_COMPLETIONS,
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "Count the tokens of a conversation, in Anthropic's form",
+        CountTokensRequest,
+        messages.MessageTokens,
+        error=messages.MessageError,
     ),
     ("GET", "/v1/models"): Operation("List the names of the model", answer=answers.ModelList),
     ("GET", "/v1/models/{model:.*[^/]}"): Operation("Describe the model", answer=answers.Model),
