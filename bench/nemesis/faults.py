@@ -70,9 +70,15 @@ class Nemesis:
             self._armed = mmap.mmap(file.fileno(), 0)
 
     async def run(self, faults: list[Fault]) -> None:
-        """Carry out all faults, and wait for the end of what goes on in the background."""
+        """Carry out all faults, and wait for the end of what goes on in the background.
+
+        Raises SystemExit if the daemon has ended: no fault may end the supervisor.
+        """
         for fault in faults:
             await asyncio.sleep(fault.gap)
+            if (code := self._daemon.process.poll()) is not None:
+                log = self._daemon.log[-4000:]
+                raise SystemExit(f"the daemon ended with exit code {code} after {len(self.strikes)} faults:\n{log}")
             strike = Strike(fault, monotonic())
             self.strikes.append(strike)
             await self._strike(strike)

@@ -137,10 +137,11 @@ class _Run:
         ]
         try:
             await self._nemesis.run(self._faults)
-        finally:
             stop.set()
             await asyncio.gather(*lanes)
-            watch.cancel()
+        finally:
+            for task in (watch, *lanes):
+                task.cancel()
 
     async def _watch_outboxes(self) -> None:
         while True:

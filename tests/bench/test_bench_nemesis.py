@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from bench.answers import Answer, Broken, read_events
 from bench.nemesis.clients import Attempt
-from bench.nemesis.faults import Strike
+from bench.nemesis.daemon import Daemon
+from bench.nemesis.faults import Nemesis, Strike
 from bench.nemesis.report import gaps
 from bench.nemesis.requests import Template, lane_script, templates
 from bench.nemesis.schedule import DEATHS_IN_A_ROW, REST, Fault, Kind, Shape, plan
-from bench.nemesis.steps import MIGRATION_STEPS, RESPONSE_STEPS, STEPS, SUCCESSION_STEPS
+from bench.nemesis.shared_memory import SharedMemory
+from bench.nemesis.steps import ARMED, MIGRATION_STEPS, RESPONSE_STEPS, STEPS, SUCCESSION_STEPS
 from bench.nemesis.verdicts import Verdict, judge
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +136,17 @@ def test_gaps_are_those_of_streams_whose_frontend_died():
 
 
 # -- runs -------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_when_its_daemon_has_ended(tmp_path):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / ARMED).write_bytes(bytes(len(STEPS)))
+    (tmp_path / "err").write_text("the last words\n")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], text=True)
+    process.wait()
+    daemon = Daemon(process, tmp_path, "demo", "http://127.0.0.1:9", Mock(spec=SharedMemory))
+    with pytest.raises(SystemExit, match="exit code 3 after 0 faults:\nthe last words"):
+        asyncio.run(Nemesis(daemon, 1).run(plan(1, 5, SHAPE)))
 
 
 def run(tmp_path: Path, *arguments: str) -> dict:
