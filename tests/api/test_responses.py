@@ -121,6 +121,26 @@ def test_answers_have_the_types_of_the_description(model, asked):
     with_client(api, body)
 
 
+def test_a_call_of_a_function_in_a_namespace(model):
+    space = {"type": "namespace", "name": "space", "description": "d", "tools": [WEATHER]}
+    text = '<tool_call>{"name": "space.get_weather", "arguments": {}}</tool_call>'
+
+    async def body(client):
+        asked = {"input": "hello", "tools": [space, {"type": "web_search"}]}
+        (call,) = (await create(client, asked))["output"]
+        assert (call["namespace"], call["name"]) == ("space", "get_weather")
+        for event in await stream(client, asked):
+            strict(answers.ResponseEvent, event)
+            if "item" in event:
+                assert (event["item"]["namespace"], event["item"]["name"]) == ("space", "get_weather")
+        # What came back goes into the next request as it is.
+        again = [{"role": "user", "content": "hello"}, call]
+        again += [{"type": "function_call_output", "call_id": call["call_id"], "output": "12 °C"}]
+        assert (await create(client, asked | {"input": again}))["status"] == "completed"
+
+    with_client(agent_api(model, text), body)
+
+
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}, "required": ["b"]}
 IN_CHAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
 
@@ -234,7 +254,10 @@ def test_too_many_requests(api):
         ({"truncation": "auto"}, "truncation", "Leave out"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "how long"),
         ({"tools": [{"type": "web_search"}]}, "tools", "'web_search'"),
+        ({"tools": [WEATHER, {"type": "mcp", "server_url": "x"}]}, "tools", "`tools[1].type` is 'mcp'"),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools", "`tools[0]` needs"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [1]}]}, "tools", "`tools[0].tools[0]`"),
         ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice", "'file_search'"),
         ({"tools": [WEATHER], "tool_choice": "some"}, "tool_choice", "auto"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "`f`"),

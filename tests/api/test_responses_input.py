@@ -8,7 +8,7 @@ import msgspec
 
 from daemon.api.errors import ApiError
 from daemon.api.request_body import decode_body
-from daemon.api.responses.lowering import renamed, repeated, to_chat
+from daemon.api.responses.lowering import extra, renamed, to_chat
 from daemon.api.responses.schema import ResponsesRequest
 from daemon.api.schemas import ChatRequest
 from tests.api.responses_client import WEATHER
@@ -126,12 +126,26 @@ def test_tools():
     }
 
 
+SPACE = {"type": "namespace", "name": "space", "description": "d", "tools": [WEATHER]}
+
+
+def test_functions_in_a_namespace():
+    asked = {"input": "x", "tools": [WEATHER, SPACE, {"type": "web_search", "filters": None}]}
+    found = chat(**asked).tools
+    assert [tool["function"]["name"] for tool in found or ()] == ["get_weather", "space.get_weather"]
+    told = msgspec.json.decode(extra(decode_body(msgspec.json.encode(asked), _decoder)))
+    assert told["members"]["tools"] == [WEATHER, SPACE]
+    assert told["namespaces"] == {"space.get_weather": ["space", "get_weather"]}
+    (message,) = messages([call("1") | {"namespace": "space"}])
+    assert message["tool_calls"][0]["function"]["name"] == "space.f"
+
+
 def test_what_is_repeated_is_what_was_sent():
     schema = {"type": "object"}
     text_format = {"type": "json_schema", "name": "n", "schema": schema, "strict": True, "description": None}
     sent = {"text": {"format": text_format}, "tools": [WEATHER], "tool_choice": "required", "metadata": {"a": "b"}}
     request = decode_body(msgspec.json.encode({"input": "x"} | sent), _decoder)
-    found = msgspec.json.decode(repeated(request))
+    found = msgspec.json.decode(extra(request))["members"]
     assert found["text"]["format"] == text_format
     assert {name: found[name] for name in sent if name != "text"} == {k: v for k, v in sent.items() if k != "text"}
 

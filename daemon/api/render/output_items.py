@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from msgspec import Raw
 
@@ -16,6 +16,13 @@ from daemon.api.parse.parts import CallArguments, CallBegin, Part, Reasoning, Te
 Event = dict[str, Any]
 
 IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
+
+
+class InNamespace(NamedTuple):
+    """The name that a client gives a function, and the namespace that it is in."""
+
+    namespace: str
+    name: str
 
 
 class OutputItem(ABC):
@@ -134,37 +141,39 @@ class ReasoningItem(_ContentItem):
 
 
 class CallItem(OutputItem):
-    """A call of a function."""
+    """A call of a function. `names`: of one in a namespace."""
 
     prefix = "fc"
 
-    def __init__(self, digits: str, index: int, call: CallBegin) -> None:
+    def __init__(self, digits: str, index: int, call: CallBegin, names: InNamespace | None) -> None:
         super().__init__(digits, index)
-        self._call = call
+        self._call_id = call.id
+        self._name = names.name if names else call.name
+        self._namespace = {"namespace": names.namespace} if names else {}
 
     def continues(self, part: Part) -> bool:
         return isinstance(part, CallArguments)
 
     def body(self, status: str) -> dict[str, Any]:
-        call = {"call_id": self._call.id, "name": self._call.name, "arguments": self.text}
-        return {"id": self._id, "type": "function_call", "status": status} | call
+        call = {"call_id": self._call_id, "name": self._name, "arguments": self.text}
+        return {"id": self._id, "type": "function_call", "status": status} | self._namespace | call
 
     def delta(self, text: str) -> Event:
         return self._event("function_call_arguments.delta", delta=text)
 
     def done(self, status: str) -> list[Event]:
-        name, text = self._call.name, self.text
-        return [self._event("function_call_arguments.done", name=name, arguments=text), *super().done(status)]
+        done = self._event("function_call_arguments.done", name=self._name, arguments=self.text)
+        return [done, *super().done(status)]
 
 
-def new_item(part: Part, digits: str, index: int) -> OutputItem:
-    """Return the item that begins with `part`."""
+def new_item(part: Part, digits: str, index: int, names: InNamespace | None = None) -> OutputItem:
+    """Return the item that begins with `part`. `names`: if it calls a function in a namespace."""
     match part:
         case Text():
             return MessageItem(digits, index)
         case Reasoning():
             return ReasoningItem(digits, index)
         case CallBegin():
-            return CallItem(digits, index, part)
+            return CallItem(digits, index, part, names)
         case CallArguments():
             raise ValueError("the arguments of a call that has not begun")

@@ -16,6 +16,7 @@ from daemon.api.render.output_items import (
     IN_PROGRESS,
     INCOMPLETE,
     Event,
+    InNamespace,
     MessageItem,
     OutputItem,
     new_item,
@@ -26,7 +27,22 @@ from daemon.ipc.messages import Finish
 FAILED = "failed"
 _CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}  # of a failed response, by status; others: server_error
 
-_repeated = msgspec.json.Decoder(dict[str, Raw]).decode
+
+class ResponseExtra(msgspec.Struct):
+    """`AnswerForm.extra`. `members`: those of the response that repeat its request.
+
+    `namespaces`: of functions that are in one, by the name that the model knows.
+    """
+
+    members: dict[str, Any]
+    namespaces: dict[str, InNamespace]
+
+
+class _Extra(ResponseExtra):
+    members: dict[str, Raw]
+
+
+_extra = msgspec.json.Decoder(_Extra).decode
 
 
 class _Logprobs(msgspec.Struct):
@@ -50,13 +66,14 @@ class _ResponsesErrors:
 
 
 class ResponsesRenderer(Renderer):
-    """Writes the one choice of an answer. `AnswerForm.extra`: the members of the response that repeat its request."""
+    """Writes the one choice of an answer. `AnswerForm.extra`: an encoded `ResponseExtra`."""
 
     errors = _ResponsesErrors()
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer)
-        self._repeated = _repeated(answer.form.extra)
+        extra = _extra(answer.form.extra)
+        self._repeated, self._namespaces = extra.members, extra.namespaces
         self._digits = answer.id.rpartition("_")[2]
         self._done: list[dict[str, Any]] = []
         self._item: OutputItem | None = None
@@ -104,7 +121,8 @@ class ResponsesRenderer(Renderer):
         item = self._item
         if item is None or not item.continues(part):
             self._close(COMPLETED, out)
-            item = self._item = new_item(part, self._digits, len(self._done))
+            names = self._namespaces.get(part.name) if isinstance(part, CallBegin) else None
+            item = self._item = new_item(part, self._digits, len(self._done), names)
             for event in item.added():
                 self._write(event, out)
         return item

@@ -8,6 +8,7 @@ import msgspec
 
 from daemon.api.errors import ApiError, bad_request
 from daemon.api.responses.schema import InputItem, InputPart
+from daemon.api.responses.tools import full_name
 from daemon.api.schemas import ContentPart, Message
 
 ROLES = ("user", "assistant", "system", "developer")
@@ -94,7 +95,7 @@ class _Conversation:
         call = {
             "id": item.call_id,
             "type": "function",
-            "function": {"name": item.name, "arguments": item.arguments},
+            "function": {"name": full_name(item.namespace, item.name or ""), "arguments": item.arguments},
         }
         message = self._assistant()
         if message.tool_calls is None:

@@ -9,7 +9,7 @@ from daemon.api.chat import Chat, answer_chat, check_chat
 from daemon.api.errors import ApiError
 from daemon.api.render.apis import RESPONSES
 from daemon.api.request_body import decode_body
-from daemon.api.responses.lowering import renamed, repeated, to_chat
+from daemon.api.responses.lowering import extra, renamed, to_chat
 from daemon.api.responses.schema import ResponsesRequest
 from daemon.api.service import Service
 
@@ -26,11 +26,11 @@ class Responses:
         service = self._service
         try:
             with service.bodies.hold() as held:
-                chat, extra = await service.read(http, held, self._parse)
-                return await answer_chat(service, http, held, chat, api=RESPONSES, extra=extra)
+                chat, rest = await service.read(http, held, self._parse)
+                return await answer_chat(service, http, held, chat, api=RESPONSES, extra=rest)
         except ApiError as e:
             raise renamed(e) from None
 
     def _parse(self, raw: bytes, model: str | None) -> tuple[Chat, bytes]:
         body = decode_body(raw, _decoder)
-        return check_chat(self._service, to_chat(body), model), repeated(body)
+        return check_chat(self._service, to_chat(body), model), extra(body)

@@ -9,8 +9,10 @@ import msgspec
 
 from daemon.api.errors import ApiError, bad_request
 from daemon.api.grammar.forms import JsonSchemaFormat, ResponseFormat
+from daemon.api.render.responses import ResponseExtra
 from daemon.api.responses.conversation import to_messages
 from daemon.api.responses.schema import ResponsesRequest, TextFormat
+from daemon.api.responses.tools import chat_choice, chat_tools, names_in_namespaces, repeated_tools
 from daemon.api.schemas import ChatRequest, StreamOptions
 from daemon.api.unsupported import refuse_unsupported
 
@@ -26,10 +28,7 @@ _PASSED_ON = (
     *("repetition_penalty", "logit_bias", "stop", "ignore_eos", "stream", "skip_special_tokens", "priority"),
     *("cache_salt", "chat_template_kwargs", "parallel_tool_calls", "structured_outputs"),
 )
-_TOOL_MEMBERS = ("name", "description", "parameters", "strict")
 _FORMATS = ("text", "json_object", "json_schema")
-_CHOICES = ("none", "auto", "required")
-_HOSTED = "Tools here are functions that the client calls; this server runs none."
 # Fields of a chat, by what they are called here.
 _NAMES = {
     "messages": "input",
@@ -52,8 +51,8 @@ def to_chat(request: ResponsesRequest) -> ChatRequest:
         logprobs=logprobs or None,
         top_logprobs=request.top_logprobs if logprobs else None,
         reasoning_effort=request.reasoning.effort if request.reasoning else None,
-        tools=[_chat_tool(tool, i) for i, tool in enumerate(request.tools or ())] or None,
-        tool_choice=_chat_choice(request.tool_choice),
+        tools=chat_tools(request.tools or ()) or None,
+        tool_choice=chat_choice(request.tool_choice),
         response_format=_chat_format(request.text.format if request.text else None),
         # There is an event after the last token, as with the usage of a chat.
         stream_options=StreamOptions(include_usage=True) if request.stream else None,
@@ -61,8 +60,8 @@ def to_chat(request: ResponsesRequest) -> ChatRequest:
     )
 
 
-def repeated(request: ResponsesRequest) -> bytes:
-    """Return the members of the answer that repeat the request, as a JSON object."""
+def extra(request: ResponsesRequest) -> bytes:
+    """Return what the renderer must know of a checked request: an encoded `ResponseExtra`."""
     effort = request.reasoning.effort if request.reasoning else None
     text_format = request.text.format if request.text else None
     members = {
@@ -84,15 +83,13 @@ def repeated(request: ResponsesRequest) -> bytes:
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": {"format": _repeated_format(text_format), "verbosity": "medium"},
         "tool_choice": request.tool_choice or "auto",
-        "tools": [
-            {"type": "function"} | {name: tool.get(name) for name in _TOOL_MEMBERS} for tool in request.tools or ()
-        ],
+        "tools": repeated_tools(request.tools or ()),
         "top_logprobs": request.top_logprobs or 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "truncation": "disabled",
         "user": request.user,
     }
-    return msgspec.json.encode(members)
+    return msgspec.json.encode(ResponseExtra(members, names_in_namespaces(request.tools or ())))
 
 
 def renamed(error: ApiError) -> ApiError:
@@ -116,41 +113,6 @@ def _wants_logprobs(request: ResponsesRequest) -> bool:
         message = f"`{LOGPROBS}` in `include` cannot be combined with `tools`."
         raise bad_request(message, "include", "unsupported_parameter")
     return wanted
-
-
-def _chat_tool(tool: dict[str, Any], i: int) -> dict[str, Any]:
-    """Return a tool in the form of a chat: its members are in `function`."""
-    where = f"tools[{i}]"
-    if (kind := tool.get("type")) != "function":
-        message = f"`{where}.type` is {str(kind)[:64]!r}. {_HOSTED} Leave this tool out."
-        raise bad_request(message, "tools", "unsupported_parameter")
-    if not isinstance(tool.get("name"), str):
-        raise bad_request(f"`{where}` needs a `name`, a string.", "tools")
-    members = {name: tool[name] for name in _TOOL_MEMBERS if tool.get(name) is not None}
-    return {"type": "function", "function": members}
-
-
-def _chat_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if not isinstance(choice, dict):
-        if choice not in (None, *_CHOICES):
-            raise bad_request(f"`tool_choice` must be one of {', '.join(_CHOICES)}, or an object.", "tool_choice")
-        return choice
-    if choice.get("type") != "allowed_tools":
-        return _named(choice, "tool_choice")
-    tools = choice.get("tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise bad_request("`tool_choice.tools` must be a list of objects.", "tool_choice")
-    named = [_named(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(tools)]
-    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": named}}
-
-
-def _named(choice: dict[str, Any], where: str) -> dict[str, Any]:
-    if (kind := choice.get("type")) != "function":
-        message = f"`{where}.type` is {str(kind)[:64]!r}. {_HOSTED}"
-        raise bad_request(message, "tool_choice", "unsupported_parameter")
-    if not isinstance(choice.get("name"), str):
-        raise bad_request(f"`{where}` needs a `name`, a string.", "tool_choice")
-    return {"type": "function", "function": {"name": choice["name"]}}
 
 
 def _chat_format(given: TextFormat | None) -> ResponseFormat | None:

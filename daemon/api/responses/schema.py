@@ -50,6 +50,7 @@ class InputItem(Struct):
     content: str | list[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: Any = None
     output: Any = None
     summary: list[InputPart] | None = None
