@@ -158,5 +158,5 @@ def _unsupported_item(kind: str, where: str) -> ApiError:
     known = "message, function_call, function_call_output and reasoning"
     advice = f"Items here are of type {known}."
     if kind == "item_reference":
-        advice = "This server stores no items. Send the item itself."
+        advice = "This server stores no items. Send the item itself, as clients with `store: false` do."
     return bad_request(f"`{where}` has the type {kind[:64]!r}. {advice}", f"{where}.type", "unsupported_parameter")
