@@ -102,9 +102,9 @@ def _operation(route: Described, *, keys: bool) -> dict[str, Any]:
 def _success(about: Operation) -> dict[str, Any]:
     content: dict[str, Any] = _json(about.answer) if about.answer is not None else {}
     if about.events:
-        # JSON Schema of each event. Only OpenAI's older routes end with `[DONE]`.
         kinds = [{"$ref": _REF.format(name=kind.__name__)} for kind in (*about.events, about.error)]
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+        encoded = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+        data = {"anyOf": [encoded, {"const": "[DONE]"}]}
         content["text/event-stream"] = {
             "schema": {
                 "type": "object",

@@ -88,7 +88,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/v1/models"): Operation("List the names of the model", answer=answers.ModelList),
     ("GET", "/v1/models/{model:.*[^/]}"): Operation("Describe the model", answer=answers.Model),
     ("GET", "/v1/streams/{id}"): Operation(
-        "Go on with a kept stream", events=(answers.ChatCompletionChunk, answers.Completion), statuses=(400, 409)
+        "Go on with a kept stream",
+        events=(
+            *(answers.ChatCompletionChunk, answers.Completion),
+            *(responses.ResponseEvent, messages.MessageEvent, messages.MessageError),
+        ),
+        last="is that of its API",
+        statuses=(400, 409),
     ),
     ("DELETE", "/v1/streams/{id}"): Operation("Cancel a kept stream", answer=answers.StreamDeleted),
     ("POST", "/tokenize"): Operation("Turn text or messages into tokens", TokenizeRequest, answers.Tokens),
