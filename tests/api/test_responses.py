@@ -276,6 +276,9 @@ def test_too_many_requests(api):
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "stores no items"),
         ({"input": [{"type": "computer_call_output", "output": {"a": 1}}]}, "input[0].type", "computer_call_output"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "user, assistant"),
+        ({"input": [{"type": "reasoning"}]}, "input", "no text"),
+        ({"tools": [WEATHER | {"parameters": 5}]}, "tools", "`tools[0].parameters`"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice", "`tool_choice`"),
         ({"input": [{"role": "user"}]}, "input[0].content", "content"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},

@@ -29,6 +29,8 @@ def to_messages(instructions: str | None, input: str | list[InputItem]) -> list[
         for i, item in enumerate(input):
             conversation.add(item, f"input[{i}]")
         conversation.end_turn()
+    if not conversation.messages:
+        raise bad_request("`input` has no text.", "input")
     return conversation.messages
 
 

@@ -36,6 +36,7 @@ _NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
+_WRAPPED = re.compile(r"`(tools\[\d+\]|tool_choice)\.(?:function|allowed_tools)(?=[.`])")  # here without that object
 _NAMED = re.compile(rf"`({'|'.join(_NAMES)})`")
 
 
@@ -97,7 +98,8 @@ def renamed(error: ApiError) -> ApiError:
     field, dot, rest = (error.param or "").partition(".")
     if field in _NAMES:
         error.param = _NAMES[field] + ("" if field == "messages" else dot + rest)
-    error.message = _NAMED.sub(lambda match: f"`{_NAMES[match[1]]}`", error.message)
+    message = _NAMED.sub(lambda match: f"`{_NAMES[match[1]]}`", error.message)
+    error.message = _WRAPPED.sub(r"`\1", message)
     return error
 
 
