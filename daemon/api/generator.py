@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
+from daemon.ipc.prompt_logprobs import PromptLogprob
 
 
 class Overloaded(Exception):
@@ -83,6 +84,17 @@ class TokenStream(Protocol):
         """Return the journaled output before `position`; `next` goes on from there, whatever it has returned before.
 
         Raises ValueError if less output is journaled.
+        """
+        ...
+
+    def prompt(self) -> list[int]:
+        """Return the tokens of the prompt."""
+        ...
+
+    def prompt_logprobs(self, start: int, stop: int) -> list[PromptLogprob]:
+        """Return those of prompt tokens [start, stop), which the request asks for. `start`: at least 1.
+
+        They are complete once output, or the end, has arrived. Raises EngineLost if they are not.
         """
         ...
 

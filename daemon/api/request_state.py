@@ -11,6 +11,7 @@ from daemon.control.policy.ownership import Ownership
 from daemon.enums import EarlyEnd
 from daemon.ipc.journal import Crashes, Failure, Journal, SlotState
 from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
+from daemon.ipc.prompt_logprobs import PromptLogprob
 
 CANCELLED_AS = {None: Finish.STOP, EarlyEnd.DEADLINE: Finish.DEADLINE}  # by cause; the others: Finish.CANCELLED
 _FAILED = (Finish.CANCELLED, Finish.ERROR, Finish.DEADLINE)  # for the reader these are errors
@@ -256,6 +257,19 @@ class RequestState:
             logprobs = [self._journal.logprobs(self.slot, i) for i in range(len(tokens))]
         self._arrived, self._logprobs = tokens[position:], logprobs and logprobs[position:]
         return TokenChunk(tokens[:position], logprobs and logprobs[:position], Finish.NONE, self.num_cached_tokens)
+
+    def prompt(self) -> list[int]:
+        """Return the tokens of the prompt."""
+        return self._journal.prompt(self.slot)
+
+    def prompt_logprobs(self, start: int, stop: int) -> list[PromptLogprob]:
+        """Return those of prompt tokens [start, stop), which the request asks for. `start`: at least 1.
+
+        Raises EngineLost unless they are complete: they are before the first output, or the end, arrives.
+        """
+        if self._journal.num_prompt_logprobs(self.slot) < stop - 1:
+            raise EngineLost("the logprobs of the prompt were lost; please send it again")
+        return self._journal.prompt_logprobs(self.slot, start - 1, stop - 1)
 
     def cancel(self, why: EarlyEnd | None = None) -> None:
         """Cancel the request. No effect once it has ended. `why`: None if its output is complete."""

@@ -49,7 +49,8 @@ class RequestStore:
         """
         shortest = replace(params, seed=0, max_tokens=1)
         blob = len(encode(journaled_params(shortest, 0.0, attributes)))
-        size = sum(rounded(layout(blob, prompt, output, params.logprobs).size) for prompt, output in lengths)
+        sizes = (layout(blob, prompt, replace(shortest, max_tokens=output)).size for prompt, output in lengths)
+        size = sum(map(rounded, sizes))
         self._admission.check_journal(len(lengths), holder_of(attributes), size)
 
     def open(self, rid: int, record: RequestParams, prompt: Sequence[int], holder: Holder) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from daemon.api.admission import Holder, Places
 from daemon.api.engine_links import EngineLink, EngineLinks
 from daemon.api.generator import EngineLost, NoEngine, RequestAttributes, ShuttingDown, TooLong
+from daemon.api.request_events import RequestEvents
 from daemon.api.request_state import CANCELLED_AS, SHUTTING_DOWN, RequestState
 from daemon.api.request_store import RequestStore, holder_of, journaled_params, record_holder
 from daemon.config import Config
@@ -23,7 +24,6 @@ from daemon.control.policy import ownership
 from daemon.control.policy.ownership import Decision, Order, Ownership
 from daemon.enums import DispatchKind, EarlyEnd
 from daemon.ipc.event_ring import EventWriter
-from daemon.ipc.events import Dispatched, Finished, TakenOver, clipped
 from daemon.ipc.fabric import COORDINATOR, Fabric
 from daemon.ipc.journal import Failure, Journal, SlotState
 from daemon.ipc.messages import (
@@ -44,6 +44,7 @@ from daemon.ipc.messages import (
 )
 from daemon.ipc.metrics_page import FRONTEND, MetricsPage
 from daemon.ipc.process_table import ProcessState
+from daemon.ipc.prompt_logprobs import PromptLogprobs
 from daemon.ipc.ring import Record
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class RequestTracker:
         self.engines = EngineLinks(fabric, config)
         self._coordinator = fabric.reader(COORDINATOR)
         self.metrics = MetricsPage(fabric.metrics(fabric.process), FRONTEND)
-        self._events = EventWriter(fabric.events(fabric.process))
+        self._events = RequestEvents(EventWriter(fabric.events(fabric.process)))
         self._requests: dict[int, RequestState] = {}
         self._stranded: dict[int, str] = {}  # rid -> why no engine runs the request now
         self._redispatch_timer: asyncio.TimerHandle | None = None
@@ -119,7 +120,7 @@ class RequestTracker:
         prompt = array("I", prompt)
         prefix_keys = self.engines.prefix_keys(prompt, attributes.cache_salt)
         engine = self.engines.choose(high=attributes.priority < 0, prefix_keys=prefix_keys)
-        self._refuse_oversized(engine, len(prompt))
+        self._refuse_oversized(engine, len(prompt), params.max_tokens)
         rid = self._next_rid
         record = journaled_params(params, time.monotonic(), attributes)
         slot = self.store.open(rid, record, prompt, holder := holder_of(attributes))
@@ -144,10 +145,7 @@ class RequestTracker:
         """Record the dispatch in prefix affinity, metrics and events: after the Start, which need not wait for it."""
         self.engines.record_prefixes(request.prefix_keys, request.engine)
         self.metrics.inc("dispatches", 1.0, DispatchKind.AGAIN if again else DispatchKind.FIRST)
-        name, client_name = record.label or f"{request.rid:x}", clipped(record.x_request_id)
-        self._events.write(
-            Dispatched(request.rid, name, request.engine, prompt_len, request.priority, again, client_name)
-        )
+        self._events.dispatched(request, prompt_len, record, again)
 
     # -- the requests of a predecessor --------------------------------------------------------------
 
@@ -234,6 +232,8 @@ class RequestTracker:
 
     def _accept(self, out: StepOutput) -> None:
         """Apply the rows of one step; epoch and position decide which tokens are new."""
+        if out.prompt_logprobs:
+            self._accept_prompt_logprobs(out, out.prompt_logprobs)
         end = 0
         now = time.monotonic()
         for rid, epoch, start, count, finish, cached in zip(
@@ -260,6 +260,18 @@ class RequestTracker:
                 request.paused_since = 0.0
             if finish:
                 self._close(request, _result(Finish(finish)), finish=Finish(finish))
+
+    def _accept_prompt_logprobs(self, out: StepOutput, rows: dict[int, PromptLogprobs]) -> None:
+        """Journal logprobs of prompts, before the output of the same step: a reader takes them for complete then."""
+        for row, new in rows.items():
+            request = self._requests.get(out.rids[row])
+            if request is None or request.epoch != out.epochs[row]:
+                continue
+            try:
+                self._journal.append_prompt_logprobs(request.slot, new)
+            except ValueError:
+                log.exception("the logprobs of the prompt of request %d cannot be journaled", request.rid)
+                self._end_broken(request)
 
     def _end_broken(self, request: RequestState) -> None:
         """End a request whose output does not continue what is journaled; its engine must not go on with it."""
@@ -292,10 +304,8 @@ class RequestTracker:
         assert new.owner is not None
         request.paused_since = request.paused_since or request.last_output_at
         self.metrics.inc("takeovers")
-        name = self._journal.params(request.slot).label or f"{request.rid:x}"
-        to = new.owner.engine
-        self.engines.record_prefixes(request.prefix_keys, to)
-        self._events.write(TakenOver(request.rid, name, request.engine, to, new.epoch, new.accepted))
+        self.engines.record_prefixes(request.prefix_keys, new.owner.engine)
+        self._events.taken_over(request, self._journal.params(request.slot), new)
 
     def _apply(self, request: RequestState, decision: Decision, why: str = "handed back") -> None:
         """Journal the output, then the ownership with one store, then send the orders.
@@ -468,26 +478,15 @@ class RequestTracker:
         del self._requests[request.rid]
         self._stranded.pop(request.rid, None)
         self.store.end(request.slot, request.holder, finish, failure)
-        record = self._journal.params(request.slot)
-        event = Finished(
-            rid=request.rid,
-            request=record.label or f"{request.rid:x}",
-            engine=request.engine,
-            result=result,
-            output_tokens=request.accepted,
-            seconds=time.monotonic() - record.arrival,
-            detail=clipped(detail),
-            x_request_id=clipped(record.x_request_id),
-        )
-        self._events.write(event)
+        self._events.finished(request, self._journal.params(request.slot), result, detail)
 
     # -- limits -------------------------------------------------------------------------------------
 
-    def _refuse_oversized(self, engine: int, prompt_len: int) -> None:
+    def _refuse_oversized(self, engine: int, prompt_len: int, max_tokens: int) -> None:
         facts = self.engines.links[engine].facts
         assert facts is not None
         limit = min(facts.max_model_len, facts.total_blocks * facts.block_size)
-        if prompt_len >= limit:
+        if prompt_len + min(1, max_tokens) > limit:
             raise TooLong(f"the prompt has {prompt_len} tokens; prompt and answer together may have {limit}")
 
     def _publish(self) -> None:

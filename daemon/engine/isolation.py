@@ -30,18 +30,21 @@ def compute_row_by_row(
     tokens: list[int] = []
     logprobs: list[TokenLogprobs | None] = []
     dropped: list[int] = []
+    scored: dict[int, bytes] = {}
     for i, row in enumerate(plan.rows):
         beat()
         result = _compute(runner, row, plan, decode=i < plan.num_decodes)
         if result is None or result.dropped:
             dropped.append(i)
+        elif result.prompt_logprobs:
+            scored[i] = result.prompt_logprobs[0]
         if row.sample:
             tokens.append(NO_TOKEN if result is None or result.dropped else result.tokens[0])
             logprobs.append(result.logprobs[0] if result is not None and result.logprobs else None)
     if dropped:
         beat()
         _check(runner, error)
-    return StepResult(tokens, logprobs if any(logprobs) else None, tuple(dropped))
+    return StepResult(tokens, logprobs if any(logprobs) else None, tuple(dropped), scored)
 
 
 def _compute(runner: Runner, row: Row, plan: StepPlan, *, decode: bool) -> StepResult | None:

@@ -43,6 +43,7 @@ class JournalReader:
             if _holds(journal, slot, rid, epoch):
                 raise
             return None
+        request.unscored = max(0, request.unscored - journal.num_prompt_logprobs(slot))
         # The frontend may have closed the request and overwritten the slot during the read.
         if not _holds(journal, slot, rid, epoch):
             return None
@@ -56,6 +57,14 @@ class JournalReader:
         journal = self._journals[request.frontend]
         count = journal.num_output(request.slot)
         return count if _holds(journal, request.slot, request.rid, request.epoch) else -1
+
+    def is_scored(self, request: Request) -> bool:
+        """Return True if the frontend has journaled all logprobs of the prompt that the request asks for."""
+        journal = self._journals[request.frontend]
+        return (
+            request.sampling.prompt_logprobs < 0
+            or journal.num_prompt_logprobs(request.slot) >= request.prompt_len - 1
+        )
 
 
 def _holds(journal: JournalView, slot: int, rid: int, epoch: int) -> bool:

@@ -34,6 +34,10 @@ class Request:
     num_sampling: bool = False  # a step in flight samples the token after the known ones
     paused: bool = False  # left out of further plans, so that no step in flight contains it soon
     unready: bool = False  # its next token cannot be sampled yet: the mask of its grammar is being computed
+    unscored: int = field(init=False)  # tokens at the prompt's end whose logprobs are wanted and not applied yet
+
+    def __post_init__(self) -> None:
+        self.unscored = self.prompt_len - 1 if self.sampling.prompt_logprobs >= 0 else 0
 
     @property
     def sampling(self) -> SamplingParams:
@@ -44,6 +48,12 @@ class Request:
     def num_output(self) -> int:
         """Number of output tokens."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_scored(self) -> int:
+        """Number of prompt tokens whose logprobs are applied, after the first token. None is wanted if `unscored`
+        is 0."""
+        return self.prompt_len - 1 - self.unscored
 
     @property
     def length(self) -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+NOT_SCORED = range(0)
+
 
 class Row(NamedTuple):
     """One request's part of a step: compute the KV of ``request.tokens[start : start + count]``.
@@ -26,6 +28,8 @@ class Row(NamedTuple):
 
     If ``start == len(request.tokens)``, the one token to compute is the token that the step in flight samples for
     this request.
+
+    `scored`: positions in the prompt. The logits of each give the logprobs of the prompt's next token.
     """
 
     request: Request
@@ -33,6 +37,7 @@ class Row(NamedTuple):
     count: int  # type: ignore[assignment]  # shadows tuple.count, which is not used here
     sample: bool
     preemptions: int = 0  # `request.preemptions` at planning; after another preemption the row is void
+    scored: range = NOT_SCORED
 
 
 class TokenMasks(Protocol):
@@ -73,11 +78,14 @@ class StepResult(NamedTuple):
     `dropped`: indices of the plan's rows that were not computed because memory ran out. Their KV does not exist, so
     their requests must end and their blocks must not enter the prefix cache. If such a row samples, its token is
     NO_TOKEN.
+
+    `prompt_logprobs`: the records of each computed row with `scored`, by its index in the plan.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     dropped: tuple[int, ...] = ()
+    prompt_logprobs: dict[int, bytes] | None = None
 
 
 class PoolSpec(NamedTuple):

@@ -30,9 +30,11 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from daemon.engine.request import Request
+from daemon.engine.rows import next_row, split_decodes
 from daemon.engine.runner import NO_TOKEN, NOT_YET, Row, StepPlan, StepResult
 from daemon.engine.waiting_queue import Urgency, WaitingQueue
 from daemon.ipc.messages import Finish, TokenLogprobs
+from daemon.ipc.prompt_logprobs import PromptLogprobs
 from daemon.kvpool.block_manager import BlockManager, PoolError
 
 Key = Callable[[Request, float], float]
@@ -51,6 +53,7 @@ class Emission(NamedTuple):
     tokens: list[int]
     finish: Finish
     logprobs: list[TokenLogprobs | None] | None  # one per token
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Scheduler:
@@ -102,7 +105,7 @@ class Scheduler:
     @property
     def pending_prefill_tokens(self) -> int:
         """Tokens to compute, of waiting and half-prefilled requests."""
-        _, prefilling = _split_decodes(self.running.values())
+        _, prefilling = split_decodes(self.running.values())
         return self.waiting.tokens + sum(request.pending for request in prefilling)
 
     # -- requests come and go ------------------------------------------------------------------
@@ -116,9 +119,10 @@ class Scheduler:
         length = len(request.tokens)
         if not length:
             return "the prompt is empty"
-        if length >= self.max_model_len:
+        needed = length + min(1, request.sampling.max_tokens)
+        if needed > self.max_model_len:
             return f"{length} tokens leave no room for output: the model takes {self.max_model_len}"
-        if length >= self.max_len:
+        if needed > self.max_len:
             return f"{length} tokens leave no room for output: the KV memory holds {self.max_len}"
         return None
 
@@ -267,8 +271,8 @@ class Scheduler:
         """
         # After a preemption for lack of blocks admit nothing: the request would be preempted again.
         preempted = self._grow_tables(now) or self._admit(now)
-        decoding, prefilling = _split_decodes(r for r in self.running.values() if self._is_plannable(r))
-        rows = [_next_row(request, 1) for request in decoding]
+        decoding, prefilling = split_decodes(r for r in self.running.values() if self._is_plannable(r))
+        rows = [next_row(request, 1) for request in decoding]
         rows += self._prefill_rows(prefilling, self._budget(len(decoding)) - len(decoding), now)
         if not rows:
             return None
@@ -368,16 +372,18 @@ class Scheduler:
         for request in sorted(prefilling, key=lambda r: self._urgency(r, now)):
             count = min(request.pending - request.unready, budget)
             if count:
-                rows.append(_next_row(request, count))
+                rows.append(next_row(request, count))
             budget -= count
         return rows
 
     def _match_prefix(self, request: Request) -> list[int]:
-        """Return the cached blocks of the request's prefix. At least one token is left to compute, for its logits."""
+        """Return the cached blocks of the request's prefix. What gives logits is left to compute: at least one token,
+        and every one from the first on that is to be scored."""
         if not self.blocks.prefix_caching:
             return []
         self._update_hashes(request)
-        return self.blocks.match(request.hashes[: (len(request.tokens) - 1) // self.blocks.block_size])
+        end = request.num_scored if request.unscored else len(request.tokens) - 1
+        return self.blocks.match(request.hashes[: end // self.blocks.block_size])
 
     def _update_hashes(self, request: Request) -> None:
         if len(request.hashes) < len(request.tokens) // self.blocks.block_size:
@@ -397,6 +403,7 @@ class Scheduler:
         self._unsettled = {block: number for block, number in self._unsettled.items() if number > plan.number}
         emissions = []
         sampled = zip(result.tokens, result.logprobs or repeat(None))  # noqa: B905
+        scored = result.prompt_logprobs or {}
         for i, row in enumerate(plan.rows):
             request = row.request
             token, logprobs = next(sampled) if row.sample else (-1, None)
@@ -406,13 +413,17 @@ class Scheduler:
             if i in result.dropped:
                 emissions.append(self._append(request, NO_TOKEN, None))
                 continue
-            if row.sample and token == NOT_YET:
+            postponed = row.sample and token == NOT_YET
+            self._set_computed(request, row.start + row.count - postponed)
+            new = PromptLogprobs(row.scored.start, scored[i]) if i in scored else None
+            request.unscored -= len(row.scored)
+            if postponed:
                 request.num_sampling = False
-                self._set_computed(request, row.start + row.count - 1)
+            elif row.sample:
+                emissions.append(self._append(request, token, logprobs, new))
                 continue
-            self._set_computed(request, row.start + row.count)
-            if row.sample:
-                emissions.append(self._append(request, token, logprobs))
+            if new is not None:
+                emissions.append(Emission(request, request.num_output, [], Finish.NONE, None, new))
         return emissions
 
     def _set_computed(self, request: Request, num_computed: int) -> None:
@@ -428,7 +439,9 @@ class Scheduler:
             self._update_hashes(request)
             self.blocks.register(request.block_table[first:end], request.hashes[first:end])
 
-    def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Emission:
+    def _append(
+        self, request: Request, token: int, logprobs: TokenLogprobs | None, scored: PromptLogprobs | None = None
+    ) -> Emission:
         """Append a sampled token, and end the request if it is the last one or NO_TOKEN."""
         start = request.num_output
         if not request.in_flight:
@@ -436,11 +449,14 @@ class Scheduler:
         if token == NO_TOKEN:
             self._end(request, Finish.ERROR)
             return Emission(request, start, [], Finish.ERROR, None)
+        if not request.sampling.max_tokens:  # the prompt is computed, and that was all
+            self._end(request, Finish.LENGTH)
+            return Emission(request, start, [], Finish.LENGTH, None, scored)
         request.tokens.append(token)
         finish = self._finish(request, token)
         if finish:
             self._end(request, finish)
-        return Emission(request, start, [token], finish, None if logprobs is None else [logprobs])
+        return Emission(request, start, [token], finish, None if logprobs is None else [logprobs], scored)
 
     def _finish(self, request: Request, token: int) -> Finish:
         """Return how `token`, just appended, ends the request; Finish.NONE if it does not."""
@@ -478,23 +494,3 @@ class Scheduler:
         if request.pending < 1:
             return "has nothing to compute"
         return None
-
-
-def _split_decodes(requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
-    """Split into decoding requests, with one token to compute, and half-prefilled requests, with more."""
-    decoding: list[Request] = []
-    prefilling: list[Request] = []
-    for request in requests:
-        (decoding if request.pending == 1 else prefilling).append(request)
-    return decoding, prefilling
-
-
-def _next_row(request: Request, count: int) -> Row:
-    """Return a row for the next `count` tokens of the request."""
-    return Row(
-        request,
-        request.num_computed + request.num_inflight_tokens,
-        count,
-        count == request.pending,
-        request.preemptions,
-    )

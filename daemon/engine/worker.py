@@ -236,7 +236,7 @@ class Worker:
 
     def _count_prefills(self, emissions: list[Emission], now: float) -> None:
         for emission in emissions:
-            if emission.start == 0:
+            if emission.start == 0 and (emission.tokens or emission.finish):
                 request = emission.request
                 self._metrics.observe("request_queue_time_seconds", request.admitted - request.params.arrival)
                 self._metrics.observe("request_prefill_time_seconds", now - request.admitted)

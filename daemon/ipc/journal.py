@@ -2,13 +2,14 @@
 
 Only the owning frontend writes it; engines and the coordinator map it read-only. It contains everything that another
 engine needs to continue a request from the last token that the frontend has accepted: parameters, prompt, seed,
-epoch, owner and the accepted output with its logprobs. At admission it reserves the space for all of max_tokens.
+epoch, owner, the logprobs of the prompt, and the accepted output with its logprobs. At admission it reserves the
+space for all of max_tokens.
 
 It outlives its frontend: a successor can adopt it. The owner may die at any store, so each change is committed by
 one aligned store, and a slot that was not committed counts as free.
 
 The segment begins with one word, the *generation*: the incarnation of the frontend that has begun with an empty
-journal; 0 while that one empties it. At byte 64 begin the slots. A slot is fourteen u64 words:
+journal; 0 while that one empties it. At byte 64 begin the slots. A slot is sixteen u64 words:
 
     0   request id
     1   epoch << 32 | owner << 16 | which << 8 | state      (one store commits all of them)
@@ -24,9 +25,12 @@ journal; 0 while that one empties it. At byte 64 begin the slots. A slot is four
     11  epoch of the last crash << 32 | engines that failed << 16 | engines that crashed
     12  weights of the owner if `which` is 0
     13  weights of the owner if `which` is 1
+    14  offset of the prompt's logprobs << 32 | bytes of one record of them (0: none)
+    15  records accepted of the prompt's logprobs
 
 Offsets count from the start of the segment, in bytes. Prompt and output are u32 arrays. A logprob record is
-f32 of the chosen token, then (u32 id, f32 logprob) for each alternative; unused alternatives have id 2^32-1.
+f32 of the chosen token, then (u32 id, f32 logprob) for each alternative; unused alternatives have id 2^32-1. The
+records of the prompt's logprobs are in `prompt_logprobs`.
 """
 
 from __future__ import annotations
@@ -39,10 +43,11 @@ from math import isnan
 from typing import NamedTuple
 
 from daemon.ipc.arena import ALIGN, Arena, rounded
-from daemon.ipc.messages import Finish, RequestParams, TokenLogprobs, decode_params, encode
+from daemon.ipc.messages import Finish, RequestParams, SamplingParams, TokenLogprobs, decode_params, encode
+from daemon.ipc.prompt_logprobs import PromptLogprob, PromptLogprobs, record_bytes, unpack
 
 HEADER_BYTES = 64
-SLOT_WORDS = 14
+SLOT_WORDS = 16
 _NO_OWNER = 0xFFFF
 _NO_TOKEN = 0xFFFFFFFF
 _U64 = (1 << 64) - 1
@@ -101,18 +106,23 @@ class Layout(NamedTuple):
 
     tokens_at: int
     output_at: int
+    prompt_logprobs_at: int
+    prompt_record: int  # of one prompt token's logprobs
     logprobs_at: int
-    record: int  # of one token's logprobs
+    record: int  # of one output token's logprobs
     size: int
 
 
-def layout(params_len: int, prompt_len: int, max_tokens: int, logprobs: int) -> Layout:
-    """Lay out a reservation. `params_len` in bytes; `logprobs` as in `SamplingParams`."""
-    record = 0 if logprobs < 0 else 4 + 8 * logprobs
+def layout(params_len: int, prompt_len: int, sampling: SamplingParams) -> Layout:
+    """Lay out the reservation of a request. `params_len` in bytes."""
+    record = 0 if sampling.logprobs < 0 else 4 + 8 * sampling.logprobs
+    prompt_record = record_bytes(sampling.prompt_logprobs)
     tokens_at = rounded(params_len)
     output_at = tokens_at + 4 * prompt_len
-    logprobs_at = output_at + 4 * max_tokens
-    return Layout(tokens_at, output_at, logprobs_at, record, logprobs_at + record * max_tokens)
+    prompt_logprobs_at = output_at + 4 * sampling.max_tokens
+    logprobs_at = prompt_logprobs_at + prompt_record * max(0, prompt_len - 1)
+    size = logprobs_at + record * sampling.max_tokens
+    return Layout(tokens_at, output_at, prompt_logprobs_at, prompt_record, logprobs_at, record, size)
 
 
 class JournalView:
@@ -196,6 +206,15 @@ class JournalView:
             return None
         return _unpack_logprobs(self._view[offset + position * record : offset + (position + 1) * record])
 
+    def num_prompt_logprobs(self, slot: int) -> int:
+        """Return the number of accepted records of the prompt's logprobs."""
+        return int(self._words[slot * SLOT_WORDS + 15])
+
+    def prompt_logprobs(self, slot: int, start: int, stop: int) -> list[PromptLogprob]:
+        """Return records [start, stop) of the prompt's logprobs, which must be accepted."""
+        offset, record = self._pair(slot, 14)
+        return unpack(self._view[offset + start * record : offset + stop * record], record)
+
     def live_slots(self) -> list[int]:
         """Return the slots of all LIVE requests."""
         return self._slots_in(SlotState.LIVE)
@@ -265,26 +284,26 @@ class Journal(JournalView):
         """
         sampling = params.sampling
         blob = encode(params)
-        tokens_at, output_at, logprobs_at, record, size = layout(
-            len(blob), len(prompt), sampling.max_tokens, sampling.logprobs
-        )
-        slot, start = self._reserve(size)
+        parts = layout(len(blob), len(prompt), sampling)
+        slot, start = self._reserve(parts.size)
         at = self._arena_offset + start
         self._view[at : at + len(blob)] = blob
         packed = prompt if isinstance(prompt, array) and prompt.typecode == "I" else array("I", prompt)
-        self._view[at + tokens_at : at + output_at] = packed.tobytes()
+        self._view[at + parts.tokens_at : at + parts.output_at] = packed.tobytes()
         base = slot * SLOT_WORDS
         self._words[base] = rid
         self._words[base + 2] = 0
         self._words[base + 3] = at << 32 | len(blob)
-        self._words[base + 4] = at + tokens_at << 32 | len(prompt)
-        self._words[base + 5] = at + output_at << 32 | sampling.max_tokens
-        self._words[base + 6] = at + logprobs_at << 32 | record
+        self._words[base + 4] = at + parts.tokens_at << 32 | len(prompt)
+        self._words[base + 5] = at + parts.output_at << 32 | sampling.max_tokens
+        self._words[base + 6] = at + parts.logprobs_at << 32 | parts.record
         self._words[base + 7] = 0
         self._words[base + 9] = params.priority & _U64
         self._words[base + 10] = 0
         self._words[base + 11] = 0
         self._words[base + 12] = 0
+        self._words[base + 14] = at + parts.prompt_logprobs_at << 32 | parts.prompt_record
+        self._words[base + 15] = 0
         self._words[base + 1] = _NO_OWNER << 16 | SlotState.LIVE
         return slot
 
@@ -326,6 +345,20 @@ class Journal(JournalView):
         if logprobs is not None:
             self._write_logprobs(slot, n, logprobs)
         self._words[slot * SLOT_WORDS + 2] = n + len(tokens)
+
+    def append_prompt_logprobs(self, slot: int, new: PromptLogprobs) -> None:
+        """Append the records that are not accepted yet: write them, then commit their number with one store.
+
+        Raises ValueError if records before them are missing, or if they exceed the prompt.
+        """
+        n = self.num_prompt_logprobs(slot)
+        offset, record = self._pair(slot, 14)
+        end = new.start + len(new.records) // record if record else 0
+        if new.start > n or end >= self.prompt_len(slot):
+            raise ValueError(f"request {self.rid(slot)} has {n} logprobs of its prompt, not {new.start}")
+        if end > n:
+            self._view[offset + n * record : offset + end * record] = new.records[(n - new.start) * record :]
+            self._words[slot * SLOT_WORDS + 15] = end
 
     def end(self, slot: int, finish: Finish, failure: Failure = Failure.NONE) -> None:
         """End the request, whose output is complete. Its slot and its space stay until `close`."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from daemon.enums import MigrationChoice, MigrationMode, MigrationReason
+from daemon.ipc.prompt_logprobs import PromptLogprobs
 
 Struct = msgspec.Struct
 
@@ -40,7 +41,7 @@ class SamplingParams(Struct, array_like=True, frozen=True):
     `seed` is always set: the user's, or a random one from admission; choice i of n uses `choice_seed`.
     """
 
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is computed
     seed: int
     temperature: float = 1.0
     top_k: int = 0  # 0: all
@@ -55,6 +56,9 @@ class SamplingParams(Struct, array_like=True, frozen=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int = -1  # -1: none; 0: of the chosen token; k: also of the k most likely tokens
     grammar: str = ""  # that the output matches, in llguidance's form; "": none
+    prompt_logprobs: int = -1  # the same of each token of the prompt but the first
+    allowed_token_ids: tuple[int, ...] = ()  # only these may be sampled; (): all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that the output may not contain
 
     @property
     def greedy(self) -> bool:
@@ -232,7 +236,7 @@ class StepOutput(Struct, tag=1, array_like=True, frozen=True):
     """All output of one step for one frontend. Row i contains consecutive tokens of request rids[i].
 
     `starts[i]` is the output position of the row's first token. The row has `counts[i]` tokens; `tokens` contains the
-    rows one after another. A row may have no token and only a finish.
+    rows one after another. A row may have no token, and only a finish or logprobs of its prompt.
     """
 
     rids: list[int]
@@ -243,6 +247,7 @@ class StepOutput(Struct, tag=1, array_like=True, frozen=True):
     finishes: list[int]  # Finish
     cached: list[int]  # prompt tokens that came from the prefix cache
     logprobs: list[TokenLogprobs | None] | None = None  # one per token, or None if no row asks for any
+    prompt_logprobs: dict[int, PromptLogprobs] | None = None  # by row; None if no row has any
 
 
 class Refused(Struct, tag=2, array_like=True, frozen=True):

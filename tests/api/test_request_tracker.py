@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from daemon.api.engine_links import HUNG_AFTER
 from daemon.api.generator import EngineLost, RequestAttributes, ShuttingDown
@@ -35,6 +37,7 @@ from daemon.ipc.messages import (
 )
 from daemon.ipc.metrics_page import FRONTEND, snapshot
 from daemon.ipc.process_table import ProcessFacts, ProcessState
+from daemon.ipc.prompt_logprobs import PromptLogprobs
 from tests.control.factories import engine_facts
 from tests.ipc.factories import fabric_handles
 
@@ -115,9 +118,9 @@ class Harness:
         """Publish that this incarnation has ended by an exception of its own."""
         self.end_engine(i, incarnation, ProcessState.DEAD, last_crashed=incarnation, last_failed=incarnation)
 
-    def submit(self) -> RequestState:
+    def submit(self, params: SamplingParams = PARAMS) -> RequestState:
         with self.tracker.admit(1):
-            return self.tracker.submit([1, 2, 3], PARAMS, RequestAttributes("x"))
+            return self.tracker.submit([1, 2, 3], params, RequestAttributes("x"))
 
     def received(self, i: int, incarnation: int) -> list[ToEngine]:
         """Return all messages to this incarnation of engine i that the tracker has put on its ring."""
@@ -492,3 +495,38 @@ async def test_engine_states_have_the_names_that_operators_see(harness: Harness)
     assert harness.tracker.engines.states() == ["serving", "parking"]
     harness.end_engine(1, 1)
     assert harness.tracker.engines.states() == ["serving", "parked"]
+
+
+def scored(rid: int, start: int, logprobs: list[float], *, epoch: int = 1, tokens: list[int] = ()) -> StepOutput:
+    """Return a step with logprobs of the request's prompt."""
+    records = b"".join(struct.pack("<fI", logprob, 1) for logprob in logprobs)
+    output = step_output(rid, epoch=epoch, start=0, tokens=list(tokens))
+    return replace(output, prompt_logprobs={0: PromptLogprobs(start, records)})
+
+
+@with_harness
+async def test_logprobs_of_a_prompt_are_journaled_once_whichever_engine_sends_them(harness: Harness) -> None:
+    """A second engine repeats one and adds the rest; what the first one sends at its old epoch is dropped."""
+    harness.start_engine(0, 1)
+    request = harness.submit(replace(PARAMS, prompt_logprobs=0))
+    harness.send(0, 1, scored(request.rid, 0, [-1.0]))
+    with pytest.raises(EngineLost, match="prompt"):
+        request.prompt_logprobs(1, 3)
+    harness.start_engine(1, 1)
+    harness.fail_engine(0, 1)
+    harness.send(1, 1, scored(request.rid, 0, [-9.0, -9.0], epoch=1))
+    harness.send(1, 1, scored(request.rid, 0, [-1.5, -2.0], epoch=2, tokens=[7]))
+    assert [entry.logprob for entry in request.prompt_logprobs(1, 3)] == [-1.0, -2.0]
+    assert [entry.logprob for entry in request.prompt_logprobs(2, 3)] == [-2.0]
+    assert (await request.next()).tokens == [7]
+
+
+@with_harness
+async def test_a_request_ends_if_logprobs_of_its_prompt_are_missing(harness: Harness) -> None:
+    harness.start_engine(0, 1)
+    request, other = harness.submit(replace(PARAMS, prompt_logprobs=0)), harness.submit()
+    harness.send(0, 1, scored(request.rid, 1, [-1.0]))
+    with pytest.raises(EngineLost, match="lost"):
+        await request.next()
+    assert harness.received(0, 1)[-1] == Cancel(request.rid, 1)
+    assert not other.done

@@ -17,6 +17,7 @@ from daemon.ipc.messages import (
     TokenLogprobs,
     decode_to_frontend,
 )
+from daemon.ipc.prompt_logprobs import PromptLogprobs
 from daemon.ipc.ring import RingReader, RingWriter, ring_bytes
 
 RECEIVER = 9
@@ -97,6 +98,31 @@ def test_the_largest_step_fits_a_ring():
         for message in read_messages(reader):
             received += message.rids
     assert received == [n + (1 << 40) for n in range(1100)]
+
+
+def test_the_logprobs_of_a_long_prompt_fit_a_ring_in_pieces():
+    """They come in order and once, before the tokens of the same emission, and beside the rows of other requests."""
+    outbox, reader = make_outbox(1 << 20)
+    params = RequestParams(SamplingParams(max_tokens=9, seed=0, prompt_logprobs=20), 0.0)
+    records = bytes(range(256)) * (20_000 * 168 // 256)
+    long = Request(1, 1, 0, params, [1] * 20_001, 20_001)
+    outbox.emit(Emission(make_request(2), 0, [5], Finish.NONE, None))
+    outbox.emit(Emission(long, 0, [8], Finish.LENGTH, None, PromptLogprobs(100, records)))
+    outbox.emit(Emission(make_request(3), 4, [6], Finish.NONE, None))
+    rows, found = [], b""
+    while outbox.flush():
+        for m in read_messages(reader):
+            begin = 0
+            for i, (rid, count, finish) in enumerate(zip(m.rids, m.counts, m.finishes, strict=True)):
+                if (part := (m.prompt_logprobs or {}).get(i)) is not None:
+                    assert rid == 1 and part.start == 100 + len(found) // 168
+                    found += part.records
+                rows.append((rid, m.tokens[begin : begin + count], finish, len(found)))
+                begin += count
+    assert found == records
+    assert [row for row in rows if row[1]] == [
+        (2, [5], Finish.NONE, 0), (1, [8], Finish.LENGTH, len(records)), (3, [6], Finish.NONE, len(records))
+    ]  # fmt: skip
 
 
 script = st.lists(

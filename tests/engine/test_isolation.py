@@ -56,7 +56,7 @@ def run(runner, scheduler: Scheduler) -> dict[int, tuple[list[int], Finish]]:
             pipeline.launch(plan)
         step = pipeline.collect(leave=0 if plan is None else 1)
         if step is not None:
-            for request, _, tokens, finish, _ in scheduler.apply_result(step.plan, step.result, 0.0):
+            for request, _, tokens, finish, *_ in scheduler.apply_result(step.plan, step.result, 0.0):
                 streams[request.rid] = (streams.get(request.rid, ([], finish))[0] + tokens, finish)
         scheduler.check()
         if plan is None and step is None:

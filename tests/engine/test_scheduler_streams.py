@@ -1,7 +1,8 @@
 """The scheduler, the block manager and the hash runner as one engine, with random events.
 
-Every client must get exactly the stream that its prompt and seed determine, and no block may be lost, for any pool,
-chunking, preemptions, shared prefixes, cancels, resumes, changes of priority and reservations.
+Every client must get exactly the stream that its prompt and seed determine, and each logprob of its prompt once, and
+no block may be lost, for any pool, chunking, preemptions, shared prefixes, cancels, resumes, changes of priority and
+reservations.
 """
 
 import random
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.fake.hash import HashRunner, expected_stream
+from daemon.engine.fake.hash import HashRunner, expected_prompt_logprobs, expected_stream
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import Finish, RequestParams, SamplingParams
+from daemon.ipc.prompt_logprobs import record_bytes, unpack
 from daemon.kvpool.block_manager import BlockManager
 
 VOCAB, EOS = 40, 7
@@ -32,11 +34,14 @@ class Client:
     at: int
     new_priority: int  # for "reprioritise"
     stream: list[int] = field(default_factory=list)
+    scored: list[float] = field(default_factory=list)  # logprobs of the prompt
     finish: Finish = Finish.NONE
 
     def request(self, rid: int, epoch: int) -> Request:
         params = RequestParams(self.sampling, float(self.arrives), self.priority)
-        return Request(rid, epoch, 0, params, [*self.prompt, *self.stream], len(self.prompt))
+        request = Request(rid, epoch, 0, params, [*self.prompt, *self.stream], len(self.prompt))
+        request.unscored = max(0, request.unscored - len(self.scored))  # as a reader of the journal does
+        return request
 
 
 @dataclass
@@ -83,11 +88,12 @@ def expected(client: Client, max_len: int) -> tuple[list[int], Finish]:
 
 samplings = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 30),
+    max_tokens=st.integers(0, 30),
     seed=st.integers(0, 2**64 - 1),
     min_tokens=st.integers(0, 6),
     ignore_eos=st.booleans(),
     stop_token_ids=st.sampled_from([(), (), (3, 11)]),
+    prompt_logprobs=st.sampled_from([-1, -1, 0, 2]),
 )
 prompts = st.tuples(st.sampled_from([0, 1]), st.integers(0, 30), st.lists(st.integers(0, 3), min_size=1, max_size=8))
 clients = st.builds(
@@ -173,7 +179,7 @@ class Run:
             assert plan.num_tokens <= max(self.engine.max_mixed_tokens, plan.num_decodes + size)
         assert len(self.scheduler.running) <= self.engine.max_num_seqs
         assert len({row.request.rid for row in plan.rows}) == len(plan.rows)
-        for i, (request, start, count, sample, _) in enumerate(plan.rows):
+        for i, (request, start, count, sample, *_) in enumerate(plan.rows):
             assert start == request.num_computed + request.num_inflight_tokens - count and count >= 1
             assert sample == (start + count >= len(request.tokens))
             assert len(request.block_table) * size >= start + count
@@ -203,9 +209,15 @@ class Run:
         self.step += 1
 
     def receive(self, emissions) -> None:
-        for request, start, tokens, finish, _ in emissions:
+        for request, start, tokens, finish, _, scored in emissions:
             client = self.clients[request.rid]
             assert not client.finish and start == len(client.stream)
+            if scored is not None:
+                assert scored.start == len(client.scored)
+                found = unpack(scored.records, record_bytes(client.sampling.prompt_logprobs))
+                client.scored += [entry.logprob for entry in found]
+            if tokens and client.sampling.prompt_logprobs >= 0:
+                assert len(client.scored) == len(client.prompt) - 1, "output before the prompt is scored"
             client.stream += tokens
             client.finish = finish
 
@@ -229,5 +241,9 @@ def test_every_stream_is_correct_and_no_block_is_lost(engine, clients, reservati
             assert (client.stream, client.finish) == (stream, finish)
         else:
             assert client.stream == stream[: len(client.stream)]
+        scored = expected_prompt_logprobs(client.prompt) if client.sampling.prompt_logprobs >= 0 else []
+        assert client.scored == (
+            scored if client.finish in (Finish.STOP, Finish.LENGTH) else scored[: len(client.scored)]
+        )
     assert run.scheduler.blocks.num_used == 0
     assert run.scheduler.plan(1e9) is None

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from daemon.ipc.journal import Crashes, Failure, Journal, JournalFull, JournalTooSmall, JournalView, SlotState
 from daemon.ipc.messages import Finish, RequestParams, SamplingParams, TokenLogprobs
+from daemon.ipc.prompt_logprobs import NO_ID, PromptLogprob, PromptLogprobs
 from tests.ipc.crashing_memory import Crash, CrashingMemory, StoreBudget
 
 SIZE = 24 << 10
@@ -22,14 +23,34 @@ logs = st.integers(-800, 0).map(lambda n: n / 8)
 
 
 def params(
-    max_tokens: int = 16, logprobs: int = -1, label: str = "", seed: int = 7, priority: int = 0
+    max_tokens: int = 16,
+    logprobs: int = -1,
+    label: str = "",
+    seed: int = 7,
+    priority: int = 0,
+    prompt_logprobs: int = -1,
 ) -> RequestParams:
-    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     return RequestParams(sampling, 1.5, priority, label=label)
 
 
 def memory(size: int = SIZE) -> memoryview:
     return memoryview(bytearray(size))
+
+
+def packed(found: list[PromptLogprob], top: int) -> bytes:
+    """Return the records of `found`, as an engine sends them."""
+    out = b""
+    for own, rank, ids, tops in found:
+        pairs = [*zip(ids, tops, strict=True), *[(NO_ID, 0.0)] * (top - len(ids))]
+        out += struct.pack("<fI", own, rank) + b"".join(struct.pack("<If", *pair) for pair in pairs)
+    return out
+
+
+def prompt_entries(top: int) -> st.SearchStrategy[PromptLogprob]:
+    alternatives = st.lists(st.tuples(token_ids, logs), max_size=top)
+    return st.builds(lambda own, rank, pairs: PromptLogprob(own, rank, [p[0] for p in pairs], [p[1] for p in pairs]),
+                     logs, st.integers(1, 2**32 - 1), alternatives)  # fmt: skip
 
 
 def entries(top: int) -> st.SearchStrategy[TokenLogprobs]:
@@ -59,9 +80,10 @@ class JournalModel(RuleBasedStateMachine):
         logprobs=st.integers(-1, 3),
         label=st.text(max_size=20),
         priority=priorities,
+        scored=st.integers(-1, 2),
     )
-    def open(self, prompt: list[int], max_tokens: int, logprobs: int, label: str, priority: int) -> None:
-        wanted = params(max_tokens, logprobs, label, next(self.rids), priority)
+    def open(self, prompt: list[int], max_tokens: int, logprobs: int, label: str, priority: int, scored: int) -> None:
+        wanted = params(max_tokens, logprobs, label, next(self.rids), priority, scored)
         rid = next(self.rids) << 32
         try:
             slot = self.journal.open(rid, wanted, prompt)
@@ -69,7 +91,7 @@ class JournalModel(RuleBasedStateMachine):
             assert self.live, "an empty journal refused a request that fits"
             return
         assert slot not in self.live
-        self.live[slot] = {"rid": rid, "params": wanted, "prompt": prompt, "output": [], "logprobs": [],
+        self.live[slot] = {"rid": rid, "params": wanted, "prompt": prompt, "output": [], "logprobs": [], "scored": [],
                            "epoch": 0, "owner": (0xFFFF, 0), "priority": priority,
                            "finish": Finish.NONE, "failure": Failure.NONE,
                            "cached": 0, "crashes": Crashes()}  # fmt: skip
@@ -141,6 +163,25 @@ class JournalModel(RuleBasedStateMachine):
         entry["logprobs"] += found if found is not None else [None] * len(tokens)
 
     @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 1000), back=st.integers(-1, 9), count=st.integers(0, 12), data=st.data())
+    def append_prompt_logprobs(self, which: int, back: int, count: int, data: st.DataObject) -> None:
+        """`back`: how many of the records the journal has already; -1: one is missing."""
+        slot = self.pick(which)
+        entry = self.live[slot]
+        top, known, start = entry["params"].sampling.prompt_logprobs, entry["scored"], len(entry["scored"]) - back
+        if top < 0 or start < 0:
+            return
+        new = data.draw(st.lists(prompt_entries(top), min_size=count, max_size=count))
+        new[: max(0, back)] = known[start:][:count]  # an engine that computes it again gets the same
+        sent = PromptLogprobs(start, packed(new, top))
+        if back < 0 or start + len(new) >= len(entry["prompt"]):
+            with pytest.raises(ValueError, match="logprobs"):
+                self.journal.append_prompt_logprobs(slot, sent)
+            return
+        self.journal.append_prompt_logprobs(slot, sent)
+        known += new[back:]
+
+    @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 1000))
     def close(self, which: int) -> None:
         slot = self.pick(which)
@@ -169,6 +210,10 @@ class JournalModel(RuleBasedStateMachine):
             assert (view.epoch(slot), view.owner(slot)) == (entry["epoch"], entry["owner"])
             assert view.weights(slot) == entry.get("weights", 0)
             assert [view.logprobs(slot, i) for i in range(len(entry["output"]))] == entry["logprobs"]
+            assert view.num_prompt_logprobs(slot) == len(entry["scored"])
+            if entry["scored"]:
+                assert view.prompt_logprobs(slot, 0, len(entry["scored"])) == entry["scored"]
+                assert view.prompt_logprobs(slot, 1, len(entry["scored"])) == entry["scored"][1:]
 
     def teardown(self) -> None:
         for slot in list(self.live):
@@ -252,15 +297,19 @@ def test_a_crash_of_the_owner_at_any_store_leaves_no_partial_request():
         journal = Journal(shared)
         try:
             journal = _crashing(journal, budget)
-            slot = journal.open(5, params(8, logprobs=0, priority=-1), [1, 2, 3])
+            slot = journal.open(5, params(8, logprobs=0, priority=-1, prompt_logprobs=0), [1, 2, 3])
             journal.assign(slot, 1, 2, 3)
+            journal.append_prompt_logprobs(slot, PromptLogprobs(0, packed([PromptLogprob(-2.0, 7, [], [])] * 2, 0)))
             journal.reprioritise(slot, 1)
             journal.append(slot, [10, 11, 12], [TokenLogprobs(-1.0, [], [])] * 3)
         except Crash:
             died = True
         for slot in view.live_slots():
             assert (view.rid(slot), view.prompt(slot)) == (5, [1, 2, 3])
-            assert view.params(slot) == params(8, logprobs=0, priority=-1)
+            assert view.params(slot) == params(8, logprobs=0, priority=-1, prompt_logprobs=0)
+            scored = view.num_prompt_logprobs(slot)
+            assert scored in (0, 2)
+            assert view.prompt_logprobs(slot, 0, scored) == [PromptLogprob(-2.0, 7, [], [])] * scored
             assert view.priority(slot) in ((-1, 1) if view.epoch(slot) else (-1,))
             assert (view.epoch(slot), view.owner(slot)[0]) in ((0, 0xFFFF), (1, 2))
             output = view.output(slot)

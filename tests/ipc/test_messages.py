@@ -31,9 +31,13 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
         return PLAIN[kind]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return st.builds(kind, **{name: values_of(field) for name, field in get_type_hints(kind).items()})
+    if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return st.builds(kind, **{name: values_of(field) for name, field in get_type_hints(kind).items()})
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return st.one_of(*map(values_of, args))
+    if origin is dict:
+        return st.dictionaries(values_of(args[0]), values_of(args[1]), max_size=4)
     if origin is list:
         return st.lists(values_of(args[0]), max_size=4)
     assert origin is tuple, kind

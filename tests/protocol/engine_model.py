@@ -113,6 +113,9 @@ class Journals:
     def __init__(self, entries: dict[int, Entry]) -> None:
         self.entries = entries
 
+    def is_scored(self, request: Request) -> bool:
+        return True  # no request asks for the logprobs of its prompt
+
     def accepted(self, request: Request) -> int:
         entry = self.entries[request.slot]
         return len(entry.output) if entry.open else -1

@@ -9,10 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from daemon.engine.cpu.attention import TILE_QUERIES, AttentionShape
+from daemon.engine.prompt_scores import indices
 from daemon.engine.runner import Row, StepPlan
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
+
+_NONE: Ints = np.empty(0, np.int32)
 
 
 class Batch(NamedTuple):
@@ -25,7 +28,8 @@ class Batch(NamedTuple):
     blocks: Ints  # the block tables of all rows, concatenated
     num_single: int  # the first `num_single` tokens use `attend_tokens`, the others `attend_tiles`
     tiles: Ints  # [n, 2] first token and count of each tile
-    sampled: Ints  # indices of the tokens that need logits, in the order of the rows
+    sampled: Ints  # indices of the tokens whose logits are sampled, in the order of the rows
+    scored: Ints  # indices of the tokens whose logits score the prompt's next token, in the order of the rows
 
 
 def build_batch(plan: StepPlan, shape: AttentionShape, *, tiled: bool) -> Batch:
@@ -53,6 +57,7 @@ def build_batch(plan: StepPlan, shape: AttentionShape, *, tiled: bool) -> Batch:
         num_single=num_single,
         tiles=_tiles(rows[plan.num_decodes :], num_single) if tiled else np.empty((0, 2), np.int32),
         sampled=sampled,
+        scored=indices(rows).astype(np.int32) if any(row.scored for row in rows) else _NONE,
     )
 
 

@@ -6,6 +6,7 @@ The residual stream is float32 and starts at zero. The embedding, and then the o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,13 @@ from daemon.engine.cpu.batch import Batch, Ints
 from daemon.engine.cpu.layers import Layer, LayerBuilder, Norm
 from daemon.engine.cpu.linear import DTYPES, Arithmetic
 from daemon.engine.cpu.ops import Ops, compile_ops, raw
+from daemon.engine.prompt_scores import slice_rows
 from daemon.engine.rope import rope_tables
 from daemon.engine.weights import Weights
 from daemon.models.model_config import ModelConfig
+
+Score = Callable[[int, torch.Tensor], None]
+"""Takes the index of the first of some scored tokens, and their logits."""
 
 
 class Decoder:
@@ -68,9 +73,13 @@ class Decoder:
         self._final = torch.zeros(max_tokens, config.hidden_size)
         self._attended = torch.zeros(max_tokens, attention_width, dtype=self._dtype)
         self._all_rows = np.arange(max_tokens, dtype=np.int32)
+        self._slice_rows = slice_rows(config.vocab_size)
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Write the batch's keys and values to the pool; return float32 logits [len(batch.sampled), vocab]."""
+    def logits(self, batch: Batch, score: Score | None = None) -> torch.Tensor:
+        """Write the batch's keys and values to the pool; return float32 logits [len(batch.sampled), vocab].
+
+        `score` gets the logits of `batch.scored`, some at a time.
+        """
         count = len(batch.tokens)
         all_rows = self._all_rows[:count]
         self._residual[:count] = 0.0
@@ -82,9 +91,16 @@ class Decoder:
             delta = self._finished(self._attend(layer, i, x, batch), layer.after_attention)
             x = self._add_norm(delta, layer.before_mlp, all_rows, self._normed)
             delta = self._finished(layer.mlp(x), layer.after_mlp)
+        if score is not None:
+            for first in range(0, len(batch.scored), self._slice_rows):
+                score(first, self._logits_of(delta, batch.scored[first : first + self._slice_rows]))
         if not len(batch.sampled):
             return torch.empty(0, self._head.out_features)
-        return self._scaled(self._head(self._add_norm(delta, self._norm_weight, batch.sampled, self._final)))
+        return self._logits_of(delta, batch.sampled)
+
+    def _logits_of(self, delta: torch.Tensor, rows: Ints) -> torch.Tensor:
+        """Add the last delta to the residual stream of the `rows`, once for each, and return their logits."""
+        return self._scaled(self._head(self._add_norm(delta, self._norm_weight, rows, self._final)))
 
     def warm_up(self, rows: int) -> None:
         """Run products of 1 to `rows` rows: oneDNN creates a kernel at the first one of each shape, in about 1 ms."""

@@ -20,6 +20,7 @@ from daemon.engine.cpu.model import Decoder
 from daemon.engine.request import Request
 from daemon.engine.runner import PoolSpec, Row, RunnerSettings, StepPlan, StepResult
 from daemon.engine.sampling.sampler import Sampler
+from daemon.engine.sampling.scorer import Scorer
 from daemon.engine.weights import open_weights
 from daemon.ipc.messages import RequestParams, SamplingParams
 from daemon.models.model_config import ModelConfig, ModelError
@@ -49,6 +50,7 @@ class CpuRunner:
             config.num_heads, config.num_kv_heads, config.head_dim, settings.block_size, config.num_layers
         )
         self._sampler = Sampler(config.vocab_size, settings.threads, config.eos_token_ids)
+        self._scorer = Scorer(config.vocab_size)
 
     def pool_spec(self, num_blocks: int) -> PoolSpec:
         name = "bfloat16" if self.arithmetic == "bf16" else "float32"
@@ -78,9 +80,11 @@ class CpuRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         with torch.inference_mode():
             batch = build_batch(plan, self._shape, tiled=not self._settings.deterministic)
-            logits = self._model.logits(batch)
+            scorer = self._scorer.step(plan.rows) if len(batch.scored) else None
+            logits = self._model.logits(batch, scorer.add if scorer else None)
             requests = [row.request for row in plan.rows if row.sample]
-            return self._sampler.sample(logits, requests, plan.masks) if requests else StepResult([])
+            result = self._sampler.sample(logits, requests, plan.masks) if requests else StepResult([])
+            return result._replace(prompt_logprobs=scorer.records()) if scorer else result
 
 
 def _choose_arithmetic(config: ModelConfig, settings: RunnerSettings) -> Arithmetic:

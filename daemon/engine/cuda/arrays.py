@@ -112,6 +112,8 @@ def _is_adjusted(sampling: SamplingParams) -> bool:
         sampling.logprobs >= 0
         or sampling.grammar
         or sampling.logit_bias
+        or sampling.allowed_token_ids
+        or sampling.bad_words
         or sampling.repetition_penalty != 1.0
         or sampling.presence_penalty
         or sampling.frequency_penalty

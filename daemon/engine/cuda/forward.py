@@ -15,6 +15,7 @@ from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.buckets import widest_gap
 from daemon.engine.cuda.model import Decoder, Part
 from daemon.engine.cuda.sampler import DeviceSampler, SamplingTensors
+from daemon.engine.cuda.scoring import PassScores
 from daemon.engine.cuda.small_batch import DecodePath
 from daemon.engine.cuda.staging import Field, Packed, host_memory
 
@@ -111,16 +112,16 @@ class ForwardPass:
         buffers."""
         self._compute([self._decode_part(bucket)], 0, decode_path)
 
-    def chunks(self, staged: StagingSet, size: Size, first: int) -> None:
+    def chunks(self, staged: StagingSet, size: Size, first: int, scores: PassScores | None = None) -> None:
         """Copy a step's chunks to the device and compute them. Their tokens are stored from index `first` on."""
-        self._compute([self._chunk_part(staged, size)], first)
+        self._compute([self._chunk_part(staged, size)], first, scores=scores)
 
-    def mixed(self, staged: StagingSet, size: Size, bucket: int) -> None:
+    def mixed(self, staged: StagingSet, size: Size, bucket: int, scores: PassScores | None = None) -> None:
         """Copy a step's chunks to the device, and compute them in one pass with the decodes that are there.
 
         After torch.OutOfMemoryError this or `decode` may be called again: the decodes' inputs are unchanged.
         """
-        self._compute([self._decode_part(bucket), self._chunk_part(staged, size)], 0)
+        self._compute([self._decode_part(bucket), self._chunk_part(staged, size)], 0, scores=scores)
 
     def fetch(self, staged: StagingSet, count: int) -> None:
         """Copy the first `count` tokens to the host."""
@@ -139,10 +140,16 @@ class ForwardPass:
         )
         return Part(inputs, decode=False)
 
-    def _compute(self, parts: Sequence[Part], first: int, decode_path: DecodePath = "gemm") -> None:
+    def _compute(
+        self,
+        parts: Sequence[Part],
+        first: int,
+        decode_path: DecodePath = "gemm",
+        scores: PassScores | None = None,
+    ) -> None:
         counts = [len(part.inputs.sampled_slots) for part in parts]
         logits = self.logits[first : first + sum(counts)]
-        self._model.logits(parts, self._last_token, logits, decode_path=decode_path)
+        self._model.logits(parts, self._last_token, logits, decode_path=decode_path, scores=scores)
         tokens = self._tokens[first : first + sum(counts)].split(counts)
         for part, rows, drawn in zip(parts, logits.split(counts), tokens, strict=True):
             if len(drawn):

@@ -14,6 +14,7 @@ from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.experts import Mixture
 from daemon.engine.cuda.ops import HeadNorms, Ops
 from daemon.engine.cuda.products import Products
+from daemon.engine.cuda.scoring import PassScores
 from daemon.engine.cuda.small_batch import DecodePath, Gemv, SmallBatch
 from daemon.engine.cuda.weights import DeviceWeights, Layer
 from daemon.engine.rope import rope_tables
@@ -96,6 +97,7 @@ class Decoder:
         out: torch.Tensor,
         *,
         decode_path: DecodePath = "gemm",
+        scores: PassScores | None = None,
     ) -> None:
         """Compute a pass of one or more parts. Its tokens are those of the parts, one part after the other.
 
@@ -104,7 +106,7 @@ class Decoder:
 
         `decode_path`: only "gemm" for several parts, for chunks and for more than `small_batch.MAX_ROWS` decodes.
         `last_token`: int32[slots], for the ids that the host does not know. Nothing here waits for the device, so it
-        can be captured in a graph.
+        can be captured in a graph. `scores`: gets the logits of the tokens that it names; only on the path "gemm".
         """
         residual = F.embedding(
             _joined([self._ids(part.inputs, last_token) for part in parts]), self._weights.embedding
@@ -112,19 +114,23 @@ class Decoder:
         if self._embedding_scale != 1.0:
             residual.mul_(self._embedding_scale)
         if decode_path == "gemm":
-            self._gemm_path(parts, residual, out)
+            self._gemm_path(parts, residual, out, scores)
         else:
             assert self._small_batch is not None
             [decodes] = parts
             self._small_batch.logits(decodes.inputs, residual, out, prefetch=decode_path == "gemv, prefetch")
         self._scale_logits(out)
 
-    def _gemm_path(self, parts: Sequence[Part], residual: torch.Tensor, out: torch.Tensor) -> None:
+    def _gemm_path(
+        self, parts: Sequence[Part], residual: torch.Tensor, out: torch.Tensor, scores: PassScores | None
+    ) -> None:
         buffers = self._buffers(parts, residual)
         if self._config.norm_kind == "post":
             x = self._normalised_outputs(residual, buffers)
         else:
             x = self._normalised_inputs(residual, buffers)
+        if scores is not None:
+            self._score(x, residual, scores)
         if not len(out):
             return
         if not all(part.decode for part in parts):
@@ -132,6 +138,18 @@ class Decoder:
             x, residual = x.index_select(0, sampled), residual.index_select(0, sampled)
         self._ops.add_rms_norm(x, residual, self._weights.norm, self._eps)
         self._products.project(x, self._weights.head, out)
+
+    def _score(self, x: torch.Tensor, residual: torch.Tensor, scores: PassScores) -> None:
+        """Compute the logits of the scored tokens, some at a time. `x`: what is still to be added to `residual`."""
+        logits = residual.new_empty(scores.step, self._config.vocab_size, dtype=torch.float32)
+        for first in range(0, len(scores.indices), scores.step):
+            rows = scores.indices[first : first + scores.step]
+            into = logits[: len(rows)]
+            normed = x.index_select(0, rows)
+            self._ops.add_rms_norm(normed, residual.index_select(0, rows), self._weights.norm, self._eps)
+            self._products.project(normed, self._weights.head, into)
+            self._scale_logits(into)
+            scores.add(first, into)
 
     def _normalised_inputs(self, residual: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
         """Compute all layers of a model with the `norm_kind` "pre" or "sandwich".

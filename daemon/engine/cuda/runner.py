@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -37,9 +36,11 @@ from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
 from daemon.engine.cuda.product_choice import LIMITS, Limits, choose_products
 from daemon.engine.cuda.products import Products
 from daemon.engine.cuda.sampler import KernelSampler, TorchSampler
+from daemon.engine.cuda.scoring import PassScores
 from daemon.engine.cuda.slots import Slots
 from daemon.engine.cuda.small_batch import DecodePath, Gemv, small_batch_buckets
-from daemon.engine.cuda.staging import CudaStream, HostStream, RoundRobin, Stream, StreamEvent
+from daemon.engine.cuda.staging import CudaStream, HostStream, RoundRobin, Stream
+from daemon.engine.cuda.ticket import CudaTicket
 from daemon.engine.cuda.weights import DeviceWeights, load_weights
 from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
@@ -55,21 +56,6 @@ IN_FLIGHT = 2
 
 _SEED_MASK = (1 << 64) - 1
 _LARGEST_INT32 = (1 << 31) - 1
-
-
-@dataclass(slots=True, eq=False)
-class CudaTicket:
-    """A step in flight."""
-
-    plan: StepPlan
-    slots: list[int]
-    bucket: int  # decodes, padding included; 0: no decodes
-    chunks: list[int]  # plan rows of the chunks
-    one_pass: bool  # decodes and chunks are computed together
-    host_rows: list[int]  # plan rows with tokens that are sampled on the host
-    staged: StagingSet
-    dropped: list[int] = field(default_factory=list)  # plan rows that were not computed: out of memory
-    done_event: StreamEvent = field(init=False)
 
 
 class CudaRunner:
@@ -369,7 +355,7 @@ class CudaRunner:
         ticket.done_event.wait()
         self._in_flight.popleft()
         self._slots.end(ticket.slots)
-        output_rows = _output_rows(ticket)
+        output_rows = ticket.output_rows()
         sampled_tokens = ticket.staged.tokens.tolist()
         tokens = {i: sampled_tokens[row] for i, row in output_rows.items()}
         tokens.update((i, NO_TOKEN) for i in ticket.dropped)
@@ -379,6 +365,7 @@ class CudaRunner:
             [tokens[i] for i in sampled],
             [logprobs.get(i) for i in sampled] if any(logprobs.values()) else None,
             tuple(sorted(ticket.dropped)),
+            ticket.prompt_logprobs(),
         )
 
     def _check_size(self, plan: StepPlan) -> None:
@@ -437,10 +424,16 @@ class CudaRunner:
 
     def _try_chunks(self, ticket: CudaTicket, size: Size) -> bool:
         compute = self._forward.mixed if ticket.one_pass else self._forward.chunks
+        rows = [ticket.plan.rows[i] for i in ticket.chunks]
+        scores = None
         try:
-            compute(ticket.staged, size, ticket.bucket)
+            if any(row.scored for row in rows):
+                first = ticket.bucket if ticket.one_pass else 0
+                scores = PassScores(rows, first, self.vocab_size, self._device)
+            compute(ticket.staged, size, ticket.bucket, scores)
         except torch.OutOfMemoryError:
             return False
+        ticket.scores = scores
         return True
 
     def _drop_largest_chunk(self, ticket: CudaTicket) -> None:
@@ -463,6 +456,8 @@ class CudaRunner:
     def _submit_fetch(self, ticket: CudaTicket) -> None:
         sampled = sum(ticket.plan.rows[i].sample for i in ticket.chunks)
         self._forward.fetch(ticket.staged, ticket.bucket + sampled)
+        if ticket.scores is not None:
+            ticket.scores.fetch()
 
     def _sample_on_host(
         self, ticket: CudaTicket, output_rows: dict[int, int], tokens: dict[int, int]
@@ -478,14 +473,6 @@ class CudaRunner:
         result = self._host_sampler.sample(logits, [row.request for row in rows], ticket.plan.masks)
         tokens.update(zip(host_rows, result.tokens, strict=True))
         return dict(zip(host_rows, result.logprobs or [None] * len(rows), strict=True))
-
-
-def _output_rows(ticket: CudaTicket) -> dict[int, int]:
-    """Return the index in the step's tokens and logits of each computed row that samples, by plan row."""
-    rows = ticket.plan.rows
-    output_rows = {i: i for i in range(ticket.plan.num_decodes) if rows[i].sample}
-    sampled = [i for i in ticket.chunks if rows[i].sample]
-    return output_rows | {i: ticket.bucket + n for n, i in enumerate(sampled)}
 
 
 def _slot_sampling(sampling: SamplingParams) -> SlotSampling:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daemon.engine.fake.masked import allowed_tokens
-from daemon.engine.fake.stub import certain_logprobs
+from daemon.engine.fake.stub import certain_logprobs, records_of
 from daemon.engine.request import Request
 from daemon.engine.runner import PoolSpec, Row, StepPlan, StepResult, TokenMasks
 from daemon.splitmix import GOLDEN_GAMMA, mix64
@@ -44,6 +44,19 @@ def expected_stream(
             ids = range(vocab_size) if allowed is None else allowed(stream)
             stream.append(ids[_sample(value, seed, len(ids))])
     return stream
+
+
+def expected_prompt_logprobs(prompt: Sequence[int]) -> list[float]:
+    """Return the logprobs of the tokens of `prompt` after the first, as a correct engine gives them by its KV."""
+    found, digest = [], 0
+    for token in prompt[:-1]:
+        digest = _digest(digest, token)
+        found.append(_logprob(digest))
+    return found
+
+
+def _logprob(digest: int) -> float:
+    return -(digest % 1024) / 64  # exact in float32
 
 
 def _digest(previous: int, token: int) -> int:
@@ -125,10 +138,11 @@ class HashRunner:
             self._sleep(max(0.0, ticket.end - self._clock()))
         for launched in ticket.rows:
             self._write(launched)
+        scored = self._prompt_logprobs(ticket) if any(row.scored for row in ticket.plan.rows) else None
         masks = ticket.plan.masks
         tokens = [self._next_token(launched, masks) for launched in ticket.rows if launched.row.sample]
         self._last.update(zip((row.request for row in ticket.plan.rows if row.sample), tokens, strict=True))
-        return StepResult(tokens, certain_logprobs(ticket.plan, tokens))
+        return StepResult(tokens, certain_logprobs(ticket.plan, tokens), prompt_logprobs=scored)
 
     def blocks_overlap(self, plan: StepPlan) -> bool:
         """See `Overlapping`: the mask after a token cannot be computed before the token."""
@@ -143,6 +157,17 @@ class HashRunner:
         for position, token in enumerate(launched.tokens or [self._last[row.request]], row.start):
             digest = _digest(digest, token)
             self._kv[launched.table[position // size], :, position % size] = token, digest
+
+    def _prompt_logprobs(self, ticket: _Ticket) -> dict[int, bytes]:
+        """Score by the digest of each scored position, as it is in the pool."""
+        size = self._block_size
+        digests = [
+            int(self._kv[launched.table[position // size], 1, position % size])
+            for launched in ticket.rows
+            for position in launched.row.scored
+        ]
+        logprobs = np.array([_logprob(digest) for digest in digests], np.float32)
+        return records_of(ticket.plan, logprobs)
 
     def _next_token(self, launched: _LaunchedRow, masks: TokenMasks | None) -> int:
         length = launched.row.start + launched.row.count

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from daemon.config import ConfigError
-from daemon.engine.fake.stub import StubRunner, certain_logprobs
+from daemon.engine.fake.stub import StubRunner, certain_logprobs, certain_prompt_logprobs
 from daemon.engine.request import Request
 from daemon.engine.runner import StepPlan, StepResult
 from daemon.models.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ class ScriptRunner(StubRunner):
     def execute(self, plan: StepPlan) -> StepResult:
         self.wait()
         tokens = [self._token(row.request, row.start + row.count) for row in plan.rows if row.sample]
-        return StepResult(tokens, certain_logprobs(plan, tokens))
+        return StepResult(tokens, certain_logprobs(plan, tokens), prompt_logprobs=certain_prompt_logprobs(plan))
 
     def _token(self, request: Request, position: int) -> int:
         answer = self._answers.get(request)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from daemon.engine import prompt_scores
 from daemon.engine.fake.masked import allowed_tokens
+from daemon.engine.prompt_scores import Scores
 from daemon.engine.runner import PoolSpec, Row, StepPlan, StepResult
 from daemon.ipc.messages import TokenLogprobs
+from daemon.ipc.prompt_logprobs import NO_ID
 
 # Ids of visible ASCII characters in byte-level vocabularies: if ids are byte values, if the printable bytes come
 # first (GPT-2's order), and if three special tokens come before these.
@@ -28,6 +34,23 @@ def certain_logprobs(plan: StepPlan, tokens: list[int]) -> list[TokenLogprobs | 
         TokenLogprobs(0.0, [token][:top], [0.0][:top]) if top >= 0 else None
         for token, top in zip(tokens, num_logprobs, strict=True)
     ]
+
+
+def certain_prompt_logprobs(plan: StepPlan) -> dict[int, bytes] | None:
+    """Return the records of the plan's scored rows, of tokens with probability 1; None if no row is scored."""
+    if not any(row.scored for row in plan.rows):
+        return None
+    num_scored = sum(len(row.scored) for row in plan.rows)
+    return records_of(plan, np.zeros(num_scored, np.float32))
+
+
+def records_of(plan: StepPlan, logprobs: NDArray[np.float32]) -> dict[int, bytes]:
+    """Return the records of the plan's scored rows, with these logprobs. The only alternative is the token itself."""
+    targets, top = prompt_scores.targets(plan.rows), prompt_scores.num_alternatives(plan.rows)
+    ids = np.full((len(targets), top), NO_ID, np.uint32)
+    tops = np.zeros((len(targets), top), np.float32)
+    ids[:, :1], tops[:, :1] = targets[:, None], logprobs[:, None]
+    return prompt_scores.records(plan.rows, Scores(logprobs, np.ones(len(targets), np.uint32), ids, tops))
 
 
 class StubRunner:
@@ -68,7 +91,7 @@ class StubRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         self.wait()
         tokens = [self._sampled(row, plan) for row in plan.rows if row.sample]
-        return StepResult(tokens, certain_logprobs(plan, tokens))
+        return StepResult(tokens, certain_logprobs(plan, tokens), prompt_logprobs=certain_prompt_logprobs(plan))
 
     def _sampled(self, row: Row, plan: StepPlan) -> int:
         token = stub_token(row.start + row.count, self.vocab_size)

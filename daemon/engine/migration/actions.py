@@ -66,6 +66,10 @@ class Journals(Protocol):
         another request."""
         ...
 
+    def is_scored(self, request: Request) -> bool:
+        """Return True if the frontend has journaled all logprobs of the prompt that the request asks for."""
+        ...
+
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         """Return the request with its journaled output; None unless the slot holds it at exactly this epoch."""
         ...

@@ -280,12 +280,13 @@ class Source:
         """Take the request out of the batch and send the remaining blocks.
 
         Wait until the journal holds the output that was emitted before the move began: the logprobs of that output
-        were not kept. Wait also while a step in flight contains the request: then leave the request out of the next
-        step, and freeze it when the result of the step in flight is applied.
+        were not kept. For the same reason wait until it holds the logprobs of the whole prompt. Wait also while a
+        step in flight contains the request: then leave the request out of the next step, and freeze it when the
+        result of the step in flight is applied.
         """
         request = outgoing.request
         start = self._journals.accepted(request)
-        if start < outgoing.first_logprob:
+        if start < outgoing.first_logprob or not self._journals.is_scored(request):
             return []
         if request.in_flight:
             self._scheduler.pause(request)

@@ -1,12 +1,12 @@
-"""Changes of a request's logits: logit bias, penalties for repeated tokens, and `min_tokens`.
+"""Changes of a request's logits: logit bias, penalties for repeated tokens, and tokens that may not come.
 
 They apply to the raw logits in this order, as in vLLM. The logit bias is added. The repetition penalty divides
 positive logits and multiplies the others, for tokens of prompt and output. Frequency and presence penalties are
-subtracted, for tokens of the output only. The end-of-sequence and stop tokens of a request shorter than `min_tokens`
-become -inf.
+subtracted, for tokens of the output only. Then these become -inf: the end-of-sequence and stop tokens of a request
+shorter than `min_tokens`; the token that would complete a bad word in the output; all tokens but the allowed ones.
 
-They change only few logits, and depend only on the request's parameters and tokens. The counts kept here are a cache:
-they can be computed again from the tokens.
+They change only few logits, unless only some tokens are allowed, and depend only on the request's parameters and
+tokens. The counts kept here are a cache: they can be computed again from the tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from daemon.ipc.messages import SamplingParams
 
 Undo = list[tuple[NDArray[np.int64] | slice, NDArray[np.float32]]]
 """(ids, their previous logits), in the order of the changes."""
+
+_ALL = slice(None)
 
 
 @kernel("void(float32[::1], int64[::1], int32[::1], float32, float32, float32)")
@@ -89,6 +91,7 @@ class _ParamArrays(NamedTuple):
     bias_ids: NDArray[np.int64]
     bias: NDArray[np.float32]
     end_ids: NDArray[np.int64]
+    allowed_ids: NDArray[np.int64]
 
 
 class Penalties:
@@ -126,6 +129,16 @@ class Penalties:
             arrays = self._param_arrays_of(request)
             undo.append((arrays.end_ids, logits[arrays.end_ids]))
             logits[arrays.end_ids] = -np.inf
+        if sampling.bad_words:
+            ids = np.array(_completing(request, self._vocab_size), np.int64)
+            undo.append((ids, logits[ids]))
+            logits[ids] = -np.inf
+        if sampling.allowed_token_ids:
+            allowed = self._param_arrays_of(request).allowed_ids
+            undo.append((_ALL, logits.copy()))
+            kept = logits[allowed]
+            logits.fill(-np.inf)
+            logits[allowed] = kept
         return undo
 
     def _counts_of(self, request: Request) -> _Counts:
@@ -148,6 +161,7 @@ class Penalties:
             np.array(list(bias), np.int64),
             np.array(list(bias.values()), np.float32),
             np.array(sorted(end_ids), np.int64),
+            np.array([t for t in sampling.allowed_token_ids if 0 <= t < self._vocab_size], np.int64),
         )
 
 
@@ -155,6 +169,21 @@ def restore(logits: NDArray[np.float32], undo: Undo) -> None:
     """Restore the values that `logits` had before the `Penalties.apply` that returned `undo`."""
     for ids, values in reversed(undo):
         logits[ids] = values
+
+
+def _completing(request: Request, vocab_size: int) -> list[int]:
+    """Return the tokens that would complete a bad word in the output. One word may be the end of another."""
+    words, output = request.sampling.bad_words, request.num_output
+    longest = min(output, max(map(len, words)) - 1)
+    tail = request.tokens[len(request.tokens) - longest :]
+    return sorted(
+        {
+            word[-1]
+            for word in words
+            if len(word) <= len(tail) + 1 and list(word[:-1]) == tail[len(tail) - len(word) + 1 :]
+            if 0 <= word[-1] < vocab_size
+        }
+    )
 
 
 def _penalises(sampling: SamplingParams) -> bool:

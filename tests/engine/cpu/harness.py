@@ -13,9 +13,11 @@ import torch
 
 from daemon.engine.cpu.runner import CpuRunner
 from daemon.engine.request import Request
+from daemon.engine.rows import next_row
 from daemon.engine.runner import Row, RunnerSettings, StepPlan
 from daemon.engine.scheduler import Scheduler
 from daemon.ipc.messages import RequestParams, SamplingParams
+from daemon.ipc.prompt_logprobs import PromptLogprob, record_bytes, unpack
 from daemon.kvpool.block_manager import BlockManager
 from daemon.models.loader import open_model
 
@@ -107,6 +109,44 @@ def serve(
     assert scheduler.prefix_hit_tokens > 0
     assert all(r.num_output == output for r in served)
     return served
+
+
+def score_prompts(
+    runner: Any, prompts: list[list[int]], *, top: int = 0, chunk: int = 10**6, decodes: list[Request] = ()
+) -> list[list[PromptLogprob]]:
+    """Return the logprobs of the tokens of each prompt, computed together in chunks beside one step of `decodes`."""
+    blocks, records = count(1), [b""] * len(prompts)
+    params = RequestParams(SamplingParams(max_tokens=0, seed=0, prompt_logprobs=top), arrival=0.0)
+    requests = [
+        Request(next(_ids), 1, 0, params, p, len(p), block_table=[next(blocks) for _ in range(len(p) // 16 + 1)])
+        for p in prompts
+    ]
+    rows = [Row(r, r.num_computed, 1, True) for r in decodes]
+    while unfinished := [i for i, r in enumerate(requests) if r.pending]:
+        unfinished.sort(key=lambda i: requests[i].pending > 1)  # decodes come first
+        parts = [next_row(requests[i], min(chunk, requests[i].pending)) for i in unfinished]
+        num_decodes = len(rows) + sum(requests[i].pending == 1 for i in unfinished)
+        result = runner.execute(StepPlan([*rows, *parts], num_decodes))
+        for n, (i, row) in enumerate(zip(unfinished, parts, strict=True), len(rows)):
+            records[i] += (result.prompt_logprobs or {}).get(n, b"")
+            row.request.unscored -= len(row.scored)
+            row.request.num_computed += row.count
+        rows = []
+    assert not any(r.unscored for r in requests)
+    return [unpack(found, record_bytes(top)) for found in records]
+
+
+def check_prompt_logprobs(model: Any, prompt: list[int], found: list[PromptLogprob]) -> None:
+    """Compare with Transformers."""
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([prompt])).logits[0].double(), -1)
+    assert len(found) == len(prompt) - 1
+    for i, entry in enumerate(found):
+        values = expected[i]
+        assert abs(entry.logprob - float(values[prompt[i + 1]])) < 1e-3
+        tops = values.topk(len(entry.top_ids))
+        assert np.allclose(entry.top_logprobs, tops.values.tolist(), atol=1e-3)
+        assert abs(entry.rank - 1 - int((values > values[prompt[i + 1]]).sum())) <= 1  # of almost equal logits
 
 
 def random_tokens(rng: random.Random, n: int) -> list[int]:

@@ -8,11 +8,13 @@ import torch
 
 from tests.engine.cpu.harness import (
     LogitsRecorder,
+    check_prompt_logprobs,
     generate,
     is_greedy,
     make_runner,
     random_tokens,
     request,
+    score_prompts,
     serve,
     step,
     transformers_model,
@@ -80,6 +82,26 @@ def test_same_bits_over_blocks_that_another_request_computed(deterministic):
     reusing.num_computed = 64
     generate(runner, [reusing], 20)
     assert same_bits(recorder.of(reusing), recorder.of(alone))
+
+
+def test_logprobs_of_prompts_agree_with_transformers_in_any_chunks(model_dir):
+    runner, rng = make_runner(model_dir), random.Random(5)
+    runner._model._slice_rows = 8  # so that a chunk takes several
+    prompts = [random_tokens(rng, n) for n in (2, 30, 1, 75)]
+    reference = transformers_model(model_dir)
+    for chunk in (10**6, 7):
+        for prompt, found in zip(prompts, score_prompts(runner, prompts, top=3, chunk=chunk), strict=True):
+            check_prompt_logprobs(reference, prompt, found)
+
+
+def test_same_bits_of_prompt_logprobs_alone_in_any_batch_and_in_any_chunks(deterministic):
+    runner, _ = deterministic
+    rng = random.Random(6)
+    prompt = random_tokens(rng, 60)
+    (alone,) = score_prompts(runner, [prompt], top=2)
+    for chunk in (1, 9):
+        others = [random_tokens(rng, rng.randint(1, 40)) for _ in range(5)]
+        assert score_prompts(runner, [*others, prompt], top=2, chunk=chunk)[-1] == alone
 
 
 @pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["fp32", "deterministic"])

@@ -21,12 +21,14 @@ from daemon.kvpool.block_manager import BlockManager
 from daemon.models.loader import open_model
 from daemon.models.model_config import ModelError
 from tests.engine.cpu.harness import (
+    check_prompt_logprobs,
     generate,
     is_greedy,
     make_runner,
     reference_logits,
     request,
     runner_settings,
+    score_prompts,
     step,
     transformers_model,
 )
@@ -304,6 +306,19 @@ def test_a_request_whose_parameters_cannot_be_read_ends_alone(model_dir, monkeyp
             scheduler.apply_result(ended.plan, ended.result, 0.0)
     assert (requests[3].finish, requests[3].num_output) == (Finish.ERROR, 0)
     assert [r.tokens for r in requests if r is not requests[3]] == [r.tokens for r in healthy if r.rid != 3]
+
+
+def test_logprobs_of_prompts_agree_with_transformers(runner, reference):
+    """Of chunks alone and beside decodes, with rows that are not scored between them."""
+    rng, blocks = random.Random(13), count(100)
+    prompts = [tokens(rng, n) for n in (2, 30, 1, 60)]
+    for chunk, num_decodes in ((10**6, 0), (7, 3), (20, 5)):
+        decodes = [request(tokens(rng, 5), blocks, 16) for _ in range(num_decodes)]
+        if decodes:
+            step(runner, [], [(r, r.pending) for r in decodes])
+        found = score_prompts(runner, prompts, top=3, chunk=chunk, decodes=decodes)
+        for prompt, entries in zip(prompts, found, strict=True):
+            check_prompt_logprobs(reference, prompt, entries)
 
 
 def append(runner, ticket, group):

@@ -49,9 +49,13 @@ class Journal:
     def __init__(self) -> None:
         self.slots: dict[int, Request] = {}
         self.num_missing = 0  # emitted tokens that the frontend has not journaled yet
+        self.scored = True  # the frontend has journaled the logprobs of the prompts
 
     def accepted(self, request: Request) -> int:
         return self.slots[request.slot].num_output - self.num_missing
+
+    def is_scored(self, request: Request) -> bool:
+        return self.scored
 
     def load(self, frontend: int, slot: int, rid: int, epoch: int) -> Request | None:
         found = self.slots.get(slot)

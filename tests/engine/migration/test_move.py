@@ -72,6 +72,17 @@ def test_the_handover_carries_output_that_the_journal_lacks_with_its_logprobs(so
     assert destination.llumlet.pending[0].tokens == request.tokens
 
 
+def test_no_freeze_before_the_journal_holds_the_logprobs_of_the_prompt(source, destination, make, journal):
+    request = source.run(make(), 3)
+    journal.scored = False
+    copy = move_until_copying(source, destination)
+    source.llumlet.copied(copy.move, 0.0)
+    assert source.step(seconds=1.0) == [] and source.llumlet.frozen == []
+    journal.scored = True
+    source.step(seconds=1.0)
+    assert source.llumlet.frozen == [request]
+
+
 def test_no_freeze_before_the_journal_holds_the_output_from_before_the_move(source, destination, make, journal):
     source.run(make(), 3)
     journal.num_missing = 2

@@ -28,6 +28,11 @@ def reference(logits, req):
         logit -= s.presence_penalty * (token in output)
         if len(output) < s.min_tokens and token in {*EOS, *s.stop_token_ids}:
             logit = -np.inf
+        for word in s.bad_words:
+            if token == word[-1] and [*output, token][-len(word) :] == list(word):
+                logit = -np.inf
+        if s.allowed_token_ids and token not in s.allowed_token_ids:
+            logit = -np.inf
         out.append(logit)
     return np.array(out)
 
@@ -54,6 +59,8 @@ options_of = st.fixed_dictionaries(
         ).map(lambda d: tuple(d.items())),
         "min_tokens": st.integers(0, 20),
         "stop_token_ids": st.sampled_from([(), (0, 39)]),
+        "allowed_token_ids": st.sampled_from([(), (4,), (0, 1, 2, 3, 39, 99)]),
+        "bad_words": st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=4).map(tuple),
     },
 )
 

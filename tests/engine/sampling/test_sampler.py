@@ -209,7 +209,7 @@ def test_every_number_that_a_request_may_have_is_sampled(field, value):
     rows[1].params = RequestParams(msgspec.structs.replace(extreme, logprobs=2), 0.0)
     logits = random_logits(3)
     alone = Sampler(VOCAB).sample(logits[[0, 2]], [rows[0], rows[2]]).tokens
-    tokens, logprobs, _ = Sampler(VOCAB).sample(logits, rows)
+    tokens, logprobs, *_ = Sampler(VOCAB).sample(logits, rows)
     assert [tokens[0], tokens[2]] == alone
     assert 0 <= tokens[1] < VOCAB
     assert all(np.isfinite([logprobs[1].logprob, *logprobs[1].top_logprobs]))
@@ -262,7 +262,7 @@ def test_logprobs_are_of_the_raw_distribution():
     logits = random_logits(len(OPTIONS), 5003)
     options = {"repetition_penalty": 1.5, "logit_bias": ((3, 50.0),), "temperature": 0.5, "top_k": 3}
     requests = [request(logprobs=k, seed=k, rid=k, **options) for k in range(len(OPTIONS))]
-    tokens, logprobs, _ = Sampler(5003).sample(logits, requests)
+    tokens, logprobs, *_ = Sampler(5003).sample(logits, requests)
     exact = logits.double().log_softmax(-1)
     for row, (token, got) in enumerate(zip(tokens, logprobs, strict=True)):
         best = exact[row].topk(row)
