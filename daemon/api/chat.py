@@ -14,7 +14,7 @@ from daemon.api.grammar.requested import requested_grammar
 from daemon.api.idempotency import respond_once
 from daemon.api.parse import reasoning
 from daemon.api.parse.formats import Parsing
-from daemon.api.prompt_length import check_text_length
+from daemon.api.prompt_encoder import PromptEncoder
 from daemon.api.render.answer import Prompt
 from daemon.api.render.apis import CHAT, Api
 from daemon.api.respond import CheckedRequest
@@ -75,9 +75,8 @@ def chat_prompt(service: Service, chat: Chat, param: str) -> Prompt:
     body, tools = chat.body, chat.tools.tools if chat.tools is not None else None
     begins, goes_on = body.add_generation_prompt is not False, bool(body.continue_final_message)
     text = service.render(body.messages, begins, chat.variables, tools, open_end=goes_on)
-    check_text_length(text, service.tokenizer, service.max_prompt_len, param)
     # The template has written the special tokens, so the default is to add none.
-    tokens = service.tokenizer.encode(text, bool(body.add_special_tokens))
+    tokens = PromptEncoder.of(service, body, param).encode(text, bool(body.add_special_tokens))
     last = _last_answer(body.messages) if body.echo or goes_on else ""
     thinking = reasoning.is_open(last) if goes_on else begins and text.rstrip().endswith(reasoning.BEGIN)
     return Prompt(tokens, last if body.echo else "", thinking)

@@ -303,7 +303,8 @@ class KeptStreams:
 
     async def _consume(self, kept: KeptStream) -> None:
         """Read a stream to its end without a client: its text is needed for stop strings only."""
-        facts = replace(kept.facts, form=replace(kept.facts.form, logprobs=-1))
+        plain = replace(kept.facts.form, logprobs=-1, ids=False, prompt_logprobs=-1, echo_logprobs=False)
+        facts = replace(kept.facts, form=plain)
         state = [0] * (1 + len(kept.requests))
         try:
             async with resumed(self._service, facts, kept.requests, state, kept.metrics) as (answer, _, streams):

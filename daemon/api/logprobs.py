@@ -5,6 +5,7 @@ Entries become JSON as they arrive. Encoded at the end, those of a long answer w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -24,6 +25,12 @@ class TokenTexts(Protocol):
     def token_text(self, token: int) -> str: ...
 
 
+class ShownText(Protocol):
+    """The text of a stream of tokens, as its client sees it."""
+
+    def push(self, tokens: Sequence[int]) -> str: ...
+
+
 class LogprobsFormat(Protocol):
     """Collects the entries of tokens between two calls of `take`."""
 
@@ -36,7 +43,7 @@ class LogprobsFormat(Protocol):
         ...
 
 
-class _JsonList:
+class JsonList:
     """A JSON list that is encoded piece by piece."""
 
     __slots__ = ("_head", "_items", "_tail")
@@ -66,7 +73,7 @@ class ChatLogprobs:
         """`ids`: name each token by its id, as ``token_id:7``."""
         self._texts = texts
         self._name = _token_id if ids else texts.token_text
-        self._content = _JsonList(b'{"content":', b',"refusal":null}')
+        self._content = JsonList(b'{"content":', b',"refusal":null}')
 
     def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
         entries = []
@@ -89,24 +96,43 @@ class ChatLogprobs:
 class TextLogprobs:
     """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, four lists of one length."""
 
-    def __init__(self, texts: TokenTexts, top: int, ids: bool = False) -> None:
-        """`top`: number of alternatives per token; if 0, `top_logprobs` is null. `ids`: name tokens by their ids."""
-        self._text = texts.token_text
+    def __init__(self, texts: TokenTexts, shown: ShownText, top: int, ids: bool = False) -> None:
+        """`shown`: gives the text of the output, to which the offsets refer. `top`: number of alternatives per token;
+        if 0, `top_logprobs` is null. `ids`: name tokens by their ids.
+        """
+        self._shown = shown
         self._name = _token_id if ids else texts.token_text
         self._top = top
         self._offset = 0  # characters
-        self._tokens, self._values, self._tops, self._offsets = (_JsonList() for _ in range(4))
+        self._tokens, self._values, self._tops, self._offsets = (JsonList() for _ in range(4))
 
     def add(self, tokens: list[int], logprobs: list[TokenLogprobs | None] | None) -> None:
+        self._add(tokens, logprobs or [None] * len(tokens), self._shown, _FLOOR)
+
+    def add_prompt(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None], shown: ShownText) -> None:
+        """Add tokens of the prompt, before the first token of the output. `shown`: gives the text of the prompt.
+
+        The first token has no logprobs: its entries are null.
+        """
+        self._add(tokens, logprobs, shown, None)
+
+    def _add(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprobs | None],
+        shown: ShownText,
+        missing: float | None,
+    ) -> None:
+        """`missing`: logprob of a token that has none."""
         names, values, tops, offsets = [], [], [], []
-        for token, found in zip(tokens, logprobs or [None] * len(tokens), strict=False):
-            name, value = self._name(token), _finite(found.logprob) if found else _FLOOR
+        for token, found in zip(tokens, logprobs, strict=False):
+            name, value = self._name(token), _finite(found.logprob) if found else missing
             names.append(name)
             values.append(value)
             offsets.append(self._offset)
-            self._offset += len(self._text(token))
+            self._offset += len(shown.push([token]))
             if self._top:
-                tops.append(self._alternatives(name, value, found))
+                tops.append(None if value is None else self._alternatives(name, value, found))
         self._tokens.extend(names)
         self._values.extend(values)
         self._tops.extend(tops)

@@ -12,6 +12,7 @@ from daemon.api import schemas, validation
 from daemon.api.chat import answer_chat, check_chat, check_tool_format
 from daemon.api.grammar.requested import requested_grammar
 from daemon.api.idempotency import respond_once
+from daemon.api.prompt_encoder import PromptEncoder
 from daemon.api.prompt_length import check_text_length
 from daemon.api.render.answer import Prompt
 from daemon.api.render.apis import COMPLETION
@@ -45,16 +46,17 @@ class OpenAI:
             return await answer_chat(service, http, held, chat)
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
-        service, limit = self._service, self._service.max_prompt_len
+        service = self._service
         with service.bodies.hold() as held:
             body, num_prompts = await service.read(http, held, self._parse_completion)
             special, echo = body.add_special_tokens is not False, body.echo
+            encoder = PromptEncoder.of(service, body, COMPLETION.param)
 
             def encode(prompt: str | list[int]) -> Prompt:
-                if not isinstance(prompt, str):
-                    return Prompt(prompt, service.tokenizer.decode(prompt) if echo else "")
-                check_text_length(prompt, service.tokenizer, limit, "prompt")
-                return Prompt(service.tokenizer.encode(prompt, special), prompt if echo else "")
+                tokens = encoder.encode(prompt, special) if isinstance(prompt, str) else encoder.cut(prompt)
+                if not echo or (isinstance(prompt, str) and body.truncate_prompt_tokens is None):
+                    return Prompt(tokens, prompt if echo and isinstance(prompt, str) else "")
+                return Prompt(tokens, service.tokenizer.decode(tokens))
 
             def tokenise() -> list[Prompt]:
                 return [encode(prompt) for prompt in validation.split_prompts(body.prompt)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -15,11 +16,11 @@ T = TypeVar("T")
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for text completions
 
 
-def requested_max_tokens(request: SamplingRequest) -> int:
-    """Return the maximum of output tokens that the request sets; 0 if it sets none."""
+def requested_max_tokens(request: SamplingRequest) -> int | None:
+    """Return the maximum of output tokens that the request sets; None if it sets none."""
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         return request.max_completion_tokens
-    return request.max_tokens or 0
+    return request.max_tokens
 
 
 def default_max_tokens(request: SamplingRequest, limit: int) -> int:
@@ -40,8 +41,37 @@ def num_logprobs(request: SamplingRequest) -> int:
     return -1
 
 
-def sampling_params(request: SamplingRequest, max_tokens: int, seed: int, choice: int) -> SamplingParams:
-    """Return the parameters of one choice of `n`. Equal seed and choice give equal output, whatever `n` is."""
+def num_prompt_logprobs(request: SamplingRequest) -> int:
+    """Return `SamplingParams.prompt_logprobs`: the most that `prompt_logprobs` and `echo` with `logprobs` ask for."""
+    asked = -1 if request.prompt_logprobs is None else request.prompt_logprobs
+    echoes = isinstance(request, CompletionRequest) and request.echo
+    return max(asked, num_logprobs(request)) if echoes else asked
+
+
+def bad_word_tokens(words: list[str] | None, encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
+    """Return the sequences of tokens that spell the words, at the beginning of a text and after a space."""
+    spelled = [tuple(encode(space + word.lstrip())) for word in words or () for space in ("", " ")]
+    return tuple(dict.fromkeys(tokens for tokens in spelled if tokens))
+
+
+def truncated(tokens: list[int], request: SamplingRequest, max_model_len: int) -> list[int]:
+    """Return what `truncate_prompt_tokens` leaves of a prompt; -1 leaves as much as fits, with the output."""
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return tokens
+    if most < 0:
+        output = requested_max_tokens(request)
+        most = max(0, max_model_len - (1 if output is None else output))
+    return tokens[:most] if request.truncation_side == "right" else tokens[max(0, len(tokens) - most) :]
+
+
+def sampling_params(
+    request: SamplingRequest, max_tokens: int, seed: int, choice: int, bad_words: tuple[tuple[int, ...], ...] = ()
+) -> SamplingParams:
+    """Return the parameters of one choice of `n`. Equal seed and choice give equal output, whatever `n` is.
+
+    `bad_words`: those of the request, in tokens.
+    """
     return SamplingParams(
         max_tokens=max_tokens,
         seed=choice_seed(seed, choice),
@@ -57,6 +87,9 @@ def sampling_params(request: SamplingRequest, max_tokens: int, seed: int, choice
         repetition_penalty=_or_default(request.repetition_penalty, 1.0),
         logit_bias=tuple((int(token), bias) for token, bias in (request.logit_bias or {}).items()),
         logprobs=num_logprobs(request),
+        prompt_logprobs=num_prompt_logprobs(request),
+        allowed_token_ids=tuple(request.allowed_token_ids or ()),
+        bad_words=bad_words,
     )
 
 

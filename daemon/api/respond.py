@@ -23,7 +23,14 @@ from daemon.api.errors import ApiError, deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
 from daemon.api.grammar.requested import RequestedGrammar, forget_forms
 from daemon.api.outbox_writer import OutboxWriter
-from daemon.api.params import constrained, default_max_tokens, prefix_salt, requested_max_tokens, sampling_params
+from daemon.api.params import (
+    bad_word_tokens,
+    constrained,
+    default_max_tokens,
+    prefix_salt,
+    requested_max_tokens,
+    sampling_params,
+)
 from daemon.api.parse.formats import Parsing
 from daemon.api.parse.parts import Part
 from daemon.api.render.answer import Answer, Prompt
@@ -39,6 +46,7 @@ from daemon.api.sse import EventStream
 from daemon.api.stream_group import StreamGroup, first_by
 from daemon.api.validation import KEEP_HEADER, check_length, priority_class, wants_keep
 from daemon.ipc.messages import SamplingParams
+from daemon.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from daemon.api.kept_streams import KeptStream
@@ -87,6 +95,7 @@ class CheckedRequest:
         self.x_request_id = ""  # that the client has sent
         self.keep = False  # it goes on after a hang-up, and can be read again
         self.identity: Identity | None = None  # of the requests that get the same answer
+        self.bad_words: tuple[tuple[int, ...], ...] = ()  # in tokens; known once it is tokenised
         self.arrival = time.monotonic()
 
     def attributes(self, label: str) -> RequestAttributes:
@@ -101,13 +110,13 @@ class CheckedRequest:
             forget_forms(self.body)
 
     def sampling(self, service: Service, max_tokens: int, seed: int, choice: int) -> SamplingParams:
-        """Return the sampling parameters of a choice. Call `compile_grammar` before."""
-        params = sampling_params(self.body, max_tokens, seed, choice)
+        """Return the sampling parameters of a choice. Call `compile_grammar` and `tokenise` before."""
+        params = sampling_params(self.body, max_tokens, seed, choice, self.bad_words)
         return constrained(params, self._grammar, service.model_config.eos_token_ids)
 
     async def tokenise(self, service: Service) -> list[Prompt]:
         """Return the prompts, and forget their text: an answer may take long, and does not need it."""
-        prompts = await service.off_loop(self._tokenise, self._held.size)
+        prompts, self.bad_words = await service.off_loop(lambda: self._tokenised(service.tokenizer), self._held.size)
         self.drop()
         return prompts
 
@@ -118,6 +127,9 @@ class CheckedRequest:
         else:
             self.body.prompt = ""
         self._held.release()
+
+    def _tokenised(self, tokenizer: Tokenizer) -> tuple[list[Prompt], tuple[tuple[int, ...], ...]]:
+        return self._tokenise(), bad_word_tokens(self.body.bad_words, lambda text: tokenizer.encode(text, False))
 
 
 async def respond(service: Service, http: web.Request, request: CheckedRequest) -> web.StreamResponse:
@@ -281,11 +293,11 @@ async def _submit(
     requested, max_model_len = requested_max_tokens(body), service.max_model_len
     param = request.api.param
     for prompt in prompts:
-        asked = 0 if request.api.shrinks else requested or body.min_tokens or 0
-        check_length(len(prompt.tokens), asked, max_model_len, limits, param)
+        least = None if request.api.shrinks else requested if requested is not None else body.min_tokens or None
+        check_length(len(prompt.tokens), least, max_model_len, limits, param)
         service.check_embedded(prompt.tokens, param)
-    default = default_max_tokens(body, limits.max_output_tokens)
-    outputs = [min(requested or default, max_model_len - len(prompt.tokens)) for prompt in prompts]
+    most = default_max_tokens(body, limits.max_output_tokens) if requested is None else requested
+    outputs = [min(most, max_model_len - len(prompt.tokens)) for prompt in prompts]
     _check_room(service, request, prompts, outputs, answer.id)
     work = 0
     for prompt, max_tokens in zip(prompts, outputs, strict=True):
@@ -298,9 +310,10 @@ async def _submit(
                 await asyncio.sleep(0)
             params = request.sampling(service, max_tokens, seed, i)
             label = f"{answer.id}-{len(answer.choices)}"
-            streams.add(service.generator.submit(prompt.tokens, params, request.attributes(label)))
+            stream = service.generator.submit(prompt.tokens, params, request.attributes(label))
+            streams.add(stream)
             places.submitted()
-            answer.add(max_tokens)
+            answer.add(stream, max_tokens)
 
 
 def _check_room(
@@ -322,6 +335,8 @@ async def whole_body(renderer: Renderer, answer: Answer, streams: StreamGroup) -
     parts: list[list[Part]] = [[] for _ in answer.choices]
     while answer.unfinished:
         for i, chunk in await streams.next():
+            if answer.describes_prompt:
+                await answer.describe_prompt(i, chunk)
             parts[i] += answer.push(i, chunk)
             if answer.choices[i].finish:
                 streams.stop(i)
@@ -337,6 +352,8 @@ async def write_events(writer: EventWriter, answer: Answer, streams: StreamGroup
             out = []
         try:
             for i, chunk in await streams.next():
+                if answer.describes_prompt:
+                    await answer.describe_prompt(i, chunk)
                 writer.begin(i, out)
                 writer.write(i, answer.push(i, chunk), out)
                 if answer.choices[i].finish:

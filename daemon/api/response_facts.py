@@ -29,6 +29,9 @@ class AnswerForm(msgspec.Struct, array_like=True, frozen=True):
     """How an answer is written: everything in its request that decides which bytes a token becomes.
 
     `api` names the renderer. `parsing`: None if all text is plain. `extra`: what only this renderer can read.
+    `show_stop`: a stop string, or the token that ends the output, is part of the text. `ids`: the answer has the ids
+    of all tokens. `prompt_logprobs`: that it has, as in `SamplingParams`. `echo_logprobs`: those of the prompt come
+    before those of the output.
     """
 
     api: str
@@ -44,6 +47,15 @@ class AnswerForm(msgspec.Struct, array_like=True, frozen=True):
     continuous_usage: bool
     parsing: Parsing | None = None
     extra: bytes = b""
+    show_stop: bool = False
+    ids: bool = False
+    prompt_logprobs: int = -1
+    echo_logprobs: bool = False
+
+    @property
+    def describes_prompt(self) -> bool:
+        """True if the answer has more of its prompt than the text."""
+        return self.ids or self.echo_logprobs or self.prompt_logprobs >= 0
 
 
 class PromptFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -110,6 +122,10 @@ def answer_form(
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
         parsing=parsing,
         extra=extra,
+        show_stop=bool(request.include_stop_str_in_output),
+        ids=bool(request.return_token_ids),
+        prompt_logprobs=-1 if request.prompt_logprobs is None else request.prompt_logprobs,
+        echo_logprobs=isinstance(request, CompletionRequest) and bool(request.echo) and request.logprobs is not None,
     )
 
 

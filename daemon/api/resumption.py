@@ -47,8 +47,7 @@ async def resumed(
                 written = []
                 for i, request in enumerate(requests):
                     sent = choice_position(state[1 + i])
-                    chunk = request.replay(sent.position)._replace(finish=sent.finish)
-                    written.append(answer.resume(chunk, kept[i] if kept is not None else None))
+                    written.append(await answer.resume(request, sent, kept[i] if kept is not None else None))
                     if answer.choices[i].finish:
                         streams.stop(i)
                 renderer = renderer_of(answer)

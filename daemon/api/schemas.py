@@ -8,7 +8,7 @@ becomes of each field of OpenAI's and vLLM's schemas; tests/api/test_fields.py c
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
@@ -24,6 +24,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_ALLOWED_TOKENS = 4096
+MAX_BAD_WORDS = 128
 MAX_CACHE_SALT = 256
 MIN_REPETITION_PENALTY = 1e-6
 """Logits are divided by the penalty in float32. A quotient by this or more is finite; 1e-46 is 0 in float32."""
@@ -31,7 +33,7 @@ _MAX_COUNT = (1 << 31) - 1  # of tokens
 
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
-_NumTokens = Annotated[int, Meta(ge=1, le=_MAX_COUNT)]
+_NumTokens = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 _NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
@@ -65,6 +67,8 @@ class SamplingRequest(Struct, kw_only=True):
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=100)] | None = None
     logit_bias: Annotated[dict[str, _Bias], Meta(max_length=MAX_LOGIT_BIAS)] | None = None
+    allowed_token_ids: Annotated[list[int], Meta(max_length=MAX_ALLOWED_TOKENS)] | None = None
+    bad_words: Annotated[list[_StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
     # -- length
     max_tokens: _NumTokens | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=_MAX_COUNT)] | None = None
@@ -79,6 +83,12 @@ class SamplingRequest(Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: _NumLogprobs | None = None
+    # -- prompt
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=_MAX_COUNT)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     # -- scheduling
     priority: Annotated[int, Meta(ge=LOWEST, le=HIGHEST)] | str | None = None
     cache_salt: Annotated[str, Meta(max_length=MAX_CACHE_SALT)] | None = None
@@ -98,16 +108,8 @@ class SamplingRequest(Struct, kw_only=True):
     # -- refused unless neutral
     use_beam_search: Annotated[Any, _BEAMS] = None
     length_penalty: Annotated[Any, unsupported("It is for beam search, which is not supported.", 1)] = None
-    prompt_logprobs: Annotated[Any, unsupported("Only tokens of the output have logprobs.")] = None
     logprob_token_ids: Annotated[Any, unsupported("Ask for the most likely tokens instead.")] = None
     prompt_embeds: Annotated[Any, unsupported("Send text or token ids.")] = None
-    truncate_prompt_tokens: Annotated[Any, unsupported("Shorten the prompt before you send it.", -1)] = None
-    include_stop_str_in_output: Annotated[Any, unsupported("Append the stop string yourself.")] = None
-    return_token_ids: Annotated[Any, unsupported("Use /tokenize, or logprobs with `return_tokens_as_token_ids`.")] = (
-        None
-    )
-    allowed_token_ids: Annotated[Any, unsupported("Use `logit_bias`.")] = None
-    bad_words: Annotated[Any, unsupported("Use `logit_bias` with -100 for their tokens.")] = None
     logits_processors: Annotated[Any, _PROCESSOR] = None
     custom_logit_processor: Annotated[Any, _PROCESSOR] = None
     stop_regex: Annotated[Any, unsupported("Use `stop` with plain strings.")] = None

@@ -20,7 +20,7 @@ NEUTRAL: tuple[Any, ...] = (
     "",
     [],
     {},
-)  # not 0: `prompt_logprobs: 0` and `thinking_token_budget: 0` ask for something
+)  # not 0: `thinking_token_budget: 0` asks for something
 
 
 class Rule(NamedTuple):

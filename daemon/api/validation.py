@@ -57,6 +57,9 @@ def check_chat(request: ChatRequest, limits: Limits) -> None:
     check_template_fields(request, limits)
     check_sampling(request, limits)
     check_messages(request.messages, limits)
+    if requested_max_tokens(request) == 0 and request.prompt_logprobs is None:
+        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        raise bad_request(f"`{name}` must be at least 1 in a chat, unless you ask for `prompt_logprobs`.", name)
     _check_most(request.top_logprobs, limits.max_logprobs, "top_logprobs")
     if request.top_logprobs and not request.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", "top_logprobs")
@@ -69,8 +72,6 @@ def check_completion(request: CompletionRequest, limits: Limits) -> None:
     refuse_unsupported(request)
     check_sampling(request, limits)
     _check_most(request.logprobs, limits.max_logprobs, "logprobs")
-    if request.echo and request.logprobs is not None:
-        raise bad_request("`echo` together with `logprobs` is not supported.", "echo")
     prompts = split_prompts(request.prompt)
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -143,9 +144,9 @@ def check_sampling(request: SamplingRequest, limits: Limits) -> None:
     if request.n is not None and request.n > limits.max_choices:
         raise bad_request(f"`n` must be from 1 to {limits.max_choices}.", "n")
     maximum = requested_max_tokens(request)
-    if maximum and (request.min_tokens or 0) > maximum:
+    if maximum is not None and (request.min_tokens or 0) > maximum:
         raise bad_request(f"`min_tokens` is larger than the maximum of output tokens, {maximum}.", "min_tokens")
-    if limits.max_requested_tokens and maximum > limits.max_requested_tokens:
+    if maximum is not None and 0 < limits.max_requested_tokens < maximum:
         name = "max_tokens" if maximum == request.max_tokens else "max_completion_tokens"
         raise bad_request(f"`{name}` must be at most {limits.max_requested_tokens}, got {maximum}.", name)
     if isinstance(request.stop, list):
@@ -158,6 +159,15 @@ def check_sampling(request: SamplingRequest, limits: Limits) -> None:
     options = request.stream_options
     if options is not None and options.continuous_usage_stats and not options.include_usage:
         raise bad_request("`continuous_usage_stats` needs `include_usage` to be true.", "stream_options")
+    _check_most(request.prompt_logprobs, limits.max_logprobs, "prompt_logprobs")
+    if request.prompt_logprobs is not None and request.stream:
+        raise bad_request("`prompt_logprobs` needs `stream` to be false.", "prompt_logprobs")
+    if request.truncation_side is not None and request.truncate_prompt_tokens is None:
+        raise bad_request("`truncation_side` needs `truncate_prompt_tokens`.", "truncation_side")
+    if request.allowed_token_ids is not None:
+        if not request.allowed_token_ids:
+            raise bad_request("`allowed_token_ids` is empty, so no token could be sampled.", "allowed_token_ids")
+        check_tokens(request.allowed_token_ids, limits.vocab_size, "allowed_token_ids")
     if request.stop_token_ids:
         check_tokens(request.stop_token_ids, limits.vocab_size, "stop_token_ids")
 
@@ -182,17 +192,17 @@ def check_tokens(tokens: list[int], vocab_size: int, param: str) -> None:
         raise bad_request(f"`{param}` must hold token ids from 0 to {vocab_size - 1}.", param)
 
 
-def check_length(prompt_tokens: int, max_tokens: int, max_model_len: int, limits: Limits, param: str) -> None:
-    """Raise ApiError (400) unless prompt and output fit the context. `max_tokens` 0: the request sets no maximum."""
+def check_length(prompt_tokens: int, max_tokens: int | None, max_model_len: int, limits: Limits, param: str) -> None:
+    """Raise ApiError (400) unless prompt and output fit the context. `max_tokens` None: at least one token."""
     if prompt_tokens == 0:
         raise bad_request(f"`{param}` has no tokens.", param)
     if limits.max_prompt_tokens and prompt_tokens > limits.max_prompt_tokens:
         raise context_length_exceeded(
             f"The prompt has {prompt_tokens} tokens; this server accepts at most {limits.max_prompt_tokens}.", param
         )
-    if prompt_tokens + max(max_tokens, 1) > max_model_len:
+    if prompt_tokens + (1 if max_tokens is None else max_tokens) > max_model_len:
         asked = f"{prompt_tokens} in the prompt"
-        asked += f" and {max_tokens} for the output" if max_tokens else " and at least one for the output"
+        asked += " and at least one for the output" if max_tokens is None else f" and {max_tokens} for the output"
         raise context_length_exceeded(
             f"This model's maximum context length is {max_model_len} tokens; you asked for {asked}.", param
         )

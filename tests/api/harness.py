@@ -25,6 +25,7 @@ from daemon.config import Config
 from daemon.enums import EarlyEnd
 from daemon.ipc.messages import Finish, SamplingParams, TokenLogprobs
 from daemon.ipc.metrics_page import ENGINE, FRONTEND, MetricsPage, snapshot
+from daemon.ipc.prompt_logprobs import PromptLogprob
 from daemon.models.chat_template import ChatTemplate
 from daemon.models.model_config import ModelConfig, read_model_config
 from daemon.models.tokenizer import Tokenizer
@@ -57,8 +58,11 @@ class Submission:
 class ScriptedStream:
     """One choice: sends chunks of `generator.chunk_size` tokens, `generator.delay` seconds apart."""
 
-    def __init__(self, generator: ScriptedGenerator, rid: int, tokens: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self, generator: ScriptedGenerator, rid: int, prompt: list[int], tokens: list[int], params: SamplingParams
+    ) -> None:
         self.rid = self.slot = rid
+        self._prompt = prompt
         self.cancelled, self.why = False, None
         self.released = False
         self.accepted = 0  # tokens that were generated, as if a journal had them
@@ -116,6 +120,19 @@ class ScriptedStream:
         if k < 0:
             return None
         return [TokenLogprobs(-0.5, list(range(10, 10 + k)), [-1.0 - i for i in range(k)]) for _ in tokens]
+
+    def prompt(self) -> list[int]:
+        return self._prompt
+
+    def prompt_logprobs(self, start: int, stop: int) -> list[PromptLogprob]:
+        """Token i has the logprob -i; its alternatives are tokens 10, 11, ..."""
+        assert start >= 1 and (self.accepted or self.done)
+        k = self._params.prompt_logprobs
+        assert k >= 0
+        return [
+            PromptLogprob(-float(i), i + 1, list(range(10, 10 + k)), [-0.25 - n for n in range(k)])
+            for i in range(start, stop)
+        ]
 
     def cancel(self, why: EarlyEnd | None = None) -> None:
         if not self.done:
@@ -195,9 +212,9 @@ class ScriptedGenerator:
         if len(prompt) + params.max_tokens > self.max_model_len:
             raise TooLong("too long")
         self.submissions.append(Submission(list(prompt), params, *attributes))
-        stream = ScriptedStream(self, len(self.streams), self.reply(prompt, params), params)
+        stream = ScriptedStream(self, len(self.streams), list(prompt), self.reply(prompt, params), params)
         self.streams.append(stream)
-        self.running += 1
+        self.running += not stream.done
         return stream
 
 

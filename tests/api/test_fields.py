@@ -168,4 +168,4 @@ def test_ignored_and_unknown_fields_change_nothing(api, route):
 
 def test_zero_is_not_neutral_where_it_asks_for_something():
     refused = rules(ChatRequest)
-    assert not refused["prompt_logprobs"].accepts(0) and not refused["thinking_token_budget"].accepts(0)
+    assert not refused["logprob_token_ids"].accepts(0) and not refused["thinking_token_budget"].accepts(0)

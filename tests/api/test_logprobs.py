@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -23,6 +24,11 @@ class Texts:
         return ('"', "\\", "\n", "é", "🙂", "],[", "x")[token % 7] * (token // 7 % 3 + 1)
 
 
+class Shown:
+    def push(self, tokens: Sequence[int]) -> str:
+        return "".join(map(Texts().token_text, tokens))
+
+
 TOP = 2
 ENTRY = st.one_of(
     st.none(),
@@ -40,8 +46,8 @@ def _formats() -> list[ChatLogprobs | TextLogprobs]:
     return [
         ChatLogprobs(Texts()),
         ChatLogprobs(Texts(), ids=True),
-        TextLogprobs(Texts(), TOP),
-        TextLogprobs(Texts(), 0),
+        TextLogprobs(Texts(), Shown(), TOP),
+        TextLogprobs(Texts(), Shown(), 0),
     ]
 
 

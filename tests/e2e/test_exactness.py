@@ -12,6 +12,9 @@ def test_preemption_and_shared_prefixes_keep_answers_exact(start: Start) -> None
     options = ("--frontends", "2", "--kv-memory", "32Ki", "--stub-step", "10ms", "--no-rebalance")
     daemon = start(*options, engine="hash")
     bodies = [hash_engine.request(i, length=100, shared=64, output=60, stream=i % 4 != 0) for i in range(64)]
+    for output in (9, 0):  # their prompts are scored
+        fields = {"length": 100, "shared": 64, "output": output, "echo": True}
+        bodies += [hash_engine.request(i, stream=i % 2 == 0, **fields) for i in range(16)]
     with Clients(daemon, bodies) as clients:
         outcomes = clients.join()
     wrong = [

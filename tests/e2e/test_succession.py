@@ -74,6 +74,9 @@ REQUESTS = {
     "chat": (CHAT, body(7, messages=MESSAGES, n=2)),
     "chat logprobs": (CHAT, body(8, messages=MESSAGES, logprobs=True, top_logprobs=2, stream_options=USAGE)),
     "whole": (TEXT, body(9, stream=False, n=2, stop=["ab", "er"])),
+    "scored": (TEXT, body(11, echo=True, logprobs=2, n=2)),
+    "scored whole": (TEXT, body(12, stream=False, echo=True, logprobs=0, prompt_logprobs=3)),
+    "ids": (TEXT, body(13, return_token_ids=True, stream_options=USAGE)),
     "whole chat": (CHAT, body(10, messages=MESSAGES, stream=False, logprobs=True)),
 }
 
@@ -94,7 +97,7 @@ def test_every_kind_of_response_outlives_the_frontend(daemon: Daemon):
         whole = {name: found.result() for name, found in unharmed.items()}
         before = daemon.metric("llumd:dispatches_total")
         started = {name: pool.submit(ask, daemon, name) for name in REQUESTS}
-        wait_for("all choices dispatched", lambda: daemon.metric("llumd:dispatches_total") == before + 19)
+        wait_for("all choices dispatched", lambda: daemon.metric("llumd:dispatches_total") == before + 23)
         kill(daemon)
         for name, found in started.items():
             assert found.result() == whole[name], name

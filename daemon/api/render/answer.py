@@ -8,15 +8,18 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from daemon.api.errors import cancelled, deadline_exceeded, lost
-from daemon.api.generator import TokenChunk
+from daemon.api.generator import TokenChunk, TokenStream
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
 from daemon.api.parse.formats import new_parser, shown_texts
 from daemon.api.parse.parts import Part
 from daemon.api.render.choice import Choice
+from daemon.api.render.prompt_details import add_echo, prompt_details
 from daemon.api.request_metrics import REASONS, RequestMetrics
-from daemon.api.response_facts import AnswerForm, PromptFacts
+from daemon.api.response_facts import AnswerForm, ChoicePosition, PromptFacts
 from daemon.api.service import Service
 from daemon.ipc.messages import Finish
+
+_COMPLETE = (Finish.STOP, Finish.LENGTH)  # ends of a request whose prompt is computed
 
 
 class Prompt(NamedTuple):
@@ -49,6 +52,7 @@ class Answer:
         """
         self._service = service
         self.form = form
+        self.describes_prompt = form.describes_prompt
         self.prompts = prompts
         self.arrival = arrival
         self._deadline = deadline
@@ -57,6 +61,7 @@ class Answer:
         self.created = created
         self.model = service.model_config.name
         self.choices: list[Choice] = []
+        self._streams: list[TokenStream] = []
         self._metrics: list[RequestMetrics] = []
         self.unfinished = 0
         # Running totals: the usage in every event must not cost more the more choices there are.
@@ -64,19 +69,24 @@ class Answer:
         self._output_tokens = 0
         self._cached_tokens = 0
 
-    def add(self, max_tokens: int) -> None:
-        """Add the next choice, of at most `max_tokens` tokens. Call it after the submission of that choice."""
+    def add(self, stream: TokenStream, max_tokens: int) -> None:
+        """Add the next choice, of at most `max_tokens` tokens, which `stream` brings."""
         prompt = self.prompts[len(self.choices) // self.form.n]
-        self._add(RequestMetrics(self._service.page, self.arrival, prompt.num_tokens, max_tokens))
+        self._add(stream, RequestMetrics(self._service.page, self.arrival, prompt.num_tokens, max_tokens))
 
-    def resume(self, chunk: TokenChunk, metrics: RequestMetrics | None = None) -> list[Part]:
-        """Add the next choice, of which `chunk` is written already, all output up to here. Return its parts.
+    async def resume(
+        self, stream: TokenStream, state: ChoicePosition, metrics: RequestMetrics | None = None
+    ) -> list[Part]:
+        """Add the next choice, of which all output up to `state` is written already. Return its parts.
 
         `metrics`: those of the choice; None: a former process has counted this output.
         """
         index = len(self.choices)
-        self._add(metrics or RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
+        chunk = stream.replay(state.position)._replace(finish=state.finish)
+        self._add(stream, metrics or RequestMetrics.resumed(self._service.page, self.arrival, len(chunk.tokens)))
         choice = self.choices[index]
+        if self.describes_prompt and (stream.accepted or stream.finish in _COMPLETE):
+            await self._describe_prompt(index)
         parts = choice.push(chunk)
         self._count(index, choice.num_tokens, choice.num_cached_tokens)
         if choice.finish:
@@ -89,7 +99,22 @@ class Answer:
         metrics, self._metrics, self.choices = self._metrics, [], []
         return metrics
 
-    def _add(self, metrics: RequestMetrics) -> None:
+    async def describe_prompt(self, index: int, chunk: TokenChunk) -> None:
+        """Read what the answer has of its prompt, if it is not read yet, before `chunk` is pushed to choice `index`.
+
+        The prompt is computed before there is output. Raises EngineLost if its logprobs are lost all the same.
+        """
+        if self.choices[index].prompt is None and (chunk.tokens or chunk.finish in _COMPLETE):
+            await self._describe_prompt(index)
+
+    async def _describe_prompt(self, index: int) -> None:
+        form, choice, stream = self.form, self.choices[index], self._streams[index]
+        tokenizer = self._service.tokenizer
+        choice.prompt = await prompt_details(stream, tokenizer, ids=form.ids, logprobs=form.prompt_logprobs)
+        if form.echo_logprobs and isinstance(choice.logprobs, TextLogprobs):
+            await add_echo(stream, choice.logprobs, tokenizer, form.logprobs)
+
+    def _add(self, stream: TokenStream, metrics: RequestMetrics) -> None:
         form, tokenizer, index = self.form, self._service.tokenizer, len(self.choices)
         prompt = self.prompts[index // form.n]
         choice = Choice(
@@ -99,7 +124,10 @@ class Answer:
             end_tokens=form.end_tokens,
             logprobs=self._logprobs_format(),
             parser=new_parser(form.parsing, answer=self.id, choice=index, thinking=prompt.thinking),
+            show_stop=form.show_stop,
+            ids=form.ids,
         )
+        self._streams.append(stream)
         self.choices.append(choice)
         self._metrics.append(metrics)
         self.unfinished += 1
@@ -109,7 +137,10 @@ class Answer:
         if top < 0:
             return None
         tokenizer, ids = self._service.tokenizer, self.form.token_ids
-        return TextLogprobs(tokenizer, top, ids) if self.form.api == "completion" else ChatLogprobs(tokenizer, ids)
+        if self.form.api != "completion":
+            return ChatLogprobs(tokenizer, ids)
+        shown = tokenizer.detokenizer(continuing=True, skip_special=self.form.skip_special)
+        return TextLogprobs(tokenizer, shown, top, ids)
 
     def _count(self, index: int, tokens: int, cached: int) -> None:
         """Add to the totals: output tokens, and prompt tokens of choice `index` from a prefix cache."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from daemon.api.generator import TokenChunk
 from daemon.api.logprobs import LogprobsFormat
 from daemon.api.parse.parts import CallBegin, Part, PartParser, Text
+from daemon.api.render.prompt_details import PromptDetails
 from daemon.ipc.messages import Finish
 from daemon.models.stop_strings import StopStrings
 from daemon.models.tokenizer import Detokenizer
@@ -18,14 +19,17 @@ class Choice:
         "_end_tokens",
         "_min_tokens",
         "_parser",
+        "_show_stop",
         "_stops",
         "finish",
+        "ids",
         "logprobs",
         "num_cached_tokens",
         "num_calls",
         "num_reasoning_tokens",
         "num_tokens",
         "position",
+        "prompt",
     )
 
     def __init__(
@@ -37,16 +41,22 @@ class Choice:
         end_tokens: frozenset[int],
         logprobs: LogprobsFormat | None,
         parser: PartParser | None = None,
+        show_stop: bool = False,
+        ids: bool = False,
     ) -> None:
         """`end_tokens`: tokens that end the output and are not part of its text. `min_tokens`: a stop string counts
         only if a later token completes it. `parser`: finds the parts of the text; None: all of it is plain text.
+        `show_stop`: what ends the output is part of its text. `ids`: keep the ids of its tokens.
         """
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens
         self._end_tokens = end_tokens
         self._parser = parser
+        self._show_stop = show_stop
         self.logprobs = logprobs
+        self.ids: list[int] | None = [] if ids else None
+        self.prompt: PromptDetails | None = None  # None: they are not read yet
         self.finish = Finish.NONE
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -62,7 +72,7 @@ class Choice:
     def push(self, chunk: TokenChunk) -> list[Part]:
         """Add the chunk and return its parts, without an end that may still become a stop string or a character.
 
-        After this `logprobs`, if requested, holds an entry for each token of the chunk that counts.
+        After this `logprobs` and `ids`, if requested, hold an entry for each token of the chunk that counts.
         """
         self.num_cached_tokens = max(self.num_cached_tokens, chunk.num_cached_tokens)
         self.finish = chunk.finish
@@ -77,7 +87,14 @@ class Choice:
         self.num_tokens += count
         if self.logprobs is not None:
             self.logprobs.add(chunk.tokens[:count], chunk.logprobs)
+        if self.ids is not None:
+            self.ids += chunk.tokens[:count]
         return parts
+
+    def take_ids(self) -> list[int] | None:
+        """Return the ids of the tokens since the last call; None if the answer has none."""
+        ids, self.ids = self.ids, None if self.ids is None else []
+        return ids
 
     def _parse(self, chunk: TokenChunk, parser: PartParser) -> tuple[int, list[Part], bool]:
         """Return the number of tokens that count, the parts, and True if a stop string ends them.
@@ -110,7 +127,7 @@ class Choice:
         """
         detokenizer, stops = self._detokenizer, self._stops
         # The token that ended the output has no text.
-        ended = finish is Finish.STOP and tokens and tokens[-1] in self._end_tokens
+        ended = finish is Finish.STOP and tokens and tokens[-1] in self._end_tokens and not self._show_stop
         visible = tokens[:-1] if ended else tokens
         if stops is None:
             text = detokenizer.push(visible)
@@ -124,11 +141,14 @@ class Choice:
             emit, stopped = stops.push(text)
             out.append(emit)
             if stopped:
-                return i, "".join(out), True
+                return i, "".join(out) + self._shown_stop(stops), True
         if finish:
             emit, stopped = stops.push(detokenizer.finish())
             out.append(emit)
             if stopped:
-                return len(tokens), "".join(out), True
+                return len(tokens), "".join(out) + self._shown_stop(stops), True
             out.append(stops.flush())
         return len(tokens), "".join(out), False
+
+    def _shown_stop(self, stops: StopStrings) -> str:
+        return (stops.matched or "") if self._show_stop else ""

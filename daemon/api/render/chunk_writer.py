@@ -56,6 +56,10 @@ class ChunkWriter:
         middle = b',"logprobs":%b,"finish_reason":null' % _json(logprobs)
         return self._open + b'"delta":' + _json(delta) + middle + self._end(usage)
 
+    def with_member(self, event: bytes, name: bytes, value: bytes) -> bytes:
+        """Return an event of this choice with one more member in the choice. `value`: JSON."""
+        return b'%b"%b":%b,%b' % (self._open, name, value, event.removeprefix(self._open))
+
     def finish(self, reason: str, usage: Any = None) -> bytes:
         """Return the last event of the choice."""
         empty = b'"delta":{}' if self._chat else b'"text":""'
@@ -71,6 +75,11 @@ def chunk_head(*, chat: bool, id: str, created: int, model: str) -> bytes:
     kind = "chat.completion.chunk" if chat else "text_completion"
     common = _json({"id": id, "object": kind, "created": created, "model": model})
     return b"data: " + common[:-1] + b","
+
+
+def with_top_member(event: bytes, name: bytes, value: bytes) -> bytes:
+    """Return an event with one more member beside its choices. `value`: JSON."""
+    return b'%b,"%b":%b}\n\n' % (event.removesuffix(b"}\n\n"), name, value)
 
 
 def usage_chunk(head: bytes, usage: Any) -> bytes:

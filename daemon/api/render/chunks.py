@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import msgspec
+
 from daemon.api.parse.parts import Part, Text
 from daemon.api.render import chunk_writer
 from daemon.api.render.answer import Answer
 from daemon.api.render.chunk_writer import ChunkWriter
+from daemon.api.render.prompt_details import NO_DETAILS
 from daemon.api.render.renderer import Renderer
 
 
@@ -35,30 +38,40 @@ class ChunkRenderer(Renderer):
         ]
 
     def replay(self, index: int, parts: list[Part]) -> None:
-        """Forget the logprobs that are written. No other event depends on earlier ones."""
+        """Forget the logprobs and ids that are written. No other event depends on earlier ones."""
         choice = self.answer.choices[index]
+        choice.take_ids()
         if choice.logprobs is not None:
             choice.logprobs.take()
 
     def write_begin(self, index: int, out: list[bytes]) -> None:
-        writer, usage = self._writers[index], self._usage()
+        choice, writer, usage = self.answer.choices[index], self._writers[index], self._usage()
+        first = len(out)
         if self.chat:
             out.append(writer.role(usage))
-        if echo := self.answer.echo(index):
-            out.append(writer.text(echo, None, usage))
+        echo = self.answer.echo(index)
+        logprobs = choice.logprobs.take() if choice.logprobs and self.answer.form.echo_logprobs else None
+        ids = choice.prompt.token_ids if choice.prompt else None
+        if echo or logprobs or (ids and not self.chat):
+            out.append(writer.text(echo, logprobs, usage))
+        if ids:
+            member = chunk_writer.with_top_member if self.chat else writer.with_member
+            out[first] = member(out[first], b"prompt_token_ids", bytes(ids))
 
     def write_parts(self, index: int, parts: list[Part], out: list[bytes]) -> None:
         choice, writer = self.answer.choices[index], self._writers[index]
         logprobs = choice.logprobs.take() if choice.logprobs else None
-        usage = self._usage()
+        usage, ids, first = self._usage(), choice.take_ids(), len(out)
         for part in parts:
             if isinstance(part, Text):  # the hot path
                 out.append(writer.text(part.text, logprobs, usage))
             else:
                 out.append(writer.part(part, logprobs, usage))
             logprobs = None
-        if logprobs:
+        if logprobs or (ids and len(out) == first):
             out.append(writer.text("", logprobs, usage))
+        if ids:
+            out[first] = writer.with_member(out[first], b"token_ids", msgspec.json.encode(ids))
         if choice.finish:
             out.append(writer.finish(self.answer.reason(index), usage))
 
@@ -71,12 +84,22 @@ class ChunkRenderer(Renderer):
         kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(i, found) for i, found in enumerate(parts)]
         head = {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
-        return head | {"choices": choices, "usage": answer.usage()}
+        body = head | {"choices": choices, "usage": answer.usage()}
+        return body | self._prompt_members(0) if self.chat else body
 
     def _choice(self, index: int, parts: list[Part]) -> dict[str, Any]:
         logprobs = self.answer.choices[index].logprobs
         rest = {"logprobs": logprobs.take() if logprobs else None, "finish_reason": self.answer.reason(index)}
-        return {"index": index} | self.content(self.answer.echo(index), parts) | rest
+        found = {"index": index} | self.content(self.answer.echo(index), parts) | rest
+        if (ids := self.answer.choices[index].take_ids()) is not None:
+            found["token_ids"] = ids
+        return found if self.chat else found | self._prompt_members(index)
+
+    def _prompt_members(self, index: int) -> dict[str, Any]:
+        """Return what the client has asked to get of the prompt of a choice, besides its text."""
+        details = self.answer.choices[index].prompt or NO_DETAILS
+        members = {"prompt_token_ids": details.token_ids, "prompt_logprobs": details.logprobs}
+        return {name: value for name, value in members.items() if value is not None}
 
     @abstractmethod
     def content(self, echo: str, parts: list[Part]) -> dict[str, Any]:
