@@ -315,6 +315,7 @@ def test_deep_json_is_broken_and_not_an_error():
         ("<|python_tag|>", "llama3_json", ""),
         ("{%- if tools %}{{ tools | tojson }}", "json", ""),
         ("<|channel|>commentary", "", ""),
+        ("<|python_start|>", "", ""),
         ("", "json", ""),
     ],
 )

@@ -29,6 +29,7 @@ PARSERS: dict[str, type[CallParser]] = {
 _OTHER_FORMS = (
     *("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<|tool_calls_section_begin|>"),  # DeepSeek, Kimi
     *("<|channel|>", "<|tool_call|>", "<tool_calls>", "<|tool_call_start|>"),  # gpt-oss, Granite, Jamba, LFM
+    *("<|python_start|>", "<|START_ACTION|>", "<|action_start|>", "<function_calls>"),  # Llama 4, Command, InternLM
 )
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
