@@ -114,4 +114,4 @@ def test_a_tool_loop_with_the_official_client(daemon: Daemon):
             {"role": "tool", "tool_call_id": call.id, "content": "It is done."} for call in answer.tool_calls or []
         ]
     assert len(messages) == 5 and answer.content == "Both are done."
-    assert answer.reasoning_content == "Good."
+    assert (answer.model_extra or {})["reasoning_content"] == "Good."
