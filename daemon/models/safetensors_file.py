@@ -76,7 +76,7 @@ def read_array(tensor: Tensor) -> npt.NDArray[Any]:
         case "BF16":
             return (raw.astype(np.uint32) << 16).view(np.float32)
         case "F8_E4M3":
-            return _e4m3()[raw]
+            return _e4m3().take(raw, mode="clip")
         case "F8_E5M2":  # the upper byte of a float16
             return (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
         case "F8_E8M0":  # an exponent; 255 is NaN

@@ -14,19 +14,9 @@ import numpy.typing as npt
 from daemon.models.config_values import RawConfig
 from daemon.models.files import ModelError
 from daemon.models.quantised.gptq import group_size
-from daemon.models.quantised.matrix import (
-    FLOATS,
-    Arrays,
-    Floats,
-    Matrix,
-    Parts,
-    Scheme,
-    dequantise,
-    spread,
-    unpack,
-)  # fmt: skip
+from daemon.models.quantised.matrix import FLOATS, Arrays, Blocks, Floats, Matrix, Parts, Scheme, dequantise
 
-_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # position in a word of each of its eight outputs, from the lowest bits
+_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word, from its lowest bits
 
 
 def read_awq(raw: RawConfig) -> Scheme:
@@ -50,14 +40,17 @@ def _matrix(size: int, parts: Parts) -> Matrix:
     parts.expect("qzeros", ("I32",), (groups, words))
 
     def decode(arrays: Arrays) -> Floats:
-        scales, zeros = arrays["scales"].T, _ordered(arrays["qzeros"]).astype(np.float32)
-        scales, zeros = (spread(x, (out, width), (1, size)) for x in (scales, zeros))
-        return dequantise(_ordered(arrays["qweight"]), scales, zeros)
+        scales = Blocks(arrays["scales"].T, (1, size))
+        return dequantise(_rows(arrays["qweight"]), scales, scales._replace(values=_rows(arrays["qzeros"])))
 
     return parts.matrix((out, width), decode)
 
 
-def _ordered(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Unpack words [n, out / 8] and return [out, n]."""
-    values = unpack(words, 4).reshape(len(words), -1, 8)[..., _ORDER]
-    return np.ascontiguousarray(values.reshape(len(words), -1).T)
+def _rows(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Unpack words [n, out / 8] and return [out, n]. Words are transposed before: they are fewer."""
+    data = np.ascontiguousarray(words.T, dtype="<i4").view(np.uint8).reshape(words.shape[1], len(words), 4)
+    out = np.empty((words.shape[1], 8, len(words)), np.uint8)
+    for place, output in enumerate(_OUTPUTS):
+        byte = data[..., place // 2]
+        out[:, output] = byte >> 4 if place % 2 else byte & 15
+    return out.reshape(-1, len(words))

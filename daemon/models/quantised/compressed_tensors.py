@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from daemon.models.config_values import RawConfig, count
 from daemon.models.files import ModelError
@@ -22,13 +21,13 @@ from daemon.models.quantised.fp8 import block_size
 from daemon.models.quantised.matrix import (
     FLOATS,
     Arrays,
+    Blocks,
     Floats,
     Matrix,
     Parts,
     Scheme,
-    by_index,
+    checked_index,
     dequantise,
-    spread,
     unpack,
 )  # fmt: skip
 from daemon.models.safetensors_file import read_array
@@ -130,19 +129,19 @@ def _matrix(groups: Sequence[_Group], parts: Parts) -> Matrix:
     shape = _packed_shape(group, parts) if packed else parts.shape("weight", (dtype,))
     blocks = _check_scales(group, parts, shape)
     zeros_of = _zeros(group, parts, blocks)
-    offset = float(2 ** (group.bits - 1)) if packed else 0.0
+    shift = float(2 ** (group.bits - 1)) if packed else 0.0
 
     def decode(arrays: Arrays) -> Floats:
         values = unpack(arrays["weight_packed"], group.bits)[:, : shape[1]] if packed else arrays["weight"]
-        scales, zeros = arrays["weight_scale"].reshape(blocks), zeros_of(arrays) + np.float32(offset)
-        if (index := arrays.get("weight_g_idx")) is not None and group.strategy == "group":
-            what = f"{parts.module}.weight_g_idx"
-            scales, zeros = by_index(scales, index, what), by_index(zeros, index, what)
-        else:
-            scales, zeros = (spread(x, shape, group.size) for x in (scales, zeros))
-        return dequantise(values, scales, zeros)
+        index = arrays.get("weight_g_idx") if group.strategy == "group" else None
+        if index is not None and -1 in index:  # it was never set
+            index = None
+        index = checked_index(index, blocks[1], group.size[1], f"{parts.module}.weight_g_idx")
+        scales = Blocks(arrays["weight_scale"].reshape(blocks), group.size, index)
+        return dequantise(values, scales, scales._replace(values=zeros_of(arrays)) if zeros_of else None, shift)
 
-    return parts.matrix(shape, decode)
+    by_row = group.kind == "float" and group.strategy in ("tensor", "channel") and zeros_of is None
+    return parts.matrix(shape, decode, "weight_scale" if by_row else "")
 
 
 def _packed_shape(group: _Group, parts: Parts) -> tuple[int, int]:
@@ -177,12 +176,12 @@ def _shapes(blocks: tuple[int, int]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _zeros(group: _Group, parts: Parts, blocks: tuple[int, int]) -> Callable[[Arrays], npt.NDArray[Any]]:
-    """Return a function from the arrays of a matrix to its zero points, of the shape `blocks`."""
+def _zeros(group: _Group, parts: Parts, blocks: tuple[int, int]) -> Callable[[Arrays], Floats] | None:
+    """Return a function from the arrays of a matrix to its zero points, of the shape `blocks`; None if they are 0."""
     name = "weight_zero_point"
     stored = parts.tensors.get(name)
     if stored is None and group.symmetric:
-        return lambda arrays: np.zeros((1, blocks[1]), np.float32)
+        return None
     if stored is not None and stored.dtype == "I32":
         rows, columns = blocks
         parts.expect(name, ("I32",), (-(-rows * group.bits // 32), columns))

@@ -3,11 +3,12 @@ or the whole."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from daemon.models.config_values import RawConfig
 from daemon.models.files import ModelError
-from daemon.models.quantised.matrix import FLOATS, Arrays, Floats, Matrix, Parts, Scheme, dequantise, spread
+from daemon.models.quantised.matrix import FLOATS, Arrays, Blocks, Floats, Matrix, Parts, Scheme, dequantise
 
 _SCALES = ("weight_scale_inv", "weight_scale")  # both multiply
 _IGNORED = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale")
@@ -45,6 +46,7 @@ def _matrix(block: tuple[int, int] | None, parts: Parts) -> Matrix:
     def decode(arrays: Arrays) -> Floats:
         scales = arrays[name]
         blocks = scales.reshape(-1, 1) if scales.ndim < 2 else scales
-        return dequantise(arrays["weight"], spread(blocks, shape, size), 0.0)
+        return dequantise(arrays["weight"], Blocks(blocks, size))
 
-    return parts.matrix(shape, decode)
+    by_row = parts.tensors[name].dtype in FLOATS and math.prod(parts.tensors[name].shape) in (1, out)
+    return parts.matrix(shape, decode, name if by_row and not block else "")

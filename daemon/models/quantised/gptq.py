@@ -13,13 +13,13 @@ from daemon.models.files import ModelError
 from daemon.models.quantised.matrix import (
     FLOATS,
     Arrays,
+    Blocks,
     Floats,
     Matrix,
     Parts,
     Scheme,
-    by_index,
+    checked_index,
     dequantise,
-    spread,
     unpack,
 )  # fmt: skip
 
@@ -60,14 +60,10 @@ def _matrix(bits: int, size: int, offset: int, parts: Parts) -> Matrix:
         parts.expect("g_idx", ("I32", "I64"), (width,))
 
     def decode(arrays: Arrays) -> Floats:
-        # The addition wraps, as in AutoGPTQ.
-        zeros = ((unpack(arrays["qzeros"], bits) + offset) & (2**bits - 1)).T.astype("f4")
-        scales = arrays["scales"].T
-        if (index := arrays.get("g_idx")) is not None:
-            what = f"{parts.module}.g_idx"
-            scales, zeros = by_index(scales, index, what), by_index(zeros, index, what)
-        else:
-            scales, zeros = (spread(x, (out, width), (1, size)) for x in (scales, zeros))
-        return dequantise(unpack(arrays["qweight"].T, bits), scales, zeros)
+        # The addition wraps, as in AutoGPTQ. Words are transposed before they are unpacked: they are fewer.
+        zeros = (unpack(arrays["qzeros"], bits) + offset) & (2**bits - 1)
+        index = checked_index(arrays.get("g_idx"), groups, size, f"{parts.module}.g_idx")
+        scales = Blocks(arrays["scales"].T, (1, size), index)
+        return dequantise(unpack(arrays["qweight"].T, bits), scales, scales._replace(values=zeros.T))
 
     return parts.matrix((out, width), decode)

@@ -15,14 +15,20 @@ from daemon.models.safetensors_file import Tensor, check_size, read_array
 Floats = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[Any]]  # the parts of a matrix, by the last component of their names
 FLOATS = ("F32", "F16", "BF16")
+_SLAB = 64  # rows of a matrix whose blocks have no order
 
 
 class Matrix(NamedTuple):
-    """A quantised matrix of a checkpoint. `decode` computes its values, of `shape` [out, in], from its parts."""
+    """A quantised matrix of a checkpoint. `decode` computes its values, of `shape` [out, in], from its parts.
+
+    `row_scales`: if the part `weight` is e4m3 and has one factor for each row, or one for all, the part that has
+    them; otherwise "".
+    """
 
     shape: tuple[int, ...]
     parts: Mapping[str, Tensor]
     decode: Callable[[Arrays], Floats]
+    row_scales: str = ""
 
     def read(self) -> Floats:
         """Return the dequantised matrix in float32."""
@@ -59,8 +65,8 @@ class Parts:
                 f"{' or '.join(str(list(s)) for s in shapes)}"
             )
 
-    def matrix(self, shape: tuple[int, ...], decode: Callable[[Arrays], Floats]) -> Matrix:
-        return Matrix(shape, self.tensors, decode)
+    def matrix(self, shape: tuple[int, ...], decode: Callable[[Arrays], Floats], row_scales: str = "") -> Matrix:
+        return Matrix(shape, self.tensors, decode, row_scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +95,51 @@ def unpack(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return out
 
 
-def dequantise(values: npt.NDArray[Any], scales: Floats, zeros: npt.NDArray[Any] | float) -> Floats:
-    """Return (values - zeros) * scales. All have the shape of `values`, or one that broadcasts to it."""
-    out = values.astype(np.float32)
-    out -= zeros
-    out *= scales
+def dequantise(values: npt.NDArray[Any], scales: Blocks, zeros: Blocks | None = None, shift: float = 0.0) -> Floats:
+    """Return (values - shift - zeros) * scales in float32; `values` themselves change if they are float32."""
+    out = np.ascontiguousarray(values, dtype=np.float32)
+    if shift:
+        out -= np.float32(shift)
+    if zeros is not None:
+        zeros.apply(np.subtract, out)
+    scales.apply(np.multiply, out)
     return out
 
 
-def spread(blocks: npt.NDArray[Any], shape: tuple[int, ...], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """Return what belongs to each element of a matrix of `shape`, from one value for each block of `size`.
+class Blocks(NamedTuple):
+    """One number for each block of a matrix. `size`: rows and columns of a block; those at the end may be cut.
 
-    The blocks at the end may be cut. Axes with one block keep the length 1.
+    An axis of `values` with the length 1 has one block. `group`: instead the block of each column.
     """
-    if blocks.shape[1] > 1 and size[1] > 1:
-        blocks = np.repeat(blocks, size[1], axis=1)[:, : shape[1]]
-    if blocks.shape[0] > 1 and size[0] > 1:
-        blocks = np.repeat(blocks, size[0], axis=0)[: shape[0]]
-    return blocks
+
+    values: npt.NDArray[Any]
+    size: tuple[int, int] = (1, 1)
+    group: npt.NDArray[Any] | None = None
+
+    def apply(self, operation: np.ufunc, matrix: Floats) -> None:
+        """Compute operation(element, number of its block) in place, without temporary arrays as large as `matrix`."""
+        rows, columns = self.size
+        height, width = matrix.shape
+        blocks, group = np.ascontiguousarray(self.values, dtype=np.float32), self.group
+        if rows > 1 and len(blocks) > 1:
+            blocks = np.repeat(blocks, rows, axis=0)[:height]
+        if group is None and blocks.shape[1] * columns > width > columns:
+            group = np.arange(width) // columns
+        if group is not None:
+            for i in range(0, height, _SLAB):
+                part = matrix[i : i + _SLAB]
+                operation(part, (blocks[i : i + _SLAB] if len(blocks) > 1 else blocks).take(group, 1), out=part)
+        elif blocks.shape[1] == 1 or columns == 1:
+            operation(matrix, blocks, out=matrix)
+        else:
+            parts = matrix.reshape(height, -1, columns)
+            operation(parts, blocks[..., np.newaxis], out=parts)
 
 
-def by_index(groups: npt.NDArray[Any], index: npt.NDArray[Any], what: str) -> npt.NDArray[Any]:
-    """Return the column of `groups` [out, groups] for each input, by its group. Raises ModelError."""
-    if index.min() < 0 or index.max() >= groups.shape[1]:
-        raise ModelError(f"{what} has groups up to {index.max()}; the scales have {groups.shape[1]}")
-    return groups[:, index]
+def checked_index(index: npt.NDArray[Any] | None, groups: int, size: int, what: str) -> npt.NDArray[Any] | None:
+    """Return the group of each input; None if the groups are in order. Raises ModelError for a group that is none."""
+    if index is None or np.array_equal(index, np.arange(len(index)) // size):
+        return None
+    if index.min() < 0 or index.max() >= groups:
+        raise ModelError(f"{what} has groups up to {index.max()}; the scales have {groups}")
+    return index

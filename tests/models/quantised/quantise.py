@@ -97,6 +97,10 @@ def _packed(m: Maker, bits: int, groups: int, *, zeros: bool = False, index: boo
     return stored, (q - z[:, of.long()]) * s.float()[:, of.long()]
 
 
+def _with(made: Made, name: str, tensor: torch.Tensor) -> Made:
+    return made[0] | {name: tensor}, made[1]
+
+
 def _gptq(m: Maker, bits: int, groups: int, offset: int, *, index: bool = True, ordered: bool = True) -> Made:
     q, s = m.whole(0, 2**bits - 1), m.scales(m.out, groups) * (1 if bits == 4 else 0.1)
     z = m.whole(offset, 2**bits - 1, m.out, groups)
@@ -152,6 +156,10 @@ METHODS: dict[str, tuple[Callable[[Maker], Made], dict[str, Any]]] = {
     ),
     "compressed, int4 groups in any order": (
         lambda m: _packed(m, 4, m.width // GROUP, index=True),
+        compressed("pack-quantized", INT4 | {"actorder": "group"}),
+    ),
+    "compressed, int4 groups whose order was never set": (
+        lambda m: _with(_packed(m, 4, m.width // GROUP), "weight_g_idx", torch.full((m.width,), -1)),
         compressed("pack-quantized", INT4 | {"actorder": "group"}),
     ),
     "compressed, packed int8 rows": (
