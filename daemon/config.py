@@ -112,7 +112,8 @@ class Config(HttpOptions):
     dtype: str = _option(
         "auto",
         "engine",
-        "Arithmetic of the linear layers. `auto`: on the CPU, the faster type in a test at startup; on GPUs, bf16. "
+        "Arithmetic of the linear layers. `auto`: on the CPU, the faster type in a test at startup; on GPUs, bf16, "
+        "and FP8 for FP8 weights with a scale for each row or matrix. "
         "`fp32` is for the CPU only.",
         choices=("auto", "bf16", "fp32"),
     )

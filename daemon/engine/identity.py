@@ -26,14 +26,19 @@ class Identity(NamedTuple):
     fingerprint: int
 
 
-def identify(config: Config, model: ModelConfig, digest: bytes, spec: PoolSpec, device: str) -> Identity:
-    """Return the identity of an engine on `device`. `digest`: of its weight files; empty if it reads none."""
+def identify(
+    config: Config, model: ModelConfig, digest: bytes, spec: PoolSpec, device: str, arithmetic: str = ""
+) -> Identity:
+    """Return the identity of an engine on `device`. `digest`: of its weight files; empty if it reads none.
+
+    `arithmetic`: that of its products, see `Runner`.
+    """
     architecture = {k: v for k, v in dataclasses.asdict(model).items() if k not in _NO_MEANING}
     source = config.load_format if config.engine == "model" else config.engine
     weights = _number([source, digest.hex(), architecture])
     kind, _, _ = device.partition(":")  # the kernels of a CPU round differently than those of a GPU
-    arithmetic = [kind, config.dtype, config.kv_dtype, config.deterministic]
-    return Identity(weights, _number([weights, arithmetic, spec._replace(num_blocks=0)]))
+    computation = [kind, arithmetic, config.dtype, config.kv_dtype, config.deterministic]
+    return Identity(weights, _number([weights, computation, spec._replace(num_blocks=0)]))
 
 
 def _number(value: object) -> int:

@@ -167,6 +167,11 @@ class Runner(Protocol):
     max_model_len: int
     vocab_size: int
 
+    @property
+    def arithmetic(self) -> str:
+        """The type of the products, known after `load`. An engine with another one cannot use the KV."""
+        ...
+
     def pool_spec(self, num_blocks: int) -> PoolSpec:
         """Return the shape of a pool of `num_blocks` blocks. Block 0 is a dummy that no request holds."""
         ...

@@ -88,7 +88,8 @@ def load(spec: ChildSpec, fabric: Fabric) -> LoadedEngine:
     else:
         kv = _load_on_host(spec, fabric, runner)
     digest = weights.digest() if weights is not None else _script_digest(config, runner)
-    identity = identify(config, model_config, digest, runner.pool_spec(1), config.devices[index])
+    spec_of_pool, device = runner.pool_spec(1), config.devices[index]
+    identity = identify(config, model_config, digest, spec_of_pool, device, runner.arithmetic)
     times = _measure(config, runner, kv.num_blocks)
     scheduler = Scheduler(
         BlockManager(

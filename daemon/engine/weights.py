@@ -2,14 +2,14 @@
 
 Tensors of a checkpoint are views of the mapped files. Engines that map the same file share its pages. The weights
 packed for the linear layers are a private copy in each process, so only the embedding table stays shared. Quantised
-matrices are dequantised to float32 when they are read.
+matrices are dequantised to float32 when they are read, unless an engine computes with FP8.
 """
 
 from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,13 @@ from daemon.models.quantised import Matrix
 from daemon.models.tensors import expected_tensors
 
 
+class Fp8Matrix(NamedTuple):
+    """An e4m3 matrix [out, in] as it is stored, and the factor of each row, float32[out]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
 class Weights(Protocol):
     """Tensors by their canonical names, see `daemon.models.tensors`."""
 
@@ -28,6 +35,10 @@ class Weights(Protocol):
 
         Raises KeyError if the model has no such tensor.
         """
+        ...
+
+    def fp8(self, name: str) -> Fp8Matrix | None:
+        """Return a matrix without dequantising it; None unless it is FP8 with a factor for each row or for all."""
         ...
 
 
@@ -51,6 +62,16 @@ class CheckpointWeights:
             tensor = self._mapped(stored.file, place.name)
         rows = tensor if place.part is None else tensor[place.part]
         return rows[place.begin : place.end]
+
+    def fp8(self, name: str) -> Fp8Matrix | None:
+        place, _, matrix = self._sources[name]
+        if matrix is None or not matrix.row_scales or place.part is not None:
+            return None
+        values = self._mapped(matrix.parts["weight"].file, place.name)
+        scale_name = place.name.removesuffix("weight") + matrix.row_scales
+        scales = self._mapped(matrix.parts[matrix.row_scales].file, scale_name).float().flatten().expand(len(values))
+        rows = slice(place.begin, place.end)
+        return Fp8Matrix(values[rows], scales[rows])
 
     def _mapped(self, file: Path, name: str) -> torch.Tensor:
         try:
@@ -81,6 +102,9 @@ class DummyWeights:
             return torch.full(shape, self._norm)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         return torch.empty(shape).uniform_(-0.03, 0.03, generator=generator)
+
+    def fp8(self, name: str) -> None:
+        return None
 
 
 def open_weights(config: ModelConfig, load_format: str) -> Weights:

@@ -120,6 +120,16 @@ class ModelConfig:
         dense = 0 if all(layer.experts for layer in self.layers) else self.intermediate_size
         return max(dense, self.experts.per_token * self.experts.width if self.experts else 0)
 
+    @property
+    def fp8_by_rows(self) -> bool:
+        """True if the quantised matrices are FP8 with a factor for each row or for all, which GPUs can multiply."""
+        match self.quantisation:
+            case {"quant_method": "fp8"}:
+                return not self.quantisation.get("weight_block_size")
+            case {"quant_method": "compressed-tensors", "config_groups": {**groups}}:
+                return bool(groups) and all(map(_is_fp8_by_rows, groups.values()))
+        return False
+
     def _params(self, experts: int) -> int:
         """Count the weights, with `experts` experts in a layer that has some."""
         hidden = self.hidden_size
@@ -137,3 +147,10 @@ class ModelConfig:
         around = self.hidden_size * (4 if self.norm_kind == "sandwich" else 2)
         heads = {"": 0, "head": 2, "row": self.num_heads + self.num_kv_heads}[self.qk_norm]
         return around + heads * self.head_dim
+
+
+def _is_fp8_by_rows(group: object) -> bool:
+    match group:
+        case {"weights": {"type": "float", "strategy": "tensor" | "channel"}}:
+            return True
+    return False

@@ -28,6 +28,11 @@ def identity(model: ModelConfig, digest: bytes = b"a", spec: PoolSpec = SPEC, de
     return identify(Config(**options), model, digest, spec, device)
 
 
+def test_engines_with_other_products_share_no_kv(model: ModelConfig):
+    bf16, e4m3 = (identify(Config(), model, b"a", SPEC, "cuda:0", arithmetic) for arithmetic in ("bfloat16", "fp8"))
+    assert bf16.weights == e4m3.weights and bf16.fingerprint != e4m3.fingerprint
+
+
 def test_equal_engines_are_equal_in_every_process(model: ModelConfig):
     found = identity(model)
     assert found == identity(dataclasses.replace(model, path=Path("/elsewhere"), name="other"))

@@ -29,6 +29,7 @@ ORDER = (
     "test_gpu_mixed.py",
     "test_gpu_agreement.py",
     "test_gpu_families.py",
+    "test_gpu_fp8.py",
     "test_gpu_out_of_memory.py",
     "test_gpu_daemon.py",
 )

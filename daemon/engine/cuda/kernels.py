@@ -37,6 +37,7 @@ _SOURCES = Path(__file__).parent / "csrc"
 _LEAST_MAJOR = 8  # bf16 on tensor cores
 _FA3_MAJOR = 9
 _ROTATED_AT_A_TIME = 16
+FP8_CAPABILITY = (8, 9)  # the least that multiplies e4m3
 EXPERT_ARCHS = ("9.", "10.")  # of which PyTorch computes grouped products in one kernel
 
 
@@ -227,6 +228,12 @@ def arch_of(major: int, minor: int) -> str:
     if major == 12 and minor == 0:
         return "12.0f"
     return f"{major}.{minor}" + ("a" if major >= 9 else "")
+
+
+def multiplies_fp8(arch: str) -> bool:
+    """Return True if GPUs of an architecture, such as "9.0a", multiply e4m3."""
+    major, minor = re.match(r"(\d+)\.(\d+)", arch).groups()  # type: ignore[union-attr]
+    return (int(major), int(minor)) >= FP8_CAPABILITY
 
 
 def kernels_dir() -> Path:

@@ -112,7 +112,7 @@ def choose_products(
 
 
 def weight_groups(weights: DeviceWeights, min_bytes: int) -> list[WeightGroup]:
-    """Return the weights that are worth measuring, by shape. Those with a bias and experts stay with torch."""
+    """Return the weights that are worth measuring, by shape. Those with a bias, experts and FP8 stay with torch."""
     groups: dict[tuple[torch.Size, bool], tuple[dict[str, None], list[torch.Tensor]]] = {}
 
     def add(name: str, weight: torch.Tensor, *, wide: bool) -> None:
@@ -123,7 +123,7 @@ def weight_groups(weights: DeviceWeights, min_bytes: int) -> list[WeightGroup]:
     for layer in weights.layers:
         for name in ("qkv", "out", "gate_up", "down"):
             linear = getattr(layer, name)
-            if linear is not None and linear.bias is None:
+            if linear is not None and linear.bias is None and linear.scales is None:
                 add(name, linear.weight, wide=False)
     add("head", weights.head, wide=True)
     return [

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from daemon.engine.cuda import fp8
 from daemon.engine.cuda.cublaslt import ALIGNMENT, Algorithm, Product, Shape
 from daemon.engine.cuda.ops import Ops
 from daemon.engine.cuda.weights import Linear
@@ -58,7 +59,9 @@ class Products:
 
     def apply(self, linear: Linear, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write x [n, width] through `linear` to `out` [n, columns], which must be plain (`is_plain`)."""
-        if linear.bias is not None:
+        if linear.scales is not None:
+            fp8.multiply(x, linear.transposed, linear.scales, linear.bias, out)
+        elif linear.bias is not None:
             torch.addmm(linear.bias, x, linear.transposed, out=out)
         elif chosen := self._find(x, linear.weight, wide=False):
             chosen.compute(x, linear.weight, out)

@@ -13,8 +13,8 @@ from typing import Literal
 
 import torch
 
-from daemon.engine.cuda import kernels
-from daemon.engine.cuda.arrays import Size, SlotSampling, StepArrays
+from daemon.engine.cuda import fp8, kernels
+from daemon.engine.cuda.arrays import Size, StepArrays
 from daemon.engine.cuda.attention import Attention, FlashInferAttention, Scoring, TorchAttention
 from daemon.engine.cuda.buckets import choose_bucket, graph_buckets
 from daemon.engine.cuda.decode_paths import DecodePaths
@@ -35,7 +35,7 @@ from daemon.engine.cuda.model import Decoder
 from daemon.engine.cuda.ops import FlashInferOps, Ops, TorchOps
 from daemon.engine.cuda.product_choice import LIMITS, Limits, choose_products
 from daemon.engine.cuda.products import Products
-from daemon.engine.cuda.sampler import KernelSampler, TorchSampler
+from daemon.engine.cuda.sampler import KernelSampler, TorchSampler, slot_sampling
 from daemon.engine.cuda.scoring import PassScores
 from daemon.engine.cuda.slots import Slots
 from daemon.engine.cuda.small_batch import DecodePath, Gemv, small_batch_buckets
@@ -45,17 +45,14 @@ from daemon.engine.cuda.weights import DeviceWeights, load_weights
 from daemon.engine.cuda.workspace import HeadShape
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, PoolSpec, RunnerSettings, StepPlan, StepResult
-from daemon.engine.sampling.sampler import Sampler, inverse_temperature, min_p_depth
-from daemon.ipc.messages import SamplingParams, TokenLogprobs
+from daemon.engine.sampling.sampler import Sampler
+from daemon.ipc.messages import TokenLogprobs
 from daemon.models.model_config import ModelConfig, ModelError
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
 """Number of steps that may be launched and not yet collected."""
-
-_SEED_MASK = (1 << 64) - 1
-_LARGEST_INT32 = (1 << 31) - 1
 
 
 class CudaRunner:
@@ -64,7 +61,8 @@ class CudaRunner:
 
     The next step may be launched while one is computed.
 
-    `settings.dtype` "auto" means bf16 on CUDA and fp32 on the CPU. `prefill`: FlashInfer's backend for chunks.
+    `settings.dtype` "auto" means bf16 on CUDA, where FP8 weights stay FP8 (`fp8.py`), and fp32 on the CPU.
+    `prefill`: FlashInfer's backend for chunks.
     `decode_path`: how decodes of one to four rows are computed; "auto": by the fastest path. `gemv`: the small-batch
     products on the CPU, for tests. `mixed_steps`: how decodes beside chunks are computed; "auto": by the faster way,
     on the CPU in one pass. `product_limits`: how much is measured to choose algorithms for products; None: torch
@@ -92,6 +90,7 @@ class CudaRunner:
         self.vocab_size = config.vocab_size
         self.num_blocks = 0
         self.products: Products  # set by `load`
+        self.arithmetic = ""  # the same
         self.path_seconds: dict[int, dict[str, float]] = {}  # of a decode step, by bucket with several paths
         self.mixed_seconds: dict[MixedSteps, float] = {}  # of a step of decodes and a chunk, if measured
         self._stored = config
@@ -171,7 +170,10 @@ class CudaRunner:
         """Build everything except the pool and the graphs."""
         ops, self._attention, gemv, self._stream = self._backend()
         head_dim, dtype = self._heads.head_dim, self._format.dtype
-        weights = load_weights(self._stored, self._settings.load_format, self._device, dtype, head_dim=head_dim)
+        keep = self._settings.dtype == "auto" and self._stored.fp8_by_rows and fp8.is_supported(self._device)
+        load_format = self._settings.load_format
+        weights = load_weights(self._stored, load_format, self._device, dtype, head_dim=head_dim, keep_fp8=keep)
+        self.arithmetic = "fp8" if weights.in_fp8 else str(dtype).removeprefix("torch.")
         self.products = Products(ops)
         model = Decoder(
             self._config, weights, ops, self._attention, max_len=self.max_model_len, gemv=gemv, products=self.products
@@ -180,7 +182,7 @@ class CudaRunner:
         sampler = sampler_class(self._capacity.sampled, self.vocab_size, self._device)
         self._forward = ForwardPass(model, self._attention, sampler, self._capacity, self._device)
         small: tuple[int, ...] = ()
-        if gemv is not None and self._decode_path != "gemm":
+        if gemv is not None and self._decode_path != "gemm" and not weights.in_fp8:
             small = small_batch_buckets(self._buckets, self._config, shared_memory_bytes(self._device))
         self._decode_paths = DecodePaths(self._forward, small, self._decode_path)
         self._compute_decodes: Callable[[int], None] = self._decode_paths.run
@@ -380,7 +382,7 @@ class CudaRunner:
         slots, fresh = self._slots.assign([row[0] for row in plan.rows])
         try:
             for slot, request in fresh:
-                self._arrays.assign_slot(slot, request, _slot_sampling(request.sampling))
+                self._arrays.assign_slot(slot, request, slot_sampling(request.sampling))
         except Exception:
             self._slots.take_back(fresh)  # a request that keeps its slot would compute with what the slot held before
             raise
@@ -473,14 +475,3 @@ class CudaRunner:
         result = self._host_sampler.sample(logits, [row.request for row in rows], ticket.plan.masks)
         tokens.update(zip(host_rows, result.tokens, strict=True))
         return dict(zip(host_rows, result.logprobs or [None] * len(rows), strict=True))
-
-
-def _slot_sampling(sampling: SamplingParams) -> SlotSampling:
-    seed = sampling.seed & _SEED_MASK
-    return SlotSampling(
-        inverse_temperature=inverse_temperature(sampling),
-        min_p_depth=min_p_depth(sampling),
-        top_k=min(sampling.top_k, _LARGEST_INT32),
-        top_p=sampling.top_p,
-        seed=seed - (seed >> 63 << 64),
-    )

@@ -20,7 +20,10 @@ import numpy as np
 import torch
 
 from daemon.engine.cuda import kernels
+from daemon.engine.cuda.arrays import SlotSampling
 from daemon.engine.runner import NO_TOKEN
+from daemon.engine.sampling.sampler import inverse_temperature, min_p_depth
+from daemon.ipc.messages import SamplingParams
 
 _WORD = 0xFFFFFFFF
 _MUL0, _MUL1 = 0xD2511F53, 0xCD9E8D57
@@ -37,6 +40,8 @@ _LN2_HIGH = 0.693359375
 _LN2_LOW = float(np.float32(-2.12194440e-4))
 _EXP_TERMS = [float(np.float32(1.0 / math.factorial(n))) for n in range(7, -1, -1)]
 _LEAST = -44.0
+_SEED_MASK = (1 << 64) - 1
+_LARGEST_INT32 = (1 << 31) - 1
 _CHUNK = 1 << 22  # logits that TorchSampler processes at a time: some hundred MB
 
 
@@ -222,3 +227,15 @@ def _gumbel(words: torch.Tensor) -> torch.Tensor:
     """Return the Gumbel noise of each word (int64), float32."""
     v = (words.double() + 0.5) * 2.0**-32
     return (-_log(-_log(1.0 - v))).float()
+
+
+def slot_sampling(sampling: SamplingParams) -> SlotSampling:
+    """Return the parameters of a request in the types of the kernel."""
+    seed = sampling.seed & _SEED_MASK
+    return SlotSampling(
+        inverse_temperature=inverse_temperature(sampling),
+        min_p_depth=min_p_depth(sampling),
+        top_k=min(sampling.top_k, _LARGEST_INT32),
+        top_p=sampling.top_p,
+        seed=seed - (seed >> 63 << 64),
+    )

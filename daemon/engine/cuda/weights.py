@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from daemon.engine.weights import CheckpointWeights, DummyWeights, Weights
+from daemon.engine.cuda.fp8 import E4M3, MULTIPLE
+from daemon.engine.weights import CheckpointWeights, DummyWeights, Fp8Matrix, Weights
 from daemon.models.model_config import ModelConfig
 from daemon.models.tensors import NORMS, expected_tensors
 
 
 class Linear(NamedTuple):
-    """Weight [out, in] and bias [out] or None. `transposed`: the weight as a view [in, out]."""
+    """Weight [out, in] and bias [out] or None. `transposed`: the weight as a view [in, out].
+
+    `scales`: factors of the rows of an e4m3 weight, float32[1, out]; None for other weights.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     transposed: torch.Tensor
+    scales: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return cls(weight, bias, weight.t())
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None = None) -> Linear:
+        return cls(weight, bias, weight.t(), scales)
 
 
 class Experts(NamedTuple):
@@ -59,6 +65,12 @@ class DeviceWeights(NamedTuple):
     norm: torch.Tensor
     head: torch.Tensor  # [vocab, hidden]; the embedding itself if they are tied
 
+    @property
+    def in_fp8(self) -> bool:
+        """True if linear layers have e4m3 weights."""
+        linears = (linear for layer in self.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        return any(linear is not None and linear.scales is not None for linear in linears)
+
 
 class DeviceDummy:
     """Random weights made on the device, which takes about a second for 8 billion.
@@ -80,15 +92,25 @@ class DeviceDummy:
         values = torch.empty(shape, dtype=self._dtype, device=self._device)
         return values.uniform_(-0.03, 0.03, generator=generator)
 
+    def fp8(self, name: str) -> None:
+        return None
+
 
 def load_weights(
-    config: ModelConfig, load_format: str, device: torch.device, dtype: torch.dtype, *, head_dim: int
+    config: ModelConfig,
+    load_format: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    keep_fp8: bool = False,
 ) -> DeviceWeights:
     """Read or make all weights. Raises ModelError for an incomplete checkpoint.
 
     `head_dim`: width of the heads on the device; if it is more than the model's, the other elements are zeros.
+    `keep_fp8`: FP8 matrices of linear layers that have a factor for each row or for all are not dequantised.
     """
-    load = _Loader(config, _source(config, load_format, device, dtype), device, dtype, head_dim)
+    load = _Loader(config, _source(config, load_format, device, dtype), device, dtype, head_dim, keep_fp8=keep_fp8)
     embedding = load.tensor("model.embed_tokens.weight")
     return DeviceWeights(
         embedding=embedding,
@@ -108,9 +130,17 @@ class _Loader:
     """Puts the tensors of `source` together on the device. Each one is freed before the next one is read."""
 
     def __init__(
-        self, config: ModelConfig, source: Weights, device: torch.device, dtype: torch.dtype, head_dim: int
+        self,
+        config: ModelConfig,
+        source: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        keep_fp8: bool,
     ) -> None:
         self._config = config
+        self._keep_fp8 = keep_fp8
         self._head_dim = head_dim
         self._source = source
         self._shapes = expected_tensors(config)
@@ -153,10 +183,24 @@ class _Loader:
         return self.tensor(f"{at}.{name}.weight") if name else None
 
     def _linear(self, at: str, *names: str, bias: bool) -> Linear:
-        return Linear.of(
-            self.tensor(*(f"{at}.{name}.weight" for name in names)),
-            self.tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None,
-        )
+        weights = [f"{at}.{name}.weight" for name in names]
+        biases = self.tensor(*(f"{at}.{name}.bias" for name in names)) if bias else None
+        if self._keep_fp8 and (kept := self._fp8(weights)) is not None:
+            values, scales = kept
+            return Linear.of(values, biases, scales.unsqueeze(0))
+        return Linear.of(self.tensor(*weights), biases)
+
+    def _fp8(self, names: Sequence[str]) -> Fp8Matrix | None:
+        """Return matrices as one, on the device; None if they are not all FP8 that the device multiplies."""
+        parts = [part for part in map(self._source.fp8, names) if part is not None]
+        narrow = self._head_dim != self._config.head_dim and ".self_attn." in names[0]  # gets zeros, as bf16
+        if narrow or len(parts) < len(names) or any(n % MULTIPLE for part in parts for n in part.values.shape):
+            return None
+        rows = [len(part.values) for part in parts]
+        values = torch.empty(sum(rows), parts[0].values.shape[1], dtype=E4M3, device=self._device)
+        for into, part in zip(values.split(rows), parts, strict=True):
+            into.copy_(part.values)
+        return Fp8Matrix(values, torch.cat([part.scales for part in parts]).to(self._device))
 
     def _wide_rows(self, linear: Linear) -> Linear:
         """Return a linear layer that gives heads, with zeros up to their width on the device."""

@@ -91,6 +91,7 @@ class HashRunner:
     """
 
     device = "hash"
+    arithmetic = ""
     eos_token_ids: tuple[int, ...] = ()
 
     def __init__(

@@ -60,6 +60,7 @@ class StubRunner:
     """
 
     device = "stub"
+    arithmetic = ""
     eos_token_ids: tuple[int, ...] = ()
 
     def __init__(

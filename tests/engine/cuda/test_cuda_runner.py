@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from daemon.engine.cuda import runner as runner_module
 from daemon.engine.cuda.runner import CudaRunner
+from daemon.engine.cuda.sampler import slot_sampling
 from daemon.engine.pipeline import Pipeline
 from daemon.engine.request import Request
 from daemon.engine.runner import NO_TOKEN, Row, StepPlan
@@ -284,14 +285,13 @@ def test_a_request_whose_parameters_cannot_be_read_ends_alone(model_dir, monkeyp
     healthy = batch(random.Random(12), 8, 10)
     scheduled(runner, healthy, 100)
     requests = batch(random.Random(12), 8, 10)
-    slot_sampling = runner_module._slot_sampling
 
     def raises(sampling):
         if sampling is requests[3].sampling:
             raise OverflowError("too large for int32")
         return slot_sampling(sampling)
 
-    monkeypatch.setattr(runner_module, "_slot_sampling", raises)
+    monkeypatch.setattr(runner_module, "slot_sampling", raises)
     scheduler = Scheduler(
         BlockManager(100, 16), max_num_seqs=24, max_batch_tokens=96, max_model_len=512, eos_token_ids=()
     )
