@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -54,13 +55,27 @@ def _is_writable(directory: Path) -> bool:
 
 
 # With `cache=True` and no writable directory numba raises an error instead of compiling.
-_CACHE = _is_writable(Path(os.environ["NUMBA_CACHE_DIR"]))
-if not any(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*.nbi")):
+_DIRECTORY = Path(os.environ["NUMBA_CACHE_DIR"])
+_CACHE = _is_writable(_DIRECTORY)
+_NOTE = "compiling kernels for %s (%s): takes some seconds, more on a busy CPU"
+_log = logging.getLogger(__name__)
+_is_first = not any(_DIRECTORY.rglob("*.nbi"))
+if _is_first:
     # The first start takes many times as long as the next ones: log the reason.
-    _note = "once for this version" if _CACHE else f"cannot cache them in {os.environ['NUMBA_CACHE_DIR']}"
-    logging.getLogger(__name__).info(
-        "compiling kernels for this CPU (%s): takes some seconds, more on a busy CPU", _note
-    )
+    _log.info(_NOTE, "this CPU", "once for this version" if _CACHE else f"cannot cache them in {_DIRECTORY}")
+
+
+def log_first_use(what: str, key: object) -> None:
+    """Log that kernels are compiled, if none with this `key` were used before: such a start takes longer, too."""
+    if not _CACHE:
+        return
+    marker = _DIRECTORY / "used" / hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    if not marker.exists():
+        if not _is_first:
+            _log.info(_NOTE, what, "once")
+        with suppress(OSError):
+            marker.parent.mkdir(exist_ok=True)
+            marker.touch()
 
 
 def kernel(

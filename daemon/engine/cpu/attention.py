@@ -15,7 +15,7 @@ import numpy as np
 
 from daemon.engine.cpu.ops import exp2_nonpositive, narrow, widen
 from daemon.engine.cpu.simd import dots, multiply, prefetch, width
-from daemon.engine.jit import F32, kernel, prange
+from daemon.engine.jit import F32, kernel, log_first_use, prange
 
 TILE_QUERIES = 32  # tokens of a prefill chunk that share one pass over the keys
 _ROWS = 4  # rows of one product in `attend_tiles`
@@ -78,6 +78,7 @@ def compile_attention(
     `windowed`: with a sliding window. `softcap`: see `ModelConfig`.
     """
     kind = windowed, float(softcap * LOG2E)
+    log_first_use("models of this shape", (*shape, parallel, *kind))
     return Attention(_compile_tokens(shape, parallel, *kind), _compile_tiles(shape, parallel, *kind))
 
 
