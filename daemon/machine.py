@@ -16,6 +16,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _MAX_DESCRIPTORS = 1 << 17  # no process needs more; the hard limit in a container may be a thousand million
 _SHARED_MEMORY = "/dev/shm"
+_CPUINFO = Path("/proc/cpuinfo")
+_BF16 = {"avx512_bf16", "amx_tile"}  # instructions that multiply bf16
 
 
 class Machine(NamedTuple):
@@ -25,11 +27,12 @@ class Machine(NamedTuple):
     memory: int  # bytes that are free, with the page cache that the kernel can drop
     shared_memory: int  # bytes that are free in /dev/shm
     descriptors: int  # files that one process may open
+    bf16: bool = False  # see `has_bf16`
 
 
 def measure() -> Machine:
     """Return what this process can use now."""
-    return Machine(cpus(), available_memory(), _free_shared_memory(), _max_descriptors())
+    return Machine(cpus(), available_memory(), _free_shared_memory(), _max_descriptors(), has_bf16())
 
 
 def cpus(groups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
@@ -45,6 +48,16 @@ def cpus(groups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
 def available_memory(groups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
     """Return the free memory in bytes: of the machine, or of the control group if that is less."""
     return max(0, min([_machine_memory(), *_free_memory_v2(groups, own), *_free_memory_v1(groups, own)]))
+
+
+def has_bf16(cpuinfo: Path = _CPUINFO) -> bool:
+    """Return True if the CPU multiplies bf16. Without it CPU engines compute in fp32, unless `dtype` is bf16."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return not _BF16.isdisjoint(flags)
 
 
 def raise_descriptor_limit() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.machine import available_memory, cpus, measure
+from daemon.machine import available_memory, cpus, has_bf16, measure
 
 GIB = 1 << 30
 ALLOWED = len(os.sched_getaffinity(0))
@@ -66,3 +66,20 @@ def test_this_machine():
     found = measure()
     assert 1 <= found.cpus <= ALLOWED
     assert min(found.memory, found.shared_memory, found.descriptors) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx2\nbugs\t\t: avx512_bf16\n", False),
+        ("Features\t: fp asimd bf16\n", False),  # oneDNN's bf16 needs AVX-512
+        ("", False),
+    ],
+)
+def test_cpus_that_multiply_bf16(tmp_path: Path, text: str, expected: bool):
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    assert has_bf16(file) is expected
+    assert not has_bf16(tmp_path / "missing")

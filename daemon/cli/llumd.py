@@ -184,7 +184,7 @@ def _run(claims: Claims, prepared: Prepared, notifier: Notifier) -> int:
     from daemon.supervisor.key_reload import KeySource
     from daemon.supervisor.supervisor import Supervisor
 
-    config, model_config, model_dir, pool_bytes, keys = prepared
+    config, model_config, model_dir, pool_bytes, keys, _ = prepared
     config = dataclasses.replace(config, port=claims.http.getsockname()[1])
     _listen(claims, config)
     n = len(config.devices)

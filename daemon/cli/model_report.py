@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from daemon.cli.memory_budget import arithmetic_of, engine_bytes, kv_token_bytes
+from daemon.cli.memory_budget import arithmetic_of, engine_bytes, keeps_fp8, kv_token_bytes, loaded_bytes
 from daemon.cli.prepare import Prepared
-from daemon.engine.cpu.memory import embedding_bytes, weights_bytes
 from daemon.models import store
 from daemon.models.files import read_json
+from daemon.models.loader import stored_bytes
+from daemon.models.model_config import ModelConfig
 from daemon.models.special_tokens import added_tokens
 from daemon.models.template_files import DEFAULT, read_templates, tool_format
 
@@ -20,7 +20,8 @@ from daemon.models.template_files import DEFAULT, read_templates, tool_format
 class Memory(msgspec.Struct):
     """Sizes in bytes, each for one engine."""
 
-    weights: int
+    weights: int  # after they are loaded, so dequantised
+    dtype: str  # of the linear layers' weights
     kv_per_token: int
     kv_pool: int | None  # None: a GPU engine measures it at its start
     kv_longest: int  # what the longest context of the model needs
@@ -46,6 +47,7 @@ class ModelReport(msgspec.Struct):
     parameters: int
     active_parameters: int
     quantisation: str  # of the files; "" for none
+    dequantised: bool  # when they are loaded
     weights_on_disk: int  # bytes
     memory: Memory
     context: Context
@@ -71,8 +73,9 @@ def describe(prepared: Prepared, free_memory: int) -> ModelReport:
         layers=model.num_layers,
         parameters=model.num_params,
         active_parameters=model.active_params,
-        quantisation=_quantisation(raw, path),
-        weights_on_disk=sum(f.stat().st_size for f in path.glob("*.safetensors")),
+        quantisation=_quantisation(model, path),
+        dequantised=bool(model.quantisation) and not keeps_fp8(config, model, prepared.hardware),
+        weights_on_disk=stored_bytes(path),
         memory=_memory(prepared),
         context=_context(prepared, free_memory),
         chat_templates=sorted(templates, key=lambda name: (name != DEFAULT, name)),
@@ -91,12 +94,13 @@ def lines(report: ModelReport) -> list[str]:
     tools = {"": "none in the chat template", "other": "not known"}.get(report.tool_format, report.tool_format)
     ends = ", ".join(f"{i} {text}".strip() for i, text in report.end_tokens.items()) or "none known"
     each = " for each engine" if report.engines > 1 else ""
+    weights = f"{_gib(memory.weights)} of weights in {memory.dtype}{each}"
     facts = {
         "family": f"{report.family} ({report.architecture}), {report.layers} layers",
         "parameters": f"{_billions(report.parameters)}{active}",
         "files": f"{report.path}, {_gib(report.weights_on_disk)} of weights",
-        "quantisation": report.quantisation or "none",
-        "memory": f"{_gib(memory.weights)} of weights{each}, {memory.kv_per_token / 1024:.4g} KiB of KV a token",
+        "quantisation": _quantisation_line(report),
+        "memory": f"{weights}, {memory.kv_per_token / 1024:.4g} KiB of KV a token",
         "context": _context_line(context, memory),
         "chat template": templates,
         "tool format": tools,
@@ -113,16 +117,14 @@ def to_json(report: ModelReport) -> str:
 
 def _memory(prepared: Prepared) -> Memory:
     config, model = prepared.config, prepared.model_config
-    token = kv_token_bytes(config, model)
-    weights = model.num_params * 2 if config.on_gpus else weights_bytes(model, arithmetic_of(config))
-    if not config.on_gpus and not model.tie_embeddings:
-        weights += embedding_bytes(model)
+    token = kv_token_bytes(config, model, prepared.hardware)
     return Memory(
-        weights=weights,
+        weights=loaded_bytes(config, model, prepared.hardware),
+        dtype="fp8" if keeps_fp8(config, model, prepared.hardware) else arithmetic_of(config, prepared.hardware),
         kv_per_token=token,
         kv_pool=None if config.on_gpus else prepared.pool_bytes,
         kv_longest=token * model.max_position,
-        engine=None if config.on_gpus else engine_bytes(config, model),
+        engine=None if config.on_gpus else engine_bytes(config, model, prepared.hardware),
     )
 
 
@@ -130,8 +132,8 @@ def _context(prepared: Prepared, free_memory: int) -> Context:
     config, model = prepared.config, prepared.model_config
     if config.on_gpus or config.engine != "model":
         return Context(model=model.max_position, served=None, fits=None)
-    token = kv_token_bytes(config, model) * config.block_size
-    room = free_memory // len(config.devices) - engine_bytes(config, model)
+    token = kv_token_bytes(config, model, prepared.hardware) * config.block_size
+    room = free_memory // len(config.devices) - engine_bytes(config, model, prepared.hardware)
     limit = config.max_model_len or model.max_position
     blocks = prepared.pool_bytes // token, max(0, room) // token
     served, fits = (min(limit, n * config.block_size) for n in blocks)
@@ -147,10 +149,15 @@ def _context_line(context: Context, memory: Memory) -> str:
     return f"{context.served} of the model's {context.model} tokens with these settings{more}"
 
 
-def _quantisation(raw: dict[str, Any], path: Path) -> str:
-    quantised = raw.get("quantization_config") or raw.get("compression_config")
-    if isinstance(quantised, dict):
-        return str(quantised.get("quant_method") or "unknown")
+def _quantisation_line(report: ModelReport) -> str:
+    if report.dequantised:
+        return f"{report.quantisation}, dequantised to {report.memory.dtype} when loaded"
+    return report.quantisation or "none"
+
+
+def _quantisation(model: ModelConfig, path: Path) -> str:
+    if model.quantisation:
+        return str(model.quantisation.get("quant_method"))
     try:
         return f"none; converted from {store.source_file(path).read_text()}"
     except OSError:

@@ -15,12 +15,13 @@ from daemon.cli.limits import (
     default_frontends,
     kept_connections_warning,
 )
-from daemon.cli.memory_budget import dequantised_warning, kv_pool_bytes
+from daemon.cli.memory_budget import Hardware, dequantised_warning, kv_pool_bytes
 from daemon.config import Config, ConfigError
+from daemon.engine.cuda.kernels import multiplies_fp8
 from daemon.ipc.keys_page import Key
 from daemon.machine import cpus, measure
 from daemon.models import store
-from daemon.models.loader import open_model
+from daemon.models.loader import open_model, stored_bytes
 from daemon.models.model_config import ModelConfig
 from daemon.models.text_files import checked
 
@@ -33,6 +34,7 @@ class Prepared(NamedTuple):
     model_dir: Path
     pool_bytes: int  # KV pool of each engine in the memory of the machine
     keys: list[Key] | None  # of `api_key_file`; None: clients need no key
+    hardware: Hardware = Hardware()
 
 
 def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool = False) -> Prepared:
@@ -63,13 +65,15 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
         config = dataclasses.replace(config, served_name=config.served_name or [model_config.name])
         check_model_limits(config, model_config)
         missing: gpu_kernels.Missing = {}
-        if config.on_gpus:
-            missing = gpu_kernels.missing_kernels(config, model_config, devices.check_gpus(config))
         machine = measure()
-        pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), machine.memory)
+        hardware = Hardware(bf16=machine.bf16)
+        if config.on_gpus:
+            gpus = devices.check_gpus(config)
+            hardware = Hardware(fp8=bool(gpus.archs) and all(map(multiplies_fp8, gpus.archs)))
+            missing = gpu_kernels.missing_kernels(config, model_config, gpus)
+        pool_bytes = kv_pool_bytes(config, model_config, len(config.devices), machine.memory, hardware)
         check_machine_limits(config, machine, pool_bytes)
-        stored = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-        dequantised = dequantised_warning(config, model_config, stored)
+        dequantised = dequantised_warning(config, model_config, stored_bytes(model_dir), hardware)
         for warning in (kept_connections_warning(config, machine), dequantised):
             if warning:
                 progress(warning)
@@ -77,7 +81,7 @@ def prepare(config: Config, progress: Callable[[str], None], *, on_trial: bool =
         gpu_kernels.check_tools(missing, progress)
     elif missing:
         gpu_kernels.build_kernels(missing, progress)
-    return Prepared(config, model_config, model_dir, pool_bytes, keys)
+    return Prepared(config, model_config, model_dir, pool_bytes, keys, hardware)
 
 
 def _open_model(config: Config, model_dir: Path, load_format: str, progress: Callable[[str], None]) -> ModelConfig:

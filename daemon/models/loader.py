@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from daemon.models.model_config import ModelConfig, check_tokenizer, read_model_config
+from daemon.models.model_config import ModelConfig, ModelError, check_tokenizer, read_model_config
 
 
 def open_model(path: Path, name: str = "", load_format: str = "auto") -> ModelConfig:
@@ -21,3 +21,13 @@ def open_model(path: Path, name: str = "", load_format: str = "auto") -> ModelCo
         checkpoint.check(model_config)
         check_tokenizer(path)
     return model_config
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the bytes of the weight files that a directory's index names; 0 if they are not there."""
+    from daemon.models import checkpoint
+
+    try:
+        return sum(file.stat().st_size for file in set(checkpoint.weight_map(path).values()))
+    except ModelError:
+        return 0

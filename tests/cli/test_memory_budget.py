@@ -5,12 +5,21 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.cli.memory_budget import MIN_POOL, dequantised_warning, kv_pool_bytes
+from daemon.cli.memory_budget import (
+    MIN_POOL,
+    PLAIN,
+    Hardware,
+    dequantised_warning,
+    kv_pool_bytes,
+    kv_token_bytes,
+    loaded_bytes,
+)
 from daemon.config import Config, ConfigError, options
 from daemon.models.architecture import LayerConfig, ModelConfig, RopeConfig
 
@@ -94,7 +103,7 @@ def test_the_pools_fit_into_memory(engines: int, available: int, kv_memory: int)
 
 def test_quantised_weights_count_with_their_size_in_memory():
     quantised = replace(MODEL_CONFIG, quantisation={"quant_method": "gptq", "bits": 4}, vocab_size=2**19)
-    kv = Config(kv_memory=7 * MIB)
+    kv = Config(kv_memory=7 * MIB, dtype="bf16")
     need = 400 * MIB + 2**19 * 64 * (2 + 4)  # an engine, and a table whose output layer is float32
     with pytest.raises(ConfigError, match="does not fit"):
         kv_pool_bytes(kv, quantised, 1, need)
@@ -105,3 +114,34 @@ def test_quantised_weights_count_with_their_size_in_memory():
     assert not dequantised_warning(kv, MODEL_CONFIG, 20 * MIB)
     assert not dequantised_warning(replace(kv, load_format="dummy"), quantised, 20 * MIB)
     assert not dequantised_warning(replace(kv, engine="stub"), quantised, 20 * MIB)
+
+
+def test_engines_compute_in_bf16_where_the_cpu_multiplies_it():
+    def bytes_of_a_token(hardware: Hardware = PLAIN, **settings: Any) -> int:
+        return kv_token_bytes(Config(**settings), MODEL_CONFIG, hardware)
+
+    bf16 = Hardware(bf16=True)
+    assert bytes_of_a_token() == bytes_of_a_token(bf16, dtype="fp32") == TOKEN
+    assert bytes_of_a_token(bf16, deterministic=True, dtype="bf16") == TOKEN
+    assert bytes_of_a_token(bf16) == bytes_of_a_token(dtype="bf16") == TOKEN / 2
+
+
+def test_a_gpu_holds_all_weights_in_bf16():
+    assert loaded_bytes(Config(devices=["cuda:0"]), MODEL_CONFIG) == 2 * MODEL_CONFIG.num_params
+
+
+def test_fp8_weights_stay_as_they_are_where_all_gpus_multiply_them():
+    fp8 = replace(MODEL_CONFIG, quantisation={"quant_method": "fp8"})
+    gpus, hardware = Config(devices=["cuda:0"]), Hardware(fp8=True)
+    table = fp8.vocab_size * fp8.hidden_size
+    assert loaded_bytes(gpus, fp8, hardware) == fp8.num_params + table
+    assert not dequantised_warning(gpus, fp8, 20 * MIB, hardware)
+    blocks = replace(fp8, quantisation={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    for config, model, there in [
+        (gpus, fp8, PLAIN),
+        (gpus, blocks, hardware),
+        (replace(gpus, dtype="bf16"), fp8, hardware),
+    ]:
+        assert loaded_bytes(config, model, there) == 2 * model.num_params
+        assert "in bf16" in dequantised_warning(config, model, 20 * MIB, there)
+    assert "fp8 weights of m" in dequantised_warning(Config(devices=["cpu"]), fp8, 20 * MIB, hardware)

@@ -7,10 +7,12 @@ import json
 import pytest
 
 from daemon.cli import model_report
-from daemon.cli.memory_budget import engine_bytes, kv_pool_bytes
+from daemon.cli.memory_budget import Hardware, engine_bytes, kv_pool_bytes, kv_token_bytes
 from daemon.cli.prepare import Prepared
 from daemon.config import Config
 from daemon.models.loader import open_model
+from tests.models.quantised.quantise import quantise
+from tests.models.tiny_families import FAMILIES, make_tiny
 from tests.models.tiny_model import make_tiny_llama
 
 FREE = 8 << 30
@@ -58,9 +60,44 @@ def test_the_memory_of_the_machine_bounds_the_context(tiny):
     assert 19_900 < report.context.fits <= 20_000
 
 
-def test_a_quantised_checkpoint_is_named(tiny, tmp_path):
-    path = make_tiny_llama(tmp_path / "q")
-    config = json.loads((path / "config.json").read_text())
-    prepared = Prepared(Config(devices=["cpu"]), open_model(path), path, 1 << 20, None)
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    assert model_report.describe(prepared, FREE).quantisation == "awq"
+def quantised_report(path, **settings):
+    config, model = Config(devices=["cpu"], **settings), open_model(path)
+    return model_report.describe(Prepared(config, model, path, 1 << 20, None), FREE)
+
+
+def test_a_quantised_checkpoint_has_its_sizes_on_the_disk_and_in_memory(tmp_path):
+    plain = make_tiny(tmp_path / "plain", FAMILIES["qwen2"])
+    path = quantise(plain, tmp_path / "quantised", "gptq")
+    (path / "consolidated.safetensors").write_bytes(bytes(1 << 20))  # no file of the model
+    report, unquantised = quantised_report(path), quantised_report(plain)
+    assert (report.quantisation, report.dequantised, unquantised.dequantised) == ("gptq", True, False)
+    assert report.weights_on_disk == (path / "model.safetensors").stat().st_size < unquantised.weights_on_disk
+    assert (report.memory, report.context) == (unquantised.memory, unquantised.context)
+    model = open_model(path)
+    table = model.vocab_size * model.hidden_size
+    assert report.memory.dtype == "fp32"
+    assert report.memory.weights == 4 * (model.num_params - table) + 2 * table  # the embeddings stay as stored
+    text = "\n".join(model_report.lines(report))
+    assert "gptq, dequantised to fp32 when loaded" in text
+    assert quantised_report(path, dtype="bf16").memory.weights < 0.7 * report.memory.weights
+
+
+def test_a_quantised_checkpoint_has_the_context_of_its_size_in_memory(tmp_path):
+    """Files of 4 bits leave more room than the engine has, which dequantises them."""
+    plain = make_tiny(tmp_path / "plain", FAMILIES["qwen2"], max_position_embeddings=1 << 20)
+    path = quantise(plain, tmp_path / "quantised", "gptq")
+    config, model = Config(devices=["cpu"]), open_model(path)
+    free = engine_bytes(config, model) + 3000 * kv_token_bytes(config, model)
+    report = model_report.describe(Prepared(config, model, path, 1 << 20, None), free)
+    assert 2900 < report.context.fits <= 3000
+
+
+def test_engines_that_compute_in_bf16_need_half_the_memory(tiny):
+    model, free = open_model(tiny), 1 << 40
+    fp32, bf16 = (
+        model_report.describe(Prepared(Config(devices=["cpu"]), model, tiny, 1 << 30, None, hardware), free)
+        for hardware in (Hardware(), Hardware(bf16=True))
+    )
+    assert (fp32.memory.dtype, bf16.memory.dtype) == ("fp32", "bf16")
+    assert bf16.memory.kv_per_token == fp32.memory.kv_per_token / 2
+    assert bf16.memory.weights < fp32.memory.weights

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from daemon.engine.cpu import linear
 from daemon.engine.cpu.linear import Linear, choose_arithmetic
 from daemon.engine.cpu.ops import compile_ops
+from daemon.machine import has_bf16
 from daemon.models.model_config import read_model_config
 from tests.models.tiny_model import make_tiny_llama
 
@@ -124,3 +125,7 @@ def test_narrow_rounds_to_bfloat16_as_torch_does(value):
     at = np.zeros(1, np.int64)
     OPS.rope_and_store(qkv, at.astype(np.int32), at, one, zero, 2, np.float32(1), 0, 2, 2, q, pool)
     assert torch.equal(torch.from_numpy(pool).view(torch.bfloat16), torch.full((4,), value).bfloat16())
+
+
+def test_the_check_before_the_start_knows_what_auto_means():
+    assert linear._has_bf16() == has_bf16()
