@@ -64,7 +64,6 @@ class ScriptRunner(StubRunner):
     """Samples the tokens of the script's answer, then the end token. Uses no KV, and ignores grammars."""
 
     device = "script"
-    arithmetic = ""
 
     def __init__(
         self,
