@@ -161,10 +161,10 @@ class LogitsRecorder:
         self._sampler = runner._sampler
         runner._sampler = self
 
-    def sample(self, logits: torch.Tensor, requests: list[Request]) -> Any:
+    def sample(self, logits: torch.Tensor, requests: list[Request], masks: Any = None) -> Any:
         for row, r in zip(logits, requests, strict=True):
             self.logits[r.rid, len(r.tokens)] = row.clone()
-        return self._sampler.sample(logits, requests)
+        return self._sampler.sample(logits, requests, masks)
 
     def of(self, r: Request) -> list[torch.Tensor]:
         """Return the logits of one request, in order of position."""
