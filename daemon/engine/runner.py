@@ -51,6 +51,10 @@ class TokenMasks(Protocol):
         """
         ...
 
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long for all masks; return True if they are there."""
+        ...
+
 
 @dataclass(slots=True)
 class StepPlan:

@@ -124,6 +124,11 @@ class Tokenizer:
             shown_text[i], shown_bytes[i] = self._full_text[i], self._bytes[i]
         return shown_text, shown_bytes
 
+    def marker_id(self, text: str) -> int | None:
+        """Return the id of the marker with this text; None if it has no token of its own."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token in self.marker_ids else None
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token, special or not. They may be part of a character. b"" for an unknown id."""
         return self._bytes[token] if 0 <= token < self.vocab_size else b""

@@ -110,7 +110,6 @@ class SlotSampling(NamedTuple):
 def _is_adjusted(sampling: SamplingParams) -> bool:
     return bool(
         sampling.logprobs >= 0
-        or sampling.grammar
         or sampling.logit_bias
         or sampling.allowed_token_ids
         or sampling.bad_words
@@ -148,6 +147,7 @@ class StepArrays:
         self._top_p = np.ones(slots + 1, np.float64)
         self._seed = np.zeros(slots + 1, np.int64)
         self._on_host = np.zeros(slots + 1, bool)  # sampled on the host: penalties, bias or logprobs
+        self._masked = np.zeros(slots + 1, bool)  # sampled under a mask, on the device if not on the host
         self._host_below = np.zeros(slots + 1, np.int64)  # sampled on the host at positions below this (min_tokens)
         self._sampled_at = np.full(slots + 1, _NO_POSITION, np.int32)  # position of the token in last_token
 
@@ -163,6 +163,7 @@ class StepArrays:
         self._top_p[slot] = params.top_p
         self._seed[slot] = params.seed
         self._on_host[slot] = _is_adjusted(sampling)
+        self._masked[slot] = bool(sampling.grammar)
         self._host_below[slot] = request.prompt_len + sampling.min_tokens if sampling.min_tokens > 0 else 0
 
     def decodes(self, rows: Sequence[Row], slots: Sequence[int], bucket: int, into: Inputs) -> Size:
@@ -224,6 +225,11 @@ class StepArrays:
             for i in np.flatnonzero(candidates).tolist()
             if rows[i].sample and (self._on_host[row_slots[i]] or rows[i].start + rows[i].count < below[i])
         ]
+
+    def masked_rows(self, rows: Sequence[Row], slots: Sequence[int], host_rows: Sequence[int]) -> list[int]:
+        """Return the indices of the rows that are sampled on the device under a mask."""
+        masked = self._masked[np.array(slots, np.int64)]
+        return [i for i in np.flatnonzero(masked).tolist() if rows[i].sample and i not in host_rows]
 
     def note_sampled(self, inputs: Inputs, size: Size) -> None:
         """Record that the pass of `inputs` writes the tokens it samples to last_token."""

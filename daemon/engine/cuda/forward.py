@@ -13,6 +13,7 @@ import torch
 from daemon.engine.cuda.arrays import Inputs, Size, input_fields
 from daemon.engine.cuda.attention import Attention
 from daemon.engine.cuda.buckets import widest_gap
+from daemon.engine.cuda.masked_rows import MaskedCount, MaskedRows, StagedMasks
 from daemon.engine.cuda.model import Decoder, Part
 from daemon.engine.cuda.sampler import DeviceSampler, SamplingTensors
 from daemon.engine.cuda.scoring import PassScores
@@ -67,6 +68,7 @@ class StagingSet:
         self.decode_arrays = Inputs(*(tensor.numpy() for tensor in self.decodes.tensors))
         self.chunk_arrays = Inputs(*(tensor.numpy() for tensor in self.chunks.tensors))
         self.tokens = host_memory(4 * capacity.sampled, pinned=pinned).view(torch.int32)
+        self.masks = StagedMasks(capacity.sampled, capacity.vocab_size, pinned=pinned)
 
 
 def _host_buffer(capacity: Size, pinned: bool) -> Buffer:
@@ -88,6 +90,7 @@ class ForwardPass:
         self._model = model
         self._attention = attention
         self._sampler = sampler
+        self._masked_rows = MaskedRows(sampler, capacity.sampled, capacity.vocab_size, device)
         self._tokens = torch.zeros(capacity.sampled, dtype=torch.int32, device=device)
         self._last_token = torch.zeros(capacity.slots + 1, dtype=torch.int32, device=device)
         self._decodes, self._chunks = (
@@ -122,6 +125,14 @@ class ForwardPass:
         After torch.OutOfMemoryError this or `decode` may be called again: the decodes' inputs are unchanged.
         """
         self._compute([self._decode_part(bucket), self._chunk_part(staged, size)], 0, scores=scores)
+
+    def sample_masked(self, staged: StagingSet, masked: MaskedCount, bucket: int) -> None:
+        """Sample the rows of `staged.masks` again, under their masks. No later step may have been submitted."""
+        count, decodes = masked
+        self._masked_rows.copy(staged.masks, count)
+        for first, last, inputs, offset in ((0, decodes, self._decodes, 0), (decodes, count, self._chunks, bucket)):
+            params = _sampling_tensors(inputs.tensors)
+            self._masked_rows.sample(self.logits, self._tokens, params, first=first, last=last, offset=offset)
 
     def fetch(self, staged: StagingSet, count: int) -> None:
         """Copy the first `count` tokens to the host."""

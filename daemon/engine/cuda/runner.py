@@ -301,11 +301,11 @@ class CudaRunner:
         return self.collect(self.launch(plan))
 
     def blocks_overlap(self, plan: StepPlan) -> bool:
-        """See `Overlapping`: true for rows with penalties, logit bias, min_tokens or logprobs."""
+        """See `Overlapping`: true for rows with penalties, logit bias, min_tokens, logprobs or a grammar."""
         for ticket in self._in_flight:
             if ticket.plan is plan:
-                return bool(ticket.host_rows)
-        return bool(self._arrays.host_rows(plan.rows, self._assign(plan)))
+                return ticket.blocks_overlap
+        return bool(plan.masks is not None or self._arrays.host_rows(plan.rows, self._assign(plan)))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> CudaTicket:
@@ -316,18 +316,20 @@ class CudaRunner:
         """
         if len(self._in_flight) == IN_FLIGHT:
             raise ValueError(f"{IN_FLIGHT} steps are in flight: collect the oldest first")
-        if self._in_flight and self._in_flight[-1].host_rows:
-            raise ValueError("the step in flight samples tokens on the host: collect it first")
+        if self._in_flight and self._in_flight[-1].blocks_overlap:
+            raise ValueError("the next tokens depend on what the host does with the step in flight: collect it first")
         self._check_size(plan)
         slots = self._assign(plan)
         first, chunks = plan.num_decodes, list(range(plan.num_decodes, len(plan.rows)))
+        host_rows = self._arrays.host_rows(plan.rows, slots)
         ticket = CudaTicket(
             plan,
             slots,
             choose_bucket(self._buckets, first) if first else 0,
             chunks,
             bool(first and chunks) and self._mixed_steps == "one pass",
-            self._arrays.host_rows(plan.rows, slots),
+            host_rows,
+            self._arrays.masked_rows(plan.rows, slots, host_rows),
             self._staging.acquire(),
         )
         # Fill decodes and chunks before either are submitted, so that a step that raises has submitted nothing.
@@ -354,12 +356,13 @@ class CudaRunner:
         """See `Overlapping`. Raises ValueError unless `ticket` is the oldest step in flight."""
         if not self._in_flight or self._in_flight[0] is not ticket:
             raise ValueError("each step is collected once, in the order of the launches")
+        missing = self._sample_masked(ticket) if ticket.masked_rows else {}
         ticket.done_event.wait()
         self._in_flight.popleft()
         self._slots.end(ticket.slots)
         output_rows = ticket.output_rows()
         sampled_tokens = ticket.staged.tokens.tolist()
-        tokens = {i: sampled_tokens[row] for i, row in output_rows.items()}
+        tokens = {i: missing.get(row, sampled_tokens[row]) for i, row in output_rows.items()}
         tokens.update((i, NO_TOKEN) for i in ticket.dropped)
         logprobs = self._sample_on_host(ticket, output_rows, tokens) if ticket.host_rows else {}
         sampled = [i for i, row in enumerate(ticket.plan.rows) if row.sample]
@@ -397,7 +400,7 @@ class CudaRunner:
             self._arrays.check_unknown(inputs, size)
         for inputs, size in filled:
             self._arrays.note_sampled(inputs, size)
-        self._arrays.note_host_sampled([ticket.slots[i] for i in ticket.host_rows])
+        self._arrays.note_host_sampled([ticket.slots[i] for i in (*ticket.host_rows, *ticket.masked_rows)])
 
     def _fill_decodes(self, ticket: CudaTicket) -> Size:
         count = ticket.plan.num_decodes
@@ -456,10 +459,20 @@ class CudaRunner:
             torch.cuda.empty_cache()
 
     def _submit_fetch(self, ticket: CudaTicket) -> None:
-        sampled = sum(ticket.plan.rows[i].sample for i in ticket.chunks)
-        self._forward.fetch(ticket.staged, ticket.bucket + sampled)
+        self._forward.fetch(ticket.staged, ticket.num_outputs)
         if ticket.scores is not None:
             ticket.scores.fetch()
+
+    def _sample_masked(self, ticket: CudaTicket) -> dict[int, int]:
+        """Sample the masked rows under their masks, behind the step, as soon as the masks are there.
+
+        Return what stands for the token of each row, by output row, whose mask is not there.
+        """
+        masked, missing = ticket.fill_masks()
+        self._stream.submit(partial(self._forward.sample_masked, ticket.staged, masked, ticket.bucket))
+        self._stream.submit(partial(self._forward.fetch, ticket.staged, ticket.num_outputs))
+        ticket.done_event = self._stream.record_event()
+        return missing
 
     def _sample_on_host(
         self, ticket: CudaTicket, output_rows: dict[int, int], tokens: dict[int, int]

@@ -24,6 +24,10 @@ class StreamEvent(Protocol):
         """Return when all work before the event is done."""
         ...
 
+    def is_done(self) -> bool:
+        """Return True if all work before the event is done. Does not wait."""
+        ...
+
 
 class Stream(Protocol):
     """Work of a device, in order."""
@@ -51,6 +55,9 @@ class _DoneEvent:
     def wait(self) -> None:
         return None
 
+    def is_done(self) -> bool:
+        return True
+
 
 class CudaStream:
     """One CUDA stream, in which `work` launches. It has priority over the streams that copy between pools."""
@@ -73,6 +80,9 @@ class _CudaEvent(NamedTuple):
 
     def wait(self) -> None:
         self.event.synchronize()
+
+    def is_done(self) -> bool:
+        return bool(self.event.query())
 
 
 class Field(NamedTuple):

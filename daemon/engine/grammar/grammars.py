@@ -65,6 +65,11 @@ class StepMasks:
         bits = found.matcher.bits
         return NO_TOKEN if found.matcher.failed or bits is None else bits
 
+    def wait(self, seconds: float) -> bool:
+        """See `TokenMasks`."""
+        _, late = wait_for([row.future for row in self._rows.values()], seconds)
+        return not late
+
     def filling(self, request: Request) -> Future[None]:
         """Return what ends with the fill of the request's mask."""
         return self._rows[request].future

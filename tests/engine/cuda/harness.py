@@ -66,6 +66,10 @@ class LateStream:
         """Return an event. Work that is running and records an event comes before all work submitted after it."""
         return LateEvent(self, self._done if self._running else self._submitted)
 
+    @property
+    def num_done(self) -> int:
+        return self._done
+
     def catch_up(self, count: int) -> None:
         while self._done < count:
             self._done += 1
@@ -78,6 +82,9 @@ class LateEvent:
     def __init__(self, stream: LateStream, count: int) -> None:
         self._stream = stream
         self._count = count
+
+    def is_done(self) -> bool:
+        return self._stream.num_done >= self._count
 
     def wait(self) -> None:
         self._stream.catch_up(self._count)

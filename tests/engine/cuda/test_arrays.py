@@ -30,7 +30,7 @@ def expected_arrays(rows, slots, block_size, draws):
     """Return the expected arrays, computed row by row and token by token."""
     out = {name: [] for name in Inputs._fields}
     out["qo_indptr"], out["kv_indptr"] = [0], [0]
-    for i, ((request, start, count, sample, _), slot) in enumerate(zip(rows, slots, strict=True)):
+    for i, ((request, start, count, sample, *_), slot) in enumerate(zip(rows, slots, strict=True)):
         length = start + count
         for position in range(start, length):
             out["tokens"].append(request.tokens[position])
