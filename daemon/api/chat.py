@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from aiohttp import web
+from msgspec.structs import replace
 
 from daemon.api import validation
 from daemon.api.body_memory import HeldBody
 from daemon.api.chat_messages import parts_of
 from daemon.api.errors import bad_request
-from daemon.api.grammar.requested import requested_grammar
+from daemon.api.grammar.requested import RequestedGrammar, check_combination, requested_grammar
+from daemon.api.grammar.tools import calls_rules
 from daemon.api.idempotency import respond_once
 from daemon.api.parse import reasoning
 from daemon.api.parse.formats import Parsing
@@ -21,15 +23,20 @@ from daemon.api.respond import CheckedRequest
 from daemon.api.schemas import ChatRequest, Message
 from daemon.api.service import Service
 from daemon.api.tools import ToolUse, tool_use
+from daemon.models.grammar.source import GrammarKind, GrammarSource
 
 
 class Chat(NamedTuple):
-    """A checked chat. `variables`: for the chat template. `parsing`: None if all of its answer is text."""
+    """A checked chat. `variables`: for the chat template. `parsing`: None if all of its answer is text.
+
+    `grammar`: what its answer must match, except for its reasoning; None if that is free.
+    """
 
     body: ChatRequest
     variables: dict[str, Any]
     tools: ToolUse | None
     parsing: Parsing | None
+    grammar: RequestedGrammar | None
 
 
 def check_chat(service: Service, body: ChatRequest, model: str | None = None) -> Chat:
@@ -39,7 +46,8 @@ def check_chat(service: Service, body: ChatRequest, model: str | None = None) ->
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     if tools is not None:
         check_tool_format(service, tools)
-    return Chat(body, service.template_variables(body), tools, _parsing(service, body, tools))
+    grammar = _grammar(service, body, tools)
+    return Chat(body, service.template_variables(body), tools, _parsing(service, body, tools), grammar)
 
 
 def check_tool_format(service: Service, tools: ToolUse) -> None:
@@ -52,9 +60,25 @@ def check_tool_format(service: Service, tools: ToolUse) -> None:
                 "The operator can set tool_format, if the model knows another form."
             )
         raise bad_request(f"Tools are not supported for this model. {why}", "tools", "unsupported_parameter")
+
+
+def _grammar(service: Service, body: ChatRequest, tools: ToolUse | None) -> RequestedGrammar | None:
+    """Return what the answer must match: tool calls, the form that the request asks for, or either of them."""
+    asked = requested_grammar(body)
+    if tools is None or not (tools.must or asked):
+        return asked
     if tools.must:
-        message = "A call cannot be enforced yet. Send `tool_choice: auto`."
-        raise bad_request(message, "tool_choice", "unsupported_parameter")
+        check_combination(body, "tool_choice")
+        asked = RequestedGrammar(GrammarSource(GrammarKind.NONE), "tools")
+    assert asked is not None
+    calls = calls_rules(
+        tools.tools,
+        tools.names,
+        service.tool_format,
+        parallel=tools.parallel and not tools.named,
+        token_id=service.tokenizer.marker_id,
+    )
+    return asked._replace(source=replace(asked.source, calls=calls))
 
 
 def _parsing(service: Service, body: ChatRequest, tools: ToolUse | None) -> Parsing | None:
@@ -101,7 +125,7 @@ async def answer_chat(
         held=held,
         tokenise=tokenise,
         parsing=chat.parsing,
-        grammar=requested_grammar(chat.body),
+        grammar=chat.grammar,
         extra=extra,
     )
     return await respond_once(service, http, request)

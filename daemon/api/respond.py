@@ -21,6 +21,7 @@ from daemon.api.auth import client_name, current_key
 from daemon.api.body_memory import HeldBody
 from daemon.api.errors import ApiError, deadline_exceeded, to_api_error
 from daemon.api.generator import Admitted, RequestAttributes
+from daemon.api.grammar.reasoning import after_reasoning
 from daemon.api.grammar.requested import RequestedGrammar, forget_forms
 from daemon.api.outbox_writer import OutboxWriter
 from daemon.api.params import (
@@ -102,12 +103,16 @@ class CheckedRequest:
         """Return the attributes of one of its choices."""
         return RequestAttributes(label, self.priority, self.cache_salt, self.client, self.x_request_id)
 
-    async def compile_grammar(self, service: Service) -> None:
+    async def compile_grammar(self, service: Service, prompts: list[Prompt]) -> None:
         """Compile the grammar, if there is one. Raises ApiError (400) if that is not possible."""
-        if self._requested_grammar is not None:
-            self._grammar = await service.grammars.compile(*self._requested_grammar)
-            self._requested_grammar = None
-            forget_forms(self.body)
+        if self._requested_grammar is None:
+            return
+        source, param = self._requested_grammar
+        if self.parsing is not None and self.parsing.reasoning:
+            source = after_reasoning(source, service.tokenizer.marker_id, open=prompts[0].thinking)
+        self._grammar = await service.grammars.compile(source, param)
+        self._requested_grammar = None
+        forget_forms(self.body)
 
     def sampling(self, service: Service, max_tokens: int, seed: int, choice: int) -> SamplingParams:
         """Return the sampling parameters of a choice. Call `compile_grammar` and `tokenise` before."""
@@ -229,8 +234,8 @@ async def _submitted(
                 # Take the places before any work: under a burst, tokenise no request that is then refused.
                 count = request.num_prompts * (request.body.n or 1)
                 with service.generator.admit(count, client=request.client, priority=request.priority) as places:
-                    await request.compile_grammar(service)
                     prompts = await request.tokenise(service)
+                    await request.compile_grammar(service, prompts)
                     form = answer_form(
                         request.body, service.model_config,
                         api=request.api.name, parsing=request.parsing, extra=request.extra,

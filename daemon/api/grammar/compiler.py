@@ -50,8 +50,8 @@ class GrammarCompiler:
         if not self._model.eos_token_ids:
             message = "This model has no end-of-sequence token, so its output cannot be constrained."
             raise bad_request(message, param, "unsupported_parameter")
-        if (size := len(source.text.encode())) > self._max_size:
-            message = f"`{param}` has {size} bytes; this server accepts at most {self._max_size}."
+        if source.size > self._max_size:
+            message = f"`{param}` has {source.size} bytes; this server accepts at most {self._max_size}."
             raise bad_request(message, param)
         reply = self._known.get(source) or await self._ask(source)
         if source in self._known:
@@ -89,7 +89,7 @@ class GrammarCompiler:
 
 
 def _size(source: GrammarSource, reply: Reply) -> int:
-    return len(source.text) + len(reply.grammar) + len(reply.error)
+    return source.size + len(reply.grammar) + len(reply.error)
 
 
 class _Process(asyncio.Protocol):

@@ -14,6 +14,7 @@ from daemon.api.unsupported import refuse_unsupported
 from daemon.models.grammar.source import GrammarKind, GrammarSource
 
 _ANY_OBJECT = '{"type":"object"}'
+_CONTRADICTING = ("ignore_eos", "min_tokens", "allowed_token_ids", "bad_words")
 _TYPES = ("text", "json_object", "json_schema")
 
 
@@ -42,9 +43,10 @@ def requested_grammar(request: SamplingRequest) -> RequestedGrammar | None:
 
 def check_combination(request: SamplingRequest, param: str) -> None:
     """Raise ApiError (400) for a field that cannot be combined with the grammar from `param`."""
-    contradicting = {"ignore_eos": request.ignore_eos, "min_tokens": request.min_tokens}
-    for name in (name for name, value in contradicting.items() if value):
-        message = f"`{name}` cannot be combined with `{param}`: the output ends where its form is complete."
+    for name in (name for name in _CONTRADICTING if getattr(request, name)):
+        message = f"`{name}` cannot be combined with `{param}`: the form alone decides where the output ends."
+        if name in ("allowed_token_ids", "bad_words"):
+            message = f"`{name}` cannot be combined with `{param}`: it could forbid the only token of the form."
         raise bad_request(message, name, "unsupported_parameter")
 
 

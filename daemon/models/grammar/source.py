@@ -1,4 +1,7 @@
-"""What a client asks an answer to match, and the same in the form that llguidance compiles."""
+"""What a client asks an answer to match, and the same in the form that llguidance compiles.
+
+An answer is `reasoning`, if the model may reason, and then either tool calls or the form that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,42 @@ _OPTIONS = "x-guidance"  # llguidance reads its options from this key of a schem
 class GrammarKind(StrEnum):
     """The language that the text of a source is written in."""
 
+    NONE = "none"  # the text is empty
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"  # the whole answer matches it
     CHOICE = "choice"  # a JSON list of strings
     GRAMMAR = "grammar"  # GBNF if it contains `::=`, otherwise llguidance's variant of Lark
 
 
+class Reasoning(msgspec.Struct, array_like=True, frozen=True):
+    """How reasoning begins and ends, each as Lark takes it: ``<[id]>`` or a text. `open`: the prompt has begun it."""
+
+    begin: str
+    end: str
+    open: bool = False
+
+
 class GrammarSource(msgspec.Struct, array_like=True, frozen=True):
     """A grammar as a client has sent it. The options are for JSON schemas.
 
     `lenient`: ignore keywords that cannot be enforced. `compact`: no whitespace between the parts. `whitespace`: the
-    regex of it; "": the default. `closed`: objects have only the properties that the schema names.
+    regex of it; "": the default. `closed`: objects have only the properties that the schema names. `calls`: rules in
+    Lark, of which `calls` matches tool calls; the answer may consist of these instead. `reasoning`: may come before.
     """
 
     kind: GrammarKind
-    text: str
+    text: str = ""
     lenient: bool = False
     compact: bool = False
     whitespace: str = ""
     closed: bool = False
+    calls: str = ""
+    reasoning: Reasoning | None = None
+
+    @property
+    def size(self) -> int:
+        """Size of what the client has sent, in bytes."""
+        return len(self.text.encode()) + len(self.calls.encode())
 
 
 def to_llguidance(source: GrammarSource) -> str:
@@ -45,9 +65,48 @@ def to_llguidance(source: GrammarSource) -> str:
 
     What the grammar means is checked when it is compiled.
     """
+    form = _form(source)
+    if not (source.calls or source.reasoning):
+        return form
+    rules, named = source.calls, ""
+    answers = ["calls"] if source.calls else []
+    if form:
+        answers.append("@form")
+        named = form
+    start = " | ".join(answers)
+    if source.reasoning is not None:
+        start, thoughts = _after_reasoning(start, source.reasoning)
+        rules += thoughts
+    lark = f"%llguidance {{}}\nstart: {start}\n{rules}"
+    grammars = [{"name": "answer", "lark_grammar": lark}, *_named(named)]
+    return json.dumps({"grammars": grammars}, ensure_ascii=False)
+
+
+def _named(form: str) -> list[dict[str, Any]]:
+    """Return a form as a grammar that others can refer to as `@form`; none if it is empty."""
+    if not form:
+        return []
+    if form.startswith("{"):
+        return [msgspec.json.decode(form)["grammars"][0] | {"name": "form"}]
+    return [{"name": "form", "lark_grammar": form}]
+
+
+def _after_reasoning(answer: str, reasoning: Reasoning) -> tuple[str, str]:
+    """Return the first rule and the other rules of an answer with reasoning before it."""
+    if reasoning.end.startswith("<["):
+        thought = f"thought: /(?s:.*)/ {reasoning.end} /\\s*/"
+    else:  # text, which ends at the first marker
+        thought = f"thought: until /\\s*/\nuntil[suffix={reasoning.end}]: /(?s:.*)/"
+    begun = "thought" if reasoning.open else f"({reasoning.begin} thought)?"
+    return f"{begun} ({answer})", f"{thought}\n"
+
+
+def _form(source: GrammarSource) -> str:
     from llguidance import LLMatcher
 
     match source.kind:
+        case GrammarKind.NONE:
+            return ""
         case GrammarKind.JSON_SCHEMA:
             return _with_schema(source)
         case GrammarKind.REGEX:
@@ -69,11 +128,16 @@ def _with_schema(source: GrammarSource) -> str:
         raise GrammarError("a JSON schema is an object")
     if source.closed:
         schema = _closed(schema)
-    options: dict[str, Any] = {"whitespace_flexible": False}
-    if not source.compact:
-        options = {"whitespace_pattern": source.whitespace or _WHITESPACE}
-    schema[_OPTIONS] = options | {"lenient": source.lenient}
+    schema |= schema_options(lenient=source.lenient, compact=source.compact, whitespace=source.whitespace)
     return json.dumps({"grammars": [{"json_schema": schema}]}, ensure_ascii=False)
+
+
+def schema_options(*, lenient: bool, compact: bool = False, whitespace: str = "") -> dict[str, Any]:
+    """Return the options of llguidance as an entry of a JSON schema. See `GrammarSource`."""
+    options: dict[str, Any] = {"whitespace_flexible": False}
+    if not compact:
+        options = {"whitespace_pattern": whitespace or _WHITESPACE}
+    return {_OPTIONS: options | {"lenient": lenient}}
 
 
 def _closed(schema: Any) -> Any:

@@ -93,6 +93,8 @@ def test_each_field_gives_its_grammar(fields, expected):
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos", "cannot be combined"),
         ({"regex": "a", "min_tokens": 3}, "min_tokens", "cannot be combined"),
+        ({"regex": "a", "allowed_token_ids": [3]}, "allowed_token_ids", "cannot be combined"),
+        ({"regex": "a", "bad_words": ["b"]}, "bad_words", "cannot be combined"),
     ],
 )
 def test_what_cannot_be_a_grammar_is_refused_by_name(fields, param, message):
