@@ -128,6 +128,11 @@ def deadline_exceeded(seconds: float) -> ApiError:
     return ApiError(504, message, type="timeout_error", code="deadline_exceeded", headers=_NO_RETRY)
 
 
+def dead_end(num_tokens: int) -> ApiError:
+    message = f"After {num_tokens} tokens the grammar demands a text that no token of this model can write."
+    return bad_request(f"{message} Allow other characters there.", code="grammar_dead_end")
+
+
 def cancelled() -> ApiError:
     message = "An operator cancelled the request."
     return ApiError(503, message, type="server_error", code="cancelled", headers=_NO_RETRY)

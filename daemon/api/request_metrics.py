@@ -13,6 +13,7 @@ REASONS = {
     Finish.CANCELLED: "abort",
     Finish.ERROR: "error",
     Finish.DEADLINE: "deadline",
+    Finish.DEAD_END: "error",
 }
 _REJECTED = {
     "rate_limit_exceeded": Rejection.OVERLOADED,

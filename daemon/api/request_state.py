@@ -14,7 +14,7 @@ from daemon.ipc.messages import EngineIncarnation, Finish, TokenLogprobs
 from daemon.ipc.prompt_logprobs import PromptLogprob
 
 CANCELLED_AS = {None: Finish.STOP, EarlyEnd.DEADLINE: Finish.DEADLINE}  # by cause; the others: Finish.CANCELLED
-_FAILED = (Finish.CANCELLED, Finish.ERROR, Finish.DEADLINE)  # for the reader these are errors
+_FAILED = (Finish.CANCELLED, Finish.ERROR, Finish.DEADLINE, Finish.DEAD_END)  # for the reader these are errors
 SHUTTING_DOWN = "The server is shutting down and has ended this request; please send it again."
 
 

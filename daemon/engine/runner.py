@@ -46,8 +46,8 @@ class TokenMasks(Protocol):
     def of(self, request: Request) -> NDArray[np.int32] | int:
         """Return the mask of a request: bit t % 32 of word t // 32 is set if token t may be sampled.
 
-        Otherwise return what stands for its token: NO_TOKEN or NOT_YET. May wait a little. Call it once the logits
-        are there.
+        Otherwise return what stands for its token: NO_TOKEN, NOT_YET or NOT_ONE. May wait a little. Call it once the
+        logits are there.
         """
         ...
 
@@ -74,10 +74,11 @@ class StepPlan:
 
 NO_TOKEN = -1  # no token could be sampled: the request ends with an error, the batch continues
 NOT_YET = -2  # the row's mask is late: no token was sampled, and the row's last token is computed again
+NOT_ONE = -3  # the grammar of the request allows no token: the request ends with DEAD_END
 
 
 class StepResult(NamedTuple):
-    """`tokens[i]` is the token sampled for the i-th row with `sample`, NO_TOKEN or NOT_YET; `logprobs` has its order.
+    """`tokens[i]` is the token sampled for the i-th row with `sample`, or stands for none; `logprobs` has its order.
 
     `dropped`: indices of the plan's rows that were not computed because memory ran out. Their KV does not exist, so
     their requests must end and their blocks must not enter the prefix cache. If such a row samples, its token is

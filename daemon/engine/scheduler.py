@@ -31,7 +31,7 @@ from msgspec.structs import replace
 
 from daemon.engine.request import Request
 from daemon.engine.rows import next_row, split_decodes
-from daemon.engine.runner import NO_TOKEN, NOT_YET, Row, StepPlan, StepResult
+from daemon.engine.runner import NO_TOKEN, NOT_ONE, NOT_YET, Row, StepPlan, StepResult
 from daemon.engine.waiting_queue import Urgency, WaitingQueue
 from daemon.ipc.messages import Finish, TokenLogprobs
 from daemon.ipc.prompt_logprobs import PromptLogprobs
@@ -43,6 +43,9 @@ Key = Callable[[Request, float], float]
 def fcfs(request: Request, _now: float) -> float:
     """Return the arrival: first come, first served. A preempted request keeps its arrival, so it comes back first."""
     return request.params.arrival
+
+
+_FAILURES = {NO_TOKEN: Finish.ERROR, NOT_ONE: Finish.DEAD_END}  # what a token that stands for none makes of a request
 
 
 class Emission(NamedTuple):
@@ -442,13 +445,13 @@ class Scheduler:
     def _append(
         self, request: Request, token: int, logprobs: TokenLogprobs | None, scored: PromptLogprobs | None = None
     ) -> Emission:
-        """Append a sampled token, and end the request if it is the last one or NO_TOKEN."""
+        """Append a sampled token, and end the request if it is the last one, NO_TOKEN or NOT_ONE."""
         start = request.num_output
         if not request.in_flight:
             request.num_sampling = False
-        if token == NO_TOKEN:
-            self._end(request, Finish.ERROR)
-            return Emission(request, start, [], Finish.ERROR, None)
+        if token in _FAILURES:
+            self._end(request, _FAILURES[token])
+            return Emission(request, start, [], request.finish, None)
         if not request.sampling.max_tokens:  # the prompt is computed, and that was all
             self._end(request, Finish.LENGTH)
             return Emission(request, start, [], Finish.LENGTH, None, scored)

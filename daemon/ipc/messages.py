@@ -26,6 +26,7 @@ class Finish(IntEnum):
     CANCELLED = 3  # by the client or an operator
     ERROR = 4  # the engine could not continue; see the log
     DEADLINE = 5  # `request_deadline` has passed
+    DEAD_END = 6  # its grammar allows no token of the model
 
 
 class EngineIncarnation(NamedTuple):

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from daemon.api.errors import cancelled, deadline_exceeded, lost
+from daemon.api.errors import cancelled, dead_end, deadline_exceeded, lost
 from daemon.api.generator import TokenChunk, TokenStream
 from daemon.api.logprobs import ChatLogprobs, LogprobsFormat, TextLogprobs
 from daemon.api.parse.formats import new_parser, shown_texts
@@ -163,6 +163,8 @@ class Answer:
                 raise cancelled()
             if choice.finish is Finish.DEADLINE:
                 raise deadline_exceeded(self._service.config.request_deadline)
+            if choice.finish is Finish.DEAD_END:
+                raise dead_end(choice.num_tokens)
             if choice.finish is Finish.ERROR:
                 raise lost("computing it failed; the server's log has the details", retry=False)
         return parts

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 from daemon.engine.grammar.compiler import Compiler
 from daemon.engine.grammar.request_matcher import Bits, RequestMatcher
 from daemon.engine.request import Request
-from daemon.engine.runner import NO_TOKEN, NOT_YET, StepPlan
+from daemon.engine.runner import NO_TOKEN, NOT_ONE, NOT_YET, StepPlan
 from daemon.models.grammar.vocabulary import Vocabulary
 
 SLOW = 0.002  # seconds of CPU time; after a mask that takes longer, the next one is computed before it is needed
@@ -47,7 +47,7 @@ class StepMasks:
         self._deadline = 0.0
 
     def of(self, request: Request) -> Bits | int:
-        """Return the request's mask; NO_TOKEN if no token may be sampled, NOT_YET if the mask is late.
+        """Return the request's mask; NO_TOKEN if there is none, NOT_YET if it is late, NOT_ONE if it is empty.
 
         The first call waits for all masks, and must come after the step's own work.
         """
@@ -63,7 +63,9 @@ class StepMasks:
             self.late.append(request)
             return NOT_YET
         bits = found.matcher.bits
-        return NO_TOKEN if found.matcher.failed or bits is None else bits
+        if found.matcher.failed or bits is None:
+            return NO_TOKEN
+        return bits if bits.any() else NOT_ONE
 
     def wait(self, seconds: float) -> bool:
         """See `TokenMasks`."""

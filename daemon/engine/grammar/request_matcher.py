@@ -29,6 +29,7 @@ class RequestMatcher:
     """
 
     __slots__ = (
+        "_buffer",
         "_compiler",
         "_grammar",
         "_matcher",
@@ -52,6 +53,7 @@ class RequestMatcher:
         self._matcher: LLMatcher | None = None
         self._shared = True
         self._num_consumed = 0
+        self._buffer: Bits | None = None
         self.bits: Bits | None = None
         self.position = -1  # number of output tokens before the token that `bits` is for
         self.failed = False  # no token can be sampled any more
@@ -92,8 +94,10 @@ class RequestMatcher:
         if output and not self._matcher.consume_tokens(output):
             return False
         self._num_consumed += len(output)
-        if self.bits is None:
-            self.bits = np.zeros(self._compiler.vocabulary.num_words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)  # releases the GIL
+        if self._buffer is None:
+            vocabulary = self._compiler.vocabulary
+            self._buffer = np.zeros(vocabulary.num_buffer_words, np.int32)
+            self.bits = self._buffer[: vocabulary.num_words]
+        self._matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)  # releases the GIL
         self.position = self._num_consumed
         return not self._matcher.is_error()

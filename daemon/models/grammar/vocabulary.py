@@ -42,6 +42,7 @@ class Vocabulary:
             raise GrammarError("this model has no end-of-sequence token, so its output cannot be constrained")
         self.num_words = -(-vocab_size // 32)  # of a mask, 32 bits each
         tokens = _Tokens(tokenizer, vocab_size, ends)
+        self.num_buffer_words = -(-len(tokens.tokens) // 32)  # of a buffer for a mask: its first words are the mask
         self._tokens = LLTokenizer(tokens, eos_token=ends)  # type: ignore[arg-type]
         tokens.greedy = self._tokens.greedy_tokenize
         self._limits = LLParserLimits(
@@ -81,10 +82,21 @@ class _Tokens:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: list[int]) -> None:
         self.eos_token_id = ends[0]
         self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        self._complete()
         self.special_token_ids = sorted(t for t in {*tokenizer.marker_ids, *ends} if t < vocab_size)
         self._special = frozenset(self.special_token_ids)
+        self._vocab_size = vocab_size
         self._encode = tokenizer.encode
         self.greedy = _no_tokens
+
+    def _complete(self) -> None:
+        """Append a token for each byte that the model has none for, from the next whole word of a mask on.
+
+        llguidance expects one for every byte. Without it, a mask can allow a token that the grammar then refuses.
+        """
+        missing = {bytes([byte]) for byte in range(256)}.difference(self.tokens)
+        if missing:
+            self.tokens += [b""] * (-len(self.tokens) % 32) + sorted(missing)
 
     def __call__(self, text: str) -> list[int]:
         """Return tokens whose bytes are exactly `text`, if possible those that the model knows it by.
@@ -92,7 +104,7 @@ class _Tokens:
         A tokenizer may add a space or write special tokens: then the longest tokens that fit are as good.
         """
         found = self._encode(text, False)
-        exact = self._special.isdisjoint(found) and max(found, default=0) < len(self.tokens)
+        exact = self._special.isdisjoint(found) and max(found, default=0) < self._vocab_size
         if exact and b"".join([self.tokens[token] for token in found]) == text.encode():
             return found
         return self.greedy(text)

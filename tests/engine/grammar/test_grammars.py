@@ -16,7 +16,7 @@ from daemon.ipc.messages import Finish
 from daemon.models.grammar.source import GrammarKind
 from daemon.models.grammar.vocabulary import Vocabulary
 from daemon.models.tokenizer import Tokenizer
-from tests.engine.grammar.engine import REGEX, VOCAB, GrammarEngine, expected_output, grammar_of, make_request
+from tests.engine.grammar.engine import PROMPT, REGEX, VOCAB, GrammarEngine, expected_output, grammar_of, make_request
 from tests.models.tiny_model import EOS_ID, make_tiny_llama
 
 SCHEMA = grammar_of(GrammarKind.JSON_SCHEMA, '{"type": "array", "items": {"enum": [1, "a", null]}, "maxItems": 6}')
@@ -44,6 +44,22 @@ def test_outputs_are_those_that_the_grammar_and_the_seed_decide(engine, vocabula
             assert engine.finished[request.rid] is Finish.STOP
         else:
             assert len(output) == 60
+
+
+def test_a_text_that_no_token_can_write_ends_its_request_only(tmp_path):
+    """Models may have no token for some bytes: then llguidance allowed the tokens of the bytes that follow."""
+    tokenizer = Tokenizer(make_tiny_llama(tmp_path, weights=False, vocab=VOCAB))
+    few = 240  # tokens
+    known = {tokenizer.token_bytes(token) for token in range(few)}
+    missing = next(chr(c) for c in range(0xA0, 0x800) if not {bytes([b]) for b in chr(c).encode()} <= known)
+    vocabulary = Vocabulary(tokenizer, few, (EOS_ID,))
+    stuck = make_request(1, grammar_of(GrammarKind.REGEX, f"ab{missing}c"))
+    other = make_request(2, grammar_of(GrammarKind.REGEX, "abc"))
+    engine = GrammarEngine(lambda: vocabulary)
+    engine.add(stuck, other)
+    engine.run()
+    assert engine.finished == {1: Finish.DEAD_END, 2: Finish.STOP}
+    assert tokenizer.decode(stuck.tokens[len(PROMPT) :]).rstrip("\ufffd") == "ab"
 
 
 def test_a_request_goes_on_from_any_position(vocabulary):
