@@ -78,14 +78,15 @@ def kv_token_bytes(config: Config, model_config: ModelConfig, hardware: Hardware
 def loaded_bytes(config: Config, model_config: ModelConfig, hardware: Hardware = PLAIN) -> int:
     """Return the bytes of an engine's weights after they are loaded, with the embedding table."""
     if config.on_gpus:
-        kept = _linear_params(model_config) if keeps_fp8(config, model_config, hardware) else 0
+        kept = model_config.linear_params if keeps_fp8(config, model_config, hardware) else 0
         return model_config.num_params * ITEM_BYTES["bf16"] - kept
     return weights_bytes(model_config, arithmetic_of(config, hardware)) + embedding_bytes(model_config)
 
 
 def keeps_fp8(config: Config, model_config: ModelConfig, hardware: Hardware = PLAIN) -> bool:
     """Return True if engines compute with the FP8 weights of linear layers as they are stored."""
-    return config.on_gpus and config.dtype == "auto" and hardware.fp8 and model_config.fp8_by_rows
+    as_stored = config.dtype == "auto" and config.load_format != "dummy"
+    return config.on_gpus and as_stored and hardware.fp8 and model_config.fp8_by_rows
 
 
 def engine_bytes(config: Config, model_config: ModelConfig, hardware: Hardware = PLAIN) -> int:
@@ -107,13 +108,6 @@ def arithmetic_of(config: Config, hardware: Hardware = PLAIN) -> str:
     if config.deterministic or config.dtype == "fp32":
         return "fp32"
     return "bf16" if hardware.bf16 or config.dtype == "bf16" else "fp32"
-
-
-def _linear_params(model: ModelConfig) -> int:
-    """Count the weights of linear layers: all but the tables and the experts."""
-    tables = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    experts = model.experts.count * 3 * model.hidden_size * model.experts.width if model.experts else 0
-    return model.num_params - tables - experts * sum(layer.experts for layer in model.layers)
 
 
 def _mib(size: int) -> str:

@@ -115,6 +115,13 @@ class ModelConfig:
         return self._params(self.experts.per_token if self.experts else 0)
 
     @property
+    def linear_params(self) -> int:
+        """Number of weights in the linear layers, without experts, embedding and head, and with the norms."""
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        experts = self.experts.count * 3 * self.hidden_size * self.experts.width if self.experts else 0
+        return self.num_params - tables - experts * sum(layer.experts for layer in self.layers)
+
+    @property
     def mlp_width(self) -> int:
         """Largest number of activations of one token in an MLP, over all its experts."""
         dense = 0 if all(layer.experts for layer in self.layers) else self.intermediate_size

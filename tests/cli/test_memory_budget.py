@@ -144,4 +144,5 @@ def test_fp8_weights_stay_as_they_are_where_all_gpus_multiply_them():
     ]:
         assert loaded_bytes(config, model, there) == 2 * model.num_params
         assert "in bf16" in dequantised_warning(config, model, 20 * MIB, there)
+    assert loaded_bytes(replace(gpus, load_format="dummy"), fp8, hardware) == 2 * fp8.num_params
     assert "fp8 weights of m" in dequantised_warning(Config(devices=["cpu"]), fp8, 20 * MIB, hardware)

@@ -75,6 +75,7 @@ def test_mixtures_count_all_experts_and_the_active_ones(tmp_path: Path) -> None:
     expert = 3 * 64 * 128
     assert config.num_params - config.active_params == 2 * (4 - 2) * expert
     assert config.mlp_width == 2 * 128
+    assert config.linear_params == config.num_params - 2 * 384 * 64 - 2 * 4 * expert
 
 
 def test_windows(tmp_path: Path) -> None:

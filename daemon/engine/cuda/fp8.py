@@ -39,6 +39,7 @@ def multiply(
     torch._scaled_mm(rounded, transposed, scale_a=row_scales, scale_b=scales, bias=bias, out_dtype=out.dtype, out=out)
 
 
+@torch.inference_mode()
 def is_supported(device: torch.device) -> bool:
     """Return True if `multiply` works on a GPU: tried once, with a small product.
 

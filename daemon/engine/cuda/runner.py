@@ -141,9 +141,11 @@ class CudaRunner:
         """
         if pool is not None and self._device.type == "cuda":
             raise ValueError("a CUDA device cannot compute from a pool in host memory")
+        keep_fp8 = self._keeps_fp8()
         weights = self._config.num_params * self._format.dtype.itemsize
+        weights -= self._config.linear_params if keep_fp8 else 0  # one byte instead of two
         with torch.inference_mode(), explained_out_of_memory(self._device, self._settings.memory_share, weights):
-            self._build()
+            self._build(keep_fp8=keep_fp8)
             if self._device.type == "cuda":
                 self._use_pool(torch.zeros(self.pool_spec(1).nbytes, dtype=torch.uint8, device=self._device))
                 self._synchronize()
@@ -166,13 +168,17 @@ class CudaRunner:
         self.execute(dummy_step(chunks=[2]))
         self._host_sampler.warm_up()
 
-    def _build(self) -> None:
+    def _keeps_fp8(self) -> bool:
+        settings = self._settings
+        as_stored = settings.dtype == "auto" and settings.load_format != "dummy"
+        return as_stored and self._stored.fp8_by_rows and fp8.is_supported(self._device)
+
+    def _build(self, *, keep_fp8: bool) -> None:
         """Build everything except the pool and the graphs."""
         ops, self._attention, gemv, self._stream = self._backend()
         head_dim, dtype = self._heads.head_dim, self._format.dtype
-        keep = self._settings.dtype == "auto" and self._stored.fp8_by_rows and fp8.is_supported(self._device)
         load_format = self._settings.load_format
-        weights = load_weights(self._stored, load_format, self._device, dtype, head_dim=head_dim, keep_fp8=keep)
+        weights = load_weights(self._stored, load_format, self._device, dtype, head_dim=head_dim, keep_fp8=keep_fp8)
         self.arithmetic = "fp8" if weights.in_fp8 else str(dtype).removeprefix("torch.")
         self.products = Products(ops)
         model = Decoder(
