@@ -51,6 +51,15 @@ class JournalReader:
             self._on_grammar(request)
         return request
 
+    def grammar(self, frontend: int, slot: int, rid: int, epoch: int) -> str:
+        """Return the grammar of a request; "" if it has none, or the slot does not hold it at exactly this epoch."""
+        journal = self._journals[frontend]
+        try:
+            found = journal.params(slot).sampling.grammar if _holds(journal, slot, rid, epoch) else ""
+        except ValueError:  # as above
+            return ""
+        return found if _holds(journal, slot, rid, epoch) else ""
+
     def accepted(self, request: Request) -> int:
         """Return the number of output tokens that the frontend has journaled; -1 if the slot belongs to another
         request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from daemon.engine.migration.actions import Action
 from daemon.engine.migration.llumlet import Llumlet
@@ -11,6 +12,7 @@ from daemon.ipc.messages import (
     EngineFacts,
     EngineIncarnation,
     MigrateTo,
+    Reserve,
     decode_engine_facts,
     decode_to_llumlet,
     decode_to_peer,
@@ -21,12 +23,16 @@ from daemon.ipc.process_table import ProcessState
 class PeerInbox:
     """Messages from peers and coordinator."""
 
-    def __init__(self, fabric: Fabric, llumlet: Llumlet) -> None:
+    def __init__(
+        self, fabric: Fabric, llumlet: Llumlet, on_reserve: Callable[[Reserve], None] = lambda reserve: None
+    ) -> None:
+        """`on_reserve` is called with each reservation: a request is about to arrive."""
         topology = fabric.topology
         _, me = topology.role(fabric.process)
         others = [i for i in range(topology.engines) if i != me]
         self._fabric = fabric
         self._llumlet = llumlet
+        self._on_reserve = on_reserve
         self._table = fabric.table()
         self._alive = dict.fromkeys(others, 0)  # engine: live incarnation, 0 if none
         self._dead = dict.fromkeys(others, 0)  # engine: last incarnation known to be dead
@@ -46,6 +52,8 @@ class PeerInbox:
             while (record := ring.read()) is not None:
                 if record.receiver == self._fabric.incarnation:
                     peer, message = EngineIncarnation(engine, record.sender), decode_to_peer(record.payload)
+                    if isinstance(message, Reserve):
+                        self._on_reserve(message)
                     actions += self._llumlet.on_peer(peer, message, time.monotonic())
         if changed:
             actions += self._handle_deaths()

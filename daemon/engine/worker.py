@@ -30,7 +30,7 @@ from daemon.ipc.desired_state import DesiredStateReader
 from daemon.ipc.event_ring import EventWriter
 from daemon.ipc.fabric import Fabric
 from daemon.ipc.journal import JournalView
-from daemon.ipc.messages import EngineFacts, EngineIncarnation, EngineState, encode
+from daemon.ipc.messages import EngineFacts, EngineIncarnation, EngineState, Reserve, encode
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Worker:
         frontends = {k: topology.frontend(k) for k in range(topology.frontends)}
         self._grammars = engine.grammars
         watch = engine.grammars.watch
-        journals = JournalReader([JournalView(fabric.journal(k)) for k in frontends], watch)
+        self._journals = journals = JournalReader([JournalView(fabric.journal(k)) for k in frontends], watch)
         self.llumlet = Llumlet(
             engine.scheduler,
             journals,
@@ -108,7 +108,7 @@ class Worker:
         self._executor = MigrationExecutor(
             fabric, self._outboxes, engine.kv.pools, engine.kv.transport, pool_spec.block_bytes, self._telemetry
         )
-        self._peer_inbox = PeerInbox(fabric, self.llumlet)
+        self._peer_inbox = PeerInbox(fabric, self.llumlet, self._prepare)
         self._frontend_inboxes = [
             FrontendInbox(k, fabric.incarnation, fabric.reader(process), journals, self.llumlet)
             for k, process in frontends.items()
@@ -183,6 +183,12 @@ class Worker:
             self._execute(self.llumlet.copied(move, now) if arrived else self.llumlet.copy_failed(move, now))
         if not self.llumlet.idle:
             self._execute(self.llumlet.tick(time.monotonic()))
+
+    def _prepare(self, reserve: Reserve) -> None:
+        """Compile the grammar of a request that a peer is about to move here."""
+        known = self._journals.grammar(reserve.frontend, reserve.slot, reserve.rid, reserve.epoch)
+        if known and not reserve.reservation:
+            self._grammars.prepare(known)
 
     def _launch(self, plan: StepPlan) -> None:
         self._checked = False

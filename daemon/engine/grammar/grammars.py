@@ -96,6 +96,10 @@ class Grammars:
         """Build the vocabulary now, in a thread."""
         self._compilers.submit(lambda: self._compiler.vocabulary)
 
+    def prepare(self, grammar: str) -> None:
+        """Compile a grammar whose request is about to arrive."""
+        self._compilers.submit(self._compiler.matcher, grammar)
+
     def watch(self, request: Request) -> None:
         """Compile the grammar of a new request. It is not ready before `poll` says so."""
         matcher = self._matchers[request] = RequestMatcher(request, self._compiler)

@@ -180,3 +180,17 @@ def test_what_others_have_used_up_does_not_end_a_request(vocabulary):
     matcher = RequestMatcher(request, compiler)
     matcher.fill()
     assert not matcher.failed and matcher.current and matcher.bits.any()
+
+
+def test_a_grammar_is_compiled_before_its_request_arrives(engine, vocabulary, monkeypatch):
+    compiled, compile_it = [], Vocabulary.compile
+
+    def count(self: Vocabulary, grammar: str):
+        compiled.append(grammar)
+        return compile_it(self, grammar)
+
+    monkeypatch.setattr(Vocabulary, "compile", count)
+    engine.grammars.prepare(REGEX)
+    engine.grammars._compilers.shutdown()
+    assert compiled == [REGEX] and engine.grammars._compiler.matcher(REGEX) is not None
+    assert compiled == [REGEX]
