@@ -171,3 +171,9 @@ def test_only_few_files_import_flashinfer():
 def test_pure_modules_use_no_clock_and_no_io(module):
     file = ROOT / (module.replace(".", "/") + ".py")
     assert not imports(file) & {"time", "random", "os", "secrets", "socket", "mmap", "io", "asyncio", "threading"}
+
+
+def test_test_files_have_different_names():
+    """pytest imports them by their names alone: of two with the same name it refuses the second."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

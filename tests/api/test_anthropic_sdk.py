@@ -9,7 +9,7 @@ import anthropic
 import pytest
 
 from tests.api.harness import ANSWER, ApiUnderTest, Model, make_api, with_client
-from tests.api.test_messages import CALL, INPUT, WEATHER, says
+from tests.api.test_anthropic_messages import CALL, INPUT, WEATHER, says
 
 USER: list[Any] = [{"role": "user", "content": "hello"}]
 

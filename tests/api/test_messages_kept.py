@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.api.harness import Model, make_api, with_client
-from tests.api.test_messages import CALL, HELLO, MESSAGES, WEATHER, folded, says
+from tests.api.test_anthropic_messages import CALL, HELLO, MESSAGES, WEATHER, folded, says
 
 TURN = f"<think>Two of them.</think>I ask. <tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>"
 

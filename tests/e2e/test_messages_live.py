@@ -12,7 +12,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.api.test_messages import MESSAGES, WEATHER, events, folded
+from tests.api.test_anthropic_messages import MESSAGES, WEATHER, events, folded
 from tests.e2e.daemon_process import Daemon, wait_for
 from tests.e2e.mover import TAKEOVERS
 from tests.e2e.test_succession import kill
