@@ -126,6 +126,8 @@ def _check_whole(status: int, headers: Any, body: bytes) -> str:
 
 def _check_stream(body: bytes) -> str:
     *events, done, end = body.split(b"\n\n")
+    if b'"code":"grammar_dead_end"' in done:  # a body may ask for a character that the model cannot write
+        return _check_error(_strict_json(done.removeprefix(b"data: "))) or end.decode()
     if (done, end) != (b"data: [DONE]", b""):
         return "the stream does not end with [DONE]"
     chunks = [_strict_json(event.removeprefix(b"data: ")) for event in events]
