@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import http.client
 import json
+import os
 import statistics
 import threading
 from collections import Counter
@@ -249,15 +250,19 @@ def main() -> None:
     """Measure, print the report and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of everything: a check of the benchmark")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=48, help="of each setting and round")
+    parser.add_argument("--schemas", type=int, default=200)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rounds, requests, count = (1, 16, 16) if args.quick else (5, 48, 200)
+    rounds, requests, count = (1, 16, 16) if args.quick else (args.rounds, args.requests, args.schemas)
     machine = environment(["llguidance", "torch", "numpy"])
     found: dict[str, Any] = {"masks": masks(count)}
     with serving("--devices", "cpu") as daemon:
         found["throughput"] = throughput(daemon, rounds, requests)
         found["hostile"] = asyncio.run(victims(daemon, rounds))
         found["schemas"] = schemas(daemon, count)
+    found["load_after"] = os.getloadavg()[0]
     print("\n".join(lines(found)))
     if args.json:
         args.json.write_text(json.dumps(machine | found, indent=1) + "\n")

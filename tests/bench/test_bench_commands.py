@@ -46,6 +46,7 @@ DAEMONS = {  # they start a daemon, of stub engines
 SLOW = {  # a real model, or many moves
     "equality": "--quick --json {out}/result.json",
     "experts": "--repeat 1 --out {out}/result.json",
+    "grammar": "--quick --json {out}/result.json",
     "migration": "--quick --json {out}/result.json",
     "scenarios": "--quick --json {out}/result.json",
     "succession": "--quick --json {out}/result.json",
