@@ -9,7 +9,8 @@ import pytest
 from daemon.engine.cuda import kernels
 from daemon.engine.cuda.small_batch import MAX_ROWS
 
-pytestmark = pytest.mark.integration
+# On a busy machine the compilers take minutes: they run at a low priority.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 FLAGS = {
     "sampler": kernels.SAMPLER_NVCC_FLAGS,

@@ -390,10 +390,10 @@ def cramped(runner, monkeypatch):
     """A runner on a device with memory for chunks of at most 40 tokens in total."""
     compute = runner._forward._model.logits
 
-    def limited(parts, last_token, out, *, decode_path):
+    def limited(parts, *args, **options):
         if any(not part.decode and len(part.inputs.tokens) > 40 for part in parts):
             raise torch.OutOfMemoryError("no memory")
-        compute(parts, last_token, out, decode_path=decode_path)
+        compute(parts, *args, **options)
 
     monkeypatch.setattr(runner._forward._model, "logits", limited)
     return runner

@@ -113,10 +113,10 @@ def memory_ends(runner, monkeypatch, *, above, layer):
     compute, silu_mul = forward._compute, ops.silu_mul
     calls = count()
 
-    def begun(*args):
+    def begun(*args, **options):
         nonlocal calls
         calls = count()
-        compute(*args)
+        compute(*args, **options)
 
     def limited(gate_up, out):
         if next(calls) == layer and len(gate_up) > above:
